@@ -1,0 +1,128 @@
+"""Tokens through the memories: the one forward that training, evaluation, prefill and decoding share.
+
+Shape legend: tokens N, rows R, segments S, groups G (memories and the shared one), heads H, key size K, value size V,
+hidden size D, convolution width W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mom_layers.ops.combine import combine
+from mom_layers.ops.grouped_projection import grouped_projection
+from mom_layers.ops.routing_plan import RoutingPlan
+from mom_layers.ops.rows import gather_rows
+from mom_layers.ops.segment_convolution import segment_convolution
+from mom_layers.rules import MemoryRule
+from mom_layers.state import MemoryState
+
+
+@dataclass(frozen=True)
+class MemoryParameters:
+    """The weights that act on rows, for the heads that are here (all of them, or one tensor-parallel rank's).
+
+    Attributes:
+        rule: the update rule.
+        projection: [G, O, D] with O = H K + H V + H * (gates of the rule): keys, values and gates of each memory in
+            one matrix, in this order; [1, O, D] where all memories share one.
+        q_conv, k_conv: [H K, W]. v_conv: [H V, W].
+        rule_parameters: the rule's own, [H] each.
+        norm_weight: [V].
+        num_heads: H.
+        norm_eps: of the output norm.
+    """
+
+    rule: MemoryRule
+    projection: torch.Tensor
+    q_conv: torch.Tensor
+    k_conv: torch.Tensor
+    v_conv: torch.Tensor
+    rule_parameters: Mapping[str, torch.Tensor]
+    norm_weight: torch.Tensor
+    num_heads: int
+    norm_eps: float = 1e-6
+
+
+def projection_sizes(rule: MemoryRule, num_heads: int, head_dim: int, value_dim: int) -> list[int]:
+    """Widths of the pieces of one memory's fused projection: keys, values, then each gate of the rule."""
+    return [num_heads * head_dim, num_heads * value_dim] + [num_heads] * len(rule.gate_names)
+
+
+def mix_memories(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    gate: torch.Tensor,
+    weights: torch.Tensor,
+    plan: RoutingPlan,
+    parameters: MemoryParameters,
+    *,
+    state: MemoryState | None = None,
+    output_state: bool = False,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, MemoryState | None]:
+    """Projects, convolves, runs every memory's recurrence, and mixes what the memories answer.
+
+    Args:
+        x: [N, D] tokens, in the plan's order.
+        q: [N, H K] queries before convolution, one per token for all its memories.
+        gate: [N, H V] output gate before SiLU.
+        weights: [N, k] the router's.
+        plan: where each (token, memory) row lies.
+        parameters: weights of the heads that are here.
+        state: what earlier calls left, for the plan's sequences.
+        output_state: also return the state after the last token.
+
+    Returns:
+        y [N, H V] before the output projection, and the new state or None.
+    """
+    rule, heads = parameters.rule, parameters.num_heads
+    k_dim = q.shape[1] // heads
+    v_dim = gate.shape[1] // heads
+    sizes = projection_sizes(rule, heads, k_dim, v_dim)
+    one_projection = parameters.projection.shape[0] == 1 and plan.num_groups > 1
+    if one_projection:  # the same for every memory: project tokens, and gather them by row afterwards
+        projected = torch.nn.functional.linear(x, parameters.projection[0])
+    else:
+        projected = grouped_projection(x, parameters.projection, plan, backend=backend)
+    k, v, *raw_gates = projected.split(sizes, dim=1)
+    if one_projection:
+        raw_gates = [gather_rows(raw, plan) for raw in raw_gates]
+
+    unit = heads if rule.unit_length_keys else None
+    tails = (None, None, None)
+    initial_state = None
+    if state is not None:
+        tails = tuple(plan.to_segments(tail) for tail in (state.q_tail, state.k_tail, state.v_tail))
+        initial_state = plan.to_segments(state.recurrent)
+
+    def convolve(y, weight, gather, unit_length_heads, tail):
+        return segment_convolution(
+            y, weight, plan, gather=gather, unit_length_heads=unit_length_heads,
+            initial_tail=tail, output_tail=output_state, backend=backend,
+        )  # fmt: skip
+
+    q, q_tail = convolve(q, parameters.q_conv, True, unit, tails[0])
+    k, k_tail = convolve(k, parameters.k_conv, one_projection, unit, tails[1])
+    v, v_tail = convolve(v, parameters.v_conv, one_projection, None, tails[2])
+    gates = rule.gates(dict(zip(rule.gate_names, raw_gates, strict=True)), parameters.rule_parameters)
+    o, recurrent = rule.recur(
+        q.unflatten(1, (heads, k_dim)),
+        k.unflatten(1, (heads, k_dim)),
+        v.unflatten(1, (heads, v_dim)),
+        plan.cu_seqlens,
+        gates,
+        initial_state,
+        output_state,
+        backend,
+    )
+    y = combine(
+        o, weights, plan.row_of_slot, gate.unflatten(1, (heads, v_dim)), parameters.norm_weight,
+        eps=parameters.norm_eps, backend=backend,
+    )  # fmt: skip
+    new_state = None
+    if output_state:
+        new_state = MemoryState(*(plan.from_segments(part) for part in (recurrent, q_tail, k_tail, v_tail)))
+    return y.flatten(1), new_state

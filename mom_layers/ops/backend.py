@@ -1,0 +1,24 @@
+"""Which implementation of an operation runs: plain PyTorch (any device, float64 too) or Triton kernels."""
+
+from __future__ import annotations
+
+import torch
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+def resolve_backend(backend: str, tensor: torch.Tensor) -> str:
+    """Returns ``"torch"`` or ``"triton"``; ``"auto"`` means Triton on a CUDA device and PyTorch elsewhere.
+
+    Raises ValueError for any other name.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return "triton" if tensor.is_cuda else "torch"
+    return backend
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums are taken in: float64 for float64 inputs, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,57 @@
+"""One linear map a memory, over the rows that the memory receives."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from mom_layers.ops.backend import resolve_backend
+from mom_layers.ops.routing_plan import RoutingPlan
+from mom_layers.ops.rows import gather_rows
+
+
+def has_device_grouped_mm(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether PyTorch's grouped product keeps its offsets on the device: bf16, Hopper or newer, rows of 16 bytes."""
+    return (
+        x.is_cuda
+        and x.dtype == weight.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(x.device) >= (9, 0)
+        and weight.shape[1] % 8 == 0
+        and weight.shape[2] % 8 == 0
+    )
+
+
+def _projection_torch(x, weight, plan):
+    rows = gather_rows(x, plan)
+    if has_device_grouped_mm(x, weight):
+        return F.grouped_mm(rows, weight.transpose(1, 2), offs=plan.memory_offsets)
+    ends = plan.memory_offsets.tolist()  # the host reads the sizes: this path is for the CPU and for comparison
+    sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return torch.cat([F.linear(part, w) for part, w in zip(rows.split(sizes), weight, strict=True)])
+
+
+def grouped_projection(
+    x: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, *, backend: str = "auto"
+) -> torch.Tensor:
+    """``rows[r] = weight[memory of r] @ x[token of r]``: the keys, values and gates of every row in one product.
+
+    Args:
+        x: [N, D] tokens.
+        weight: [G, O, D], one matrix a memory, the shared memory's last.
+        plan: the rows.
+
+    Returns:
+        rows [R, O].
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    if x.dim() != 2 or x.shape[0] != plan.row_of_slot.shape[0]:
+        raise ValueError(f"x must be [{plan.row_of_slot.shape[0]}, D], got {list(x.shape)}")
+    if weight.dim() != 3 or weight.shape[0] != plan.num_groups or weight.shape[2] != x.shape[1]:
+        raise ValueError(f"weight must be [{plan.num_groups}, O, {x.shape[1]}], got {list(weight.shape)}")
+    if resolve_backend(backend, x) == "triton" and not has_device_grouped_mm(x, weight):
+        from mom_layers.ops.grouped_projection_triton import grouped_projection_triton
+
+        return grouped_projection_triton(x, weight, plan)
+    return _projection_torch(x, weight, plan)

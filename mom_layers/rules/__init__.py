@@ -1,0 +1,8 @@
+"""Memory update rules, by name."""
+
+from mom_layers.rules import gated_deltanet
+from mom_layers.rules.registry import MemoryRule, get_rule, register_rule, rule_names
+
+register_rule(gated_deltanet.RULE)
+
+__all__ = ["MemoryRule", "get_rule", "register_rule", "rule_names"]

@@ -1,0 +1,65 @@
+"""Gated DeltaNet (arXiv 2412.06464): decay the state, then replace what it holds for this key.
+
+``S <- exp(g) S;  S <- S + k (beta (v - k^T S))^T`` with ``beta = sigmoid(x Wb)`` and
+``g = -exp(A_log) softplus(x Wa + dt_bias)``, one number a head each.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from mom_layers.ops.backend import compute_dtype
+from mom_layers.ops.gated_delta_rule import CHUNK, gated_delta_rule
+from mom_layers.rules.registry import MemoryRule
+
+# The range of time steps that Mamba2 and Gated DeltaNet start from.
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+A_MAX = 16.0
+
+
+def init_parameters(num_heads: int) -> dict[str, torch.Tensor]:
+    """A_log of decay rates uniform in (0, 16), dt_bias of time steps log-uniform in [1e-3, 1e-1], as Gated DeltaNet."""
+    rate = torch.empty(num_heads).uniform_(1e-6, A_MAX)
+    step = torch.exp(torch.empty(num_heads).uniform_(math.log(DT_MIN), math.log(DT_MAX))).clamp(min=DT_FLOOR)
+    inverse_softplus = step + torch.log(-torch.expm1(-step))
+    return {"A_log": rate.log(), "dt_bias": inverse_softplus}
+
+
+def gates(raw, parameters):
+    """raw beta, a [R, H]; A_log, dt_bias [H]. Returns g (log decay) and beta [R, H] in float32 (float64 for float64)."""
+    dtype = compute_dtype(raw["a"].dtype)
+    g = -parameters["A_log"].to(dtype).exp() * F.softplus(raw["a"].to(dtype) + parameters["dt_bias"].to(dtype))
+    return {"g": g, "beta": torch.sigmoid(raw["beta"].to(dtype))}
+
+
+def recur(q, k, v, cu_seqlens, gates, initial_state, output_final_state, backend):
+    return gated_delta_rule(
+        q, k, v, gates["g"], gates["beta"], cu_seqlens,
+        initial_state=initial_state, output_final_state=output_final_state, backend=backend,
+    )  # fmt: skip
+
+
+def recurrence_flops(rows: int, heads: int, k_dim: int, v_dim: int) -> float:
+    """Forward operations of the chunked form, per row and head, full chunks: six products of C x K or C x V tiles.
+
+    k k^T and q k^T (2 C K each), the triangular solve for u and w (C (K + V)), scores times delta (2 C V), and the
+    three products with the state (w S, q S, k^T delta: 2 K V each).
+    """
+    per_row = 4 * CHUNK * k_dim + CHUNK * (k_dim + v_dim) + 2 * CHUNK * v_dim + 6 * k_dim * v_dim
+    return float(rows) * heads * per_row
+
+
+RULE = MemoryRule(
+    name="gated_deltanet",
+    gate_names=("beta", "a"),
+    parameter_names=("A_log", "dt_bias"),
+    init_parameters=init_parameters,
+    gates=gates,
+    recur=recur,
+    unit_length_keys=True,
+    head_sizes=(16, 32, 64, 128, 256),
+    recurrence_flops=recurrence_flops,
+)

@@ -1,0 +1,63 @@
+"""What a memory update rule is, and the registry of them.
+
+A rule says which gates it wants projected from a token, which per-head parameters it keeps, how the two become the
+gates that its recurrence reads, and the recurrence itself. Everything else of a layer (routing, projection,
+convolution, mixing) is the same for every rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class MemoryRule:
+    """One row of the MoM paper's table of update rules.
+
+    Attributes:
+        name: how a user names it.
+        gate_names: projected gates, one column a head each, in the order of the fused projection.
+        parameter_names: the rule's per-head parameters.
+        init_parameters: num_heads -> {name: float32 [H] tensor}; drawn with torch's global generator on the CPU.
+        gates: ({gate name: [R, H]}, {parameter name: [H]}) -> keyword arguments of ``recur``.
+        recur: (q [R, H, K], k, v [R, H, V], cu_seqlens, gates, initial_state, output_final_state, backend) ->
+            (o [R, H, V], final state [S, H, K, V] or None).
+        unit_length_keys: q and k are brought to unit length per head.
+        head_sizes: key and value sizes that the Triton kernels take.
+        recurrence_flops: (rows, heads, key size, value size) -> forward floating-point operations, for MFU.
+    """
+
+    name: str
+    gate_names: tuple[str, ...]
+    parameter_names: tuple[str, ...]
+    init_parameters: Callable[[int], dict[str, torch.Tensor]]
+    gates: Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+    recur: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    unit_length_keys: bool
+    head_sizes: tuple[int, ...]
+    recurrence_flops: Callable[[int, int, int, int], float]
+
+
+_RULES: dict[str, MemoryRule] = {}
+
+
+def register_rule(rule: MemoryRule) -> None:
+    """Makes a rule available by its name; raises ValueError if the name is taken."""
+    if rule.name in _RULES:
+        raise ValueError(f"a memory rule named {rule.name!r} is already registered")
+    _RULES[rule.name] = rule
+
+
+def rule_names() -> list[str]:
+    """Names of the registered rules."""
+    return sorted(_RULES)
+
+
+def get_rule(name: str) -> MemoryRule:
+    """The rule of that name; raises ValueError that lists the registered ones."""
+    if name not in _RULES:
+        raise ValueError(f"unknown memory rule {name!r}: choose one of {', '.join(rule_names())}")
+    return _RULES[name]
