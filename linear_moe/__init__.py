@@ -1,0 +1,1 @@
+"""Mixture-of-Memories as a token mixer for Megatron."""

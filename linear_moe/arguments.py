@@ -1,0 +1,90 @@
+"""The command-line group, and what keeps it with a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+from linear_moe.config import TOKEN_MIXERS, MomTransformerConfig
+from megatron_patches.patch import Patch, wrap
+from mom_layers.ops.backend import BACKENDS
+from mom_layers.rules import rule_names
+
+OURS = [f.name for f in fields(MomTransformerConfig) if f.name == "token_mixer" or f.name.startswith("mom_")]
+SHAPE = [
+    "token_mixer", "mom_rule", "mom_num_memories", "mom_topk", "mom_shared_memory", "mom_num_heads", "mom_head_dim",
+    "mom_expand_v", "mom_conv_kernel", "mom_single_kv_proj", "linear_attention_freq",
+]  # fmt: skip
+"""Arguments that a checkpoint fixes: the weights mean nothing under other values."""
+
+
+def add_mom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds the group to Megatron's parser. Every default is None: the configuration's own apply, or a checkpoint's."""
+    default = {f.name: f.default for f in fields(MomTransformerConfig)}
+    group = parser.add_argument_group("mixture of memories")
+
+    def add(name, help, **kwargs):
+        shown = default[name.strip("-").replace("-", "_")]
+        group.add_argument(name, default=None, help=f"{help} Default: {shown}.", **kwargs)
+
+    add("--token-mixer", "Token mixer of the decoder's layers.", choices=TOKEN_MIXERS)
+    add("--mom-rule", "Memory update rule.", choices=rule_names())
+    add("--mom-num-memories", "Memories a layer keeps, without the shared one.", type=int)
+    add("--mom-topk", "Memories that a token goes to.", type=int)
+    add("--mom-shared-memory", "Keep a memory that sees every token.", action=argparse.BooleanOptionalAction)
+    add("--mom-num-heads", "Heads of a memory.", type=int)
+    add("--mom-head-dim", "Key size of a head.", type=int)
+    add("--mom-expand-v", "Value size of a head over its key size.", type=float)
+    add("--mom-conv-kernel", "Width of the causal convolutions.", type=int)
+    add("--mom-single-kv-proj", "One key, value and gate projection for all memories.",
+        action=argparse.BooleanOptionalAction)  # fmt: skip
+    add("--mom-aux-loss-coeff", "Coefficient of the memories' load-balancing loss.", type=float)
+    add("--mom-z-loss-coeff", "Coefficient of the memory router's z-loss.", type=float)
+    add("--mom-backend", "Implementation of the mixer's operations.", choices=BACKENDS)
+    return parser
+
+
+def fill_mom_arguments(args: argparse.Namespace) -> None:
+    """Gives every argument of ours that neither the command line nor a checkpoint set its default."""
+    for f in fields(MomTransformerConfig):
+        if f.name in OURS and getattr(args, f.name, None) is None:
+            setattr(args, f.name, f.default)
+
+
+def _restore(load_args_from_checkpoint, args, *positional, **keywords):
+    """Our part of --use-checkpoint-args: what the command line leaves open comes from the checkpoint."""
+    result = load_args_from_checkpoint(args, *positional, **keywords)
+    if isinstance(result, tuple):
+        saved = result[1]
+        for name in [*OURS, "linear_attention_freq"]:
+            if getattr(args, name, None) is None and getattr(saved, name, None) is not None:
+                setattr(args, name, getattr(saved, name))
+    return result
+
+
+def _check(check_checkpoint_args, saved, *positional, **keywords):
+    """Refuses a checkpoint whose memories have another shape than the command line says."""
+    from megatron.training import get_args
+
+    check_checkpoint_args(saved, *positional, **keywords)
+    args = get_args()
+    default = {f.name: f.default for f in fields(MomTransformerConfig)}
+    for name in SHAPE:
+        theirs, mine = getattr(saved, name, default[name]), getattr(args, name, default[name])
+        if theirs != mine:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"the checkpoint was written with {option} {theirs}, the command line says {mine}: "
+                "give the same value, or --use-checkpoint-args"
+            )
+
+
+CHECKPOINT_ARGUMENTS = Patch(
+    name="checkpoint-arguments",
+    reason="--use-checkpoint-args restores, and loading compares, a fixed list of arguments only",
+    removed_when="megatron.training takes both lists from the model's configuration",
+    targets=(
+        wrap("megatron.training.checkpointing", "load_args_from_checkpoint", _restore),
+        wrap("megatron.training.checkpointing", "check_checkpoint_args", _check),
+    ),
+)

@@ -1,0 +1,143 @@
+"""Megatron's TransformerConfig with the fields of a Mixture-of-Memories model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mom_layers.mom import check_sizes, check_triton_head_sizes
+from mom_layers.ops.backend import BACKENDS
+
+TOKEN_MIXERS = ("attention", "mom")
+
+
+@dataclass
+class MomTransformerConfig(TransformerConfig):
+    """TransformerConfig for a model whose token mixers may be Mixture-of-Memories layers.
+
+    ``linear_attention_freq`` keeps Megatron's meaning with MoM as the linear attention: an integer N makes every N-th
+    layer softmax attention, a list says it layer by layer (1 = MoM, 0 = softmax attention); None makes every layer MoM.
+
+    Raises ValueError for a value, or a combination with Megatron's own settings, that cannot work.
+    """
+
+    token_mixer: str = "attention"
+    """Token mixer of the decoder's layers: "attention" (Megatron's own) or "mom"."""
+
+    mom_rule: str = "gated_deltanet"
+    """Name of the memory update rule."""
+
+    mom_num_memories: int = 4
+    """Memories a layer keeps, without the shared one."""
+
+    mom_topk: int = 2
+    """Memories that the router sends a token to."""
+
+    mom_shared_memory: bool = True
+    """Keep one more memory, which every token goes to."""
+
+    mom_num_heads: int = 4
+    """Heads of a memory."""
+
+    mom_head_dim: int = 256
+    """Key size of a head."""
+
+    mom_expand_v: float = 1.0
+    """Value size of a head over its key size."""
+
+    mom_conv_kernel: int = 4
+    """Width of the causal convolutions on queries, keys and values."""
+
+    mom_single_kv_proj: bool = False
+    """Share one key, value and gate projection between all memories."""
+
+    mom_aux_loss_coeff: float = 1e-3
+    """Coefficient of the memory router's load-balancing loss; 0 switches it off."""
+
+    mom_z_loss_coeff: float | None = None
+    """Coefficient of the memory router's z-loss; None switches it off."""
+
+    mom_backend: str = "auto"
+    """Implementation of the mixer's operations: "auto" (Triton on GPUs, PyTorch elsewhere), "torch" or "triton"."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.token_mixer not in TOKEN_MIXERS:
+            raise ValueError(f"--token-mixer must be one of {', '.join(TOKEN_MIXERS)}, got {self.token_mixer!r}")
+        if self.token_mixer == "mom":
+            self._check_mom()
+            if self.num_moe_experts is None and self.experimental_attention_variant_loss_scale_func is None:
+                # Without experts nobody tells the router's losses the main loss's scale; this hook is always called.
+                self.experimental_attention_variant_loss_scale_func = MoEAuxLossAutoScaler.set_loss_scale
+
+    @property
+    def mom_value_dim(self) -> int:
+        """Value size of a head."""
+        return int(self.mom_head_dim * self.mom_expand_v)
+
+    @property
+    def mom_num_groups(self) -> int:
+        """Memories with the shared one."""
+        return self.mom_num_memories + int(self.mom_shared_memory)
+
+    def mom_layer_pattern(self) -> list[bool]:
+        """For each of the model's layers, whether its token mixer is Mixture-of-Memories."""
+        freq = self.linear_attention_freq
+        if self.token_mixer != "mom":
+            return [False] * self.num_layers
+        if freq is None:
+            return [True] * self.num_layers
+        if isinstance(freq, int):
+            return [(layer + 1) % freq != 0 for layer in range(self.num_layers)]
+        return [bool(layer) for layer in freq]
+
+    def _check_mom(self) -> None:
+        check_sizes(
+            rule=self.mom_rule, num_heads=self.mom_num_heads, head_dim=self.mom_head_dim,
+            expand_v=self.mom_expand_v, num_memories=self.mom_num_memories, topk=self.mom_topk,
+            conv_kernel=self.mom_conv_kernel,
+        )  # fmt: skip
+        if self.mom_backend not in BACKENDS:
+            raise ValueError(f"--mom-backend must be one of {', '.join(BACKENDS)}, got {self.mom_backend!r}")
+        if self.mom_backend != "torch":
+            check_triton_head_sizes(self.mom_rule, self.mom_head_dim, self.mom_value_dim)
+        if self.mom_num_heads % self.tensor_model_parallel_size:
+            raise ValueError(
+                f"--mom-num-heads {self.mom_num_heads} does not divide over "
+                f"--tensor-model-parallel-size {self.tensor_model_parallel_size}"
+            )
+        for name, coefficient in [("aux", self.mom_aux_loss_coeff), ("z", self.mom_z_loss_coeff or 0.0)]:
+            if coefficient < 0:
+                raise ValueError(f"--mom-{name}-loss-coeff must not be negative, got {coefficient}")
+        self._check_pattern()
+        refused = [
+            (self.context_parallel_size > 1, "--context-parallel-size above 1", "use tensor or data parallelism"),
+            (self.multi_latent_attention, "--multi-latent-attention", "use plain or grouped-query attention layers"),
+            (
+                self.experimental_attention_variant is not None,
+                f"--experimental-attention-variant {self.experimental_attention_variant}",
+                "choose one of the two mixers",
+            ),
+            (self.heterogeneous_block_specs, "--heterogeneous-layers-config-path", "describe layers with --linear-attention-freq"),
+            (self.transformer_impl == "inference_optimized", "--transformer-impl inference_optimized", "use local or transformer_engine"),
+        ]  # fmt: skip
+        for present, what, instead in refused:
+            if present:
+                raise ValueError(f"--token-mixer mom does not work with {what}: {instead}")
+
+    def _check_pattern(self) -> None:
+        freq = self.linear_attention_freq
+        if isinstance(freq, int) and freq < 2:
+            raise ValueError(
+                f"--linear-attention-freq {freq} leaves no MoM layer: give N >= 2 for one softmax layer in N, "
+                "a list such as ([1]*7+[0])*3, or leave it out for MoM in every layer"
+            )
+        if isinstance(freq, list):
+            if len(freq) != self.num_layers or set(freq) - {0, 1}:
+                raise ValueError(
+                    f"--linear-attention-freq must list a 0 or 1 for each of the {self.num_layers} layers, got {freq}"
+                )
+            if not any(freq):
+                raise ValueError("--linear-attention-freq lists no MoM layer: use --token-mixer attention instead")

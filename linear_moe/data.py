@@ -1,0 +1,209 @@
+"""Data sets, batches and loss of a GPT-style pretraining run, from Megatron's own pieces."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.indexed_dataset import _IndexReader
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args, get_timers
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids", "cu_seqlens", "cu_seqlens_padded",
+          "max_seqlen", "local_cp_size", "hybrid_cp_group")  # fmt: skip
+"""What a batch holds."""
+
+
+def check_dataset_files(prefix: str) -> None:
+    """Raises ValueError, naming the file, where PREFIX.bin and PREFIX.idx are missing, broken or do not fit."""
+    binary, index = Path(prefix + ".bin"), Path(prefix + ".idx")
+    for path in (binary, index):
+        if not path.is_file():
+            raise ValueError(f"data path {prefix!r}: there is no {path}; give the common prefix of a .bin and .idx pair")
+    try:
+        reader = _IndexReader(str(index), multimodal=False)
+    except (AssertionError, ValueError, OSError, KeyError) as error:
+        raise ValueError(f"data path {prefix!r}: {index} is not a readable index: {error}") from error
+    expected = int(reader.sequence_lengths.sum(dtype="int64")) * reader.dtype_size
+    found = binary.stat().st_size
+    if found != expected:
+        raise ValueError(
+            f"data path {prefix!r}: {binary} holds {found} bytes and its index describes {expected}: "
+            "it was cut short or belongs to another index; write it again"
+        )
+
+
+def check_data_paths(args) -> None:
+    """Checks every data path of the command line (blend weights between them are passed over)."""
+    if args.mock_data or args.sft:
+        return
+    blend, per_split = get_blend_and_blend_per_split(args)
+    blends = [b for b in [blend, *(per_split or [])] if b is not None]
+    if not blends:
+        raise ValueError("no data: give --data-path, --train-data-path with --valid-data-path, or --mock-data")
+    for prefixes, _ in blends:
+        for prefix in prefixes:
+            check_dataset_files(prefix)
+
+
+def _builds_datasets(vp_stage=None) -> bool:
+    args = get_args()
+    if mpu.get_tensor_model_parallel_rank() != 0:
+        return False
+    return args.dataloader_inter_document_masking or _needs_batch(args, vp_stage)
+
+
+def _needs_batch(args, vp_stage) -> bool:
+    return is_first_or_last_pipeline_stage(vp_stage) or mtp_on_this_rank(
+        layout=args.pipeline_model_parallel_layout,
+        mtp_num_layers=args.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )
+
+
+def provide_datasets(train_valid_test_num_samples, vp_stage=None):
+    """Train, validation and test data sets of next-token samples (``--mock-data`` included)."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+        inter_document_masking=args.dataloader_inter_document_masking,
+    )
+    return BlendedMegatronDatasetBuilder(
+        MockGPTDataset if args.mock_data else GPTDataset,
+        train_valid_test_num_samples,
+        partial(_builds_datasets, vp_stage=vp_stage),
+        config,
+    ).build()
+
+
+provide_datasets.is_distributed = True
+
+
+def get_batch(data_iterator, vp_stage=None) -> dict[str, torch.Tensor | None]:
+    """This rank's part of the next batch; every field of FIELDS, None where the rank's stage has no use for it."""
+    args = get_args()
+    packed = args.dataloader_inter_document_masking
+    if not packed and not _needs_batch(args, vp_stage):
+        return dict.fromkeys(FIELDS)
+    batch = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        loaded = next(data_iterator)
+        batch = {name: loaded.get(name) for name in FIELDS}
+        batch = {name: None if value is None else value.cuda(non_blocking=True) for name, value in batch.items()}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=packed,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=bool(args.mtp_num_layers) and mpu.is_pipeline_last_stage(ignore_virtual=True),
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    batch = flatten_batch_for_packed_sequences(batch)
+    if not _needs_batch(args, vp_stage):
+        return batch
+    return get_batch_on_this_cp_rank(
+        batch,
+        is_hybrid_cp=False,
+        cp_group=mpu.get_context_parallel_group(),
+        use_per_sequence_balancing=packed,
+    )
+
+
+def _packed_seq_params(batch, seq_length) -> PackedSeqParams | None:
+    if batch["cu_seqlens"] is None:
+        return None
+    borders = batch["cu_seqlens"].squeeze(0)
+    padded = None if batch["cu_seqlens_padded"] is None else batch["cu_seqlens_padded"].squeeze(0)
+    update_seqlen_stats_from_cu_seqlens(borders)
+    longest = int(batch["max_seqlen"].item())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=borders if padded is None else padded,
+        cu_seqlens_kv=borders if padded is None else padded,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        tokens_per_sample=seq_length,
+    )
+
+
+def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor):
+    """Sum of the per-token losses [b, s] where the mask [b, s] is 1, the number of such tokens, and what to report.
+
+    Raises RuntimeError on every rank that sees a loss that is not finite (``--check-for-nan-in-loss-and-grad``).
+    """
+    mask = loss_mask.reshape(-1).float()
+    loss = (losses.reshape(-1).float() * mask).sum()
+    tokens = mask.sum().int()
+    if get_args().check_for_nan_in_loss_and_grad:
+        for is_wrong, what in [(torch.isnan, "NaN"), (torch.isinf, "infinite")]:
+            get_rerun_state_machine().validate_result(
+                result=loss, rejection_func=is_wrong, message=f"the training loss is {what}", fatal=True
+            )
+    return loss, tokens, {"lm loss": torch.stack((loss.detach(), tokens.float()))}
+
+
+def forward_step(data_iterator, model):
+    """One micro-batch through the model, as Megatron's schedules call it."""
+    args, timers = get_args(), get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    packed_seq_params = _packed_seq_params(batch, args.seq_length)
+    timers("batch-generator").stop()
+    losses = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        packed_seq_params=packed_seq_params,
+    )
+    return losses, partial(sum_loss, batch["loss_mask"])

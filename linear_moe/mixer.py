@@ -1,0 +1,280 @@
+"""Mixture-of-Memories as Megatron's token mixer: projections sharded by head around :mod:`mom_layers`.
+
+Shape legend: s tokens a sequence, b sequences, h hidden size, H heads here (all / tensor-parallel size), K key size,
+V value size, G groups (memories and the shared one).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+
+from linear_moe.checkpoint import split_for_checkpoint
+from linear_moe.config import MomTransformerConfig
+from linear_moe.router import MemoryRouter
+from mom_layers.mixing import MemoryParameters, mix_memories, projection_sizes
+from mom_layers.ops.routing_plan import build_routing_plan
+from mom_layers.rules import get_rule
+
+
+@dataclass
+class MomTokenMixerSubmodules:
+    """The two linear layers that Megatron shards: queries and output gate in, hidden states out."""
+
+    in_proj: ModuleSpec | type
+    out_proj: ModuleSpec | type
+
+
+class MomTokenMixer(MegatronModule):
+    """Drop-in for a Megatron layer's ``self_attention``.
+
+    Heads are sharded over the tensor-parallel group: queries, gates, every memory's projection, convolutions and the
+    rule's parameters by head; the router and the per-head norm are whole on every rank.
+    """
+
+    def __init__(
+        self,
+        config: MomTransformerConfig,
+        submodules: MomTokenMixerSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
+        **_,
+    ):
+        super().__init__(config)
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        self.layer_number = layer_number
+        self.pg_collection = pg_collection
+        self.tp_group = pg_collection.tp
+        self.rule = get_rule(config.mom_rule)
+
+        heads, tp_size = config.mom_num_heads, pg_collection.tp.size()
+        self.num_heads = heads // tp_size
+        self.key_width = self.num_heads * config.mom_head_dim
+        self.value_width = self.num_heads * config.mom_value_dim
+        self.sizes = projection_sizes(self.rule, self.num_heads, config.mom_head_dim, config.mom_value_dim)
+
+        self.router = MemoryRouter(config, layer_number, pg_collection)
+        self.in_proj = build_module(
+            submodules.in_proj,
+            config.hidden_size,
+            heads * (config.mom_head_dim + config.mom_value_dim),
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="qkv",
+            tp_group=self.tp_group,
+            name=f"{name}.in_proj" if name else None,
+        )
+        self.out_proj = build_module(
+            submodules.out_proj,
+            heads * config.mom_value_dim,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="proj",
+            tp_group=self.tp_group,
+            name=f"{name}.out_proj" if name else None,
+        )
+
+        device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
+
+        def parameter(*shape, dtype=config.params_dtype, sharded_dim=None):
+            weight = torch.nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
+            if sharded_dim is not None:
+                set_tensor_model_parallel_attributes(weight, True, sharded_dim, 1)
+            return weight
+
+        groups = 1 if config.mom_single_kv_proj else config.mom_num_groups
+        width = config.mom_conv_kernel
+        self.memory_proj = parameter(groups, sum(self.sizes), config.hidden_size, sharded_dim=1)
+        self.q_conv = parameter(self.key_width, width, sharded_dim=0)
+        self.k_conv = parameter(self.key_width, width, sharded_dim=0)
+        self.v_conv = parameter(self.value_width, width, sharded_dim=0)
+        self.norm_weight = parameter(config.mom_value_dim)
+        for gate in self.rule.parameter_names:  # float32 whatever the model's type: see _apply
+            self.register_parameter(gate, parameter(self.num_heads, dtype=torch.float32, sharded_dim=0))
+        if config.perform_initialization:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the parameters. Those drawn on the CPU are drawn whole and cut by head, so that every tensor-parallel
+        layout starts from the same weights."""
+        config = self.config
+        rank, tp_size = self.tp_group.rank(), self.tp_group.size()
+
+        def cut(whole, dim, sizes):
+            """This rank's heads of each piece of a fused dimension; sizes are the pieces' local widths."""
+            pieces = whole.split([size * tp_size for size in sizes], dim)
+            return torch.cat([p.chunk(tp_size, dim)[rank] for p in pieces], dim)
+
+        def drawn(init, weight, dim, sizes):
+            shape = list(weight.shape)
+            shape[dim] *= tp_size
+            whole = torch.empty(shape, dtype=torch.float32)
+            init(whole)
+            weight.copy_(cut(whole, dim, sizes))
+
+        if config.use_cpu_initialization:
+            drawn(config.init_method, self.in_proj.weight, 0, [self.key_width, self.value_width])
+            drawn(config.init_method, self.memory_proj, 1, self.sizes)
+        else:
+            with get_cuda_rng_tracker().fork():
+                config.init_method(self.memory_proj)
+        bound = config.mom_conv_kernel**-0.5
+        for conv in (self.q_conv, self.k_conv, self.v_conv):
+            drawn(lambda weight: weight.uniform_(-bound, bound), conv, 0, [conv.shape[0]])
+        for name, whole in self.rule.init_parameters(config.mom_num_heads).items():
+            getattr(self, name).copy_(whole.chunk(tp_size)[rank])
+        torch.nn.init.ones_(self.norm_weight)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        inference_context=None,
+        packed_seq_params=None,
+        **_,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states [s, b, h] ([s / tp, b, h] with sequence parallelism). Returns the same shape and a None bias.
+
+        The attention mask and rotary embeddings do not concern a recurrence; packed documents come by their borders.
+        """
+        if inference_context is not None:
+            raise NotImplementedError(
+                "Megatron's inference engines do not know the memories' state: convert the checkpoint with "
+                "tools/convert_to_hf.py and generate from that"
+            )
+        weights, ids = self.router(hidden_states)
+        projected, _ = self.in_proj(hidden_states)
+        x, weights, ids = self._all_tokens(hidden_states, weights, ids)
+        length, batch = x.shape[:2]
+
+        def sequence_major(y):  # [s, b, *] -> [b * s, *]
+            return y.transpose(0, 1).flatten(0, 1)
+
+        q, gate = sequence_major(projected).split([self.key_width, self.value_width], dim=1)
+        plan = build_routing_plan(
+            sequence_major(ids),
+            self._token_borders(packed_seq_params, batch, length, x.device),
+            num_memories=self.config.mom_num_memories,
+            shared=self.config.mom_shared_memory,
+            backend=self.config.mom_backend,
+        )
+        y, _ = mix_memories(
+            sequence_major(x),
+            q,
+            gate,
+            sequence_major(weights),
+            plan,
+            self._memory_parameters(),
+            backend=self.config.mom_backend,
+        )
+        return self.out_proj(y.unflatten(0, (batch, length)).transpose(0, 1).contiguous())
+
+    def _all_tokens(self, hidden_states, weights, ids):
+        """Every token on every tensor-parallel rank; backward sums what the ranks' heads contribute."""
+        if self.config.sequence_parallel:
+            group = {"group": self.tp_group}
+            ids = gather_from_sequence_parallel_region(ids, tensor_parallel_output_grad=False, **group)
+            return (
+                gather_from_sequence_parallel_region(hidden_states, **group),
+                gather_from_sequence_parallel_region(weights, **group),
+                ids,
+            )
+        return (
+            copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group),
+            copy_to_tensor_model_parallel_region(weights, group=self.tp_group),
+            ids,
+        )
+
+    @staticmethod
+    def _token_borders(packed_seq_params, batch, length, device):
+        """First token of every sequence or packed document, then the number of tokens: [B + 1] int32."""
+        if packed_seq_params is None:
+            return torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
+        if batch != 1:
+            raise ValueError(f"packed documents come as one row of tokens; got a batch of {batch}")
+        borders = packed_seq_params.cu_seqlens_q_padded
+        if borders is None:
+            borders = packed_seq_params.cu_seqlens_q
+        # Tokens after the last document are padding: one more sequence, empty where there are none.
+        return torch.cat([borders.to(torch.int32), torch.full((1,), length, dtype=torch.int32, device=device)])
+
+    def _memory_parameters(self) -> MemoryParameters:
+        return MemoryParameters(
+            rule=self.rule,
+            projection=self.memory_proj,
+            q_conv=self.q_conv,
+            k_conv=self.k_conv,
+            v_conv=self.v_conv,
+            rule_parameters={name: getattr(self, name) for name in self.rule.parameter_names},
+            # Every rank sees only its heads' part of this weight's gradient.
+            norm_weight=copy_to_tensor_model_parallel_region(self.norm_weight, group=self.tp_group),
+            num_heads=self.num_heads,
+            norm_eps=self.config.layernorm_epsilon,
+        )
+
+    def _apply(self, fn, recurse=True):
+        """Keeps the rule's parameters in float32 when the model is cast: decay rates do not survive bf16."""
+        exact = {name: getattr(self, name).data for name in self.rule.parameter_names}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != torch.float32:
+                parameter.data = value.to(parameter.device)
+        return self
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, tp_group=None):
+        """Parameters for a distributed checkpoint, each piece of a fused one under its own name, so that it can be
+        read at any tensor-parallel size."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        tp_group = self.tp_group if tp_group is None else tp_group
+        own: dict = {}
+        self._save_to_state_dict(own, "", keep_vars=True)
+        sharded = make_sharded_tensors_for_checkpoint(
+            own,
+            prefix,
+            {"memory_proj": 1, "q_conv": 0, "k_conv": 0, "v_conv": 0, **dict.fromkeys(self.rule.parameter_names, 0)},
+            sharded_offsets=sharded_offsets,
+            tp_group=tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        for name, module in self.named_children():
+            sharded |= sharded_state_dict_default(
+                module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group
+            )
+        splits = {
+            "in_proj.weight": (0, ["query", "gate"], [self.key_width, self.value_width]),
+            "memory_proj": (1, ["key", "value", *self.rule.gate_names], self.sizes),
+        }
+        for name, (dim, pieces, sizes) in splits.items():
+            tensor = sharded[prefix + name]
+            if not isinstance(tensor, ShardedTensorFactory):
+                sharded[prefix + name] = split_for_checkpoint(tensor, dim, pieces, sizes)
+        return sharded

@@ -1,0 +1,71 @@
+"""Pretrains a Mixture-of-Memories (or softmax attention) language model with Megatron's training loop.
+
+    python -m linear_moe.pretrain --token-mixer mom <Megatron's arguments>          (or under torchrun -m)
+
+Every argument of Megatron keeps its meaning. On a machine with no GPU it runs over gloo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+import torch
+
+from linear_moe.machine import add_machine_defaults, prepare_machine
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    from linear_moe.arguments import add_mom_arguments
+
+    add_mom_arguments(parser)
+    return add_machine_defaults(parser)
+
+
+def main() -> None:
+    """Parses the command line, builds the model and trains it."""
+    prepare_machine()
+
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
+
+    from linear_moe.arguments import CHECKPOINT_ARGUMENTS, fill_mom_arguments
+    from linear_moe.config import MomTransformerConfig
+    from linear_moe.console import install as install_console
+    from linear_moe.data import check_data_paths, forward_step, provide_datasets
+    from linear_moe.layer_specs import gpt_layer_spec
+
+    CHECKPOINT_ARGUMENTS.apply()
+    install_console()
+    args = parse_and_validate_args(extra_args_provider=_add_arguments)
+    fill_mom_arguments(args)
+    check_data_paths(args)
+    config = core_transformer_config_from_args(args, MomTransformerConfig)
+    model = gpt_config_from_args(args, config=config)
+    model.transformer_layer_spec = gpt_layer_spec
+    pretrain(
+        pretrain_cfg_container_from_args(args, model), provide_datasets, ModelType.encoder_or_decoder, forward_step
+    )
+
+
+def run() -> int:
+    """main() with what a user got wrong told in one line. Returns the exit status."""
+    logging.basicConfig(level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    try:
+        main()
+    except (ValueError, AssertionError, RuntimeError, FileNotFoundError) as error:
+        if os.environ.get("MOM_TRACEBACK"):
+            raise
+        print(f"error: {error}\n(MOM_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        return 1
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
