@@ -1,0 +1,11 @@
+"""The few changes to Megatron that have no hook. `patches()` lists them, each with its reason."""
+
+from megatron_patches import cpu, dataset_helpers
+from megatron_patches.patch import Patch, PatchError, applied
+
+__all__ = ["Patch", "PatchError", "applied", "patches"]
+
+
+def patches() -> tuple[Patch, ...]:
+    """Every patch of this package, applied or not: what is changed, why, and what would make it unnecessary."""
+    return (dataset_helpers.PATCH, *cpu.PATCHES)

@@ -1,0 +1,37 @@
+"""Lets Megatron start from its wheel, which ships the data set helpers compiled and without their Makefile.
+
+`compile_helpers` runs `make` and ends the program when that fails, which it does on every machine, GPU or not.
+"""
+
+import importlib
+
+from megatron_patches.patch import Patch, wrap
+
+_LIBRARY = "megatron.core.datasets.helpers_cpp"
+
+
+def _use_compiled_library(compile_helpers) -> None:
+    try:
+        importlib.import_module(_LIBRARY)
+    except ImportError as error:
+        raise ImportError(
+            f"{_LIBRARY} cannot be imported ({error}). The megatron-core wheel holds it compiled for its own Python "
+            "version and platform: install the wheel built for this one."
+        ) from error
+
+
+PATCH = Patch(
+    name="dataset-helpers",
+    reason="the wheel has the compiled data set helpers but not the Makefile that compile_helpers runs",
+    removed_when="compile_helpers does nothing when megatron.core.datasets.helpers_cpp is importable",
+    targets=(wrap("megatron.core.datasets.utils", "compile_helpers", _use_compiled_library),),
+)
+
+
+def apply() -> None:
+    """Makes `compile_helpers` check that the compiled library is importable instead of building it."""
+    PATCH.apply()
+
+
+def undo() -> None:
+    PATCH.undo()

@@ -1,0 +1,25 @@
+import sys
+from importlib import import_module
+
+import pytest
+
+from megatron_patches import dataset_helpers
+
+
+@pytest.fixture
+def compile_helpers(monkeypatch):
+    monkeypatch.setattr("subprocess.run", lambda *args, **kwargs: pytest.fail("make was run"))
+    dataset_helpers.apply()
+    yield import_module("megatron.core.datasets.utils").compile_helpers
+    dataset_helpers.undo()
+
+
+def test_the_compiled_library_is_enough(compile_helpers):
+    assert compile_helpers() is None
+    assert hasattr(sys.modules["megatron.core.datasets.helpers_cpp"], "build_sample_idx_int32")
+
+
+def test_no_library_is_an_error_that_says_so(compile_helpers, monkeypatch):
+    monkeypatch.setitem(sys.modules, "megatron.core.datasets.helpers_cpp", None)
+    with pytest.raises(ImportError, match="megatron.core.datasets.helpers_cpp cannot be imported"):
+        compile_helpers()
