@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
+import io
 from dataclasses import fields
 
 from linear_moe.config import TOKEN_MIXERS, MomTransformerConfig
@@ -62,12 +65,8 @@ def _restore(load_args_from_checkpoint, args, *positional, **keywords):
     return result
 
 
-def _check(check_checkpoint_args, saved, *positional, **keywords):
-    """Refuses a checkpoint whose memories have another shape than the command line says."""
-    from megatron.training import get_args
-
-    check_checkpoint_args(saved, *positional, **keywords)
-    args = get_args()
+def compare_with_checkpoint(args: argparse.Namespace, saved: argparse.Namespace) -> None:
+    """Raises ValueError, naming the first difference, where a checkpoint's memories have another shape than ours."""
     default = {f.name: f.default for f in fields(MomTransformerConfig)}
     for name in SHAPE:
         theirs, mine = getattr(saved, name, default[name]), getattr(args, name, default[name])
@@ -77,6 +76,26 @@ def _check(check_checkpoint_args, saved, *positional, **keywords):
                 f"the checkpoint was written with {option} {theirs}, the command line says {mine}: "
                 "give the same value, or --use-checkpoint-args"
             )
+
+
+def check_checkpoint_shape(args: argparse.Namespace) -> None:
+    """Compares with the checkpoint that --load names, if there is one, before anything is built."""
+    from megatron.training.checkpointing import load_args_from_checkpoint
+
+    if args.load is None:
+        return
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells every argument that it would set on the copy
+        found = load_args_from_checkpoint(copy.copy(args))
+    if isinstance(found, tuple):
+        compare_with_checkpoint(args, found[1])
+
+
+def _check(check_checkpoint_args, saved, *positional, **keywords):
+    """The same where Megatron compares its own list."""
+    from megatron.training import get_args
+
+    check_checkpoint_args(saved, *positional, **keywords)
+    compare_with_checkpoint(get_args(), saved)
 
 
 CHECKPOINT_ARGUMENTS = Patch(

@@ -9,9 +9,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 
-def split_for_checkpoint(
-    tensor: ShardedTensor, dim: int, names: list[str], sizes: list[int]
-) -> ShardedTensorFactory:
+def split_for_checkpoint(tensor: ShardedTensor, dim: int, names: list[str], sizes: list[int]) -> ShardedTensorFactory:
     """Stores a fused parameter as one checkpoint entry a piece, ``key.name``.
 
     A fused dimension that is sharded as a whole would come back in another order at another tensor-parallel size;

@@ -112,17 +112,15 @@ class MomTransformerConfig(TransformerConfig):
             if coefficient < 0:
                 raise ValueError(f"--mom-{name}-loss-coeff must not be negative, got {coefficient}")
         self._check_pattern()
+        variant = self.experimental_attention_variant
+        inference = self.transformer_impl == "inference_optimized"
         refused = [
             (self.context_parallel_size > 1, "--context-parallel-size above 1", "use tensor or data parallelism"),
             (self.multi_latent_attention, "--multi-latent-attention", "use plain or grouped-query attention layers"),
-            (
-                self.experimental_attention_variant is not None,
-                f"--experimental-attention-variant {self.experimental_attention_variant}",
-                "choose one of the two mixers",
-            ),
-            (self.heterogeneous_block_specs, "--heterogeneous-layers-config-path", "describe layers with --linear-attention-freq"),
-            (self.transformer_impl == "inference_optimized", "--transformer-impl inference_optimized", "use local or transformer_engine"),
-        ]  # fmt: skip
+            (variant is not None, f"--experimental-attention-variant {variant}", "choose one of the two mixers"),
+            (self.heterogeneous_block_specs, "--heterogeneous-layers-config-path", "use --linear-attention-freq"),
+            (inference, "--transformer-impl inference_optimized", "use local or transformer_engine"),
+        ]
         for present, what, instead in refused:
             if present:
                 raise ValueError(f"--token-mixer mom does not work with {what}: {instead}")

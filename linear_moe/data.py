@@ -34,7 +34,7 @@ def check_dataset_files(prefix: str) -> None:
     binary, index = Path(prefix + ".bin"), Path(prefix + ".idx")
     for path in (binary, index):
         if not path.is_file():
-            raise ValueError(f"data path {prefix!r}: there is no {path}; give the common prefix of a .bin and .idx pair")
+            raise ValueError(f"data path {prefix!r}: there is no {path}; give the prefix of a .bin and .idx pair")
     try:
         reader = _IndexReader(str(index), multimodal=False)
     except (AssertionError, ValueError, OSError, KeyError) as error:

@@ -39,11 +39,8 @@ def add_machine_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     # step again, and exits with a checkpoint to be restarted elsewhere.
     parser.set_defaults(rerun_mode="disabled")
     if not torch.cuda.is_available():
-        from megatron_patches import cpu
-
-        return cpu.set_defaults(parser)
-    has_te = _found("transformer_engine")
-    if not has_te:
+        return parser  # megatron_patches.cpu has set the rest
+    if not _found("transformer_engine"):
         parser.set_defaults(transformer_impl="local", no_persist_layer_norm=True, masked_softmax_fusion=False)
     if not _found("fused_weight_gradient_mlp_cuda"):  # Apex's extension
         parser.set_defaults(gradient_accumulation_fusion=False)

@@ -11,6 +11,7 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 
 import torch
 
@@ -33,7 +34,7 @@ def main() -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 
-    from linear_moe.arguments import CHECKPOINT_ARGUMENTS, fill_mom_arguments
+    from linear_moe.arguments import CHECKPOINT_ARGUMENTS, check_checkpoint_shape, fill_mom_arguments
     from linear_moe.config import MomTransformerConfig
     from linear_moe.console import install as install_console
     from linear_moe.data import check_data_paths, forward_step, provide_datasets
@@ -43,6 +44,7 @@ def main() -> None:
     install_console()
     args = parse_and_validate_args(extra_args_provider=_add_arguments)
     fill_mom_arguments(args)
+    check_checkpoint_shape(args)
     check_data_paths(args)
     config = core_transformer_config_from_args(args, MomTransformerConfig)
     model = gpt_config_from_args(args, config=config)
@@ -52,15 +54,31 @@ def main() -> None:
     )
 
 
+def _explain(error: BaseException) -> str:
+    """The error's message; where it has none (a bare assert), the line that raised it."""
+    if str(error):
+        return str(error)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {last.filename}:{last.lineno}: {last.line}"
+
+
+def _set_up_logging() -> None:
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)  # a line at every evaluation
+    if os.environ.get("RANK", "0") == "0":
+        for package in ("linear_moe", "megatron_patches"):
+            logging.getLogger(package).setLevel(logging.INFO)
+
+
 def run() -> int:
     """main() with what a user got wrong told in one line. Returns the exit status."""
-    logging.basicConfig(level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    _set_up_logging()
     try:
         main()
-    except (ValueError, AssertionError, RuntimeError, FileNotFoundError) as error:
+    except Exception as error:
         if os.environ.get("MOM_TRACEBACK"):
             raise
-        print(f"error: {error}\n(MOM_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        print(f"error: {_explain(error)}\n(MOM_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
         return 1
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

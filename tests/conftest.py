@@ -7,6 +7,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    import interpreter
+
+    interpreter.repair()
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 

@@ -1,0 +1,27 @@
+# PYTHON: an interpreter with the packages already there; without it .venv is made (see tools/environment.sh).
+PYTHON ?= $(shell DEV=1 bash tools/environment.sh)
+
+.PHONY: setup train test test-gpu bench lint format
+
+setup:
+	@DEV=1 bash tools/environment.sh
+
+train:
+	bash examples/pretrain_mom_a100.sh
+
+test:
+	$(PYTHON) -m pytest
+
+test-gpu:
+	$(PYTHON) -m pytest -m "gpu or not gpu" tests/mom_layers
+
+bench:
+	$(PYTHON) tools/bench_layers.py
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+format:
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .

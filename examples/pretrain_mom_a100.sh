@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Pretrains a Mixture-of-Memories language model. With nothing set:
+#   CUDA devices   the MoM paper's 380M recipe on all of them
+#   none, or DEMO=1   a model of a few million parameters, a few minutes on two CPU cores
+# Both make their environment, prepare data, train, and draw the loss and the memories' load. Run it again to resume.
+# Any setting below can be given in the environment; arguments after the script go to Megatron as they are.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=$(bash "$here/tools/environment.sh")
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+
+: "${GPUS:=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}"
+if [ "${DEMO:-0}" != 0 ] || [ "$GPUS" = 0 ]; then
+    : "${OUT:=$here/runs/demo}" "${LAYERS:=4}" "${HIDDEN:=256}" "${FFN:=512}" "${HEADS:=4}" "${HEAD_DIM:=32}"
+    : "${SEQ_LENGTH:=256}" "${MICRO_BATCH:=8}" "${GLOBAL_BATCH:=8}" "${LR:=2e-3}" "${TRAIN_ITERS:=400}"
+    : "${VOCAB:=4096}" "${PRECISION:=fp32}" "${LOG_INTERVAL:=10}" "${EVAL_INTERVAL:=100}" "${SAVE_INTERVAL:=100}"
+else
+    : "${OUT:=$here/runs/mom-380m}" "${LAYERS:=24}" "${HIDDEN:=1024}" "${FFN:=2048}" "${HEADS:=4}" "${HEAD_DIM:=256}"
+    : "${SEQ_LENGTH:=2048}" "${MICRO_BATCH:=4}" "${GLOBAL_BATCH:=256}" "${LR:=3e-4}" # 256 x 2048: 0.5M tokens a step
+    : "${TRAIN_ITERS:=$((15000000000 / (GLOBAL_BATCH * SEQ_LENGTH)))}"             # 15B tokens
+    : "${VOCAB:=32000}" "${PRECISION:=bf16}" "${LOG_INTERVAL:=10}" "${EVAL_INTERVAL:=500}" "${SAVE_INTERVAL:=1000}"
+fi
+: "${TOKEN_MIXER:=mom}" "${MEMORIES:=4}" "${TOPK:=2}" "${ATTENTION_HEADS:=$((HIDDEN / 64))}" "${WARMUP_FRACTION:=0.01}"
+: "${TP:=1}" "${PP:=1}" "${EP:=1}" "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29531}"
+: "${DATA_PATH:=}" "${TOKENIZER:=}" "${WANDB_PROJECT:=}"
+
+echo "settings:"
+for name in PYTHON OUT GPUS NNODES NODE_RANK MASTER_ADDR MASTER_PORT TP PP EP TOKEN_MIXER LAYERS HIDDEN FFN HEADS HEAD_DIM \
+    MEMORIES TOPK ATTENTION_HEADS SEQ_LENGTH MICRO_BATCH GLOBAL_BATCH TRAIN_ITERS LR WARMUP_FRACTION PRECISION \
+    LOG_INTERVAL EVAL_INTERVAL SAVE_INTERVAL DATA_PATH TOKENIZER VOCAB WANDB_PROJECT; do
+    echo "  $name=${!name}"
+done
+mkdir -p "$OUT"
+
+reference=()
+if [ -z "$DATA_PATH" ]; then # a corpus that every machine has: the Python installation's sources and documentation
+    data="$here/runs/python-corpus-$VOCAB"
+    if [ ! -f "$data/corpus.json" ]; then
+        mkdir -p "$data"
+        "$PYTHON" "$here/tools/demo_corpus.py" --output "$data/corpus.jsonl" --overwrite
+        "$PYTHON" "$here/tools/preprocess_data.py" --input "$data/corpus.jsonl" --output "$data/corpus" \
+            --train-tokenizer "$VOCAB" --validation-fraction 0.05 --overwrite
+    fi
+    TOKENIZER=${TOKENIZER:-$data/corpus-tokenizer}
+    data_arguments=(--train-data-path "$data/corpus-train" --valid-data-path "$data/corpus-valid")
+    entropy=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["unigram_entropy_nats"])' "$data/corpus.json")
+    reference=(--reference-loss "$entropy" "unigram entropy")
+else
+    if [ -z "$TOKENIZER" ]; then
+        echo "error: DATA_PATH=$DATA_PATH needs TOKENIZER, the folder of the tokenizer that it was made with" >&2
+        exit 2
+    fi
+    # shellcheck disable=SC2206  # DATA_PATH may be a blend: weight prefix weight prefix ...
+    data_arguments=(--data-path $DATA_PATH --split 99,1,0)
+fi
+
+model=(
+    --token-mixer "$TOKEN_MIXER" --mom-num-memories "$MEMORIES" --mom-topk "$TOPK" --mom-shared-memory
+    --mom-num-heads "$HEADS" --mom-head-dim "$HEAD_DIM" --mom-aux-loss-coeff 1e-3
+    --num-layers "$LAYERS" --hidden-size "$HIDDEN" --ffn-hidden-size "$FFN" --swiglu
+    --num-attention-heads "$ATTENTION_HEADS" --position-embedding-type rope
+    --normalization RMSNorm --norm-epsilon 1e-6 --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
+    --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH"
+)
+training=(
+    --micro-batch-size "$MICRO_BATCH" --global-batch-size "$GLOBAL_BATCH" --train-iters "$TRAIN_ITERS"
+    --optimizer adam --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.01 --clip-grad 1.0
+    --lr "$LR" --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-fraction "$WARMUP_FRACTION" --use-distributed-optimizer
+)
+case "$PRECISION" in
+    bf16) training+=(--bf16) ;;
+    fp32) ;;
+    *) echo "error: PRECISION=$PRECISION: use bf16 or fp32" >&2; exit 2 ;;
+esac
+parallel=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --expert-model-parallel-size "$EP")
+if [ "$TP" != 1 ]; then parallel+=(--sequence-parallel); fi
+watching=(
+    --log-interval "$LOG_INTERVAL" --tensorboard-dir "$OUT/tensorboard" --tensorboard-log-interval "$LOG_INTERVAL"
+    --eval-interval "$EVAL_INTERVAL" --eval-iters 8 --save "$OUT/checkpoints" --load "$OUT/checkpoints"
+    --save-interval "$SAVE_INTERVAL" --exit-signal-handler --dist-ckpt-optim-fully-reshardable
+)
+if [ -n "$WANDB_PROJECT" ]; then
+    watching+=(--wandb-project "$WANDB_PROJECT" --wandb-exp-name "$(basename "$OUT")" --wandb-save-dir "$OUT")
+fi
+
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+if [ "$GPUS" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}; fi
+"$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" \
+    --nproc-per-node "$((GPUS > 0 ? GPUS : 1))" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
+    -m linear_moe.pretrain "${model[@]}" "${training[@]}" "${parallel[@]}" "${watching[@]}" \
+    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER" --data-cache-path "$OUT/data-cache" \
+    --no-create-attention-mask-in-dataloader "${data_arguments[@]}" "$@"
+
+if [ "$NODE_RANK" = 0 ]; then
+    "$PYTHON" "$here/tools/plot_run.py" --tensorboard-dir "$OUT/tensorboard" --output "$OUT" ${reference[@]+"${reference[@]}"}
+    echo "checkpoint  $OUT/checkpoints"
+    echo "pictures    $OUT/loss.png $OUT/memory_load.png"
+    echo "next:       $PYTHON $here/tools/convert_to_hf.py --load $OUT/checkpoints --save $OUT/hf"
+fi

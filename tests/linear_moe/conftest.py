@@ -1,0 +1,33 @@
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="module")
+def megatron():
+    """Megatron's process groups for a world of one, on whatever device there is; everything is undone afterwards."""
+    from megatron_patches import cpu
+
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        cpu.apply()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]))
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    if not on_gpu:
+        cpu.undo()

@@ -1,0 +1,174 @@
+"""Megatron's token mixer and router, in one process."""
+
+import pytest
+import torch
+
+from linear_moe.config import MomTransformerConfig
+from mom_layers import MixtureOfMemories
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_config(**settings) -> MomTransformerConfig:
+    return MomTransformerConfig(
+        **(
+            {
+                "num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "token_mixer": "mom", "mom_num_heads": 2,
+                "mom_head_dim": 16, "use_cpu_initialization": True, "normalization": "RMSNorm", "init_method_std": 0.2,
+                "gradient_accumulation_fusion": False, "transformer_impl": "local", "layernorm_epsilon": 1e-6,
+            }
+            | settings
+        )
+    )  # fmt: skip
+
+
+def make_mixer(**settings):
+    from megatron.core.transformer.spec_utils import build_module
+
+    from linear_moe.layer_specs import mom_block_spec
+
+    config = make_config(**settings)
+    spec = mom_block_spec(config, pp_rank=0).layer_specs[0].submodules.self_attention
+    return build_module(spec, config=config, layer_number=1).to(DEVICE)
+
+
+def plain_layer(mixer) -> MixtureOfMemories:
+    """The same layer without Megatron."""
+    c = mixer.config
+    plain = MixtureOfMemories(
+        c.hidden_size, c.mom_num_heads, c.mom_head_dim, c.mom_expand_v, c.mom_num_memories, c.mom_topk,
+        c.mom_shared_memory, c.mom_conv_kernel, c.mom_rule, c.mom_single_kv_proj, c.layernorm_epsilon,
+    )  # fmt: skip
+    q, gate = mixer.in_proj.weight.split([mixer.key_width, mixer.value_width])
+    state = {"q_proj.weight": q, "gate_proj.weight": gate, "out_proj.weight": mixer.out_proj.weight}
+    state |= {"router.weight": mixer.router.weight, "memory_proj": mixer.memory_proj, "norm_weight": mixer.norm_weight}
+    state |= {name: getattr(mixer, name) for name in ("q_conv", "k_conv", "v_conv")}
+    state |= {f"rule_parameters.{name}": getattr(mixer, name) for name in mixer.rule.parameter_names}
+    plain.load_state_dict({name: value.detach() for name, value in state.items()})
+    return plain.to(DEVICE)
+
+
+def hidden_states(length=20, batch=3):
+    return torch.randn(length, batch, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+
+
+@pytest.mark.parametrize("settings", [{}, {"mom_shared_memory": False}, {"mom_single_kv_proj": True}, {"mom_topk": 1}])
+def test_equals_the_plain_layer(megatron, settings):
+    mixer = make_mixer(**settings, mom_aux_loss_coeff=0.0)
+    plain = plain_layer(mixer)
+    x = hidden_states()
+    got, bias = mixer(x)
+    expected, _ = plain(x.transpose(0, 1))
+    assert bias is None
+    torch.testing.assert_close(got.transpose(0, 1), expected, rtol=1e-5, atol=1e-6)
+    grad = torch.randn_like(got)
+    (got_grad,) = torch.autograd.grad(got, x, grad)
+    (expected_grad,) = torch.autograd.grad(expected, x, grad.transpose(0, 1))
+    torch.testing.assert_close(got_grad, expected_grad, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_documents_do_not_see_each_other(megatron):
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    mixer = make_mixer().eval()
+    x = hidden_states(length=30, batch=1)
+    borders = torch.tensor([0, 4, 4, 25], dtype=torch.int32, device=DEVICE)  # five tokens of padding follow
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=borders, cu_seqlens_kv=borders)
+    got, _ = mixer(x, packed_seq_params=packed)
+    for first, last in [(0, 4), (4, 25), (25, 30)]:
+        torch.testing.assert_close(got[first:last], mixer(x[first:last])[0], rtol=1e-5, atol=1e-6)
+    (grad,) = torch.autograd.grad(got[4:25].square().sum(), x)
+    assert grad[4:25].abs().sum() > 0 and grad[:4].abs().max() == 0 and grad[25:].abs().max() == 0
+    with pytest.raises(ValueError, match="packed documents come as one row of tokens; got a batch of 3"):
+        mixer(hidden_states(), packed_seq_params=packed)
+
+
+def test_refuses_megatron_inference(megatron):
+    with pytest.raises(NotImplementedError, match="convert the checkpoint"):
+        make_mixer()(hidden_states(), inference_context=object())
+
+
+def test_decay_parameters_stay_exact_in_a_bf16_model(megatron):
+    mixer = make_mixer()
+    exact = mixer.A_log.detach().clone(), mixer.dt_bias.detach().clone()
+    mixer.bfloat16()
+    assert mixer.memory_proj.dtype == torch.bfloat16
+    assert torch.equal(mixer.A_log, exact[0]) and torch.equal(mixer.dt_bias, exact[1])
+
+
+def test_checkpoint_names_every_fused_piece(megatron):
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    mixer = make_mixer()
+    keys = {}
+    for name, entry in mixer.sharded_state_dict("mixer.").items():
+        if isinstance(entry, ShardedTensorFactory):
+            pieces = entry.build()
+            keys |= {piece.key: piece.local_shape for piece in pieces}
+            assert torch.equal(entry.merge_fn([piece.data for piece in pieces]), entry.data), name
+        elif hasattr(entry, "local_shape"):
+            keys[entry.key] = entry.local_shape
+    assert keys["mixer.memory_proj.key"] == keys["mixer.memory_proj.value"] == (5, 32, 32)
+    assert keys["mixer.memory_proj.beta"] == keys["mixer.memory_proj.a"] == (5, 2, 32)
+    assert keys["mixer.in_proj.weight.query"] == keys["mixer.in_proj.weight.gate"] == (32, 32)
+    assert {"mixer.router.weight", "mixer.A_log", "mixer.dt_bias", "mixer.norm_weight", "mixer.q_conv"} <= keys.keys()
+
+
+@pytest.mark.parametrize("aux,z", [(0.1, None), (0.0, 0.01), (0.1, 0.01)])
+def test_router_losses_reach_the_router_with_their_scale(megatron, aux, z):
+    """The gradient is that of coefficient * loss, written out, times the scale that the schedule hands over."""
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from linear_moe.metrics import memory_metrics
+
+    router = make_mixer(mom_aux_loss_coeff=aux, mom_z_loss_coeff=z).router
+    x = hidden_states().detach()
+    scale = 0.25  # what the schedule gives with four micro-batches
+    router.config.experimental_attention_variant_loss_scale_func(torch.tensor(scale))
+    try:
+        weights, ids = router(x)
+        (got,) = torch.autograd.grad(weights, router.weight, torch.zeros_like(weights))
+    finally:
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+
+    weight = router.weight.detach().clone().requires_grad_()
+    logits = (x @ weight.t()).flatten(0, 1)
+    probabilities = logits.softmax(-1)
+    chosen = torch.zeros_like(logits).scatter(1, ids.flatten(0, 1), 1.0)
+    balance = 4 * (chosen.mean(0) / 2 * probabilities.mean(0)).sum()
+    loss = aux * balance + (z or 0.0) * logits.logsumexp(-1).square().mean()
+    (expected,) = torch.autograd.grad(scale * loss, weight)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
+
+    assert not get_moe_metrics_tracker().metrics  # nothing among the losses of a real MoE
+    recorded = memory_metrics().losses.metrics
+    if aux:
+        torch.testing.assert_close(recorded["load_balancing_loss"].values[0], balance.detach(), rtol=1e-4, atol=1e-6)
+    memory_metrics().losses.clear()
+
+
+def test_router_survives_the_expert_bias_of_a_real_moe(megatron):
+    """Megatron updates the bias of every module that has one; the memories' router must be left alone."""
+    from megatron.core.distributed.finalize_model_grads import (
+        _update_router_expert_bias,
+        reset_model_temporary_tensors,
+    )
+
+    router = make_mixer().router
+    config = make_config()
+    config.moe_router_enable_expert_bias = True
+    reset_model_temporary_tensors(config, [router])
+    _update_router_expert_bias([router], config)
+    assert router.expert_bias is None
+
+
+def test_hybrid_spec_keeps_softmax_layers(megatron):
+    from megatron.core.transformer.attention import SelfAttention
+
+    from linear_moe.layer_specs import mom_block_spec
+    from linear_moe.mixer import MomTokenMixer
+
+    spec = mom_block_spec(make_config(num_layers=4, linear_attention_freq=[1, 0, 1, 0]), pp_rank=0)
+    mixers = [layer.submodules.self_attention.module for layer in spec.layer_specs]
+    assert mixers == [MomTokenMixer, SelfAttention, MomTokenMixer, SelfAttention]

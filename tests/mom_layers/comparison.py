@@ -1,0 +1,42 @@
+"""What the layer tests share: devices, relative errors, and a layer whose routing the test decides."""
+
+import torch
+
+from mom_layers import MixtureOfMemories
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """|got - expected| / |expected|; |got| where nothing is expected. NaN counts as infinitely wrong."""
+    got, expected = got.detach().double().cpu(), expected.detach().double().cpu()
+    norm = expected.norm()
+    error = (got - expected).norm() / (norm if norm > 0 else 1.0)
+    return error.item() if error.isfinite() else float("inf")
+
+
+def layer(dtype=torch.float64, favour: dict[int, float] | None = None, **sizes) -> MixtureOfMemories:
+    """A small layer with weights large enough that every part of it matters.
+
+    favour: memory -> number added to its router logit, through the first feature of x, which `inputs` sets to 1.
+    """
+    torch.manual_seed(0)
+    module = MixtureOfMemories(**({"hidden_size": 32, "num_heads": 2, "head_dim": 16} | sizes))
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith("_proj.weight") or name in ("router.weight", "memory_proj"):
+                parameter.mul_(8)
+            if name == "norm_weight":
+                parameter.normal_(1.0, 0.2)
+        for memory, logit in (favour or {}).items():
+            module.router.weight[memory, 0] = logit
+    return module.to(DEVICE, dtype)
+
+
+def inputs(batch, length, hidden=32, dtype=torch.float64, seed=1) -> torch.Tensor:
+    """x [batch, length, hidden], with ones for the first feature."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, length, hidden, generator=generator, dtype=torch.float64)
+    x[..., 0] = 1.0
+    return x.to(DEVICE, dtype).requires_grad_()

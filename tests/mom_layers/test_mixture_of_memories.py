@@ -1,0 +1,260 @@
+"""The layer against the plain reference, and what must never reach what."""
+
+import pytest
+import torch
+from comparison import DEVICE, TOLERANCE, inputs, layer, relative_error
+
+from mom_layers import MixtureOfMemories
+from mom_layers.ops.reference import mixture_of_memories_reference
+
+LENGTHS = [1, 2, 3, 63, 64, 65, 127, 500]
+# The kernels' own tests have the long and ragged cases: in the interpreter a whole layer takes seconds.
+BACKENDS = [("torch", torch.float64), ("triton", torch.float32)]
+
+
+def assert_agrees(module, x, dtype, backend, cu_seqlens=None):
+    """Outputs and every gradient of `module` on x equal the reference's in float64."""
+    module.backend = backend
+    exact = {name: p.detach().double().cpu().requires_grad_() for name, p in module.named_parameters()}
+    exact_x = x.detach().double().cpu().requires_grad_()
+    settings = {"num_heads": module.num_heads, "topk": module.topk, "shared": module.shared_memory}
+    if cu_seqlens is None:
+        sequences = list(exact_x)
+    else:
+        sequences = exact_x[0].split((cu_seqlens[1:] - cu_seqlens[:-1]).tolist())
+    expected = torch.cat([mixture_of_memories_reference(s, exact, **settings) for s in sequences])
+    expected = expected.view(exact_x.shape)
+    got, _ = module(x, cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(DEVICE))
+    grad = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    leaves = [exact_x, *exact.values()]
+    expected_grads = torch.autograd.grad(expected, leaves, grad, allow_unused=True)
+    got_grads = torch.autograd.grad(got, [x, *module.parameters()], grad.to(got), allow_unused=True)
+
+    tolerance = TOLERANCE[dtype]
+    assert relative_error(got, expected) <= tolerance
+    for name, mine, theirs in zip(["x", *exact], got_grads, expected_grads, strict=True):
+        scale = exact_x.norm() if name == "x" else exact[name].norm()
+        if theirs is None or theirs.norm() <= 1e-9 * scale:  # a router of one memory, or of top-1, learns nothing
+            assert mine is None or mine.double().norm() <= 1e-4 * scale, name
+        else:
+            assert relative_error(mine, theirs) <= tolerance, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_agrees_at_every_length(length, dtype):
+    batch = 1 if length == 500 else 2
+    assert_agrees(layer(dtype), inputs(batch, length, dtype=dtype), dtype, "torch")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("memories,topk", [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2)])
+def test_agrees_for_every_number_of_memories(memories, topk, shared):
+    module = layer(num_memories=memories, topk=topk, shared_memory=shared)
+    assert_agrees(module, inputs(2, 21), torch.float64, "torch")
+
+
+@pytest.mark.parametrize("backend,dtype", BACKENDS)
+@pytest.mark.parametrize("sizes", [{}, {"expand_v": 2.0}, {"single_kv_proj": True}, {"conv_kernel": 2}])
+def test_agrees_for_other_shapes(sizes, backend, dtype):
+    assert_agrees(layer(dtype, **sizes), inputs(2, 35 if backend == "torch" else 9, dtype=dtype), dtype, backend)
+
+
+@pytest.mark.parametrize("backend,dtype", BACKENDS)
+@pytest.mark.parametrize("favour", [{1: -1e3}, {1: 1e3}, {0: 1e3, 3: 1e3}], ids=["nobody", "everybody", "only-two"])
+def test_agrees_when_a_memory_is_never_or_always_chosen(favour, backend, dtype):
+    x = inputs(2, 66 if backend == "torch" else 7, dtype=dtype)
+    assert_agrees(layer(dtype, favour=favour), x, dtype, backend)
+
+
+@pytest.mark.parametrize("length", [1, 3, 65])
+def test_triton_agrees(length):
+    assert_agrees(layer(torch.float32), inputs(1, length, dtype=torch.float32), torch.float32, "triton")
+
+
+@pytest.mark.parametrize("backend,dtype", BACKENDS)
+def test_packed_documents_agree(backend, dtype):
+    cu_seqlens = torch.tensor([0, 5, 5, 6, 70, 90] if backend == "torch" else [0, 5, 5, 6, 14], dtype=torch.int32)
+    assert_agrees(layer(dtype), inputs(1, int(cu_seqlens[-1]), dtype=dtype), dtype, backend, cu_seqlens)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_training_equals_evaluation(backend):
+    module, x = layer(torch.float32, backend=backend), inputs(2, 70 if backend == "torch" else 9, dtype=torch.float32)
+    trained, _ = module.train()(x)
+    evaluated, _ = module.eval()(x)
+    assert torch.equal(trained, evaluated)
+    with torch.no_grad():
+        assert torch.equal(module(x)[0], evaluated)
+
+
+@pytest.mark.parametrize("backend,dtype", BACKENDS)
+def test_nothing_crosses_sequences_or_documents(backend, dtype):
+    module = layer(dtype, backend=backend)
+    x = inputs(3, 20 if backend == "torch" else 5, dtype=dtype)
+    (grad,) = torch.autograd.grad(module(x)[0][1].square().sum(), x)
+    assert grad[1].abs().sum() > 0 and grad[0].abs().max() == 0 and grad[2].abs().max() == 0
+
+    first, last, length = (3, 40, 60) if backend == "torch" else (3, 8, 12)
+    x = inputs(1, length, dtype=dtype)
+    cu_seqlens = torch.tensor([0, first, last, length], dtype=torch.int32, device=DEVICE)
+    (grad,) = torch.autograd.grad(module(x, cu_seqlens=cu_seqlens)[0][0, first:last].square().sum(), x)
+    assert grad[0, first:last].abs().sum() > 0
+    assert grad[0, :first].abs().max() == 0 and grad[0, last:].abs().max() == 0
+
+
+@pytest.mark.parametrize("backend,dtype", BACKENDS)
+def test_nothing_comes_from_the_future(backend, dtype):
+    module, x = layer(dtype, backend=backend), inputs(1, 70 if backend == "torch" else 10, dtype=dtype)
+    y, _ = module(x)
+    for token in (0, 1, 30, 63, 64) if backend == "torch" else (0, 5):
+        (grad,) = torch.autograd.grad(y[0, token].square().sum(), x, retain_graph=True)
+        assert grad[0, token].abs().sum() > 0
+        assert grad[0, token + 1 :].abs().max() == 0
+
+
+@pytest.mark.parametrize("backend,dtype", BACKENDS)
+def test_a_memory_hears_only_its_tokens(backend, dtype):
+    """Without the shared memory, a token's output depends on no token that chose other memories only."""
+    module = layer(dtype, num_memories=4, topk=1, shared_memory=False, backend=backend)
+    x = inputs(1, 40 if backend == "torch" else 12, dtype=dtype)
+    chosen = module.router(x).topk(1, dim=-1).indices[0, :, 0]
+    memory = int(chosen[-1])
+    (grad,) = torch.autograd.grad(module(x)[0][0, -1].square().sum(), x)
+    assert grad[0, chosen == memory].abs().sum() > 0
+    assert grad[0, chosen != memory].abs().max() == 0
+
+
+@pytest.mark.parametrize("backend,dtype", BACKENDS)
+@pytest.mark.parametrize("single_kv_proj", [False, True])
+def test_pieces_equal_the_whole(backend, dtype, single_kv_proj):
+    """Prefill in pieces and decoding token by token give what one forward gives, state included."""
+    lengths = [1, 1, 2, 64, 1, 1, 5] if backend == "torch" else [1, 2, 5, 1]
+    module = layer(dtype, backend=backend, single_kv_proj=single_kv_proj)
+    x = inputs(3, sum(lengths), dtype=dtype)
+    with torch.no_grad():
+        whole, whole_state = module(x, output_state=True)
+        pieces, state, first = [], None, 0
+        for length in lengths:
+            y, state = module(x[:, first : first + length], state=state, output_state=True)
+            pieces.append(y)
+            first += length
+    assert relative_error(torch.cat(pieces, 1), whole) <= TOLERANCE[dtype]
+    for name in ("recurrent", "q_tail", "k_tail", "v_tail"):
+        assert relative_error(getattr(state, name), getattr(whole_state, name)) <= TOLERANCE[dtype], name
+    chosen = state.select(torch.tensor([2, 2, 0], device=DEVICE))
+    assert torch.equal(chosen.recurrent[1], state.recurrent[2]) and chosen.nbytes == state.nbytes
+
+
+@pytest.mark.parametrize("backend,dtype", BACKENDS)
+def test_gradients_flow_through_the_state(backend, dtype):
+    module, x = layer(dtype, backend=backend), inputs(2, 20 if backend == "torch" else 6, dtype=dtype)
+    whole, _ = module(x)
+    _, state = module(x[:, :4], output_state=True)
+    rest, _ = module(x[:, 4:], state=state)
+    grad = torch.randn_like(rest)
+    (expected,) = torch.autograd.grad(whole[:, 4:], x, grad)
+    (got,) = torch.autograd.grad(rest, x, grad)
+    assert relative_error(got, expected) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("backend,dtype", BACKENDS)
+def test_padding_reaches_no_memory(backend, dtype):
+    length = 30 if backend == "torch" else 9
+    module, x = layer(dtype, backend=backend), inputs(3, length, dtype=dtype)
+    mask = torch.ones(3, length, dtype=torch.bool, device=DEVICE)
+    mask[0, :4] = False
+    mask[2, :-1] = False
+    with torch.no_grad():
+        padded, padded_state = module(x, token_mask=mask, output_state=True)
+        for row, first in [(0, 4), (1, 0), (2, length - 1)]:
+            alone, state = module(x[row : row + 1, first:], output_state=True)
+            assert relative_error(padded[row, first:], alone[0]) <= TOLERANCE[dtype]
+            assert relative_error(padded_state.recurrent[row], state.recurrent[0]) <= TOLERANCE[dtype]
+            assert relative_error(padded_state.k_tail[row], state.k_tail[0]) <= TOLERANCE[dtype]
+    assert padded[~mask].abs().max() == 0
+
+
+def test_bf16_stays_close_to_the_reference():
+    module = layer(torch.bfloat16)
+    x = inputs(2, 65, dtype=torch.bfloat16)
+    exact = {name: p.detach().double().cpu() for name, p in module.named_parameters()}
+    # The reference routes by exact logits: keep tokens whose choice rounding cannot change.
+    favour = torch.zeros(4, 32, dtype=torch.float64)
+    favour[:2, 0] = 4.0
+    exact["router.weight"] = favour + 0.1 * exact["router.weight"].sign()
+    with torch.no_grad():
+        module.router.weight.copy_(exact["router.weight"])
+    exact["router.weight"] = module.router.weight.detach().double().cpu()
+    settings = {"num_heads": 2, "topk": 2, "shared": True}
+    expected = torch.stack([mixture_of_memories_reference(s, exact, **settings) for s in x.detach().double().cpu()])
+    assert relative_error(module(x)[0], expected) <= 2e-2  # the projections around the mixer round to bf16 too
+
+
+@pytest.mark.parametrize(
+    "sizes,message",
+    [
+        ({"rule": "hebb"}, "unknown memory rule 'hebb'"),
+        ({"num_memories": 2, "topk": 3}, "topk must be between 1 and the number of memories .2., got 3"),
+        ({"head_dim": 10, "expand_v": 0.33}, "head_dim . expand_v a whole number, got 10 . 0.33"),
+        ({"conv_kernel": 1}, "conv_kernel must be between 2 and 8, got 1"),
+        ({"head_dim": 48, "backend": "triton"}, "head_dim = 48 is not supported by the gated_deltanet kernels"),
+    ],
+)
+def test_refuses_bad_sizes(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        MixtureOfMemories(hidden_size=32, **sizes)
+
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda m, x: m(x[..., :31]), "x must be .B, T, 32., got .2, 8, 31."),
+        (lambda m, x: m(x, cu_seqlens=torch.tensor([0, 8], dtype=torch.int32)), "got a batch of 2"),
+        (lambda m, x: m(x, state=m(x[:1], output_state=True)[1]), "the state holds 1 sequences, the input 2"),
+        (lambda m, x: m(x, token_mask=torch.ones(2, 7, dtype=torch.bool)), "token_mask must be .2, 8., got .2, 7."),
+    ],
+)
+def test_refuses_bad_inputs(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(layer(), inputs(2, 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("single_kv_proj", [False, True])
+def test_training_step_never_waits_for_the_gpu(single_kv_proj):
+    module = MixtureOfMemories(1024, single_kv_proj=single_kv_proj).to("cuda", torch.bfloat16)
+    x = torch.randn(2, 512, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    module(x)[0].sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        module(x)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim,expand_v,heads", [(256, 1.0, 4), (128, 1.0, 8), (128, 2.0, 4), (64, 1.0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_agrees_with_torch_at_real_sizes(head_dim, expand_v, heads, dtype):
+    """Outputs and gradients of the kernels against the chunked PyTorch path in float64."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "num_heads": heads, "head_dim": head_dim, "expand_v": expand_v}
+    module = MixtureOfMemories(**sizes, backend="triton").to("cuda", dtype)
+    exact = MixtureOfMemories(**sizes, backend="torch").to("cuda", torch.float64)
+    exact.load_state_dict(module.state_dict())
+    x = torch.randn(3, 700, 512, device="cuda").to(dtype)
+    with torch.no_grad():  # both must route alike, so the choice must not hang on rounding
+        module.router.weight.zero_()[:, :4] = 64 * torch.eye(4)
+        exact.router.weight.copy_(module.router.weight)
+    grad = torch.randn_like(x)
+    a, b = x.clone().requires_grad_(), x.double().requires_grad_()
+    got, expected = module(a)[0], exact(b)[0]
+    got_grads = torch.autograd.grad(got, [a, *module.parameters()], grad)
+    expected_grads = torch.autograd.grad(expected, [b, *exact.parameters()], grad.double())
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    assert relative_error(got, expected) <= tolerance
+    names = ["x", *dict(module.named_parameters())]
+    errors = {n: relative_error(m, e) for n, m, e in zip(names, got_grads, expected_grads, strict=True)}
+    assert max(errors.values()) <= tolerance, errors
