@@ -29,7 +29,7 @@ def init_parameters(num_heads: int) -> dict[str, torch.Tensor]:
 
 
 def gates(raw, parameters):
-    """raw beta, a [R, H]; A_log, dt_bias [H]. Returns g (log decay) and beta [R, H] in float32 (float64 for float64)."""
+    """raw beta, a [R, H]; A_log, dt_bias [H]. Returns g (log decay), beta [R, H] in float32 or float64."""
     dtype = compute_dtype(raw["a"].dtype)
     g = -parameters["A_log"].to(dtype).exp() * F.softplus(raw["a"].to(dtype) + parameters["dt_bias"].to(dtype))
     return {"g": g, "beta": torch.sigmoid(raw["beta"].to(dtype))}
