@@ -1,0 +1,134 @@
+"""The Triton combination against plain loops in float64: the output and every gradient."""
+
+import pytest
+import torch
+from comparison import DEVICE, TOLERANCE, relative_error
+
+from mom_layers.ops.combine_triton import combine_triton
+from mom_layers.ops.reference import combine_reference
+from mom_layers.ops.routing_plan import build_routing_plan
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fresh memory holds NaN, so that an element left unwritten is seen."""
+    for name in ("empty", "empty_like"):
+        fresh = getattr(torch, name)
+
+        def poisoned(*args, fresh=fresh, **kwargs):
+            out = fresh(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+def make_plan(lengths, topk=2, shared=True, masked=False):
+    """Five memories; memory 0 is picked by nobody."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(lengths)
+    return build_routing_plan(
+        (torch.rand(tokens, 4, generator=generator).topk(topk).indices + 1).to(DEVICE),
+        torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(),
+        num_memories=5,
+        shared=shared,
+        token_mask=(torch.rand(tokens, generator=generator) < 0.7).to(DEVICE) if masked else None,
+        backend="torch",
+    )
+
+
+def draw(*shape, dtype=torch.float32, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def inputs(plan, heads, size, topk, dtype=torch.float32, norm_dtype=torch.float32, gate_columns=0):
+    tokens = plan.row_of_slot.shape[0]
+    gate = draw(tokens, gate_columns + heads * size, dtype=dtype, seed=3)[:, gate_columns:].unflatten(1, (heads, size))
+    return dict(
+        o=draw(plan.num_rows, heads, size, dtype=dtype),
+        weights=draw(tokens, topk, seed=2).softmax(-1),
+        row_of_slot=plan.row_of_slot,
+        gate=gate,
+        norm_weight=draw(size, dtype=norm_dtype, seed=4),
+        eps=1e-5,
+    )
+
+
+def compare(given):
+    names = ("o", "weights", "gate", "norm_weight")
+    leaves = [given[name].requires_grad_() for name in names]
+    leaves64 = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    y = combine_triton(**given)
+    y64 = combine_reference(**(given | dict(zip(names, leaves64, strict=True))))
+    dy = draw(*y.shape, dtype=y.dtype, seed=5)
+    got = torch.autograd.grad(y, leaves, dy)
+    expected = torch.autograd.grad(y64, leaves64, dy.double())
+    assert y.shape == y64.shape and y.dtype == given["o"].dtype
+    for name, a, b, leaf in zip(("y", *names), (y, *got), (y64, *expected), (y, *leaves), strict=True):
+        assert a.shape == b.shape and a.dtype == leaf.dtype, name
+        assert relative_error(a, b) <= TOLERANCE[given["o"].dtype], (name, relative_error(a, b))
+
+
+@pytest.mark.parametrize(
+    "topk, shared, masked", [(2, True, False), (2, False, False), (3, True, True), (1, True, False)]
+)
+def test_matches_reference(topk, shared, masked):
+    plan = make_plan([0, 1, 2, 3, 63, 64, 65], topk, shared, masked)
+    compare(inputs(plan, 2, 32, topk))
+
+
+@pytest.mark.parametrize("norm_dtype", [torch.float32, torch.bfloat16])
+def test_bfloat16(norm_dtype):
+    compare(inputs(make_plan([65, 0, 3]), 2, 64, 2, torch.bfloat16, norm_dtype))
+
+
+@pytest.mark.parametrize("size", [16, 256])
+def test_head_sizes(size):
+    compare(inputs(make_plan([5, 12]), 3, size, 2))
+
+
+def test_gate_is_a_view_of_a_wider_tensor():
+    compare(inputs(make_plan([5, 12]), 2, 32, 2, gate_columns=48))
+
+
+def test_norm_weight_gradient_over_several_blocks(monkeypatch):
+    monkeypatch.setattr("mom_layers.ops.combine_triton.GRADIENT_PROGRAMS", 2)
+    compare(inputs(make_plan([63, 64, 65]), 1, 64, 2))
+
+
+def test_a_token_reaches_only_its_own_rows():
+    plan = make_plan([3, 40])
+    given = inputs(plan, 2, 16, 2)
+    o = given["o"].requires_grad_()
+    y = combine_triton(**given)
+    dy = torch.zeros_like(y)
+    dy[7] = 1.0
+    (do,) = torch.autograd.grad(y, o, dy)
+    own = torch.zeros(plan.num_rows, dtype=torch.bool, device=DEVICE)
+    own[plan.row_of_slot[7].long()] = True
+    assert (do[~own] == 0).all() and (do[own] != 0).flatten(1).any(1).all()
+
+
+def test_no_tokens():
+    given = inputs(make_plan([0]), 2, 16, 2)
+    y = combine_triton(**(given | dict(norm_weight=given["norm_weight"].requires_grad_())))
+    assert y.shape == (0, 2, 16)
+    y.sum().backward()
+    assert torch.equal(given["norm_weight"].grad, torch.zeros(16, device=DEVICE))
+
+
+def test_bad_inputs_are_refused():
+    given = inputs(make_plan([3, 2]), 2, 16, 2)
+    cases = [
+        ("float64", dict(o=given["o"].double())),
+        (r"\[15, 2, 24\]", dict(o=draw(15, 2, 24))),
+        ("o has 14 rows; 5 tokens in 3 slots have 15", dict(o=draw(14, 2, 16))),
+        ("weights must be float32", dict(weights=given["weights"].bfloat16())),
+        ("row_of_slot must be int32", dict(row_of_slot=given["row_of_slot"].long())),
+        (r"row_of_slot must be int32 \[5, 2 or 3\]", dict(row_of_slot=given["row_of_slot"][:, :1])),
+        ("gate must be", dict(gate=draw(5, 2, 32))),
+        ("adjacent values", dict(gate=draw(5, 16, 2).transpose(1, 2))),
+        (r"norm_weight must be \[16\]", dict(norm_weight=draw(32))),
+    ]
+    for message, change in cases:
+        with pytest.raises(ValueError, match=message):
+            combine_triton(**(given | change))

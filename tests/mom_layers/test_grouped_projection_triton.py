@@ -1,0 +1,148 @@
+"""The Triton grouped projection against one float64 product a group: the output and both gradients."""
+
+import pytest
+import torch
+from comparison import DEVICE, TOLERANCE, relative_error
+
+from mom_layers.ops import grouped_projection_triton as module
+from mom_layers.ops.grouped_projection_triton import grouped_projection_triton
+from mom_layers.ops.routing_plan import build_routing_plan
+
+RAGGED = [0, 1, 2, 3, 63, 64, 65]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fresh memory holds NaN, so that an element left unwritten is seen."""
+    for name in ("empty", "empty_like"):
+        fresh = getattr(torch, name)
+
+        def poisoned(*args, fresh=fresh, **kwargs):
+            out = fresh(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+def make_plan(lengths=RAGGED, num_memories=4, topk=2, shared=True, masked=False, unpicked=0):
+    """Memories below `unpicked` are picked by nobody."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(lengths)
+    ids = torch.rand(tokens, num_memories - unpicked, generator=generator).topk(topk).indices + unpicked
+    return build_routing_plan(
+        ids.to(DEVICE),
+        torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(),
+        num_memories=num_memories,
+        shared=shared,
+        token_mask=(torch.rand(tokens, generator=generator) < 0.7).to(DEVICE) if masked else None,
+        backend="torch",
+    )
+
+
+def draw(*shape, dtype=torch.float32, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def reference(x, weight, plan):
+    ends = plan.memory_offsets.tolist()
+    rows = x[plan.token_of_row.long()]
+    return torch.cat([rows[a:b] @ w.t() for a, b, w in zip([0, *ends[:-1]], ends, weight, strict=True)])
+
+
+def compare(plan, inputs, outputs, dtype=torch.float32, slice_of=None):
+    wide = draw(plan.row_of_slot.shape[0], slice_of or inputs, dtype=dtype)
+    x = wide[:, wide.shape[1] - inputs :].requires_grad_()
+    weight = draw(plan.num_groups, outputs, inputs, dtype=dtype, seed=2).requires_grad_()
+    x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
+    rows, rows64 = grouped_projection_triton(x, weight, plan), reference(x64, weight64, plan)
+    drows = draw(*rows.shape, dtype=dtype, seed=3)
+    got = torch.autograd.grad(rows, [x, weight], drows)
+    expected = torch.autograd.grad(rows64, [x64, weight64], drows.double())
+    for name, a, b in zip(("rows", "dx", "dweight"), (rows, *got), (rows64, *expected), strict=True):
+        assert a.shape == b.shape and a.dtype == dtype, name
+        assert relative_error(a, b) <= TOLERANCE.get(dtype, 1e-2), (name, relative_error(a, b))
+    return got[1]
+
+
+@pytest.mark.parametrize(
+    "dtype, inputs, outputs", [(torch.float32, 24, 72), (torch.bfloat16, 72, 136), (torch.float16, 136, 24)]
+)
+def test_matches_reference(dtype, inputs, outputs):
+    compare(make_plan(), inputs, outputs, dtype)
+
+
+@pytest.mark.parametrize("masked, shared, topk", [(True, True, 2), (False, False, 2), (True, False, 1)])
+def test_masked_tokens_and_unpicked_memories(masked, shared, topk):
+    plan = make_plan([40, 0, 30], masked=masked, shared=shared, topk=topk, unpicked=2)
+    dweight = compare(plan, 24, 40)
+    assert (dweight[:2] == 0).all()
+
+
+def test_nobody_picks_the_last_memory_and_everybody_the_first():
+    plan = build_routing_plan(
+        torch.zeros(130, 1, dtype=torch.long, device=DEVICE),
+        torch.tensor([0, 130], dtype=torch.int32, device=DEVICE),
+        num_memories=3,
+        shared=False,
+        backend="torch",
+    )
+    dweight = compare(plan, 16, 8)
+    assert (dweight[1:] == 0).all()
+
+
+def test_groups_that_end_on_a_tile():
+    tile = module.TILES[torch.float32].BM
+    compare(make_plan([tile, tile], num_memories=2), 16, 16)
+
+
+def test_column_slice_and_many_columns():
+    compare(make_plan([5, 40], num_memories=2, topk=1), 16, 136, slice_of=64)
+
+
+def test_odd_sizes():
+    compare(make_plan([9, 1]), 5, 9)
+
+
+def test_transposed_weight():
+    plan = make_plan([9])
+    x, weight = draw(9, 16), draw(plan.num_groups, 16, 24, seed=2).transpose(1, 2)
+    assert (
+        relative_error(grouped_projection_triton(x, weight, plan), reference(x.double(), weight.double(), plan)) <= 1e-5
+    )
+
+
+def test_no_tokens():
+    plan = make_plan([0, 0])
+    weight = draw(plan.num_groups, 8, 16).requires_grad_()
+    rows = grouped_projection_triton(draw(0, 16), weight, plan)
+    assert rows.shape == (0, 8)
+    rows.sum().backward()
+    assert (weight.grad == 0).all()
+
+
+def test_a_row_reaches_only_its_token_and_its_memory():
+    plan = make_plan([3, 30])
+    x, weight = draw(33, 16).requires_grad_(), draw(plan.num_groups, 8, 16, seed=2).requires_grad_()
+    rows = grouped_projection_triton(x, weight, plan)
+    drows = torch.zeros_like(rows)
+    drows[0] = 1.0
+    dx, dweight = torch.autograd.grad(rows, [x, weight], drows)
+    token = plan.token_of_row[0].item()
+    assert (dx[token] != 0).all() and dx.count_nonzero() == 16
+    assert (dweight[0] != 0).all() and (dweight[1:] == 0).all()
+
+
+def test_bad_inputs_are_refused():
+    plan = make_plan([3, 2])
+    x, weight = draw(5, 16), draw(plan.num_groups, 8, 16)
+    cases = [
+        ("float64", x.double(), weight),
+        ("adjacent channels", draw(16, 5).t(), weight),
+        ("x has 4 tokens; the plan has 5", x[:4], weight),
+        ("as x is, got torch.bfloat16", x, weight.bfloat16()),
+        (r"weight must be torch.float32 \[G, O, 16\]", x, draw(plan.num_groups, 8, 24)),
+        ("weight has 3 groups; the plan has 5", x, weight[:3]),
+    ]
+    for message, bad_x, bad_weight in cases:
+        with pytest.raises(ValueError, match=message):
+            grouped_projection_triton(bad_x, bad_weight, plan)

@@ -1,0 +1,99 @@
+"""The Triton routing plan against the PyTorch one: integers, so equal or wrong."""
+
+import pytest
+import torch
+from comparison import DEVICE
+
+from mom_layers.ops.reference import routing_plan_reference
+from mom_layers.ops.routing_plan import _plan_torch, build_routing_plan
+from mom_layers.ops.routing_plan_triton import plan_triton
+
+NAMES = ("token_of_row", "row_of_slot", "segment_of_row", "position_of_row", "cu_seqlens", "memory_offsets")
+RAGGED = [0, 1, 2, 3, 63, 64, 65, 0]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fresh memory holds a number no plan holds, so that an element left unwritten is seen."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        return empty(*args, **kwargs).fill_(-(2**31))
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def offsets(lengths):
+    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+
+
+def random_ids(tokens, num_memories, topk, seed=0):
+    scores = torch.rand(tokens, num_memories, generator=torch.Generator().manual_seed(seed))
+    return scores.topk(topk, dim=-1).indices.to(DEVICE)
+
+
+def check(ids, lengths, num_memories, shared, mask=None):
+    got = plan_triton(ids, offsets(lengths), num_memories, shared, mask)
+    expected = _plan_torch(ids, offsets(lengths), num_memories, shared, mask)
+    for name, a, b in zip(NAMES, got, expected, strict=True):
+        assert a.dtype == b.dtype == torch.int32 and a.shape == b.shape, name
+        assert torch.equal(a, b), name
+    if mask is None:
+        token_of_row, cu_seqlens = routing_plan_reference(ids, offsets(lengths), num_memories, shared)
+        assert got[0].tolist() == token_of_row and got[4].tolist() == cu_seqlens
+
+
+@pytest.mark.parametrize(
+    "num_memories, topk, masked, shared",
+    [(4, 2, False, True), (4, 2, True, True), (4, 2, False, False), (17, 3, True, False), (5, 5, True, True)],
+)
+def test_equals_torch_on_ragged_sequences(num_memories, topk, masked, shared):
+    tokens = sum(RAGGED)
+    mask = torch.rand(tokens, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.7 if masked else None
+    check(random_ids(tokens, num_memories, topk), RAGGED, num_memories, shared, mask)
+
+
+@pytest.mark.parametrize("lengths", [[1], [128], [129, 127], [256, 0, 1], [0, 0], [0]])
+@pytest.mark.parametrize("masked", [False, True])
+def test_block_edges_and_no_tokens(lengths, masked):
+    tokens = sum(lengths)
+    mask = torch.arange(tokens, device=DEVICE) % 3 > 0 if masked else None
+    check(random_ids(tokens, 4, 2), lengths, 4, True, mask)
+
+
+def test_many_sequences():
+    lengths = [i % 4 for i in range(19)]
+    check(random_ids(sum(lengths), 3, 1), lengths, 3, True)
+
+
+def test_more_memories_than_a_block_has_tokens():
+    check(random_ids(70, 200, 4), [33, 37], 200, True)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_memory_nobody_picks_and_one_everybody_picks(shared):
+    ids = random_ids(sum(RAGGED), 2, 1)[:, 0] + 2  # 2 or 3, so that 0 is picked by nobody and 1 by everybody
+    check(torch.stack([ids, torch.ones_like(ids)], dim=1), RAGGED, 4, shared)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_masks_of_one_value(value):
+    mask = torch.full((sum(RAGGED),), value, device=DEVICE)
+    check(random_ids(sum(RAGGED), 4, 2), RAGGED, 4, True, mask)
+
+
+def test_strided_and_int32_ids():
+    ids = random_ids(70, 4, 4)
+    check(ids[:, ::2], [33, 37], 4, True)
+    check(ids.int().t().contiguous().t()[:, 1:3], [33, 37], 4, False)
+
+
+def test_public_function_chooses_it():
+    ids = random_ids(65, 4, 2)
+    plans = [build_routing_plan(ids, offsets([65]), num_memories=4, backend=b) for b in ("triton", "torch")]
+    assert all(torch.equal(getattr(plans[0], name), getattr(plans[1], name)) for name in NAMES)
+
+
+def test_too_many_memories_are_refused():
+    with pytest.raises(ValueError, match="num_memories is 5000"):
+        plan_triton(random_ids(8, 4, 2), offsets([8]), 5000, True, None)

@@ -1,0 +1,159 @@
+"""The Triton convolution against plain loops in float64: outputs, tails and every gradient."""
+
+import pytest
+import torch
+from comparison import DEVICE, TOLERANCE, relative_error
+
+from mom_layers.ops.reference import segment_convolution_reference
+from mom_layers.ops.routing_plan import build_routing_plan
+from mom_layers.ops.segment_convolution_triton import segment_convolution_triton
+
+RAGGED = [0, 1, 2, 3, 63, 64, 65]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fresh memory holds NaN, so that an element left unwritten is seen."""
+    for name in ("empty", "empty_like"):
+        fresh = getattr(torch, name)
+
+        def poisoned(*args, fresh=fresh, **kwargs):
+            out = fresh(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+def make_plan(lengths=RAGGED, num_memories=4, topk=2, shared=True, masked=False, unpicked=0):
+    """Memories below `unpicked` are picked by nobody; the last one by everybody if topk covers the others."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(lengths)
+    ids = torch.rand(tokens, num_memories - unpicked, generator=generator).topk(topk).indices + unpicked
+    return build_routing_plan(
+        ids.to(DEVICE),
+        torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(),
+        num_memories=num_memories,
+        shared=shared,
+        token_mask=(torch.rand(tokens, generator=generator) < 0.7).to(DEVICE) if masked else None,
+        backend="torch",
+    )
+
+
+def draw(*shape, dtype=torch.float32, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def leaf(tensor, dtype=None):
+    return None if tensor is None else tensor.detach().to(dtype or tensor.dtype).requires_grad_()
+
+
+def compare(plan, gather, channels, width, heads, with_tails, dtype=torch.float32, slice_of=None):
+    inputs = plan.row_of_slot.shape[0] if gather else plan.num_rows
+    wide = draw(inputs, slice_of or channels, dtype=dtype)
+    x = wide[:, wide.shape[1] - channels :].requires_grad_()
+    weight = leaf(draw(channels, width, dtype=dtype, seed=2))
+    initial = leaf(draw(plan.num_segments, width - 1, channels, dtype=dtype, seed=3)) if with_tails else None
+    y, tail = segment_convolution_triton(x, weight, plan, gather, heads, initial, with_tails)
+
+    x64, weight64, initial64 = (leaf(t, torch.float64) for t in (x, weight, initial))
+    rows64 = x64[plan.token_of_row.long()] if gather else x64
+    y64, tail64 = segment_convolution_reference(rows64, weight64, plan.cu_seqlens, heads, initial64)
+
+    outputs, outputs64 = ([y, tail], [y64, tail64]) if with_tails else ([y], [y64])
+    leaves, leaves64 = (
+        ([x, weight, initial], [x64, weight64, initial64]) if with_tails else ([x, weight], [x64, weight64])
+    )
+    grads = [draw(*out.shape, dtype=dtype, seed=4 + i) for i, out in enumerate(outputs)]
+    got = torch.autograd.grad(outputs, leaves, grads)
+    expected = torch.autograd.grad(outputs64, leaves64, [g.double() for g in grads])
+    names = ["y", "tail"][: len(outputs)] + ["dx", "dweight", "dinitial_tail"][: len(leaves)]
+    for name, a, b in zip(names, [*outputs, *got], [*outputs64, *expected], strict=True):
+        assert a.shape == b.shape and a.dtype == dtype, name
+        assert relative_error(a, b) <= TOLERANCE[dtype], (name, relative_error(a, b))
+    if tail is not None:
+        assert torch.equal(tail.double(), tail64)
+
+
+@pytest.mark.parametrize(
+    "gather, heads, with_tails", [(False, None, False), (False, 2, True), (True, None, True), (True, 2, False)]
+)
+def test_matches_reference(gather, heads, with_tails):
+    compare(make_plan(), gather, 32, 4, heads, with_tails)
+
+
+@pytest.mark.parametrize("gather, heads", [(True, 2), (False, None)])
+def test_bfloat16(gather, heads):
+    compare(make_plan([0, 3, 64]), gather, 32, 4, heads, True, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("masked, shared, unpicked", [(True, True, 0), (True, False, 2), (False, False, 2)])
+def test_masked_tokens_and_unpicked_memories(masked, shared, unpicked):
+    compare(make_plan([2, 0, 50, 1], masked=masked, shared=shared, unpicked=unpicked), True, 16, 4, 1, True)
+
+
+@pytest.mark.parametrize("width", [2, 3, 8])
+def test_widths_and_odd_channels(width):
+    compare(make_plan([1, 0, 2, 5, 20]), width == 3, 21, width, None, True)
+
+
+@pytest.mark.parametrize("gather", [False, True])
+def test_column_slice_is_not_copied(gather):
+    compare(make_plan([3, 0, 17]), gather, 32, 4, 2, False, slice_of=80)
+
+
+def test_whole_head_of_256():
+    compare(make_plan([7, 12]), False, 256, 4, 1, False)
+
+
+def test_weight_gradient_over_several_blocks(monkeypatch):
+    monkeypatch.setattr("mom_layers.ops.segment_convolution_triton.GRADIENT_PROGRAMS", 2)
+    compare(make_plan([60, 40]), False, 16, 4, 1, False)
+
+
+def test_no_tokens():
+    plan = make_plan([0, 0])
+    x, weight, initial = leaf(draw(0, 16)), leaf(draw(16, 4)), leaf(draw(plan.num_segments, 3, 16))
+    y, tail = segment_convolution_triton(x, weight, plan, True, None, initial, True)
+    (y.sum() + (tail * initial.detach()).sum()).backward()
+    assert y.shape == (0, 16) and torch.equal(tail, initial)
+    assert torch.equal(initial.grad, initial) and (weight.grad == 0).all() and x.grad.shape == (0, 16)
+
+
+@pytest.mark.parametrize("gather", [False, True])
+def test_nothing_crosses_segments(gather):
+    plan = make_plan()
+    x = leaf(draw(plan.row_of_slot.shape[0] if gather else plan.num_rows, 16))
+    y, _ = segment_convolution_triton(x, draw(16, 4, seed=2), plan, gather, 1)
+    segment = plan.num_sequences - 1  # memory 0's part of the last sequence
+    inside = plan.segment_of_row == segment
+    (dx,) = torch.autograd.grad(y, x, torch.where(inside[:, None], torch.ones_like(y), 0.0))
+    reached = torch.zeros(x.shape[0], dtype=torch.bool, device=DEVICE)
+    reached[plan.token_of_row[inside].long() if gather else inside] = True
+    assert (dx[~reached] == 0).all() and (dx[reached] != 0).any(1).all()
+
+
+def test_only_the_tail_has_a_gradient():
+    plan = make_plan([2, 5])
+    x = leaf(draw(plan.num_rows, 16))
+    y, tail = segment_convolution_triton(x, draw(16, 4, seed=2), plan, False, None, None, True)
+    (dx,) = torch.autograd.grad(tail, x, torch.ones_like(tail))
+    later = plan.cu_seqlens[1:][plan.segment_of_row.long()] - 1 - torch.arange(plan.num_rows, device=DEVICE)
+    assert torch.equal(dx, (later < 3).float()[:, None].expand_as(dx))
+
+
+def test_bad_inputs_are_refused():
+    plan = make_plan([3, 2])
+    x, weight = draw(plan.num_rows, 32), draw(32, 4)
+    cases = [
+        ("float64", dict(x=x.double())),
+        ("adjacent channels", dict(x=draw(32, plan.num_rows).t())),
+        ("has 15 rows; the plan has 5 tokens", dict(gather=True)),
+        ("9 wide", dict(weight=draw(32, 9))),
+        (r"weight must be \[32, W\]", dict(weight=draw(16, 4))),
+        ("32 channels in 3 heads", dict(unit_length_heads=3)),
+        ("32 channels in 4 heads", dict(unit_length_heads=4)),
+        ("initial_tail must be", dict(initial_tail=draw(2, 3, 32))),
+    ]
+    for message, change in cases:
+        with pytest.raises(ValueError, match=message):
+            segment_convolution_triton(**(dict(x=x, weight=weight, plan=plan, gather=False) | change))
