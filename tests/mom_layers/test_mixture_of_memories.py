@@ -57,7 +57,9 @@ def test_agrees_for_every_number_of_memories(memories, topk, shared):
 @pytest.mark.parametrize("backend,dtype", BACKENDS)
 @pytest.mark.parametrize("sizes", [{}, {"expand_v": 2.0}, {"single_kv_proj": True}, {"conv_kernel": 2}])
 def test_agrees_for_other_shapes(sizes, backend, dtype):
-    assert_agrees(layer(dtype, **sizes), inputs(2, 35 if backend == "torch" else 9, dtype=dtype), dtype, backend)
+    assert_agrees(
+        layer(dtype, backend=backend, **sizes), inputs(2, 35 if backend == "torch" else 9, dtype=dtype), dtype, backend
+    )
 
 
 @pytest.mark.parametrize("backend,dtype", BACKENDS)
@@ -67,7 +69,7 @@ def test_agrees_when_a_memory_is_never_or_always_chosen(favour, backend, dtype):
     assert_agrees(layer(dtype, favour=favour), x, dtype, backend)
 
 
-@pytest.mark.parametrize("length", [1, 3, 65])
+@pytest.mark.parametrize("length", [1, 65])
 def test_triton_agrees(length):
     assert_agrees(layer(torch.float32), inputs(1, length, dtype=torch.float32), torch.float32, "triton")
 
@@ -75,7 +77,9 @@ def test_triton_agrees(length):
 @pytest.mark.parametrize("backend,dtype", BACKENDS)
 def test_packed_documents_agree(backend, dtype):
     cu_seqlens = torch.tensor([0, 5, 5, 6, 70, 90] if backend == "torch" else [0, 5, 5, 6, 14], dtype=torch.int32)
-    assert_agrees(layer(dtype), inputs(1, int(cu_seqlens[-1]), dtype=dtype), dtype, backend, cu_seqlens)
+    assert_agrees(
+        layer(dtype, backend=backend), inputs(1, int(cu_seqlens[-1]), dtype=dtype), dtype, backend, cu_seqlens
+    )
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -129,7 +133,7 @@ def test_a_memory_hears_only_its_tokens(backend, dtype):
 @pytest.mark.parametrize("single_kv_proj", [False, True])
 def test_pieces_equal_the_whole(backend, dtype, single_kv_proj):
     """Prefill in pieces and decoding token by token give what one forward gives, state included."""
-    lengths = [1, 1, 2, 64, 1, 1, 5] if backend == "torch" else [1, 2, 5, 1]
+    lengths = [1, 1, 2, 64, 1, 1, 5] if backend == "torch" else [1, 4, 1]
     module = layer(dtype, backend=backend, single_kv_proj=single_kv_proj)
     x = inputs(3, sum(lengths), dtype=dtype)
     with torch.no_grad():
