@@ -52,30 +52,31 @@ def _gated_delta_rule_torch(q, k, v, g, beta, cu_seqlens, initial_state, output_
     causal = torch.ones(place.shape[1], place.shape[1], dtype=torch.bool, device=q.device).tril()
     between = (decay[..., :, None] - decay[..., None, :]).masked_fill(~causal, -torch.inf).exp()
 
-    # Inside a chunk: (I + strictly lower(beta k k^T decay)) [u | w] = [beta v | beta decay k]
-    mixing = (beta[..., None] * (k @ k.transpose(-1, -2)) * between).tril(-1)
-    right = torch.cat([beta[..., None] * v, (beta * decay.exp())[..., None] * k], dim=-1)
-    solved = torch.linalg.solve_triangular(mixing + torch.eye(place.shape[1], dtype=dtype, device=q.device), right,
-                                           upper=False, unitriangular=True)  # fmt: skip
+    # Inside a chunk: (I + strictly lower(beta k k^T decay)) [u | w] = [beta v | beta decay k]. The solver reads neither
+    # the diagonal nor what is above it.
+    k_beta = beta[..., None] * k
+    from_start = decay.exp()[..., None]
+    right = torch.cat([beta[..., None] * v, from_start * k_beta], dim=-1)
+    solved = torch.linalg.solve_triangular(
+        (k_beta @ k.transpose(-1, -2)) * between, right, upper=False, unitriangular=True
+    )
     u, w = solved.split([v_dim, k_dim], dim=-1)
     scores = (q @ k.transpose(-1, -2)) * between
-    q_decayed = q * decay.exp()[..., None]
-    k_to_end = k * (decay[..., -1:] - decay).exp()[..., None]
+    k_to_end = (k * (decay[..., -1:] - decay).exp()[..., None]).transpose(-1, -2)
     chunk_decay = decay[..., -1].exp()[..., None, None]
 
     # From chunk to chunk: every segment's step at once; segments that have ended leave the front of the list.
     state = state.to(dtype)[torch.tensor(order, device=q.device)]
     outputs, finished = [], []
-    first = 0
-    for active in running:
+    steps = zip(*(x.split(running) for x in (u, w, q * from_start, scores, k_to_end, chunk_decay)), strict=True)
+    for u_i, w_i, q_i, scores_i, k_i, decay_i in steps:
+        active = u_i.shape[0]
         if active < state.shape[0]:
             finished.append(state[active:])
             state = state[:active]
-        step = slice(first, first + active)
-        delta = u[step] - w[step] @ state
-        outputs.append(q_decayed[step] @ state + scores[step] @ delta)
-        state = chunk_decay[step] * state + k_to_end[step].transpose(-1, -2) @ delta
-        first += active
+        delta = u_i - w_i @ state
+        outputs.append(q_i @ state + scores_i @ delta)
+        state = decay_i * state + k_i @ delta
     o = torch.cat(outputs).transpose(1, 2).flatten(0, 1)  # [N * C, H, V]
     where = torch.empty(rows + 1, dtype=torch.long, device=o.device)
     where[place.flatten()] = torch.arange(place.numel(), device=o.device)
