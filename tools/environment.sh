@@ -55,5 +55,7 @@ if [ ! -x .venv/bin/python ] || ! is_new_enough .venv/bin/python; then
 fi
 log "installing requirements.txt into .venv (about 5 GB with PyTorch; a few minutes)"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt ${extras[@]+"${extras[@]}"} >&2
+# The packages of this folder, for the tools and for commands of your own.
+.venv/bin/python -c 'import pathlib, site, sys; pathlib.Path(site.getsitepackages()[0], "linear_moe.pth").write_text(sys.argv[1])' "$PWD"
 echo "$wanted" >.venv/installed
 echo "$PWD/.venv/bin/python"
