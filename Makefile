@@ -10,10 +10,11 @@ train:
 	bash examples/pretrain_mom_a100.sh
 
 test:
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
+# The kernels' and layers' tests, one after the other, on a machine with a GPU.
 test-gpu:
-	$(PYTHON) -m pytest -m "gpu or not gpu" tests/mom_layers
+	$(PYTHON) -m pytest tests/mom_layers tests/linear_moe
 
 bench:
 	$(PYTHON) tools/bench_layers.py

@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
     import interpreter
 
     interpreter.repair()
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)  # tests run side by side, and their tensors are small
 
 
 def pytest_collection_modifyitems(items):
