@@ -1,0 +1,69 @@
+"""Tiles, warps and pipeline stages of the gated delta rule's kernels, in one table."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    """tile: columns of V that one program of a recurrence holds, or columns that a loop over K or V takes at a time."""
+
+    tile: int
+    num_warps: int
+    num_stages: int
+
+
+# Chosen from what the compiler reports (registers, spills, shared memory) and not yet timed.
+# hopper: the widest recurrence whose two stages of q, k, X and P fit in 227 KB (K = 256); below that, two programs
+#   share a multiprocessor, one waiting while the other multiplies.
+# other (Ampere): 163 KB, and both operands of a product pass through registers, so narrower tiles or more warps.
+# float32: exact products run outside the tensor cores. Meant for comparisons: the tiles that spill least.
+LAUNCHES = {
+    "hopper": {
+        "chunk_scores": Launch(64, 4, 3),
+        "recurrence_256": Launch(64, 8, 2),
+        "recurrence_128": Launch(32, 4, 2),
+        "recurrence_64": Launch(64, 4, 2),
+        "score_gradients": Launch(64, 8, 2),
+        "query_key_gradients": Launch(64, 8, 2),
+    },
+    "other": {
+        "chunk_scores": Launch(64, 4, 3),
+        "recurrence_256": Launch(32, 8, 2),
+        "recurrence_128": Launch(32, 4, 2),
+        "recurrence_64": Launch(32, 4, 2),
+        "score_gradients": Launch(64, 8, 2),
+        "query_key_gradients": Launch(32, 4, 2),
+    },
+    "float32": {
+        "chunk_scores": Launch(32, 8, 1),
+        "recurrence_256": Launch(16, 8, 1),
+        "recurrence_128": Launch(16, 8, 1),
+        "recurrence_64": Launch(16, 8, 1),
+        "score_gradients": Launch(32, 8, 1),
+        "query_key_gradients": Launch(32, 8, 1),
+    },
+}
+# The triangular solve is float32 for every type of input: two warps are the fewest that hold its blocks unspilled.
+SOLVE_WARPS = 2
+
+
+@functools.cache
+def _family(device: torch.device, dtype: torch.dtype) -> str:
+    if dtype == torch.float32:
+        return "float32"
+    return "hopper" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 else "other"
+
+
+def launch_for(kernel: str, like: torch.Tensor) -> Launch:
+    """The row of the table for inputs such as ``like``."""
+    return LAUNCHES[_family(like.device, like.dtype)][kernel]
+
+
+def recurrence_launch(k: torch.Tensor, value_size: int) -> Launch:
+    """Both recurrences hold [K, tile] of the state: the key size decides. K below 64 runs as 64 does."""
+    launch = launch_for(f"recurrence_{max(64, k.shape[2])}", k)
+    return launch._replace(tile=min(launch.tile, value_size))

@@ -1,0 +1,252 @@
+"""The Triton gated delta rule against the token-by-token loop in float64: outputs, final states, every gradient."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from comparison import DEVICE, TOLERANCE, relative_error
+
+from mom_layers.ops import gated_delta_rule_triton as entry
+from mom_layers.ops.chunk_table import chunk_table
+from mom_layers.ops.gated_delta_rule_triton import gated_delta_rule_triton
+from mom_layers.ops.reference import gated_delta_rule_reference
+
+RAGGED = [0, 1, 63, 64, 65, 0, 130]
+NAMES = ("q", "k", "v", "g", "beta", "initial_state")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fresh memory holds NaN, so that an element read before it is written is seen."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        fresh = getattr(owner, name)
+
+        def poisoned(*args, fresh=fresh, **kwargs):
+            out = fresh(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        monkeypatch.setattr(owner, name, poisoned)
+
+
+def inputs(lengths, heads, key_size, value_size, dtype=torch.float32, gate="usual"):
+    """Leaves by name, and cu_seqlens."""
+    torch.manual_seed(sum(lengths) + key_size + value_size)
+    rows, segments = sum(lengths), len(lengths)
+    q, k = (torch.nn.functional.normalize(torch.randn(rows, heads, key_size), dim=-1) for _ in range(2))
+    usual, strong = -0.1 * torch.rand(rows, heads), -20 - torch.rand(rows, heads)
+    reset = torch.rand(rows, heads) < 0.5
+    g = {"usual": usual, "zero": 0 * usual, "strong": strong, "resets": torch.where(reset, strong, usual)}[gate]
+    v, beta = torch.randn(rows, heads, value_size), torch.rand(rows, heads)
+    state = 0.3 * torch.randn(segments, heads, key_size, value_size)
+    tensors = (q.to(dtype), k.to(dtype), v.to(dtype), g, beta, state)
+    leaves = {name: x.to(DEVICE).requires_grad_() for name, x in zip(NAMES, tensors, strict=True)}
+    cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0, dtype=torch.int32)
+    return leaves, cu_seqlens
+
+
+def run(leaves, cu_seqlens, state=True, final=True, weights=None, scale=None):
+    """Outputs, final state and gradients of a random weighting of both, by name."""
+    for leaf in leaves.values():
+        leaf.grad = None
+    initial = leaves["initial_state"] if state else None
+    o, last = gated_delta_rule_triton(*(leaves[n] for n in NAMES[:5]), cu_seqlens, initial, final, scale)
+    do, d_last = weights
+    loss = (o.float() * do.float()).sum()
+    (loss + (last * d_last).sum() if final else loss).backward()
+    grads = {f"d{n}": leaf.grad.clone() for n, leaf in leaves.items() if leaf.grad is not None}
+    return {"o": o.detach(), **({"final_state": last.detach()} if final else {}), **grads}
+
+
+def output_weights(leaves):
+    torch.manual_seed(7)
+    do = torch.randn(leaves["v"].shape).to(leaves["v"])
+    return do, 0.3 * torch.randn(leaves["initial_state"].shape).to(DEVICE)
+
+
+def expected(leaves, cu_seqlens, state, final, weights, scale=None):
+    double = {n: leaf.detach().double().cpu().requires_grad_() for n, leaf in leaves.items()}
+    initial = double["initial_state"] if state else None
+    o, last = gated_delta_rule_reference(*(double[n] for n in NAMES[:5]), cu_seqlens.cpu(), initial, scale)
+    do, d_last = (w.double().cpu() for w in weights)
+    ((o * do).sum() + ((last * d_last).sum() if final else 0)).backward()
+    grads = {f"d{n}": leaf.grad for n, leaf in double.items() if leaf.grad is not None}
+    return {"o": o, **({"final_state": last} if final else {}), **grads}
+
+
+def compare(lengths, heads, key_size, value_size, dtype, gate="usual", state=True, final=True, scale=None):
+    leaves, cu_seqlens = inputs(lengths, heads, key_size, value_size, dtype, gate)
+    weights = output_weights(leaves)
+    got = run(leaves, cu_seqlens, state, final, weights, scale)
+    want = expected(leaves, cu_seqlens, state, final, weights, scale)
+    assert got.keys() == want.keys()
+    errors = {name: relative_error(got[name], want[name]) for name in want}
+    assert max(errors.values()) <= TOLERANCE.get(dtype, 1e-2), errors
+    for name, leaf in leaves.items():
+        assert leaf.grad is None or leaf.grad.dtype == leaf.dtype, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_delta_rule_triton_ragged(dtype):
+    compare(RAGGED, 1, 16, 32, dtype)
+
+
+@pytest.mark.parametrize("gate", ["zero", "strong", "resets"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_delta_rule_triton_decays(dtype, gate):
+    compare([66], 1, 16, 16, dtype, gate)
+
+
+@pytest.mark.parametrize(
+    ("key_size", "value_size", "dtype"),
+    [
+        (16, 16, torch.float16),
+        (32, 16, torch.float32),
+        (64, 128, torch.bfloat16),
+        (128, 64, torch.bfloat16),
+        (256, 32, torch.float32),
+        (256, 256, torch.bfloat16),
+    ],
+)
+def test_gated_delta_rule_triton_sizes(key_size, value_size, dtype):
+    compare([35], 2 if key_size == 32 else 1, key_size, value_size, dtype)
+
+
+@pytest.mark.parametrize(("state", "final"), [(False, False), (False, True), (True, False)])
+def test_gated_delta_rule_triton_optional_states(state, final):
+    compare([0, 5, 3], 1, 16, 32, torch.float32, state=state, final=final, scale=0.7)
+
+
+def test_gated_delta_rule_triton_gates_in_bfloat16_and_strided_inputs():
+    leaves, cu_seqlens = inputs([20], 2, 16, 32)
+    leaves = {
+        n: (leaf.detach().bfloat16() if n in ("g", "beta") else leaf.detach()).requires_grad_()
+        for n, leaf in leaves.items()
+    }
+    weights = output_weights(leaves)
+    got, want = run(leaves, cu_seqlens, weights=weights), expected(leaves, cu_seqlens, True, True, weights)
+    assert got["dg"].dtype == got["dbeta"].dtype == torch.bfloat16
+    errors = {name: relative_error(got[name], want[name]) for name in want}
+    assert max(e for name, e in errors.items() if name not in ("dg", "dbeta")) <= 1e-5, errors
+    assert max(errors["dg"], errors["dbeta"]) <= 3e-3, errors  # rounded once, to the gates' type
+
+    strided = {n: leaf.detach().transpose(0, 1).contiguous().transpose(0, 1) for n, leaf in leaves.items()}
+    assert not strided["q"].is_contiguous()
+    strided["initial_state"] = leaves["initial_state"]
+    o, last = gated_delta_rule_triton(*(strided[n] for n in NAMES[:5]), cu_seqlens, strided["initial_state"], True)
+    assert torch.equal(o, got["o"]) and torch.equal(last, got["final_state"])
+
+
+def test_gated_delta_rule_triton_gradient_of_the_final_state_alone():
+    leaves, cu_seqlens = inputs([66], 1, 16, 32)
+    weights = output_weights(leaves)
+    weights = (torch.zeros_like(weights[0]), weights[1])
+    _, last = gated_delta_rule_triton(*(leaves[n] for n in NAMES[:5]), cu_seqlens, leaves["initial_state"], True)
+    (last * weights[1]).sum().backward()
+    want = expected(leaves, cu_seqlens, True, True, weights)
+    for name in NAMES[1:]:
+        assert relative_error(leaves[name].grad, want[f"d{name}"]) <= 1e-5, name
+    assert not leaves["q"].grad.any()
+
+
+def test_gated_delta_rule_triton_segments_do_not_touch_each_other():
+    lengths = [3, 65, 0, 20]
+    leaves, cu_seqlens = inputs(lengths, 1, 16, 16)
+    o, last = gated_delta_rule_triton(*(leaves[n] for n in NAMES[:5]), cu_seqlens, leaves["initial_state"], True)
+    (o[3:68].sum() + last[1].sum()).backward()
+    for name in NAMES[:5]:
+        assert leaves[name].grad[3:68].any(), name
+        assert not leaves[name].grad[:3].any() and not leaves[name].grad[68:].any(), name
+    assert leaves["initial_state"].grad[1].any() and not leaves["initial_state"].grad[[0, 2, 3]].any()
+
+
+def test_gated_delta_rule_triton_is_deterministic():
+    leaves, cu_seqlens = inputs([1, 0, 66], 1, 16, 32)
+    weights = output_weights(leaves)
+    first, second = run(leaves, cu_seqlens, weights=weights), run(leaves, cu_seqlens, weights=weights)
+    for name, value in first.items():
+        assert torch.isfinite(value).all() and torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0]])
+def test_gated_delta_rule_triton_without_rows(lengths):
+    leaves, cu_seqlens = inputs(lengths, 2, 16, 32)
+    got = run(leaves, cu_seqlens, weights=output_weights(leaves))
+    assert got["o"].shape == (0, 2, 32)
+    assert torch.equal(got["final_state"], leaves["initial_state"].detach())
+    assert torch.equal(got["dinitial_state"], output_weights(leaves)[1])
+    o, last = gated_delta_rule_triton(*(leaves[n] for n in NAMES[:5]), cu_seqlens, None, True)
+    assert not last.any() and last.shape == leaves["initial_state"].shape
+
+
+def test_gated_delta_rule_triton_refuses(monkeypatch):
+    leaves, cu_seqlens = inputs([5, 3], 2, 16, 32)
+    good = [leaf.detach() for leaf in leaves.values()]
+    good.insert(5, cu_seqlens)
+    monkeypatch.setattr(entry, "chunk_local", lambda *_: pytest.fail("launched"))
+
+    def refuses(message, position, value):
+        with pytest.raises(ValueError, match=message):
+            gated_delta_rule_triton(*good[:position], value, *good[position + 1 :])
+
+    refuses(r"k must be \[R, H, K\].*\[8, 2, 32\]", 1, good[2])
+    refuses(r"g and beta must be \[8, 2\], got \[8, 1\]", 3, good[3][:, :1])
+    refuses(r"V = 48 .*\(16, 32, 64, 128, 256\)", 2, good[2].repeat(1, 1, 2)[..., :48])
+    refuses("share one type.*bfloat16", 2, good[2].bfloat16())
+    refuses("g and beta must be of a type.*float64", 4, good[4].double())
+    refuses("cu_seqlens must be.*int64", 5, cu_seqlens.long())
+    refuses(r"initial_state must be \[2, 2, 16, 32\] float32, got \[1, 2, 16, 32\]", 6, good[6][:1])
+    refuses("cu_seqlens on meta", 5, cu_seqlens.to("meta"))
+    with pytest.raises(ValueError, match="K = 24"):
+        gated_delta_rule_triton(good[0].repeat(1, 1, 2)[..., :24], good[1].repeat(1, 1, 2)[..., :24], *good[2:6])
+
+
+@pytest.mark.parametrize("lengths", [RAGGED, [0], [5], [0, 0, 128, 0], [1] * 20])
+def test_chunk_table(lengths):
+    cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0, dtype=torch.int32)
+    table = chunk_table(cu_seqlens, sum(lengths), 64)
+    chunks = [(s, i) for s, length in enumerate(lengths) for i in range(-(-length // 64))]
+    assert table.segment.dtype == table.index.dtype == table.offsets.dtype == torch.int32
+    assert table.segment.shape == table.index.shape == (sum(lengths) // 64 + len(lengths),)
+    assert table.segment[: len(chunks)].tolist() == [s for s, _ in chunks]
+    assert table.index[: len(chunks)].tolist() == [i for _, i in chunks]
+    assert (table.segment[len(chunks) :] == len(lengths)).all()
+    assert table.offsets.tolist() == [sum(s < k for s, _ in chunks) for k in range(len(lengths) + 1)]
+
+
+COMPILE_FOR_HOPPER = """
+import torch
+from compile_only import SHARED_MEMORY, compile_only, left_operands_in_registers
+from mom_layers.ops import gated_delta_rule_triton_launch as launch
+from mom_layers.ops.gated_delta_rule_triton import gated_delta_rule_triton
+
+launch._family = lambda device, dtype: "hopper"
+compiled = compile_only(90)
+x, gate = torch.zeros(1, 4, 256, dtype=torch.bfloat16, requires_grad=True), torch.zeros(1, 4)
+gated_delta_rule_triton(x, x, x, gate, gate, torch.tensor([0, 1], dtype=torch.int32))[0].sum().backward()
+for name, kernel in compiled:
+    assert kernel.metadata.shared <= SHARED_MEMORY[90], (name, kernel.metadata.shared)
+    assert left_operands_in_registers(kernel) == 0, name
+assert len(compiled) == 7 and sum(kernel.asm["ptx"].count("wgmma") for _, kernel in compiled) > 100
+"""
+
+
+def test_gated_delta_rule_triton_compiles_for_hopper_without_left_operands_in_registers():
+    """The largest heads fit, and nothing meets the compiler's fault that the forward kernels' file speaks of."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", COMPILE_FOR_HOPPER]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+def test_gated_delta_rule_triton_never_waits_for_the_device():
+    leaves, cu_seqlens = inputs(RAGGED, 2, 64, 64, torch.bfloat16)
+    weights = output_weights(leaves)
+    run(leaves, cu_seqlens, weights=weights)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(leaves, cu_seqlens, weights=weights)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
