@@ -9,7 +9,9 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 
-def split_for_checkpoint(tensor: ShardedTensor, dim: int, names: list[str], sizes: list[int]) -> ShardedTensorFactory:
+def split_for_checkpoint(
+    tensor: ShardedTensor, dim: int, names: list[str], sizes: list[int], *, first: int = 0, total: int | None = None
+) -> ShardedTensorFactory:
     """Stores a fused parameter as one checkpoint entry a piece, ``key.name``.
 
     A fused dimension that is sharded as a whole would come back in another order at another tensor-parallel size;
@@ -19,6 +21,8 @@ def split_for_checkpoint(tensor: ShardedTensor, dim: int, names: list[str], size
         tensor: the sharded parameter.
         dim: the fused dimension, of the local tensor.
         names, sizes: of the pieces, in order; the sizes are local and cover the dimension.
+        first, total: dimension 0 holds elements ``first`` and on of ``total``, of which other ranks may hold any number
+            (memories over ranks). Without ``total`` it lies as ``tensor`` says.
     """
     if sum(sizes) != tensor.local_shape[dim] or len(names) != len(sizes):
         raise ValueError(f"pieces {dict(zip(names, sizes, strict=False))} do not cover {tensor.local_shape[dim]}")
@@ -29,16 +33,41 @@ def split_for_checkpoint(tensor: ShardedTensor, dim: int, names: list[str], size
         whole = replace(
             layout, key=key, data=data, dtype=data.dtype, replica_id=replica_id, flattened_range=flattened_range
         )
-        pieces, first = [], 0
-        for name, size in zip(names, sizes, strict=True):
-            for piece in whole.narrow(dim, first, size):
-                piece.key = f"{key}.{name}"
-                pieces.append(piece)
-            first += size
-        return pieces
+        parts = [whole] if total is None else _elements(whole, first, total)
+        return [piece for part in parts for piece in _pieces(part, dim, names, sizes)]
 
     @torch.no_grad()
     def merge(pieces):
-        return torch.cat(pieces, dim)
+        parts = [torch.cat(pieces[i : i + len(names)], dim) for i in range(0, len(pieces), len(names))]
+        return torch.cat(parts)
 
     return ShardedTensorFactory(tensor.key, tensor.data, build, merge, tensor.replica_id)
+
+
+def _pieces(tensor: ShardedTensor, dim: int, names: list[str], sizes: list[int]) -> list[ShardedTensor]:
+    pieces, first = [], 0
+    for name, size in zip(names, sizes, strict=True):
+        for piece in tensor.narrow(dim, first, size):
+            pieces.append(replace(piece, key=f"{tensor.key}.{name}"))
+        first += size
+    return pieces
+
+
+def _elements(tensor: ShardedTensor, first: int, total: int) -> list[ShardedTensor]:
+    """One sharded tensor for each element of dimension 0: Megatron wants the parts of one entry to be of one size."""
+    axis = tensor.prepend_axis_num
+
+    def at(values, value):
+        return (*values[:axis], value, *values[axis + 1 :])
+
+    return [
+        replace(
+            tensor,
+            data=tensor.data[i : i + 1],
+            local_shape=(1, *tensor.local_shape[1:]),
+            global_shape=at(tensor.global_shape, total),
+            global_offset=at(tensor.global_offset, first + i),
+            axis_fragmentations=at(tensor.axis_fragmentations, total),
+        )
+        for i in range(tensor.local_shape[0])
+    ]

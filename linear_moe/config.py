@@ -63,7 +63,11 @@ class MomTransformerConfig(TransformerConfig):
     """Implementation of the mixer's operations: "auto" (Triton on GPUs, PyTorch elsewhere), "torch" or "triton"."""
 
     def __post_init__(self) -> None:
+        size = self.expert_model_parallel_size
+        if self.token_mixer == "mom" and self.num_moe_experts is None:
+            self.expert_model_parallel_size = 1  # Megatron refuses another one in a model without experts
         super().__post_init__()
+        self.expert_model_parallel_size = size
         if self.token_mixer not in TOKEN_MIXERS:
             raise ValueError(f"--token-mixer must be one of {', '.join(TOKEN_MIXERS)}, got {self.token_mixer!r}")
         if self.token_mixer == "mom":
@@ -107,6 +111,17 @@ class MomTransformerConfig(TransformerConfig):
             raise ValueError(
                 f"--mom-num-heads {self.mom_num_heads} does not divide over "
                 f"--tensor-model-parallel-size {self.tensor_model_parallel_size}"
+            )
+        if self.mom_num_memories % self.expert_model_parallel_size:
+            raise ValueError(
+                f"--mom-num-memories {self.mom_num_memories} does not divide over "
+                f"--expert-model-parallel-size {self.expert_model_parallel_size}"
+            )
+        if self.expert_model_parallel_size > 1 and self.expert_tensor_parallel_size != self.tensor_model_parallel_size:
+            raise ValueError(
+                f"memories are split by head over --tensor-model-parallel-size {self.tensor_model_parallel_size}: with "
+                f"expert parallelism --expert-tensor-parallel-size must be the same, got "
+                f"{self.expert_tensor_parallel_size}"
             )
         for name, coefficient in [("aux", self.mom_aux_loss_coeff), ("z", self.mom_z_loss_coeff or 0.0)]:
             if coefficient < 0:

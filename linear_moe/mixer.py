@@ -27,6 +27,7 @@ from megatron.core.transformer.utils import (
 
 from linear_moe.checkpoint import split_for_checkpoint
 from linear_moe.config import MomTransformerConfig
+from linear_moe.expert_parallel import mix_memories_over_ranks
 from linear_moe.router import MemoryRouter
 from mom_layers.mixing import MemoryParameters, mix_memories, projection_sizes
 from mom_layers.ops.routing_plan import build_routing_plan
@@ -45,7 +46,9 @@ class MomTokenMixer(MegatronModule):
     """Drop-in for a Megatron layer's ``self_attention``.
 
     Heads are sharded over the tensor-parallel group: queries, gates, every memory's projection, convolutions and the
-    rule's parameters by head; the router and the per-head norm are whole on every rank.
+    rule's parameters by head; the router and the per-head norm are whole on every rank. Memories are sharded over the
+    expert-parallel group: ``memory_proj`` then holds this rank's, and ``shared_proj`` the shared memory's. Without
+    expert parallelism ``memory_proj`` holds them all, for one grouped product.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class MomTokenMixer(MegatronModule):
         self.layer_number = layer_number
         self.pg_collection = pg_collection
         self.tp_group = pg_collection.tp
+        self.ep_group = pg_collection.ep
+        self.splits_memories = config.expert_model_parallel_size > 1
         self.rule = get_rule(config.mom_rule)
 
         heads, tp_size = config.mom_num_heads, pg_collection.tp.size()
@@ -109,9 +114,21 @@ class MomTokenMixer(MegatronModule):
                 set_tensor_model_parallel_attributes(weight, True, sharded_dim, 1)
             return weight
 
-        groups = 1 if config.mom_single_kv_proj else config.mom_num_groups
+        self.num_projections = 1 if config.mom_single_kv_proj else config.mom_num_groups
+        self.memories_here = slice(0, self.num_projections)
+        self.shared_proj = None
+        if self.splits_memories and not config.mom_single_kv_proj:
+            count = config.mom_num_memories // self.ep_group.size()
+            self.memories_here = slice(self.ep_group.rank() * count, (self.ep_group.rank() + 1) * count)
+            if config.mom_shared_memory:
+                self.shared_proj = parameter(1, sum(self.sizes), config.hidden_size, sharded_dim=1)
+        count = self.memories_here.stop - self.memories_here.start
+        self.memory_proj = parameter(count, sum(self.sizes), config.hidden_size, sharded_dim=1)
+        if not config.mom_single_kv_proj and config.expert_tensor_parallel_size == config.tensor_model_parallel_size:
+            # Reduced over the expert-data group, which without expert parallelism is the data group: the optimizer's
+            # parameter groups, and so its checkpoint, are the same at every size.
+            self.memory_proj.allreduce = False
         width = config.mom_conv_kernel
-        self.memory_proj = parameter(groups, sum(self.sizes), config.hidden_size, sharded_dim=1)
         self.q_conv = parameter(self.key_width, width, sharded_dim=0)
         self.k_conv = parameter(self.key_width, width, sharded_dim=0)
         self.v_conv = parameter(self.value_width, width, sharded_dim=0)
@@ -140,12 +157,16 @@ class MomTokenMixer(MegatronModule):
             init(whole)
             weight.copy_(cut(whole, dim, sizes))
 
+        memories = self.memory_proj.new_empty(self.num_projections, *self.memory_proj.shape[1:])
         if config.use_cpu_initialization:
             drawn(config.init_method, self.in_proj.weight, 0, [self.key_width, self.value_width])
-            drawn(config.init_method, self.memory_proj, 1, self.sizes)
+            drawn(config.init_method, memories, 1, self.sizes)
         else:
             with get_cuda_rng_tracker().fork():
-                config.init_method(self.memory_proj)
+                config.init_method(memories)
+        self.memory_proj.copy_(memories[self.memories_here])
+        if self.shared_proj is not None:
+            self.shared_proj.copy_(memories[-1:])
         bound = config.mom_conv_kernel**-0.5
         for conv in (self.q_conv, self.k_conv, self.v_conv):
             drawn(lambda weight: weight.uniform_(-bound, bound), conv, 0, [conv.shape[0]])
@@ -179,22 +200,33 @@ class MomTokenMixer(MegatronModule):
             return y.transpose(0, 1).flatten(0, 1)
 
         q, gate = sequence_major(projected).split([self.key_width, self.value_width], dim=1)
-        plan = build_routing_plan(
-            sequence_major(ids),
-            self._token_borders(packed_seq_params, batch, length, x.device),
-            num_memories=self.config.mom_num_memories,
-            shared=self.config.mom_shared_memory,
-            backend=self.config.mom_backend,
-        )
-        y, _ = mix_memories(
-            sequence_major(x),
-            q,
-            gate,
-            sequence_major(weights),
-            plan,
-            self._memory_parameters(),
-            backend=self.config.mom_backend,
-        )
+        x, ids, weights = sequence_major(x), sequence_major(ids), sequence_major(weights)
+        borders = self._token_borders(packed_seq_params, batch, length, x.device)
+        if self.splits_memories:
+            y = mix_memories_over_ranks(
+                x,
+                q,
+                gate,
+                weights,
+                ids,
+                borders,
+                self._memory_parameters(self.memory_proj),
+                self._shared_parameters(),
+                num_memories=self.config.mom_num_memories,
+                group=self.ep_group,
+                ragged=packed_seq_params is not None,
+                backend=self.config.mom_backend,
+            )
+        else:
+            plan = build_routing_plan(
+                ids,
+                borders,
+                num_memories=self.config.mom_num_memories,
+                shared=self.config.mom_shared_memory,
+                backend=self.config.mom_backend,
+            )
+            parameters = self._memory_parameters(self.memory_proj)
+            y, _ = mix_memories(x, q, gate, weights, plan, parameters, backend=self.config.mom_backend)
         return self.out_proj(y.unflatten(0, (batch, length)).transpose(0, 1).contiguous())
 
     def _all_tokens(self, hidden_states, weights, ids):
@@ -226,10 +258,10 @@ class MomTokenMixer(MegatronModule):
         # Tokens after the last document are padding: one more sequence, empty where there are none.
         return torch.cat([borders.to(torch.int32), torch.full((1,), length, dtype=torch.int32, device=device)])
 
-    def _memory_parameters(self) -> MemoryParameters:
+    def _memory_parameters(self, projection: torch.Tensor) -> MemoryParameters:
         return MemoryParameters(
             rule=self.rule,
-            projection=self.memory_proj,
+            projection=projection,
             q_conv=self.q_conv,
             k_conv=self.k_conv,
             v_conv=self.v_conv,
@@ -239,6 +271,12 @@ class MomTokenMixer(MegatronModule):
             num_heads=self.num_heads,
             norm_eps=self.config.layernorm_epsilon,
         )
+
+    def _shared_parameters(self) -> MemoryParameters | None:
+        """Of the shared memory, where memories are split."""
+        if not self.config.mom_shared_memory:
+            return None
+        return self._memory_parameters(self.memory_proj if self.shared_proj is None else self.shared_proj)
 
     def _apply(self, fn, recurse=True):
         """Keeps the rule's parameters in float32 when the model is cast: decay rates do not survive bf16."""
@@ -252,7 +290,7 @@ class MomTokenMixer(MegatronModule):
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, tp_group=None):
         """Parameters for a distributed checkpoint, each piece of a fused one under its own name, so that it can be
-        read at any tensor-parallel size."""
+        read at any tensor-parallel size; the memories' projections under one name at any expert-parallel size."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         tp_group = self.tp_group if tp_group is None else tp_group
         own: dict = {}
@@ -260,7 +298,14 @@ class MomTokenMixer(MegatronModule):
         sharded = make_sharded_tensors_for_checkpoint(
             own,
             prefix,
-            {"memory_proj": 1, "q_conv": 0, "k_conv": 0, "v_conv": 0, **dict.fromkeys(self.rule.parameter_names, 0)},
+            {
+                "memory_proj": 1,
+                "shared_proj": 1,
+                "q_conv": 0,
+                "k_conv": 0,
+                "v_conv": 0,
+                **dict.fromkeys(self.rule.parameter_names, 0),
+            },
             sharded_offsets=sharded_offsets,
             tp_group=tp_group,
             dp_cp_group=metadata["dp_cp_group"],
@@ -270,11 +315,18 @@ class MomTokenMixer(MegatronModule):
                 module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group
             )
         splits = {
-            "in_proj.weight": (0, ["query", "gate"], [self.key_width, self.value_width]),
-            "memory_proj": (1, ["key", "value", *self.rule.gate_names], self.sizes),
+            "in_proj.weight": {"dim": 0, "names": ["query", "gate"], "sizes": [self.key_width, self.value_width]},
+            "memory_proj": {"dim": 1, "names": ["key", "value", *self.rule.gate_names], "sizes": self.sizes},
         }
-        for name, (dim, pieces, sizes) in splits.items():
+        if self.memory_proj.shape[0] < self.num_projections:
+            routed = sharded[prefix + "memory_proj"]
+            routed.replica_id = (*routed.replica_id[:2], self.pg_collection.expt_dp.rank())
+            splits["memory_proj"] |= {"first": self.memories_here.start, "total": self.num_projections}
+            if self.shared_proj is not None:
+                sharded[prefix + "shared_proj"].key = routed.key
+                splits["shared_proj"] = splits["memory_proj"] | {"first": self.num_projections - 1}
+        for name, split in splits.items():
             tensor = sharded[prefix + name]
             if not isinstance(tensor, ShardedTensorFactory):
-                sharded[prefix + name] = split_for_checkpoint(tensor, dim, pieces, sizes)
+                sharded[prefix + name] = split_for_checkpoint(tensor, **split)
         return sharded

@@ -38,9 +38,11 @@ def main() -> None:
     from linear_moe.config import MomTransformerConfig
     from linear_moe.console import install as install_console
     from linear_moe.data import check_data_paths, forward_step, provide_datasets
+    from linear_moe.expert_parallel import EXPERT_PARALLEL_ARGUMENTS
     from linear_moe.layer_specs import gpt_layer_spec
 
     CHECKPOINT_ARGUMENTS.apply()
+    EXPERT_PARALLEL_ARGUMENTS.apply()
     install_console()
     args = parse_and_validate_args(extra_args_provider=_add_arguments)
     fill_mom_arguments(args)

@@ -51,11 +51,9 @@ def projection_sizes(rule: MemoryRule, num_heads: int, head_dim: int, value_dim:
     return [num_heads * head_dim, num_heads * value_dim] + [num_heads] * len(rule.gate_names)
 
 
-def mix_memories(
+def read_memories(
     x: torch.Tensor,
     q: torch.Tensor,
-    gate: torch.Tensor,
-    weights: torch.Tensor,
     plan: RoutingPlan,
     parameters: MemoryParameters,
     *,
@@ -63,24 +61,14 @@ def mix_memories(
     output_state: bool = False,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, MemoryState | None]:
-    """Projects, convolves, runs every memory's recurrence, and mixes what the memories answer.
-
-    Args:
-        x: [N, D] tokens, in the plan's order.
-        q: [N, H K] queries before convolution, one per token for all its memories.
-        gate: [N, H V] output gate before SiLU.
-        weights: [N, k] the router's.
-        plan: where each (token, memory) row lies.
-        parameters: weights of the heads that are here.
-        state: what earlier calls left, for the plan's sequences.
-        output_state: also return the state after the last token.
+    """Projects, convolves and runs every memory's recurrence; arguments as of :func:`mix_memories`.
 
     Returns:
-        y [N, H V] before the output projection, and the new state or None.
+        o [R, H, V], what every row reads from its memory, and the new state or None.
     """
     rule, heads = parameters.rule, parameters.num_heads
     k_dim = q.shape[1] // heads
-    v_dim = gate.shape[1] // heads
+    v_dim = parameters.v_conv.shape[0] // heads
     sizes = projection_sizes(rule, heads, k_dim, v_dim)
     one_projection = parameters.projection.shape[0] == 1 and plan.num_groups > 1
     if one_projection:  # the same for every memory: project tokens, and gather them by row afterwards
@@ -118,11 +106,42 @@ def mix_memories(
         output_state,
         backend,
     )
-    y = combine(
-        o, weights, plan.row_of_slot, gate.unflatten(1, (heads, v_dim)), parameters.norm_weight,
-        eps=parameters.norm_eps, backend=backend,
-    )  # fmt: skip
     new_state = None
     if output_state:
         new_state = MemoryState(*(plan.from_segments(part) for part in (recurrent, q_tail, k_tail, v_tail)))
+    return o, new_state
+
+
+def mix_memories(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    gate: torch.Tensor,
+    weights: torch.Tensor,
+    plan: RoutingPlan,
+    parameters: MemoryParameters,
+    *,
+    state: MemoryState | None = None,
+    output_state: bool = False,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, MemoryState | None]:
+    """Projects, convolves, runs every memory's recurrence, and mixes what the memories answer.
+
+    Args:
+        x: [N, D] tokens, in the plan's order.
+        q: [N, H K] queries before convolution, one per token for all its memories.
+        gate: [N, H V] output gate before SiLU.
+        weights: [N, k] the router's.
+        plan: where each (token, memory) row lies.
+        parameters: weights of the heads that are here.
+        state: what earlier calls left, for the plan's sequences.
+        output_state: also return the state after the last token.
+
+    Returns:
+        y [N, H V] before the output projection, and the new state or None.
+    """
+    o, new_state = read_memories(x, q, plan, parameters, state=state, output_state=output_state, backend=backend)
+    y = combine(
+        o, weights, plan.row_of_slot, gate.unflatten(1, o.shape[1:]), parameters.norm_weight,
+        eps=parameters.norm_eps, backend=backend,
+    )  # fmt: skip
     return y.flatten(1), new_state
