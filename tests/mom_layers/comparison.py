@@ -3,8 +3,10 @@
 import torch
 
 from mom_layers import MixtureOfMemories
+from mom_layers.ops.routing_plan import build_routing_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RAGGED = [0, 1, 2, 3, 63, 64, 65]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
@@ -43,3 +45,22 @@ def inputs(batch, length, hidden=32, dtype=torch.float64, seed=1) -> torch.Tenso
     x = torch.randn(batch, length, hidden, generator=generator, dtype=torch.float64)
     x[..., 0] = 1.0
     return x.to(DEVICE, dtype).requires_grad_()
+
+
+def make_plan(lengths=RAGGED, num_memories=4, topk=2, shared=True, masked=False, unpicked=0):
+    """Memories below `unpicked` are picked by nobody; the last one by everybody if topk covers the others."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(lengths)
+    ids = torch.rand(tokens, num_memories - unpicked, generator=generator).topk(topk).indices + unpicked
+    return build_routing_plan(
+        ids.to(DEVICE),
+        torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(),
+        num_memories=num_memories,
+        shared=shared,
+        token_mask=(torch.rand(tokens, generator=generator) < 0.7).to(DEVICE) if masked else None,
+        backend="torch",
+    )
+
+
+def draw(*shape, dtype=torch.float32, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)

@@ -2,42 +2,12 @@
 
 import pytest
 import torch
-from comparison import DEVICE, TOLERANCE, relative_error
+from comparison import DEVICE, TOLERANCE, draw, make_plan, relative_error
 
 from mom_layers.ops.combine_triton import combine_triton
 from mom_layers.ops.reference import combine_reference
-from mom_layers.ops.routing_plan import build_routing_plan
 
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fresh memory holds NaN, so that an element left unwritten is seen."""
-    for name in ("empty", "empty_like"):
-        fresh = getattr(torch, name)
-
-        def poisoned(*args, fresh=fresh, **kwargs):
-            out = fresh(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() else out
-
-        monkeypatch.setattr(torch, name, poisoned)
-
-
-def make_plan(lengths, topk=2, shared=True, masked=False):
-    """Five memories; memory 0 is picked by nobody."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = sum(lengths)
-    return build_routing_plan(
-        (torch.rand(tokens, 4, generator=generator).topk(topk).indices + 1).to(DEVICE),
-        torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(),
-        num_memories=5,
-        shared=shared,
-        token_mask=(torch.rand(tokens, generator=generator) < 0.7).to(DEVICE) if masked else None,
-        backend="torch",
-    )
-
-
-def draw(*shape, dtype=torch.float32, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def inputs(plan, heads, size, topk, dtype=torch.float32, norm_dtype=torch.float32, gate_columns=0):
@@ -72,31 +42,31 @@ def compare(given):
     "topk, shared, masked", [(2, True, False), (2, False, False), (3, True, True), (1, True, False)]
 )
 def test_matches_reference(topk, shared, masked):
-    plan = make_plan([0, 1, 2, 3, 63, 64, 65], topk, shared, masked)
+    plan = make_plan(topk=topk, shared=shared, masked=masked, num_memories=5, unpicked=1)
     compare(inputs(plan, 2, 32, topk))
 
 
 @pytest.mark.parametrize("norm_dtype", [torch.float32, torch.bfloat16])
 def test_bfloat16(norm_dtype):
-    compare(inputs(make_plan([65, 0, 3]), 2, 64, 2, torch.bfloat16, norm_dtype))
+    compare(inputs(make_plan([65, 0, 3], num_memories=5, unpicked=1), 2, 64, 2, torch.bfloat16, norm_dtype))
 
 
 @pytest.mark.parametrize("size", [16, 256])
 def test_head_sizes(size):
-    compare(inputs(make_plan([5, 12]), 3, size, 2))
+    compare(inputs(make_plan([5, 12], num_memories=5, unpicked=1), 3, size, 2))
 
 
 def test_gate_is_a_view_of_a_wider_tensor():
-    compare(inputs(make_plan([5, 12]), 2, 32, 2, gate_columns=48))
+    compare(inputs(make_plan([5, 12], num_memories=5, unpicked=1), 2, 32, 2, gate_columns=48))
 
 
 def test_norm_weight_gradient_over_several_blocks(monkeypatch):
     monkeypatch.setattr("mom_layers.ops.combine_triton.GRADIENT_PROGRAMS", 2)
-    compare(inputs(make_plan([63, 64, 65]), 1, 64, 2))
+    compare(inputs(make_plan([63, 64, 65], num_memories=5, unpicked=1), 1, 64, 2))
 
 
 def test_a_token_reaches_only_its_own_rows():
-    plan = make_plan([3, 40])
+    plan = make_plan([3, 40], num_memories=5, unpicked=1)
     given = inputs(plan, 2, 16, 2)
     o = given["o"].requires_grad_()
     y = combine_triton(**given)
@@ -109,7 +79,7 @@ def test_a_token_reaches_only_its_own_rows():
 
 
 def test_no_tokens():
-    given = inputs(make_plan([0]), 2, 16, 2)
+    given = inputs(make_plan([0], num_memories=5, unpicked=1), 2, 16, 2)
     y = combine_triton(**(given | dict(norm_weight=given["norm_weight"].requires_grad_())))
     assert y.shape == (0, 2, 16)
     y.sum().backward()
@@ -117,7 +87,7 @@ def test_no_tokens():
 
 
 def test_bad_inputs_are_refused():
-    given = inputs(make_plan([3, 2]), 2, 16, 2)
+    given = inputs(make_plan([3, 2], num_memories=5, unpicked=1), 2, 16, 2)
     cases = [
         ("float64", dict(o=given["o"].double())),
         (r"\[15, 2, 24\]", dict(o=draw(15, 2, 24))),

@@ -2,45 +2,13 @@
 
 import pytest
 import torch
-from comparison import DEVICE, TOLERANCE, relative_error
+from comparison import DEVICE, TOLERANCE, draw, make_plan, relative_error
 
 from mom_layers.ops import grouped_projection_triton as module
 from mom_layers.ops.grouped_projection_triton import grouped_projection_triton
 from mom_layers.ops.routing_plan import build_routing_plan
 
-RAGGED = [0, 1, 2, 3, 63, 64, 65]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fresh memory holds NaN, so that an element left unwritten is seen."""
-    for name in ("empty", "empty_like"):
-        fresh = getattr(torch, name)
-
-        def poisoned(*args, fresh=fresh, **kwargs):
-            out = fresh(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() else out
-
-        monkeypatch.setattr(torch, name, poisoned)
-
-
-def make_plan(lengths=RAGGED, num_memories=4, topk=2, shared=True, masked=False, unpicked=0):
-    """Memories below `unpicked` are picked by nobody."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = sum(lengths)
-    ids = torch.rand(tokens, num_memories - unpicked, generator=generator).topk(topk).indices + unpicked
-    return build_routing_plan(
-        ids.to(DEVICE),
-        torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(),
-        num_memories=num_memories,
-        shared=shared,
-        token_mask=(torch.rand(tokens, generator=generator) < 0.7).to(DEVICE) if masked else None,
-        backend="torch",
-    )
-
-
-def draw(*shape, dtype=torch.float32, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def reference(x, weight, plan):
