@@ -1,0 +1,269 @@
+"""Mixture-of-Memories language model for Hugging Face's transformers (arXiv 2502.13685), `model_type` "mom".
+
+Parameter names and shapes are those of `fla.models.mom`.
+Shape legend: sequences B, tokens T, hidden size D, memories M, memories chosen by a token k.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+
+from mom_layers.hf.cache import MomCache
+from mom_layers.hf.configuration_mom import MomConfig
+from mom_layers.hf.layers import Attention, GatedMLP, RMSNorm
+from mom_layers.hf.mixer import MomAttention
+from mom_layers.hf.sequence import TokenSequence
+from mom_layers.routing import load_balancing_loss
+
+
+class MomBlock(GradientCheckpointingLayer):
+    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``; the mixer is a MoM layer or softmax attention."""
+
+    def __init__(self, config: MomConfig, layer_idx: int):
+        super().__init__()
+        specs = [spec for spec in config.attention_specs() if layer_idx in spec.layers]
+        self.layer_idx = layer_idx
+        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attn = Attention(config.hidden_size, specs[0]) if specs else MomAttention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.mlp_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, sequence: TokenSequence, past_key_values: MomCache | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states [B, T, D]. Returns them after this layer, and the router's logits [B * T, M] of a MoM layer."""
+        past = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        mixed, router_logits = self.attn(self.attn_norm(hidden_states), sequence, past)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states)), router_logits
+
+
+class MomPreTrainedModel(PreTrainedModel):
+    config_class = MomConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MomBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _input_embed_layer = "embeddings"
+    _is_stateful = True
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal projections and embeddings, uniform convolutions, and the memory rule's own parameters."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv1d):
+            bound = module.kernel_size[0] ** -0.5
+            nn.init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, MomAttention):
+            module.reset_rule_parameters()
+
+
+class MomModel(MomPreTrainedModel):
+    """Embeddings, the layers and the last norm."""
+
+    def __init__(self, config: MomConfig):
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([MomBlock(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: MomCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        """
+        Args:
+            input_ids: [B, T], or ``inputs_embeds`` [B, T, D] instead.
+            attention_mask: [B, tokens in the cache + T], 0 at padding, which reaches no memory and no softmax.
+            position_ids: [B, T] for the softmax layers; counted from the mask when absent.
+            past_key_values: of an earlier call over the same sequences, to continue from; it is changed in place.
+            use_cache: return a cache; the configuration's choice when absent, never while training.
+            output_hidden_states, output_router_logits: return them; router logits by default while training.
+            cu_seqlens: [documents + 1], for documents packed into one sequence (B = 1): nothing crosses their
+                borders. Also taken under transformers' name, ``cu_seq_lens_q``.
+
+        Raises:
+            ValueError: arguments that exclude each other, or shapes that do not fit.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        if output_attentions:
+            raise ValueError("output_attentions is not supported: a memory has no attention weights")
+        if inputs_embeds is None:
+            inputs_embeds = self.embeddings(input_ids)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if past_key_values is not None and not isinstance(past_key_values, MomCache):
+            raise ValueError(f"past_key_values must be a MomCache, got {type(past_key_values).__name__}")
+        cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
+        if use_cache and past_key_values is None and cu_seqlens is None:
+            past_key_values = MomCache(self.config)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_router_logits is None:
+            output_router_logits = self.training
+
+        batch, length = inputs_embeds.shape[:2]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        sequence = TokenSequence(
+            batch, length, past, inputs_embeds.device, attention_mask, position_ids, cu_seqlens, self.training
+        )
+        hidden_states = inputs_embeds
+        all_hidden_states, all_router_logits = [], []
+        for layer in self.layers:
+            all_hidden_states.append(hidden_states)
+            hidden_states, router_logits = layer(hidden_states, sequence=sequence, past_key_values=past_key_values)
+            if router_logits is not None:
+                all_router_logits.append(router_logits)
+        hidden_states = self.norm(hidden_states)
+        all_hidden_states.append(hidden_states)
+        return MoeModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            router_logits=tuple(all_router_logits) if output_router_logits else None,
+        )
+
+
+class MomForCausalLM(MomPreTrainedModel, GenerationMixin):
+    """The language model: :class:`MomModel` and the output head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
+
+    def __init__(self, config: MomConfig):
+        super().__init__(config)
+        self.model = MomModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embeddings = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: MomCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        """
+        Args:
+            labels: [B, T]; logits at t are compared with the label at t + 1, and -100 is left out.
+            logits_to_keep: how many of the last positions get logits, or which ones; 0 is all of them, and so is
+                anything together with ``labels``.
+
+        The others are :meth:`MomModel.forward`'s. With ``output_router_logits`` (while training, by default) there is
+        an ``aux_loss``, k when the memories are balanced, and ``loss`` contains ``aux_loss_scale`` times it.
+
+        Raises:
+            ValueError: arguments that exclude each other, or shapes that do not fit.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
+            cu_seqlens=cu_seqlens,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if labels is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            hidden_states = hidden_states[:, kept]
+        logits = self.lm_head(hidden_states)
+
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if outputs.router_logits:
+            mask = None if attention_mask is None else attention_mask[:, -outputs.last_hidden_state.shape[1] :]
+            aux_loss = self._balancing_loss(outputs.router_logits, mask)
+            if loss is not None:
+                loss = loss + self.config.aux_loss_scale * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            router_logits=outputs.router_logits,
+        )
+
+    def _balancing_loss(self, router_logits: tuple[torch.Tensor, ...], mask: torch.Tensor | None) -> torch.Tensor:
+        """Switch Transformer's loss with all k choices of a token counted, so that balance is at k, not at 1.
+
+        router_logits: [B * T, M] a layer; mask [B, T], 0 at padding, which is left out.
+        """
+        if mask is not None:
+            kept = mask.flatten().bool()
+            router_logits = tuple(logits[kept.to(logits.device)] for logits in router_logits)
+        if not self.config.use_layer_wise_balance:
+            router_logits = (torch.cat([logits.to(router_logits[0].device) for logits in router_logits]),)
+        topk = self.config.topk
+        losses = [topk * load_balancing_loss(logits, logits.topk(topk).indices) for logits in router_logits]
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = MomCache(self.config)
