@@ -1,0 +1,208 @@
+"""Memories sharded over Megatron's expert-parallel group: rows travel to the memory that they chose, and answers back.
+
+A rank's rows are sorted by (memory, sequence, time), so what it sends to another rank is one slice, and arrives as it
+was. Arriving rows are sorted by source rank, then memory, sequence and time: a list of segments, once the number of
+rows of every (source, memory, sequence) is known, which is one small all-gather.
+
+A row carries its token and its token's query. Projecting queries where the memory lives would save their H K / D of the
+volume, and cost k products a token instead of one; it would also take the query weight out of Megatron's linear layer,
+behind the back of its fused gradient accumulation and its low precision.
+
+Shape legend: N tokens here, R rows here (N k), A rows that arrive, M memories, E ranks, B sequences here, D hidden
+size, H heads here, K key size, V value size.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import all_to_all
+
+from megatron_patches.patch import Patch, wrap
+from mom_layers.mixing import MemoryParameters, read_memories
+from mom_layers.ops.combine import combine
+from mom_layers.ops.routing_plan import RoutingPlan, build_routing_plan
+from mom_layers.ops.rows import gather_rows
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+@dataclass(frozen=True)
+class RowExchange:
+    """Who sends how many rows to whom, and where they lie after arriving.
+
+    Attributes:
+        group: the expert-parallel group.
+        sent: rows that go to every rank.
+        arriving: rows that come from every rank.
+        plan: the arriving rows sorted by (memory, source rank, sequence, time); its tokens are the rows in order of
+            arrival.
+    """
+
+    group: torch.distributed.ProcessGroup
+    sent: list[int]
+    arriving: list[int]
+    plan: RoutingPlan
+
+    def dispatch(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [R, C] in this rank's order to the rows that arrive [A, C], in order of arrival."""
+        arrived = all_to_all(self.group, rows, self.arriving, self.sent)
+        return F.pad(arrived, (0, 0, 0, self.plan.num_rows - arrived.shape[0]))
+
+    def give_back(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [A, C] in the plan's order to [R, C] in the order in which their ranks sent them."""
+        arrived = rows.index_select(0, self.plan.row_of_slot.flatten())[: sum(self.arriving)]
+        return all_to_all(self.group, arrived, self.sent, self.arriving)
+
+
+def plan_arrivals(counts: torch.Tensor, num_rows: int) -> RoutingPlan:
+    """Where rows lie that arrive sorted by (source rank, memory, sequence, time).
+
+    Args:
+        counts: [E, M here, B] rows of every piece.
+        num_rows: their sum, known on the host.
+    """
+    ranks, memories, sequences = counts.shape
+    by_memory = counts.transpose(0, 1)
+    cu_seqlens = F.pad(by_memory.flatten().cumsum(0), (1, 0)).int()
+    arrival = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts).transpose(0, 1).flatten().int()
+    row = torch.arange(num_rows, dtype=torch.int32, device=counts.device)
+    segment_of_row = torch.searchsorted(cu_seqlens, row, right=True, out_int32=True) - 1
+    position_of_row = row - cu_seqlens[segment_of_row]
+    token_of_row = arrival[segment_of_row] + position_of_row
+    row_of_slot = torch.empty_like(row).scatter_(0, token_of_row.long(), row)[:, None]
+    return RoutingPlan(
+        token_of_row,
+        row_of_slot,
+        segment_of_row,
+        position_of_row,
+        cu_seqlens,
+        memory_offsets=cu_seqlens[ranks * sequences :: ranks * sequences].contiguous(),
+        num_sequences=ranks * sequences,
+        num_groups=memories,
+        has_masked_segment=False,
+    )
+
+
+def plan_exchange(routed: RoutingPlan, group: torch.distributed.ProcessGroup, ragged: bool) -> RowExchange:
+    """Gathers how many rows of every sequence go to every memory. The host waits for the numbers.
+
+    Args:
+        routed: this rank's rows, without the shared memory.
+        ragged: ranks may hold different numbers of sequences (packed documents).
+    """
+    ranks, rank = group.size(), group.rank()
+    counts = routed.cu_seqlens.diff().view(routed.num_groups, routed.num_sequences)
+    if ragged:
+        most = torch.tensor([routed.num_sequences], device=counts.device)
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=group)
+        counts = F.pad(counts, (0, most.item() - routed.num_sequences))
+    gathered = counts.new_empty(ranks * counts.shape[0], counts.shape[1])
+    torch.distributed.all_gather_into_tensor(gathered, counts.contiguous(), group=group)
+    gathered = gathered.unflatten(0, (ranks, ranks, -1))  # [source, owner, M here, B]
+    here = gathered[:, rank]
+    sent, arriving = torch.stack([gathered[rank].sum((1, 2)), here.sum((1, 2))]).tolist()
+    if not sum(arriving):  # one row of zeros keeps this rank in step with the others, backward too
+        here = F.pad(torch.ones_like(here[:1, :1, :1]), (0, here.shape[2] - 1, 0, here.shape[1] - 1, 0, ranks - 1))
+    return RowExchange(group, sent, arriving, plan_arrivals(here, max(1, sum(arriving))))
+
+
+def _second_stream(device: torch.device):
+    """The stream of the exchange; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+def mix_memories_over_ranks(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    gate: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    token_borders: torch.Tensor,
+    routed: MemoryParameters,
+    shared: MemoryParameters | None,
+    *,
+    num_memories: int,
+    group: torch.distributed.ProcessGroup,
+    ragged: bool,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """:func:`mom_layers.mixing.mix_memories` where every rank of a group holds some of the memories.
+
+    The shared memory reads this rank's tokens while rows are on their way; backward too, for autograd runs an
+    operation's gradient on the operation's stream, the latest first.
+
+    Args:
+        x: [N, D]. q: [N, H K] before convolution. gate: [N, H V] before SiLU.
+        weights, ids: [N, k] the router's.
+        token_borders: [B + 1] int32, first token of every sequence, then N.
+        routed: parameters of the memories that live here, M / E of them (or one projection for all).
+        shared: parameters of the shared memory, None where there is none.
+        num_memories: M, of all ranks.
+        group: the expert-parallel group.
+        ragged: ranks may hold different numbers of sequences.
+
+    Returns:
+        y [N, H V] before the output projection.
+    """
+    stream = _second_stream(x.device)
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream())
+    outputs = []
+    if shared is not None:
+        everyone = build_routing_plan(
+            torch.zeros_like(ids[:, :1]), token_borders, num_memories=1, shared=False, backend=backend
+        )
+        outputs.append(read_memories(x, q, everyone, shared, backend=backend)[0])
+    with nullcontext() if stream is None else torch.cuda.stream(stream):
+        plan = build_routing_plan(ids, token_borders, num_memories=num_memories, shared=False, backend=backend)
+        exchange = plan_exchange(plan, group, ragged)
+        arrived = exchange.dispatch(gather_rows(torch.cat([x, q], dim=1), plan))
+    if stream is not None:
+        main = torch.cuda.current_stream()
+        main.wait_stream(stream)
+        for tensor in (arrived, plan.row_of_slot, *_tensors(exchange.plan)):
+            tensor.record_stream(main)
+
+    x_here, q_here = arrived.split([x.shape[1], q.shape[1]], dim=1)
+    answers, _ = read_memories(x_here, q_here, exchange.plan, routed, backend=backend)
+    outputs.insert(0, exchange.give_back(answers.flatten(1)).unflatten(1, answers.shape[1:]))
+    row_of_slot = plan.row_of_slot
+    if shared is not None:
+        row_of_slot = torch.cat([row_of_slot, everyone.row_of_slot + plan.num_rows], dim=1)
+    y = combine(
+        torch.cat(outputs), weights, row_of_slot, gate.unflatten(1, answers.shape[1:]), routed.norm_weight,
+        eps=routed.norm_eps, backend=backend,
+    )  # fmt: skip
+    return y.flatten(1)
+
+
+def _tensors(plan: RoutingPlan) -> list[torch.Tensor]:
+    values = [getattr(plan, field.name) for field in fields(plan)]
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def _validate_without_experts(validate_args, args, *positional, **keywords):
+    """Lets memories be the only experts of the model: Megatron's checks then see no expert parallelism."""
+    size = args.expert_model_parallel_size
+    if size == 1 or args.num_experts or getattr(args, "token_mixer", None) != "mom":
+        return validate_args(args, *positional, **keywords)
+    args.expert_model_parallel_size = 1
+    result = validate_args(args, *positional, **keywords)
+    args.expert_model_parallel_size = size
+    return result
+
+
+EXPERT_PARALLEL_ARGUMENTS = Patch(
+    name="expert-parallel-arguments",
+    reason="--expert-model-parallel-size is refused in a model without --num-experts, though it may have memories",
+    removed_when="validate_args leaves that check to the configuration",
+    targets=(wrap("megatron.training.arguments", "validate_args", _validate_without_experts),),
+)
