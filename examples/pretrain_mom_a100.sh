@@ -11,8 +11,8 @@ export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 
 : "${GPUS:=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}"
 if [ "${DEMO:-0}" != 0 ] || [ "$GPUS" = 0 ]; then
-    : "${OUT:=$here/runs/demo}" "${LAYERS:=4}" "${HIDDEN:=256}" "${FFN:=512}" "${HEADS:=4}" "${HEAD_DIM:=32}"
-    : "${SEQ_LENGTH:=256}" "${MICRO_BATCH:=8}" "${GLOBAL_BATCH:=8}" "${LR:=2e-3}" "${TRAIN_ITERS:=250}"
+    : "${OUT:=$here/runs/demo}" "${LAYERS:=4}" "${HIDDEN:=256}" "${FFN:=512}" "${HEADS:=2}" "${HEAD_DIM:=64}"
+    : "${SEQ_LENGTH:=256}" "${MICRO_BATCH:=8}" "${GLOBAL_BATCH:=8}" "${LR:=2e-3}" "${TRAIN_ITERS:=200}"
     : "${VOCAB:=4096}" "${PRECISION:=fp32}" "${LOG_INTERVAL:=10}" "${EVAL_INTERVAL:=50}" "${SAVE_INTERVAL:=50}"
 else
     : "${OUT:=$here/runs/mom-380m}" "${LAYERS:=24}" "${HIDDEN:=1024}" "${FFN:=2048}" "${HEADS:=4}" "${HEAD_DIM:=256}"
