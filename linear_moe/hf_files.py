@@ -1,0 +1,238 @@
+"""Folders in the Hugging Face format: read lazily, written shard by shard, and published only when complete."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+class ConversionError(ValueError):
+    """Something about a checkpoint that its user can act on, told in one line."""
+
+
+def run_tool(name: str, tool: Callable[[], None]) -> int:
+    """Runs a command-line tool. Returns 0, or 1 (130 when interrupted) with one line on stderr for what went wrong."""
+    try:
+        tool()
+    except ConversionError as error:
+        return _failed(name, str(error))
+    except (OSError, SafetensorError) as error:
+        return _failed(name, _reason(error))
+    except KeyboardInterrupt:
+        _failed(name, "interrupted")
+        return 130
+    return 0
+
+
+def _failed(name: str, reason: str) -> int:
+    print(f"{name}: error: {' '.join(reason.split())}", file=sys.stderr)
+    return 1
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror + (f": {error.filename}" if error.filename else "")
+        return f"{text}; nothing was written" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else text
+    return f"{error}; nothing was written"
+
+
+def check_target(target: Path, marks: Iterable[str], overwrite: bool) -> None:
+    """Raises ConversionError unless ``target`` can be written: it is new, an empty folder, or, with ``overwrite``, a
+    folder that this tool wrote, which has one of the files ``marks``."""
+    if not target.exists() and not target.is_symlink():
+        return
+    if not target.is_dir():
+        raise ConversionError(f"--save {target} is a file: give the name of a new folder")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise ConversionError(f"--save {target} exists: give the name of a new folder, or --overwrite to replace it")
+    if not any((target / mark).exists() for mark in marks):
+        raise ConversionError(
+            f"--save {target} has none of {', '.join(marks)}, so it was not written by this tool: not overwriting it"
+        )
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that takes its name at the end, or disappears when anything goes wrong.
+
+    A folder that has that name already is replaced.
+    """
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        folder.chmod(0o777 & ~_umask())
+        yield folder
+        replaced = folder.with_suffix(".replaced")
+        if target.is_dir():
+            target.rename(replaced)
+        try:
+            folder.rename(target)
+        except OSError:
+            if replaced.is_dir():
+                replaced.rename(target)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_weights(
+    folder: Path,
+    described: Mapping[str, torch.Tensor],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    max_shard_size: str | int,
+) -> None:
+    """Writes safetensors files, each as soon as its tensors are there: one shard is in memory at a time.
+
+    Args:
+        folder: to write to.
+        described: every tensor on the meta device, in the order in which ``tensors`` produces them.
+        tensors: (name, tensor) pairs.
+        max_shard_size: of one file, in bytes or as "5GB".
+    """
+    split = split_torch_state_dict_into_shards(
+        dict(described), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    file_of = {name: file for file, names in split.filename_to_tensors.items() for name in names}
+    missing = {file: len(names) for file, names in split.filename_to_tensors.items()}
+    pending: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors:
+        file = file_of[name]
+        pending.setdefault(file, {})[name] = tensor
+        missing[file] -= 1
+        if not missing[file]:
+            save_file(pending.pop(file), folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o666 & ~_umask())  # safetensors makes it private
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": file_of}
+        write_json(folder / WEIGHTS_INDEX, index)
+
+
+def write_json(path: Path, content) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict:
+    """Raises ConversionError for a file that is missing or not JSON."""
+    if not path.is_file():
+        raise ConversionError(f"{path.parent} has no {path.name}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path} is not JSON: {error}") from error
+
+
+class Weights:
+    """The tensors of a Hugging Face folder, each read when asked for. Safetensors, or PyTorch's older pickled files.
+
+    Raises ConversionError where there are none, or where a file is missing or broken.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._open: dict[str, object] = {}
+        files = self._files()
+        self._file_of: dict[str, str] = {}
+        for file in files:
+            if not (folder / file).is_file():
+                raise ConversionError(f"{folder} is incomplete: {file} is missing")
+            self._file_of |= dict.fromkeys(self._load(file).keys(), file)
+        if self._index:
+            for name, file in self._index.items():
+                if self._file_of.get(name) != file:
+                    raise ConversionError(f"{folder / file} lacks {name}, which the index says it holds")
+
+    def _files(self) -> list[str]:
+        self._index: dict[str, str] = {}
+        for index, single in ((WEIGHTS_INDEX, WEIGHTS), (PICKLED_INDEX, PICKLED)):
+            if (self._folder / index).is_file():
+                self._index = read_json(self._folder / index).get("weight_map", {})
+                return sorted(set(self._index.values()))
+            if (self._folder / single).is_file():
+                return [single]
+        raise ConversionError(f"{self._folder} has no {WEIGHTS}, {WEIGHTS_INDEX} or {PICKLED}")
+
+    def _load(self, file: str):
+        if file not in self._open:
+            try:
+                if file.endswith(".safetensors"):
+                    self._open[file] = safe_open(self._folder / file, framework="pt")
+                else:
+                    self._open[file] = torch.load(self._folder / file, map_location="cpu", weights_only=True, mmap=True)
+            except (SafetensorError, RuntimeError, ValueError, EOFError) as error:
+                raise ConversionError(f"{self._folder / file} cannot be read: {error}") from error
+        return self._open[file]
+
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def describe(self, name: str) -> torch.Tensor:
+        """Shape and type of a tensor, as one on the meta device."""
+        held = self._load(self._file_of[name])
+        if isinstance(held, dict):
+            return held[name].to("meta")
+        piece = held.get_slice(name)
+        if piece.get_dtype() not in _SAFETENSORS_DTYPES:
+            raise ConversionError(f"{name} is of type {piece.get_dtype()}; it must be {', '.join(_SAFETENSORS_DTYPES)}")
+        return torch.empty(piece.get_shape(), dtype=_SAFETENSORS_DTYPES[piece.get_dtype()], device="meta")
+
+    def read(self, name: str) -> torch.Tensor:
+        held = self._load(self._file_of[name])
+        return held[name] if isinstance(held, dict) else held.get_tensor(name)
+
+
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer's folder, empty where it is none."""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    found = {path.name for path in files}
+    return files if found & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"} else []
+
+
+def copy_tokenizer(folder: Path, target: Path) -> None:
+    """Copies a tokenizer's files, as they are."""
+    target.mkdir(exist_ok=True)
+    for file in tokenizer_files(folder):
+        shutil.copyfile(file, target / file.name)
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a folder; raises ConversionError where there is none."""
+    if not tokenizer_files(folder):
+        raise ConversionError(f"{folder} has no tokenizer: expected a folder that save_pretrained wrote")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # any of many libraries' own
+        raise ConversionError(f"the tokenizer in {folder} cannot be loaded: {error}") from error

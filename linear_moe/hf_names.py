@@ -1,0 +1,221 @@
+"""One table of names between Megatron's checkpoints and the Hugging Face format (FLA's), read in both directions.
+
+Megatron keeps what it multiplies together in one tensor; the Hugging Face format keeps every projection on its own. A
+rule says which Hugging Face tensors one Megatron tensor holds, and how: :class:`Transform` splits it and joins them
+back, without arithmetic, so that a round trip is exact to the bit. Shapes are part of the table: a rule names the
+dimensions of each Hugging Face tensor, and Megatron's shape follows by joining.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes of a model that its names and shapes depend on.
+
+    Attributes:
+        dims: size of every dimension that the table names.
+        num_layers: of the decoder.
+        attention_layers: indices of the layers whose token mixer is softmax attention.
+        num_memories: of a MoM layer, without the shared one.
+        shared_memory: whether there is a shared one.
+        single_kv_proj: whether all memories have one projection, which is the shared one's.
+        tied: the output layer uses the embedding's weight.
+        num_query_groups: key-value heads of a softmax layer.
+    """
+
+    dims: dict[str, int]
+    num_layers: int
+    attention_layers: frozenset[int]
+    num_memories: int
+    shared_memory: bool
+    single_kv_proj: bool
+    tied: bool
+    num_query_groups: int = 1
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How one Megatron tensor holds several Hugging Face tensors.
+
+    Attributes:
+        split: (Megatron tensor, layout, number of Hugging Face tensors) -> those, in the rule's order.
+        join: the other way.
+    """
+
+    split: Callable[[Tensor, Layout, int], Sequence[Tensor]]
+    join: Callable[[Sequence[Tensor], Layout], Tensor]
+
+
+SAME = Transform(split=lambda tensor, layout, count: [tensor], join=lambda parts, layout: parts[0])
+STACKED = Transform(
+    split=lambda tensor, layout, count: tensor.unbind(0), join=lambda parts, layout: torch.stack(tuple(parts))
+)
+ROWS = Transform(
+    split=lambda tensor, layout, count: tensor.chunk(count), join=lambda parts, layout: torch.cat(tuple(parts))
+)
+# PyTorch's depthwise convolutions have a dimension of one input channel.
+CHANNELS = Transform(
+    split=lambda tensor, layout, count: [tensor.unsqueeze(1)], join=lambda parts, layout: parts[0].squeeze(1)
+)
+
+
+def _split_qkv(tensor: Tensor, layout: Layout, count: int) -> list[Tensor]:
+    groups, hidden = layout.num_query_groups, tensor.shape[1]
+    size = layout.dims["keys_values"] // groups
+    grouped = tensor.view(groups, -1, hidden)
+    return [part.reshape(-1, hidden) for part in grouped.split([grouped.shape[1] - 2 * size, size, size], dim=1)]
+
+
+def _join_qkv(parts: Sequence[Tensor], layout: Layout) -> Tensor:
+    groups, hidden = layout.num_query_groups, parts[0].shape[1]
+    return torch.cat([part.view(groups, -1, hidden) for part in parts], dim=1).flatten(0, 1)
+
+
+# Megatron orders the rows of its fused projection by group: its queries, its key, its value, then the next group.
+QKV = Transform(split=_split_qkv, join=_join_qkv)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron tensor and the Hugging Face tensors it holds.
+
+    Attributes:
+        megatron: name, in a layer without its prefix.
+        hf: (name, dimensions) of each, in a layer without its prefix. A name with ``{memory}`` stands for one tensor a
+            memory, none where all memories share a projection.
+        transform: how they are held.
+        layers: which layers have it ("mom", "attention" or "all"), None where it is not a layer's.
+        padded: Megatron may store more rows than the model has (vocabulary padding).
+        exact: stays in the type it is stored in, whatever type the rest is converted to.
+    """
+
+    megatron: str
+    hf: tuple[tuple[str, str], ...]
+    transform: Transform = SAME
+    layers: str | None = "all"
+    padded: bool = False
+    exact: bool = False
+
+
+def _per_memory(letter: str, megatron: str, rows: str) -> Rule:
+    names = (f"attn.{letter}_proj.{{memory}}.weight", f"attn.shared_{letter}.weight")
+    return Rule(
+        f"self_attention.memory_proj.{megatron}",
+        tuple((name, f"{rows} hidden") for name in names),
+        transform=STACKED,
+        layers="mom",
+    )
+
+
+def _mom(megatron: str, hf: str, dims: str, **kwargs) -> Rule:
+    return Rule(f"self_attention.{megatron}", ((f"attn.{hf}", dims),), layers="mom", **kwargs)
+
+
+RULES = (
+    Rule("embedding.word_embeddings.weight", (("model.embeddings.weight", "vocabulary hidden"),),
+         layers=None, padded=True),
+    Rule("input_layernorm.weight", (("attn_norm.weight", "hidden"),), layers="mom"),
+    _mom("router.weight", "gate.weight", "memories hidden"),
+    _mom("in_proj.weight.query", "q_proj.weight", "keys hidden"),
+    _per_memory("k", "key", "keys"),
+    _per_memory("v", "value", "values"),
+    _per_memory("b", "beta", "heads"),
+    _per_memory("a", "a", "heads"),
+    _mom("A_log", "A_log", "heads", exact=True),
+    _mom("dt_bias", "dt_bias", "heads", exact=True),
+    _mom("q_conv", "q_conv1d.weight", "keys one width", transform=CHANNELS),
+    _mom("k_conv", "k_conv1d.weight", "keys one width", transform=CHANNELS),
+    _mom("v_conv", "v_conv1d.weight", "values one width", transform=CHANNELS),
+    _mom("in_proj.weight.gate", "g_proj.weight", "values hidden"),
+    _mom("norm_weight", "o_norm.weight", "value"),
+    _mom("out_proj.weight", "o_proj.weight", "hidden values"),
+    Rule("self_attention.linear_qkv.layer_norm_weight", (("attn_norm.weight", "hidden"),), layers="attention"),
+    Rule("self_attention.linear_qkv.weight",
+         (("attn.q_proj.weight", "hidden hidden"), ("attn.k_proj.weight", "keys_values hidden"),
+          ("attn.v_proj.weight", "keys_values hidden")),
+         transform=QKV, layers="attention"),
+    Rule("self_attention.linear_proj.weight", (("attn.o_proj.weight", "hidden hidden"),), layers="attention"),
+    Rule("mlp.linear_fc1.layer_norm_weight", (("mlp_norm.weight", "hidden"),)),
+    Rule("mlp.linear_fc1.weight",
+         (("mlp.gate_proj.weight", "intermediate hidden"), ("mlp.up_proj.weight", "intermediate hidden")),
+         transform=ROWS),
+    Rule("mlp.linear_fc2.weight", (("mlp.down_proj.weight", "hidden intermediate"),)),
+    Rule("decoder.final_layernorm.weight", (("model.norm.weight", "hidden"),), layers=None),
+    Rule("output_layer.weight", (("lm_head.weight", "vocabulary hidden"),), layers=None, padded=True),
+)  # fmt: skip
+
+EXTRA_STATES = {
+    "mom": ("input_layernorm", "self_attention.in_proj", "self_attention.out_proj"),
+    "attention": ("self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj"),
+    "all": ("mlp.linear_fc1", "mlp.linear_fc2"),
+    None: ("decoder.final_layernorm",),
+}
+"""Modules that ask a checkpoint for an ``_extra_state`` (Transformer Engine's for FP8), empty in ours."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A rule applied: one tensor of one model. ``layer`` is None where it is not a layer's."""
+
+    rule: Rule
+    layer: int | None
+    hf: tuple[tuple[str, tuple[int, ...]], ...]
+    layout: Layout
+
+    @property
+    def hf_names(self) -> list[str]:
+        return [name for name, _ in self.hf]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the Megatron tensor, without vocabulary padding."""
+        return tuple(self.join([torch.empty(shape, device="meta") for _, shape in self.hf]).shape)
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """Hugging Face tensors of a Megatron tensor, in the order of ``hf``."""
+        return list(self.rule.transform.split(tensor, self.layout, len(self.hf)))
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The other way."""
+        return self.rule.transform.join(parts, self.layout)
+
+
+def entries(layout: Layout) -> Iterator[Entry]:
+    """Every tensor of a model, in the order of its layers: what comes before them, the layers, what comes after."""
+    first_of_layers = next(i for i, rule in enumerate(RULES) if rule.layers)
+    last_of_layers = max(i for i, rule in enumerate(RULES) if rule.layers)
+    yield from _model_entries(RULES[:first_of_layers], layout)
+    for layer in range(layout.num_layers):
+        kind = "attention" if layer in layout.attention_layers else "mom"
+        for rule in RULES[first_of_layers : last_of_layers + 1]:
+            if rule.layers in (kind, "all"):
+                yield _entry(rule, layout, layer)
+    yield from _model_entries(RULES[last_of_layers + 1 :], layout)
+
+
+def _model_entries(rules: Sequence[Rule], layout: Layout) -> Iterator[Entry]:
+    for rule in rules:
+        if not (layout.tied and rule.megatron == "output_layer.weight"):
+            yield _entry(rule, layout, None)
+
+
+def _entry(rule: Rule, layout: Layout, layer: int | None) -> Entry:
+    prefix = "" if layer is None else f"model.layers.{layer}."
+    names = []
+    for name, dims in rule.hf:
+        shape = tuple(layout.dims[dim] for dim in dims.split())
+        if "{memory}" in name:
+            memories = 0 if layout.single_kv_proj else layout.num_memories
+        elif ".shared_" in name:
+            memories = int(layout.shared_memory or layout.single_kv_proj)
+        else:
+            memories = 1
+        names += [(prefix + name.format(memory=memory), shape) for memory in range(memories)]
+    return Entry(rule, layer, tuple(names), layout)

@@ -1,0 +1,263 @@
+"""Checkpoints that Megatron wrote on several parallel layouts: to the Hugging Face format, back, and what they mean."""
+
+import filecmp
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import convert_from_hf
+import convert_to_hf
+import pytest
+import torch
+import torch.nn.functional as F
+from test_convert_names import VARIANTS, random_model, read_weights, same
+
+from linear_moe.hf_checkpoint import MegatronCheckpoint, find_checkpoint
+from linear_moe.hf_verify import compare, exported_logits, megatron_logits
+from mom_layers.ops.reference import mixture_of_memories_reference
+
+REPOSITORY = Path(__file__).parents[2]
+MODEL = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 48 --max-position-embeddings 32"
+    " --swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope --attention-dropout 0"
+    " --hidden-dropout 0 --token-mixer mom --mom-num-heads 2 --mom-head-dim 16"
+).split()
+TRAINING = (
+    "--seq-length 32 --micro-batch-size 1 --global-batch-size 2 --train-iters 2 --save-interval 2 --eval-iters 0"
+    " --eval-interval 100 --mock-data --no-create-attention-mask-in-dataloader --make-vocab-size-divisible-by 64"
+).split()
+NULL_TOKENIZER = "--tokenizer-type NullTokenizer --vocab-size 127".split()
+
+
+def pretrain(save: Path, *options: str, processes: int = 1) -> Path:
+    """Trains for two steps in processes of its own, and returns the folder of checkpoints."""
+    command = [sys.executable, "-m", "linear_moe.pretrain"]
+    if processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command[2:2] = ["torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}", "-m"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [*command, *TRAINING, *options, "--save", str(save)],
+        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    return save
+
+
+def to_hf(load: Path, save: Path, *options: str) -> Path:
+    assert convert_to_hf.main(["--load", str(load), "--save", str(save), *options]) == 0
+    return save
+
+
+def from_hf(load: Path, save: Path, *options: str) -> Path:
+    assert convert_from_hf.main(["--load", str(load), "--save", str(save), *options]) == 0
+    return save
+
+
+@pytest.fixture(scope="session")
+def hybrid(tmp_path_factory, tokenizer_folder) -> Path:
+    """Softmax layers with grouped queries, an output layer of its own, a tokenizer; two ranks share every layer."""
+    return pretrain(
+        tmp_path_factory.mktemp("hybrid") / "checkpoints", *MODEL, "--lr", "1e-2",
+        "--tensor-model-parallel-size", "2", "--sequence-parallel", "--use-distributed-optimizer",
+        "--linear-attention-freq", "2", "--group-query-attention", "--num-query-groups", "2",
+        "--untie-embeddings-and-output-weights",
+        "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer_folder),
+        processes=2,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def stacked(tmp_path_factory) -> Path:
+    """A bfloat16 model of MoM layers alone, without a shared memory."""
+    return pretrain(
+        tmp_path_factory.mktemp("stacked") / "checkpoints", *MODEL, *NULL_TOKENIZER, "--lr", "1e-2", "--bf16",
+        "--no-save-optim", "--no-mom-shared-memory", "--mom-expand-v", "2.0", "--mom-num-memories", "3",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def hybrid_export(hybrid, tmp_path_factory) -> Path:
+    return to_hf(hybrid, tmp_path_factory.mktemp("hybrid") / "export")
+
+
+@pytest.fixture(scope="session")
+def stacked_export(stacked, tmp_path_factory) -> Path:
+    return to_hf(stacked, tmp_path_factory.mktemp("stacked") / "export")
+
+
+def rms_norm(x, weight, eps):
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+
+def softmax_attention(x, p, heads, groups):
+    """x [L, D]; rotary embedding over the whole head, halves rotated; causal."""
+    length, size = x.shape[0], x.shape[1] // heads
+    angles = torch.arange(length)[:, None] / 10000 ** (torch.arange(0, size, 2) / size)
+    cos, sin = (torch.cat([f(angles)] * 2, -1).to(x.dtype)[:, None] for f in (torch.cos, torch.sin))
+
+    def project(name, count):
+        return (x @ p[f"{name}_proj.weight"].t()).view(length, count, size)
+
+    def rotate(y):
+        first, second = y.chunk(2, -1)
+        return y * cos + torch.cat([-second, first], -1) * sin
+
+    q, k, v = rotate(project("q", heads)), rotate(project("k", groups)), project("v", groups)
+    k, v = (y.repeat_interleave(heads // groups, 1) for y in (k, v))
+    scores = torch.einsum("ihd,jhd->hij", q, k) / size**0.5
+    scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+    return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).flatten(1) @ p["o_proj.weight"].t()
+
+
+def memories(x, p, config):
+    """x [L, D] through a MoM layer, from its tensors in the Hugging Face format."""
+    groups = [f"{{}}_proj.{m}.weight" for m in range(config["num_memories"])]
+    groups += ["shared_{}.weight"] if config["shared_mem"] else []
+    parameters = {
+        "router.weight": p["gate.weight"],
+        "memory_proj": torch.stack([torch.cat([p[group.format(kind)] for kind in "kvba"]) for group in groups]),
+        "q_proj.weight": p["q_proj.weight"],
+        "gate_proj.weight": p["g_proj.weight"],
+        "out_proj.weight": p["o_proj.weight"],
+        "norm_weight": p["o_norm.weight"],
+        "rule_parameters.A_log": p["A_log"],
+        "rule_parameters.dt_bias": p["dt_bias"],
+    } | {f"{name}_conv": p[f"{name}_conv1d.weight"][:, 0] for name in "qkv"}
+    return mixture_of_memories_reference(
+        x, parameters, num_heads=config["num_heads"], topk=config["topk"], shared=config["shared_mem"],
+        norm_eps=config["norm_eps"],
+    )  # fmt: skip
+
+
+def reference_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [L, V] of an export for one sequence, in float64, with nothing of the code that exports or runs it."""
+    config = json.loads((folder / "config.json").read_text())
+    weights = {name: tensor.double() for name, tensor in read_weights(folder).items()}
+    eps, attention = config["norm_eps"], config["attn"] or {"layers": []}
+    x = weights["model.embeddings.weight"][tokens]
+    for layer in range(config["num_hidden_layers"]):
+        own = f"model.layers.{layer}."
+        p = {name.removeprefix(own): tensor for name, tensor in weights.items() if name.startswith(own)}
+        mixer = {name.removeprefix("attn."): tensor for name, tensor in p.items() if name.startswith("attn.")}
+        h = rms_norm(x, p["attn_norm.weight"], eps)
+        if layer in attention["layers"]:
+            x = x + softmax_attention(h, mixer, attention["num_heads"], attention["num_kv_heads"])
+        else:
+            x = x + memories(h, mixer, config)
+        h = rms_norm(x, p["mlp_norm.weight"], eps)
+        gate, up = h @ p["mlp.gate_proj.weight"].t(), h @ p["mlp.up_proj.weight"].t()
+        x = x + (F.silu(gate) * up) @ p["mlp.down_proj.weight"].t()
+    x = rms_norm(x, weights["model.norm.weight"], eps)
+    return x @ weights.get("lm_head.weight", weights["model.embeddings.weight"]).t()
+
+
+@pytest.mark.parametrize("name", ["hybrid", "stacked"])
+def test_three_computations_agree(name, request):
+    """Megatron's model, the exported one, and the plain mathematics on the exported tensors."""
+    checkpoint, export = request.getfixturevalue(name), request.getfixturevalue(f"{name}_export")
+    vocabulary = json.loads((export / "config.json").read_text())["vocab_size"]
+    tokens = torch.randint(vocabulary, (1, 20), generator=torch.Generator().manual_seed(1))
+    expected = reference_logits(export, tokens[0])[None]
+    megatron = megatron_logits(find_checkpoint(checkpoint, None), tokens, torch.bfloat16 if name == "stacked" else
+                               torch.float32)[..., :vocabulary]  # fmt: skip
+    assert compare(megatron, expected, tokens).relative < 1e-5
+    assert compare(exported_logits(export, tokens), expected, tokens).relative < 1e-5
+
+
+def test_verify(hybrid, tmp_path, capsys):
+    to_hf(hybrid, tmp_path / "export", "--verify", "--verify-tokens", "16", "--dtype", "bfloat16")
+    assert "verified on 2 x 16 tokens: logits" in capsys.readouterr().out
+    command = ["--load", str(hybrid), "--save", str(tmp_path / "other"), "--verify", "--verify-bound=-1"]
+    assert convert_to_hf.main(command) == 1
+    assert "differs from the checkpoint by more than -1" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_another_layout_exports_the_same_bytes(hybrid_export, tmp_path):
+    """The export back into Megatron, loaded on two pipeline stages, trained with no learning rate, and out again."""
+    release = from_hf(hybrid_export, tmp_path / "release")
+    resaved = pretrain(
+        tmp_path / "resaved", "--load", str(release), "--use-checkpoint-args", "--lr", "0", "--weight-decay", "0",
+        "--pipeline-model-parallel-size", "2", processes=2,
+    )  # fmt: skip
+    again = to_hf(resaved, tmp_path / "again")
+    for file in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
+        assert filecmp.cmp(hybrid_export / file, again / file, shallow=False), file
+
+
+def test_export_is_complete(hybrid_export, tokenizer_folder):
+    config = json.loads((hybrid_export / "config.json").read_text())
+    assert config["vocab_size"] == 400  # Megatron padded it to 512
+    assert config["attn"] == {
+        "layers": [1], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": False, "rope_theta": 10000.0, "window_size": None,
+    }  # fmt: skip
+    assert config["norm_eps"] == 1e-5 and config["dtype"] == "float32" and not config["tie_word_embeddings"]
+    generation = json.loads((hybrid_export / "generation_config.json").read_text())
+    assert generation["pad_token_id"] == generation["eos_token_id"] == config["eos_token_id"]
+    for file in tokenizer_folder.iterdir():
+        assert filecmp.cmp(file, hybrid_export / file.name, shallow=False)
+    card = (hybrid_export / "README.md").read_text()
+    assert "| tokens seen | 128 |" in card and "mock data" in card and "tensor 2" in card
+    assert str(tokenizer_folder.parent) not in card
+    assert (hybrid_export / "modeling_mom.py").is_file()
+    assert oct((hybrid_export / "model.safetensors").stat().st_mode) == oct(
+        (hybrid_export / "README.md").stat().st_mode
+    )
+
+
+def test_types_and_shards(stacked, stacked_export, tmp_path):
+    stored = read_weights(stacked_export)
+    assert {name for name, tensor in stored.items() if tensor.dtype != torch.bfloat16} == {
+        f"model.layers.{layer}.attn.{name}" for layer in range(2) for name in ("A_log", "dt_bias")
+    }
+    wide = to_hf(stacked, tmp_path / "wide", "--dtype", "float32", "--max-shard-size", "20KB")
+    files = list(wide.glob("*.safetensors"))
+    index = json.loads((wide / "model.safetensors.index.json").read_text())
+    assert len(files) > 3 and set(index["weight_map"].values()) == {file.name for file in files}
+    assert same(read_weights(wide), {name: tensor.float() for name, tensor in stored.items()})
+    assert torch.equal(
+        exported_logits(wide, torch.arange(9)[None]), exported_logits(stacked_export, torch.arange(9)[None])
+    )
+
+
+def test_one_checkpoint_of_several(stacked, stacked_export, tmp_path):
+    by_iteration = to_hf(stacked, tmp_path / "number", "--iteration", "2")
+    by_folder = to_hf(stacked / "iter_0000002", tmp_path / "folder")
+    for export in (by_iteration, by_folder):
+        assert filecmp.cmp(stacked_export / "model.safetensors", export / "model.safetensors", shallow=False)
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_round_trip_is_exact(settings, tmp_path):
+    dtype = torch.bfloat16 if settings.get("attn") is None else torch.float32
+    random_model(tmp_path / "model", dtype, eos_token_id=[2, 3], **settings)
+    release = from_hf(tmp_path / "model", tmp_path / "release")
+    export = to_hf(release, tmp_path / "export", "--verify", "--verify-tokens", "16")
+    assert same(read_weights(tmp_path / "model"), read_weights(export))
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("model", "export"))
+    assert before["eos_token_id"] == after["eos_token_id"] == [2, 3]
+    again = to_hf(from_hf(export, tmp_path / "release again"), tmp_path / "again")
+    for file in ("model.safetensors", "config.json", "generation_config.json"):
+        assert filecmp.cmp(export / file, again / file, shallow=False)
+
+
+def test_older_files(tmp_path):
+    """Pickled weights, and Megatron's common.pt."""
+    model = random_model(tmp_path / "model")
+    (tmp_path / "pickled").mkdir()
+    torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    (tmp_path / "pickled" / "config.json").write_text((tmp_path / "model" / "config.json").read_text())
+    release = from_hf(tmp_path / "pickled", tmp_path / "release") / "release"
+    args = MegatronCheckpoint(release).args
+    args.optimizer = "adam of the file"
+    torch.save({"args": args, "iteration": 12}, release / "common.pt")
+    checkpoint = MegatronCheckpoint(release)
+    assert checkpoint.iteration == 12 and checkpoint.args.optimizer == "adam of the file"
+    assert same(read_weights(to_hf(release, tmp_path / "export")), read_weights(tmp_path / "model"))

@@ -1,0 +1,205 @@
+"""What can go wrong with a conversion: one line on stderr, exit status 1, and nothing left behind."""
+
+import errno
+import json
+import re
+import resource
+from argparse import Namespace
+from contextlib import contextmanager
+
+import convert_from_hf
+import convert_to_hf
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_convert_names import TINY, random_model, read_weights
+
+from linear_moe import hf_checkpoint, hf_files
+from linear_moe.hf_config import arguments_from_config, layout_of
+from mom_layers.hf import MomConfig
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder in the Hugging Face format."""
+    random_model(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def checkpoint(tmp_path, model):
+    """The same as a Megatron checkpoint."""
+    assert convert_from_hf.main(["--load", str(model), "--save", str(tmp_path / "checkpoint")]) == 0
+    return tmp_path / "checkpoint"
+
+
+def write_with_arguments(folder, shape=None, **changed):
+    """A checkpoint whose tensors have the sizes ``shape``, and whose arguments say ``changed``."""
+    config = MomConfig(**(TINY | (shape or {})))
+    args = Namespace(**(vars(arguments_from_config(config)) | changed))
+    folder.mkdir()
+    hf_checkpoint.write_checkpoint(
+        folder, layout_of(config), lambda entry: torch.float32, lambda entry: torch.zeros(entry.shape), args
+    )
+    return folder
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Runs a tool that must fail. Returns what it printed."""
+
+    def run(tool, load, *options, target=None):
+        target = target or tmp_path / "target"
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        capsys.readouterr()
+        assert tool.main(["--load", str(load), "--save", str(target), *map(str, options)]) == 1
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path in before} == before
+        assert not [path for path in tmp_path.rglob("*") if path not in before], "something was left behind"
+        *_, line = capsys.readouterr().err.splitlines()
+        assert re.match(r"convert_\w+\.py: error: ", line)
+        return line
+
+    return run
+
+
+def test_no_such_folder(refused, tmp_path):
+    assert "no such folder" in refused(convert_to_hf, tmp_path / "nothing")
+    assert "no such folder" in refused(convert_from_hf, tmp_path / "nothing")
+
+
+def test_not_a_checkpoint(refused, tmp_path, model, checkpoint):
+    assert "latest_checkpointed_iteration.txt" in refused(convert_to_hf, model)
+    assert "iter_0000007; there are release" in refused(convert_to_hf, checkpoint, "--iteration", 7)
+    (checkpoint / "release" / ".metadata").rename(checkpoint / "release" / "mp_rank_00")
+    assert "legacy format" in refused(convert_to_hf, checkpoint)
+
+
+def test_not_mom(refused, tmp_path, model):
+    attention = write_with_arguments(tmp_path / "attention", token_mixer="attention")
+    assert "--token-mixer attention" in refused(convert_to_hf, attention)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "gated_deltanet"}))
+    assert "'gated_deltanet'" in refused(convert_from_hf, model)
+    (model / "config.json").write_text("{")
+    assert "not JSON" in refused(convert_from_hf, model)
+    (model / "config.json").unlink()
+    assert "no config.json" in refused(convert_from_hf, model)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type learned_absolute"),
+        ({"normalization": "LayerNorm"}, "--normalization LayerNorm"),
+        ({"mom_rule": "another"}, "--mom-rule another"),
+        ({"num_experts": 8}, "--num-experts 8"),
+        ({"mom_num_memories": 3}, "router.weight"),
+        ({"ffn_hidden_size": 64}, "linear_fc1.weight"),
+        ({"mom_shared_memory": False}, "memory_proj"),
+        ({"num_layers": 3}, "layers"),
+        ({"untie_embeddings_and_output_weights": False}, "no place for output_layer.weight"),
+        ({"hf_config": {"vocab_size": 41}}, "41 tokens"),
+    ],
+)
+def test_arguments_that_do_not_fit(refused, tmp_path, changed, words):
+    assert words in refused(convert_to_hf, write_with_arguments(tmp_path / "checkpoint", **changed))
+
+
+def test_attention_that_the_format_lacks(refused, tmp_path):
+    hybrid = {"attn": {"layers": [1], "num_heads": 2}}
+    for changed in ({"rotary_percent": 0.5}, {"qk_layernorm": True}, {"kv_channels": 8}, {"window_size": (4, 4)}):
+        checkpoint = write_with_arguments(tmp_path / f"{changed}", shape=hybrid, **changed)
+        assert next(iter(changed)).replace("_", "-") in refused(convert_to_hf, checkpoint)
+
+
+def test_incomplete_checkpoint(refused, checkpoint):
+    data = checkpoint / "release" / "__0_0.distcp"
+    whole = data.read_bytes()
+    data.write_bytes(whole[: len(whole) // 2])
+    assert "was cut short" in refused(convert_to_hf, checkpoint)
+    data.write_bytes(bytes(len(whole)))
+    assert "cannot be read" in refused(convert_to_hf, checkpoint)
+    data.unlink()
+    assert "__0_0.distcp is missing" in refused(convert_to_hf, checkpoint)
+    (checkpoint / "release" / ".metadata").write_bytes(b"\x80")
+    assert ".metadata cannot be read" in refused(convert_to_hf, checkpoint)
+
+
+def test_incomplete_model(refused, tmp_path, model):
+    weights = read_weights(model)
+    file = model / "model.safetensors"
+    missing = {name: tensor for name, tensor in weights.items() if not name.endswith("k_proj.1.weight")}
+    save_file(missing, file)
+    assert "lack model.layers.0.attn.k_proj.1.weight" in refused(convert_from_hf, model)
+    save_file(weights | {"model.layers.9.extra": torch.zeros(1)}, file)
+    assert "model.layers.9.extra" in refused(convert_from_hf, model)
+    save_file(weights | {"model.norm.weight": torch.zeros(7)}, file)
+    assert "model.norm.weight is [7]" in refused(convert_from_hf, model)
+    file.write_bytes(file.read_bytes()[:1000])
+    assert "model.safetensors cannot be read" in refused(convert_from_hf, model)
+    file.unlink()
+    assert "has no model.safetensors" in refused(convert_from_hf, model)
+    index = {"weight_map": dict.fromkeys(weights, "model-00001-of-00002.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00001-of-00002.safetensors is missing" in refused(convert_from_hf, model)
+
+
+def test_tokenizer_that_does_not_fit(refused, model, checkpoint, tokenizer_folder, tmp_path):
+    assert "400 tokens" in refused(convert_to_hf, checkpoint, "--tokenizer", tokenizer_folder)
+    assert "400 tokens" in refused(convert_from_hf, model, "--tokenizer", tokenizer_folder)
+    assert "has no tokenizer" in refused(convert_to_hf, checkpoint, "--tokenizer", tmp_path)
+
+
+@contextmanager
+def small_files(limit):
+    """Files cannot grow beyond a limit: what a program sees is what a full disk shows it, an error in writing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk(refused, model, checkpoint):
+    with small_files(20_000):
+        to_hf = refused(convert_to_hf, checkpoint)
+        from_hf = refused(convert_from_hf, model)
+    assert "File too large" in to_hf and "nothing was written" in to_hf
+    assert "File too large" in from_hf and "nothing was written" in from_hf
+
+
+def test_full_disk_in_a_later_shard(refused, checkpoint, monkeypatch):
+    written = []
+
+    def save(tensors, path, **options):
+        if written:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        written.append(path)
+        save_file(tensors, path, **options)
+
+    monkeypatch.setattr(hf_files, "save_file", save)
+    assert "No space left on device" in refused(convert_to_hf, checkpoint, "--max-shard-size", "20KB")
+    assert written
+
+
+def test_existing_target(refused, tmp_path, model, checkpoint):
+    (tmp_path / "stranger").mkdir()
+    (tmp_path / "stranger" / "thesis.txt").touch()
+    for tool, load in ((convert_to_hf, checkpoint), (convert_from_hf, model)):
+        assert "exists" in refused(tool, load, target=tmp_path / "stranger")
+        assert "not overwriting" in refused(tool, load, "--overwrite", target=tmp_path / "stranger")
+        assert "is a file" in refused(tool, load, target=tmp_path / "stranger" / "thesis.txt")
+
+
+def test_overwrite_replaces_an_earlier_conversion(tmp_path, model, checkpoint):
+    export, again = tmp_path / "export", tmp_path / "again"
+    export.mkdir()  # an empty folder is as good as none
+    for tool, load, target in ((convert_to_hf, checkpoint, export), (convert_from_hf, model, again)):
+        command = ["--load", str(load), "--save", str(target)]
+        assert tool.main(command) == 0
+        (target / "old").touch()
+        assert tool.main(command) == 1
+        assert tool.main([*command, "--overwrite"]) == 0
+        assert not (target / "old").exists()
+    assert not list(tmp_path.glob(".*"))

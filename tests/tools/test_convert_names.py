@@ -1,0 +1,156 @@
+"""The name table: names and shapes of the format, the order of rows in fused projections, and exact round trips."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from linear_moe.hf_config import arguments_from_config, layout_of, parse_config
+from linear_moe.hf_files import ConversionError
+from linear_moe.hf_names import QKV, entries
+from mom_layers.hf import MomConfig, MomForCausalLM
+
+TINY = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "intermediate_size": 48,
+    "vocab_size": 40, "num_memories": 2, "topk": 1, "max_position_embeddings": 64,
+}  # fmt: skip
+
+VARIANTS = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "one memory": {"num_memories": 1},
+    "eight memories": {"num_memories": 8, "topk": 2},
+    "no shared memory": {"shared_mem": False, "expand_v": 2.0},
+    "one projection": {"single_kv_proj": True},
+    "one projection, no shared memory": {"single_kv_proj": True, "shared_mem": False, "conv_size": 3},
+    "hybrid": {"attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2}},
+    "hybrid with windows": {
+        "attn": {"layers": [0], "num_heads": 2, "window_size": 8, "rope_theta": 500.0}, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+def random_model(folder, dtype=torch.float32, **settings) -> MomForCausalLM:
+    """Saves a model with random weights, norms and convolutions included, as transformers does."""
+    torch.manual_seed(0)
+    model = MomForCausalLM(MomConfig(**(TINY | settings)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(dtype).save_pretrained(folder)
+    return model
+
+
+def read_weights(folder) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
+
+
+def layout(**settings):
+    return layout_of(MomConfig(**(TINY | settings)))
+
+
+def test_names_and_shapes_are_those_of_the_format():
+    found = dict(pair for entry in entries(layout(num_hidden_layers=1)) for pair in entry.hf)
+    keys, hidden, heads = 32, 32, 2
+    expected = {
+        "model.embeddings.weight": (40, hidden),
+        "model.layers.0.attn_norm.weight": (hidden,),
+        "model.layers.0.attn.gate.weight": (2, hidden),
+        "model.layers.0.attn.q_proj.weight": (keys, hidden),
+        "model.layers.0.attn.k_proj.0.weight": (keys, hidden),
+        "model.layers.0.attn.k_proj.1.weight": (keys, hidden),
+        "model.layers.0.attn.shared_k.weight": (keys, hidden),
+        "model.layers.0.attn.v_proj.0.weight": (keys, hidden),
+        "model.layers.0.attn.v_proj.1.weight": (keys, hidden),
+        "model.layers.0.attn.shared_v.weight": (keys, hidden),
+        "model.layers.0.attn.b_proj.0.weight": (heads, hidden),
+        "model.layers.0.attn.b_proj.1.weight": (heads, hidden),
+        "model.layers.0.attn.shared_b.weight": (heads, hidden),
+        "model.layers.0.attn.a_proj.0.weight": (heads, hidden),
+        "model.layers.0.attn.a_proj.1.weight": (heads, hidden),
+        "model.layers.0.attn.shared_a.weight": (heads, hidden),
+        "model.layers.0.attn.A_log": (heads,),
+        "model.layers.0.attn.dt_bias": (heads,),
+        "model.layers.0.attn.q_conv1d.weight": (keys, 1, 4),
+        "model.layers.0.attn.k_conv1d.weight": (keys, 1, 4),
+        "model.layers.0.attn.v_conv1d.weight": (keys, 1, 4),
+        "model.layers.0.attn.g_proj.weight": (keys, hidden),
+        "model.layers.0.attn.o_norm.weight": (16,),
+        "model.layers.0.attn.o_proj.weight": (hidden, keys),
+        "model.layers.0.mlp_norm.weight": (hidden,),
+        "model.layers.0.mlp.gate_proj.weight": (48, hidden),
+        "model.layers.0.mlp.up_proj.weight": (48, hidden),
+        "model.layers.0.mlp.down_proj.weight": (hidden, 48),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (40, hidden),
+    }
+    assert found == expected
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_table_describes_the_models_tensors(settings):
+    model = MomForCausalLM(MomConfig(**(TINY | settings)))
+    held = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if settings.get("tie_word_embeddings"):
+        held.pop("lm_head.weight")
+    assert dict(pair for entry in entries(layout(**settings)) for pair in entry.hf) == held
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_split_undoes_join(settings):
+    for entry in entries(layout(**settings)):
+        parts = [torch.randn(shape) for _, shape in entry.hf]
+        joined = entry.join(parts)
+        assert joined.shape == entry.shape
+        again = entry.split(joined)
+        assert len(again) == len(parts) and all(map(torch.equal, again, parts)), entry.rule.megatron
+
+
+def test_fused_attention_projection_has_megatrons_order():
+    """Four query heads in two groups, of size 1: q1 q2 k1 v1 | q3 q4 k2 v2."""
+    two_groups = layout(hidden_size=4, attn={"layers": [1], "num_heads": 2, "num_kv_heads": 2})
+    q, k, v = (torch.arange(4.0)[:, None].expand(4, 4) + first for first in (0, 100, 200))
+    rows = QKV.join([q, k, v], two_groups)[:, 0].tolist()
+    assert rows == [0, 1, 100, 101, 200, 201, 2, 3, 102, 103, 202, 203]
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_older_configurations_are_completed_from_the_tensors(settings, tmp_path):
+    model = random_model(tmp_path, **settings)
+    content = json.loads((tmp_path / "config.json").read_text())
+    for key in ("single_kv_proj", "shared_mem", "mom_backend", "attnres_block_size", "use_layer_wise_balance"):
+        content.pop(key, None)
+    config = parse_config(content, set(model.state_dict()))
+    assert config.single_kv_proj == model.config.single_kv_proj
+    if not config.single_kv_proj:  # otherwise the shared memory has no tensors of its own
+        assert config.shared_mem == model.config.shared_mem
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"), [([], None), ([1, 3], 2), ([3], 4), ([0, 2], [0, 1, 0, 1]), ([1, 2], [1, 0, 0, 1])]
+)
+def test_layer_pattern(layers, expected):
+    attention = {"layers": layers, "num_heads": 2} if layers else None
+    args = arguments_from_config(MomConfig(**(TINY | {"num_hidden_layers": 4, "attn": attention})))
+    assert args.linear_attention_freq == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"model_type": "llama"}, "llama"),
+        ({"use_output_gate": False}, "use_output_gate"),
+        ({"attnres_block_size": 4}, "attnres_block_size"),
+        ({"topk": 3}, "topk"),
+    ],
+)
+def test_other_models_are_refused(settings, word):
+    with pytest.raises(ConversionError, match=word):
+        parse_config({"model_type": "mom"} | TINY | settings, set())
