@@ -47,11 +47,33 @@ def add_mom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     return parser
 
 
+def repair_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Escapes the percent signs of Megatron's help texts that argparse would read as formats, and fail on."""
+    for action in parser._actions:
+        try:
+            parser._get_formatter()._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%")
+    return parser
+
+
 def fill_mom_arguments(args: argparse.Namespace) -> None:
     """Gives every argument of ours that neither the command line nor a checkpoint set its default."""
     for f in fields(MomTransformerConfig):
         if f.name in OURS and getattr(args, f.name, None) is None:
             setattr(args, f.name, f.default)
+
+
+def check_optimizer(args: argparse.Namespace) -> None:
+    """Refuses what Megatron cannot save: its plain optimizer numbers 16-bit parameters only, and a MoM layer's decay
+    rates stay float32.
+    """
+    saves = args.save is not None and not args.no_save_optim
+    if args.token_mixer == "mom" and (args.bf16 or args.fp16) and saves and not args.use_distributed_optimizer:
+        raise ValueError(
+            "--token-mixer mom in 16 bits cannot save the state of Megatron's plain optimizer: "
+            "add --use-distributed-optimizer (or --no-save-optim)"
+        )
 
 
 def _restore(load_args_from_checkpoint, args, *positional, **keywords):
@@ -62,6 +84,8 @@ def _restore(load_args_from_checkpoint, args, *positional, **keywords):
         for name in [*OURS, "linear_attention_freq"]:
             if getattr(args, name, None) is None and getattr(saved, name, None) is not None:
                 setattr(args, name, getattr(saved, name))
+        if getattr(saved, "token_mixer", None) == "mom":  # part of every MoM layer, and not None by default
+            args.layernorm_epsilon = saved.layernorm_epsilon
     return result
 
 

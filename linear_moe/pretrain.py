@@ -19,10 +19,10 @@ from linear_moe.machine import add_machine_defaults, prepare_machine
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    from linear_moe.arguments import add_mom_arguments
+    from linear_moe.arguments import add_mom_arguments, repair_help
 
     add_mom_arguments(parser)
-    return add_machine_defaults(parser)
+    return repair_help(add_machine_defaults(parser))
 
 
 def main() -> None:
@@ -34,7 +34,12 @@ def main() -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 
-    from linear_moe.arguments import CHECKPOINT_ARGUMENTS, check_checkpoint_shape, fill_mom_arguments
+    from linear_moe.arguments import (
+        CHECKPOINT_ARGUMENTS,
+        check_checkpoint_shape,
+        check_optimizer,
+        fill_mom_arguments,
+    )
     from linear_moe.config import MomTransformerConfig
     from linear_moe.console import install as install_console
     from linear_moe.data import check_data_paths, forward_step, provide_datasets
@@ -46,6 +51,7 @@ def main() -> None:
     install_console()
     args = parse_and_validate_args(extra_args_provider=_add_arguments)
     fill_mom_arguments(args)
+    check_optimizer(args)
     check_checkpoint_shape(args)
     check_data_paths(args)
     config = core_transformer_config_from_args(args, MomTransformerConfig)

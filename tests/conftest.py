@@ -1,4 +1,4 @@
-"""Without a CUDA device the Triton kernels run in Triton's interpreter, which must be chosen before they are defined."""
+"""Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they are defined."""
 
 import os
 

@@ -64,6 +64,11 @@ def test_bf16_with_the_distributed_optimizer(tmp_path):
     assert losses(resumed) == {step: loss for step, loss in losses(run).items() if step > 2}
 
 
+def test_help_lists_our_arguments():
+    run = pretrain("--help")
+    assert run.returncode == 0 and "--mom-num-memories" in run.stdout, run.stdout[-2000:]
+
+
 @pytest.fixture
 def dataset(tmp_path):
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -83,6 +88,7 @@ def dataset(tmp_path):
         ([*MOM, "--mom-rule", "hebb"], "argument --mom-rule: invalid choice: 'hebb'"),
         ([*MOM, "--mom-topk", "5"], "topk must be between 1 and the number of memories (4), got 5"),
         (["--token-mixer", "mom", "--mom-head-dim", "100"], "head_dim = 100 is not supported by the gated_deltanet"),
+        ([*MOM, "--bf16"], "add --use-distributed-optimizer"),
         ([*MOM, "--data-path", "nowhere/data"], "there is no nowhere/data.bin"),
     ],
 )
