@@ -9,7 +9,7 @@ import socket
 
 import torch
 
-from megatron_patches import dataset_helpers, float32_parameters
+from megatron_patches import dataset_helpers, float32_parameters, reshardable_optimizer
 
 
 def prepare_machine() -> None:
@@ -27,6 +27,7 @@ def prepare_machine() -> None:
         cpu.apply()
     dataset_helpers.apply()
     float32_parameters.apply()
+    reshardable_optimizer.apply()
 
 
 def _found(module: str) -> bool:

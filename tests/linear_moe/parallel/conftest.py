@@ -1,0 +1,71 @@
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import training
+
+MODELS = {
+    "shared memory, packed documents, distributed optimizer": [
+        *["--dataloader-inter-document-masking", "--micro-batch-size", 1],  # pipelines want packed rows one by one
+        *training.DISTRIBUTED_OPTIMIZER,
+    ],
+    "routed memories only": ["--no-mom-shared-memory"],
+}
+PACKED, ROUTED = MODELS
+
+LAYOUTS = {
+    "1": (1, []),
+    "TP2": (2, training.TP2),
+    "TP2+SP": (2, training.TP2 + training.SP),
+    "PP2": (2, training.PP2),
+    "DP2": (2, training.DISTRIBUTED_OPTIMIZER),
+    "EP2": (2, training.EP2),
+    "TP2+SP x PP2": (4, training.TP2 + training.SP + training.PP2),
+    "TP2+SP+EP2": (4, training.TP2 + training.SP + training.EP2),
+}
+STEPS, SAVED = 10, 8
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason="for machines without a GPU"))
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory):
+    return training.write_documents(tmp_path_factory.mktemp("documents") / "data")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, documents):
+    """trained(layout, model) -> losses of ten steps, and the folder of checkpoints after one, eight and ten.
+
+    Pipeline stages draw their weights from seeds of their own, so those runs start from the weights of one process.
+    """
+
+    @cache
+    def initial_weights(model):
+        folder = tmp_path_factory.mktemp("initial")
+        data = ["--data-path", documents, "--train-iters", 1]
+        training.launch(1, [*MODELS[model], *data, "--lr", 0], folder, save_at=(1,))
+        return folder
+
+    @cache
+    def run(layout, model):
+        ranks, arguments = LAYOUTS[layout]
+        start = []
+        if "PP" in layout:
+            start = ["--load", initial_weights(model), "--finetune", "--no-load-optim", "--no-load-rng"]
+        folder = tmp_path_factory.mktemp("run")
+        data = ["--data-path", documents, "--train-iters", STEPS]
+        losses = training.launch(ranks, [*MODELS[model], *data, *arguments, *start], folder, save_at=(1, SAVED))
+        return losses, folder
+
+    return run

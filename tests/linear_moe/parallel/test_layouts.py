@@ -1,0 +1,36 @@
+"""Every layout trains as one process does: the losses, every gradient and every parameter."""
+
+import pytest
+from conftest import LAYOUTS, MODELS, ROUTED, STEPS
+from training import gradients_of_first_step, parameters
+
+RTOL = 1e-5
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys()
+    for name in expected:
+        assert expected[name].norm() > 0, name
+        assert (got[name] - expected[name]).norm() <= RTOL * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "1"])
+def test_ten_steps_equal_one_process(trained, layout, model):
+    expected, expected_folder = trained("1", model)
+    losses, folder = trained(layout, model)
+    assert list(losses) == list(range(1, STEPS + 1)) and losses[STEPS] < losses[1] - 0.2
+    assert losses == pytest.approx(expected, rel=RTOL)
+    assert_same(gradients_of_first_step(folder), gradients_of_first_step(expected_folder))
+    assert_same(parameters(folder, STEPS), parameters(expected_folder, STEPS))
+
+
+@pytest.mark.parametrize("layout", ["TP2", "TP2+SP"])
+@pytest.mark.parametrize("name", ["norm_weight", "router.weight"])
+def test_replicated_parameters_get_the_gradient_of_all_heads(trained, layout, name):
+    """A rank sees only its heads' part of it (Megatron's issue 7452 is the same in its own linear attention)."""
+    name = f"decoder.layers.self_attention.{name}"
+    got = gradients_of_first_step(trained(layout, ROUTED)[1])[name]
+    expected = gradients_of_first_step(trained("1", ROUTED)[1])[name]
+    assert expected.norm() > 1e-4
+    assert (got - expected).norm() <= RTOL * expected.norm()

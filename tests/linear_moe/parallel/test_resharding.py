@@ -1,0 +1,66 @@
+"""A checkpoint of any layout goes on in any other, with its optimizer's state; a broken one is passed over."""
+
+import os
+import signal
+
+import pytest
+from conftest import LAYOUTS, MODELS, PACKED, ROUTED, SAVED, STEPS
+from training import launch
+
+TABLE = ["1", "TP2", "PP2", "EP2"]
+BEYOND = [("1", "TP2+SP+EP2"), ("TP2+SP+EP2", "1"), ("TP2+SP+EP2", "PP2"), ("DP2", "EP2")]
+
+
+def go_on(writer, reader, model, trained, documents, folder):
+    """The last two steps, from the writer's checkpoint."""
+    expected, checkpoint = trained(writer, model)
+    ranks, layout = LAYOUTS[reader]
+    data = ["--data-path", documents, "--train-iters", STEPS]
+    losses = launch(ranks, [*MODELS[model], *data, *layout, "--load", checkpoint, "--ckpt-step", SAVED], folder)
+    assert list(losses) == [SAVED + 1, STEPS]
+    assert losses == pytest.approx({step: expected[step] for step in losses}, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "writer,reader", [(writer, reader) for writer in TABLE for reader in TABLE if writer != reader] + BEYOND
+)
+def test_continues_in_another_layout(trained, documents, tmp_path, writer, reader):
+    go_on(writer, reader, PACKED, trained, documents, tmp_path)
+
+
+@pytest.mark.parametrize("writer,reader", [("EP2", "TP2"), ("TP2", "EP2"), ("EP2", "1")])
+def test_continues_without_the_distributed_optimizer(trained, documents, tmp_path, writer, reader):
+    go_on(writer, reader, ROUTED, trained, documents, tmp_path)
+
+
+def test_resumes_to_the_last_bit(trained, documents, tmp_path):
+    expected, checkpoint = trained("1", PACKED)
+    data = ["--data-path", documents, "--train-iters", STEPS, *MODELS[PACKED]]
+    losses = launch(1, [*data, "--load", checkpoint, "--ckpt-step", SAVED], tmp_path)
+    assert losses == {step: loss for step, loss in expected.items() if step > SAVED}
+
+
+def die_in_second_save():
+    """Kills the process when a second checkpoint's tensors are on disk and its index is not."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    finish, saves = FileSystemWriterAsync.finish, []
+
+    def finish_once(*args, **kwargs):
+        if saves:
+            os.kill(os.getpid(), signal.SIGKILL)
+        saves.append(1)
+        return finish(*args, **kwargs)
+
+    FileSystemWriterAsync.finish = finish_once
+
+
+def test_a_process_killed_in_mid_save_resumes_from_the_checkpoint_before(trained, documents, tmp_path):
+    expected, _ = trained("1", PACKED)
+    data = ["--data-path", documents, *MODELS[PACKED], "--train-iters", STEPS]
+    with pytest.raises(AssertionError, match=r"exit codes \[-9\]"):
+        launch(1, data, tmp_path, save_at=(3, 6), prepare=die_in_second_save)
+    assert list((tmp_path / "iter_0000006").glob("*.distcp")) and not (tmp_path / "iter_0000006/.metadata").exists()
+    losses = launch(1, [*data, "--load", tmp_path], tmp_path, save_at=(6,))
+    assert losses == {step: loss for step, loss in expected.items() if step > 3}
+    assert (tmp_path / "iter_0000006/.metadata").exists()
