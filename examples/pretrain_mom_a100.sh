@@ -10,9 +10,12 @@ PYTHON=$(bash "$here/tools/environment.sh")
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 
 : "${GPUS:=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}"
+# On a CPU two processes of one thread are faster than one of two.
+PROCESSES=$GPUS
+if [ "$GPUS" = 0 ]; then PROCESSES=$(($(nproc) > 1 ? 2 : 1)); fi
 if [ "${DEMO:-0}" != 0 ] || [ "$GPUS" = 0 ]; then
     : "${OUT:=$here/runs/demo}" "${LAYERS:=4}" "${HIDDEN:=256}" "${FFN:=512}" "${HEADS:=2}" "${HEAD_DIM:=64}"
-    : "${SEQ_LENGTH:=256}" "${MICRO_BATCH:=8}" "${GLOBAL_BATCH:=8}" "${LR:=2e-3}" "${TRAIN_ITERS:=200}"
+    : "${SEQ_LENGTH:=256}" "${MICRO_BATCH:=4}" "${GLOBAL_BATCH:=8}" "${LR:=2e-3}" "${TRAIN_ITERS:=200}"
     : "${VOCAB:=4096}" "${PRECISION:=fp32}" "${LOG_INTERVAL:=10}" "${EVAL_INTERVAL:=50}" "${SAVE_INTERVAL:=50}"
 else
     : "${OUT:=$here/runs/mom-380m}" "${LAYERS:=24}" "${HIDDEN:=1024}" "${FFN:=2048}" "${HEADS:=4}" "${HEAD_DIM:=256}"
@@ -25,7 +28,7 @@ fi
 : "${DATA_PATH:=}" "${TOKENIZER:=}" "${WANDB_PROJECT:=}"
 
 echo "settings:"
-for name in PYTHON OUT GPUS NNODES NODE_RANK MASTER_ADDR MASTER_PORT TP PP EP TOKEN_MIXER LAYERS HIDDEN FFN HEADS HEAD_DIM \
+for name in PYTHON OUT GPUS PROCESSES NNODES NODE_RANK MASTER_ADDR MASTER_PORT TP PP EP TOKEN_MIXER LAYERS HIDDEN FFN HEADS HEAD_DIM \
     MEMORIES TOPK ATTENTION_HEADS SEQ_LENGTH MICRO_BATCH GLOBAL_BATCH TRAIN_ITERS LR WARMUP_FRACTION PRECISION \
     LOG_INTERVAL EVAL_INTERVAL SAVE_INTERVAL DATA_PATH TOKENIZER VOCAB WANDB_PROJECT; do
     echo "  $name=${!name}"
@@ -84,9 +87,9 @@ if [ -n "$WANDB_PROJECT" ]; then
 fi
 
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-if [ "$GPUS" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}; fi
+if [ "$GPUS" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / PROCESSES))}; fi
 "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" \
-    --nproc-per-node "$((GPUS > 0 ? GPUS : 1))" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
+    --nproc-per-node "$PROCESSES" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
     -m linear_moe.pretrain "${model[@]}" "${training[@]}" "${parallel[@]}" "${watching[@]}" \
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER" --data-cache-path "$OUT/data-cache" \
     --no-create-attention-mask-in-dataloader "${data_arguments[@]}" "$@"
