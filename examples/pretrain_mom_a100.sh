@@ -15,7 +15,8 @@ PROCESSES=$GPUS
 if [ "$GPUS" = 0 ]; then PROCESSES=$(($(nproc) > 1 ? 2 : 1)); fi
 if [ "${DEMO:-0}" != 0 ] || [ "$GPUS" = 0 ]; then
     : "${OUT:=$here/runs/demo}" "${LAYERS:=4}" "${HIDDEN:=256}" "${FFN:=512}" "${HEADS:=2}" "${HEAD_DIM:=64}"
-    : "${SEQ_LENGTH:=256}" "${MICRO_BATCH:=4}" "${GLOBAL_BATCH:=8}" "${LR:=2e-3}" "${TRAIN_ITERS:=200}"
+    : "${SEQ_LENGTH:=256}" "${MICRO_BATCH:=$((PROCESSES < 8 ? 8 / PROCESSES : 1))}" "${LR:=2e-3}" "${TRAIN_ITERS:=200}"
+    : "${GLOBAL_BATCH:=$((MICRO_BATCH * PROCESSES))}"
     : "${VOCAB:=4096}" "${PRECISION:=fp32}" "${LOG_INTERVAL:=10}" "${EVAL_INTERVAL:=50}" "${SAVE_INTERVAL:=50}"
 else
     : "${OUT:=$here/runs/mom-380m}" "${LAYERS:=24}" "${HIDDEN:=1024}" "${FFN:=2048}" "${HEADS:=4}" "${HEAD_DIM:=256}"
@@ -97,6 +98,6 @@ if [ "$GPUS" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) /
 if [ "$NODE_RANK" = 0 ]; then
     "$PYTHON" "$here/tools/plot_run.py" --tensorboard-dir "$OUT/tensorboard" --output "$OUT" ${reference[@]+"${reference[@]}"}
     echo "checkpoint  $OUT/checkpoints"
-    echo "pictures    $OUT/loss.png $OUT/memory_load.png"
+    echo "pictures    $(ls "$OUT"/*.png | tr '\n' ' ')"
     echo "next:       $PYTHON $here/tools/convert_to_hf.py --load $OUT/checkpoints --save $OUT/hf"
 fi
