@@ -1,13 +1,10 @@
 import json
-import sys
 from pathlib import Path
 
+import corpus_tokenizer
 import pytest
 
 TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))  # as `python tools/preprocess_data.py` has it
-
-import corpus_tokenizer  # noqa: E402
 
 STORIES = [
     "The memory of a sequence is a matrix.\n\nEach token writes a little of it.\n",

@@ -1,12 +1,8 @@
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import training
 
 MODELS = {
