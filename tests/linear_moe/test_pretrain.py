@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from runs import MOM, TINY, losses, pretrain
+from pretraining_runs import MOM, TINY, losses, pretrain
 
 
 @pytest.fixture(scope="module")
