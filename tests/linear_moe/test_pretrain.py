@@ -4,7 +4,6 @@ import shutil
 
 import numpy as np
 import pytest
-
 from pretraining_runs import MOM, TINY, losses, pretrain
 
 
