@@ -9,8 +9,11 @@ setup:
 train:
 	bash examples/pretrain_mom_a100.sh
 
+# Tests that fork training ranks want a process that has started no threads: each of their folders gets its own.
 test:
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest tests/megatron_patches
+	$(PYTHON) -m pytest tests/linear_moe/parallel
+	$(PYTHON) -m pytest -n 2 --dist loadfile --ignore tests/megatron_patches --ignore tests/linear_moe/parallel
 
 # The kernels' and layers' tests, one after the other, on a machine with a GPU.
 test-gpu:
