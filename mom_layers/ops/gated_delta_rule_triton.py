@@ -6,10 +6,12 @@ Shape legend: rows R, segments S, heads H, key size K, value size V, chunk slots
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from mom_layers.ops.chunk_table import ChunkTable, chunk_table
-from mom_layers.ops.gated_delta_rule_triton_backward import run_local_gradients, run_reverse_recurrence
+from mom_layers.ops.chunk_table import CHUNK, GROUP, ChunkTable, chunk_table
+from mom_layers.ops.gated_delta_rule_triton_backward import run_reverse_recurrence, run_state_gradients
 from mom_layers.ops.gated_delta_rule_triton_forward import chunk_local, run_recurrence
+from mom_layers.ops.gated_delta_rule_triton_local import run_local_gradients
 
 SUPPORTED_SIZES = (16, 32, 64, 128, 256)
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,41 +47,58 @@ def _check(q, k, v, g, beta, cu_seqlens, initial_state):
 
 
 class _GatedDeltaRule(torch.autograd.Function):
-    """Keeps X, P and the decays of every chunk; the states and the errors e are computed again in the backward pass."""
+    """Keeps X, P and the decays of every chunk, the errors e instead of v, and one state a group of chunks."""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, cu_seqlens, initial_state, output_final_state, scale):
+    def forward(ctx, q, k, v, g, beta, cu_seqlens, initial_state, output_final_state, scale, for_backward):
         ctx.set_materialize_grads(False)
         q, k, v, g, beta, cu_seqlens = (x.contiguous() for x in (q, k, v, g, beta, cu_seqlens))
         initial_state = None if initial_state is None else initial_state.contiguous()
         table = chunk_table(cu_seqlens, q.shape[0])
+        groups = chunk_table(cu_seqlens, q.shape[0], GROUP * CHUNK)
         o = torch.empty_like(v)
-        final_state = None
+        final_state = decayed_state = checkpoints = errors = None
         if output_final_state:
             final_state = q.new_empty(cu_seqlens.shape[0] - 1, *q.shape[1:], v.shape[2], dtype=torch.float32)
+        if for_backward:
+            checkpoints = q.new_empty(groups.segment.shape[0], *q.shape[1:], v.shape[2])
+            errors = torch.empty_like(v)
+            decayed_state = None if final_state is None else torch.empty_like(final_state, dtype=q.dtype)
         gates, solved, scores = chunk_local(q, k, g, beta, cu_seqlens, table)
-        run_recurrence(k, v, beta, gates, solved, cu_seqlens, table, initial_state,
-                       q=q, scores=scores, scale=scale, o=o, final_state=final_state)  # fmt: skip
-        ctx.save_for_backward(q, k, v, g, beta, cu_seqlens, initial_state, *table, gates, solved, scores)
+        run_recurrence(q, k, v, beta, gates, solved, scores, cu_seqlens, table, groups, scale, initial_state,
+                       o, final_state, decayed_state, checkpoints, errors)  # fmt: skip
+        if for_backward:
+            ctx.save_for_backward(q, k, g, beta, cu_seqlens, *table, *groups, gates, solved, scores, errors,
+                                  checkpoints, decayed_state)  # fmt: skip
         ctx.scale = scale
         return o, final_state
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do, d_final_state):
-        q, k, v, g, beta, cu_seqlens, initial_state, *table, gates, solved, scores = ctx.saved_tensors
-        table = ChunkTable(*table)
-        do = torch.zeros_like(v) if do is None else do.contiguous()
+        q, k, g, beta, cu_seqlens, *tables, gates, solved, scores, errors, checkpoints, decayed_state = (
+            ctx.saved_tensors
+        )
+        table, groups = ChunkTable(*tables[:3]), ChunkTable(*tables[3:])
+        do = torch.zeros_like(errors) if do is None else do.contiguous()
         d_final_state = None if d_final_state is None else d_final_state.contiguous()
-        states = q.new_empty(table.segment.shape[0], *q.shape[1:], v.shape[2])
-        d_states, errors, d_errors = torch.empty_like(states), torch.empty_like(v), torch.empty_like(v)
-        d_initial_state = torch.empty_like(initial_state) if ctx.needs_input_grad[6] else None
-        run_recurrence(k, v, beta, gates, solved, cu_seqlens, table, initial_state, states=states, errors=errors)
-        run_reverse_recurrence(q, k, beta, gates, solved, scores, do, cu_seqlens, table, ctx.scale, d_final_state,
-                               d_initial_state, d_states, d_errors)  # fmt: skip
-        dq, dk, dg, dbeta = run_local_gradients(q, k, g, beta, gates, scores, errors, d_errors, states, d_states, do,
-                                                cu_seqlens, table, ctx.scale)  # fmt: skip
+        d_initial_state = None
+        if ctx.needs_input_grad[6]:
+            d_initial_state = q.new_empty(cu_seqlens.shape[0] - 1, *q.shape[1:], do.shape[2], dtype=torch.float32)
+        d_errors, d_checkpoints, boundary = run_reverse_recurrence(
+            q, k, beta, gates, solved, scores, do, cu_seqlens, table, groups, ctx.scale,
+            checkpoints, decayed_state, d_final_state, d_initial_state,
+        )  # fmt: skip
+        dq, dk, row_terms, totals = run_state_gradients(
+            q, k, beta, gates, errors, d_errors, do, checkpoints, d_checkpoints, cu_seqlens, table, groups, ctx.scale
+        )
+        del d_checkpoints
+        dg, dbeta = run_local_gradients(
+            q, k, g, beta, scores, errors, d_errors, do, dq, dk, row_terms, totals, boundary,
+            cu_seqlens, table, groups, ctx.scale,
+        )  # fmt: skip
         dv = d_errors
-        return dq, dk, dv, dg, dbeta, None, d_initial_state, None, None
+        return dq, dk, dv, dg, dbeta, None, d_initial_state, None, None, None
 
 
 def gated_delta_rule_triton(
@@ -120,4 +139,6 @@ def gated_delta_rule_triton(
     """
     _check(q, k, v, g, beta, cu_seqlens, initial_state)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    return _GatedDeltaRule.apply(q, k, v, g, beta, cu_seqlens, initial_state, output_final_state, scale)
+    differentiable = (x for x in (q, k, v, g, beta, initial_state) if x is not None)
+    for_backward = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
+    return _GatedDeltaRule.apply(q, k, v, g, beta, cu_seqlens, initial_state, output_final_state, scale, for_backward)

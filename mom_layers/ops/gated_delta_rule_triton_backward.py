@@ -1,6 +1,6 @@
-"""Backward kernels of the gated delta rule; names and the chunk's equations as in the forward file.
+"""Backward kernels of the gated delta rule that walk along the state; names and equations as in the forward file.
 
-Shape legend: rows R, segments S, heads H, key size K, value size V, chunk length BT, chunk slots N.
+Shape legend: rows R, segments S, heads H, key size K, value size V, chunk length BT, chunk slots N, group slots M.
 
 With dS the gradient of the state after the chunk, a chunk of the reverse recurrence is
 
@@ -8,17 +8,19 @@ With dS the gradient of the state after the chunk, a chunk of the reverse recurr
     y = z - X^T (beta * z)                                the transposed solve: gradient of beta * r
     dS <- exp(G_last) dS + q^T (scale * exp(G) * do) - k^T (exp(G) * beta * y)
 
-and then, from e, y, the states S at the chunks' starts and the gradients dS at their ends,
+Once e and y are known, neither S nor dS needs a solve any more: both are sums, over any columns of K and from any state
+on. So they are never stored for every chunk: from one of them a group, both are computed again, in tiles of K, by
+programs that share nothing, and what they owe to the gradients is taken on the way:
 
-    dv = beta * y        dbeta = sum_V y * e
-    dP = lower(scale * (do e^T) * beta_j * exp(G_i - G_j))
-    dN = strictly_lower(-(y e^T) * beta_i * beta_j * exp(G_i - G_j))
-    dq = dP k + scale * exp(G) * (do S^T)
-    dk = dP^T q + dN k + dN^T k - exp(G) * beta * (y S^T) + exp(G_last - G) * beta * (e dS^T)
+    from_state_q = scale * exp(G) * (do S^T)              part of dq
+    from_state_k = -exp(G) * beta * (y S^T)               part of dk
+    to_state_k   = exp(G_last - G) * beta * (e dS^T)      part of dk
 
-g_t takes part in every exp(G_i - G_j) with j < t <= i, exp(G_i) with t <= i, exp(G_last - G_i) with i < t, and
-exp(G_last). The gradient of an exponent is that of its exponential times the exponential: q * dq or k * dk summed over
-K, term by term. Terms without decay (i = j) are left out and not cancelled: under strong decay they would bury dg.
+The decay of a whole chunk owes exp(G_last) <S, dS> to g, with the S before and the dS after it. Those two never meet,
+but their neighbours' products do: <S, dS> at a chunk's start is that plus the sum of q * from_state_q and
+k * from_state_k, and <S, dS> at its end is that plus the sum of k * to_state_k. So it follows, chunk by chunk, from
+<S, dS> where the group ends. After a segment's last chunk, where nothing need have decayed, only the decayed part of S
+is taken: the rest would have to cancel.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mom_layers.ops.chunk_table import CHUNK, ChunkTable
-from mom_layers.ops.gated_delta_rule_triton_forward import PRECISION, decay_between
+from mom_layers.ops.chunk_table import CHUNK, GROUP, ChunkTable
+from mom_layers.ops.gated_delta_rule_triton_forward import PRECISION
 from mom_layers.ops.gated_delta_rule_triton_launch import launch_for, recurrence_launch
 
 
@@ -43,20 +45,26 @@ def _reverse_recurrence_kernel(
     do,
     cu_seqlens,
     chunk_offsets,
+    group_offsets,
+    checkpoints,
+    decayed_state,
     d_final_state,
     d_initial_state,
-    d_states,
+    d_checkpoints,
     d_errors,
+    boundary,
     scale,
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
+    GROUP: tl.constexpr,
     HAS_D_FINAL_STATE: tl.constexpr,
     STORE_D_INITIAL_STATE: tl.constexpr,
 ):
-    """BV columns of dS along one segment and head, from its last chunk to its first. Stores dS and y."""
+    """BV columns of dS along one segment and head, from its last chunk to its first. Stores y, and where a group of
+    chunks ends dS and these columns' part of <S, dS>."""
     i_v = tl.program_id(0) % (V // BV)
     i_h = tl.program_id(0) // (V // BV) % H
     i_s = (tl.num_programs(0) - 1 - tl.program_id(0)) // (V // BV) // H
@@ -77,8 +85,11 @@ def _reverse_recurrence_kernel(
 
     if HAS_D_FINAL_STATE:
         b_dS = tl.load(d_final_state + i_state + o_kv).to(tl.float32)  # [K, BV]
+        b_decayed = tl.load(decayed_state + i_state + o_kv, mask=num_rows > 0, other=0.0).to(tl.float32)  # [K, BV]
+        last_boundary = tl.sum(tl.sum(b_decayed * b_dS, 1), 0)
     else:
         b_dS = tl.zeros([K, BV], tl.float32)
+        last_boundary = tl.sum(tl.zeros([BT], tl.float32), 0)
     for i_back in range(0, num_chunks):
         i_t = num_chunks - 1 - i_back
         m_t = i_t * BT + o_t < num_rows
@@ -94,7 +105,14 @@ def _reverse_recurrence_kernel(
         b_P = tl.load(scores + i_chunk * BT * BT + o_tt)  # [BT, BT]
 
         b_dS_low = b_dS.to(low)
-        tl.store(d_states + i_chunk * K * V + o_kv, b_dS_low)
+        if (i_t % GROUP == GROUP - 1) | (i_back == 0):
+            i_group = (tl.load(group_offsets + i_s) + i_t // GROUP).to(tl.int64) * H + i_h
+            tl.store(d_checkpoints + i_group * K * V + o_kv, b_dS_low)
+            product = last_boundary
+            if i_back > 0:
+                b_S = tl.load(checkpoints + (i_group + H) * K * V + o_kv).to(tl.float32)  # [K, BV]
+                product = tl.sum(tl.sum(b_S * b_dS, 1), 0)
+            tl.store(boundary + i_group * (V // BV) + i_v, product)
         b_z = scale * tl.dot(tl.trans(b_P), b_do, input_precision=PRECISION)
         b_z += b_to_end * tl.dot(b_k, b_dS_low, input_precision=PRECISION)
         b_y = b_z - tl.dot(tl.trans(b_X), (b_beta * b_z).to(low), input_precision=PRECISION)
@@ -111,72 +129,7 @@ def _reverse_recurrence_kernel(
 
 
 @triton.jit(do_not_specialize=["num_segments"])
-def _score_gradients_kernel(
-    g,
-    beta,
-    scores,
-    errors,
-    d_errors,
-    do,
-    cu_seqlens,
-    chunk_segment,
-    chunk_index,
-    d_mixing,
-    d_scores,
-    d_decay,
-    dbeta,
-    scale,
-    num_segments,
-    H: tl.constexpr,
-    V: tl.constexpr,
-    BT: tl.constexpr,
-    BV: tl.constexpr,
-):
-    """dP, dN, dbeta and what g owes to P, of one chunk and head.
-
-    dP and dN go through memory on purpose: their transposes are left operands of the next kernel's products.
-    """
-    i_c, i_h = tl.program_id(0) // H, tl.program_id(0) % H
-    i_s = tl.load(chunk_segment + i_c)
-    if i_s >= num_segments:
-        return
-    i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
-    i_chunk = i_c.to(tl.int64) * H + i_h
-    o_t = tl.arange(0, BT)
-    m_t = i_row + o_t < tl.load(cu_seqlens + i_s + 1)
-    rows = i_row.to(tl.int64) * H + i_h
-
-    b_beta = tl.load(beta + rows + o_t * H, mask=m_t, other=0.0).to(tl.float32)  # [BT]
-    b_g = tl.load(g + rows + o_t * H, mask=m_t, other=0.0).to(tl.float32)  # [BT]
-    b_dP = tl.zeros([BT, BT], tl.float32)
-    b_dN = tl.zeros([BT, BT], tl.float32)
-    b_dbeta = tl.zeros([BT], tl.float32)
-    for i_v in range(0, V, BV):
-        o_tv = o_t[:, None] * (H * V) + i_v + tl.arange(0, BV)[None, :]
-        b_e = tl.load(errors + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, BV]
-        b_y = tl.load(d_errors + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, BV]
-        b_do = tl.load(do + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, BV]
-        b_dP += tl.dot(b_do, tl.trans(b_e), input_precision=PRECISION)
-        b_dN += tl.dot(b_y, tl.trans(b_e), input_precision=PRECISION)
-        b_dbeta += tl.sum(b_y.to(tl.float32) * b_e.to(tl.float32), 1)
-
-    below = o_t[:, None] > o_t[None, :]
-    o_tt = o_t[:, None] * BT + o_t[None, :]
-    b_between = decay_between(b_g)
-    b_P = tl.load(scores + i_chunk * BT * BT + o_tt).to(tl.float32)  # [BT, BT]
-    b_dP = b_dP * (scale * b_beta)[None, :]
-    b_exponent = tl.where(below, b_dP * b_P, 0.0)
-    b_d_decay = tl.sum(b_exponent, 1) - tl.sum(b_exponent, 0)
-    b_dP = b_dP * b_between
-    b_dN = tl.where(below, b_dN * b_between * b_beta[:, None] * -b_beta[None, :], 0.0)
-    tl.store(d_scores + i_chunk * BT * BT + o_tt, b_dP.to(d_scores.dtype.element_ty))
-    tl.store(d_mixing + i_chunk * BT * BT + o_tt, b_dN.to(d_mixing.dtype.element_ty))
-    tl.store(d_decay + i_chunk * BT + o_t, b_d_decay)
-    tl.store(dbeta + rows + o_t * H, b_dbeta.to(dbeta.dtype.element_ty), mask=m_t)
-
-
-@triton.jit(do_not_specialize=["num_segments"])
-def _query_key_gradients_kernel(
+def _state_gradients_kernel(
     q,
     k,
     beta,
@@ -185,16 +138,14 @@ def _query_key_gradients_kernel(
     d_errors,
     do,
     states,
-    d_states,
-    d_mixing,
-    d_scores,
-    d_decay,
     cu_seqlens,
-    chunk_segment,
-    chunk_index,
+    chunk_offsets,
+    group_segment,
+    group_index,
     dq,
     dk,
-    dg,
+    row_terms,
+    totals,
     scale,
     num_segments,
     H: tl.constexpr,
@@ -202,84 +153,82 @@ def _query_key_gradients_kernel(
     V: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
-    BV: tl.constexpr,
+    GROUP: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):
-    """dq, dk and dg of one chunk and head, BK columns of q and k at a time; then d_errors turns from y into dv."""
-    i_c, i_h = tl.program_id(0) // H, tl.program_id(0) % H
-    i_s = tl.load(chunk_segment + i_c)
+    """BK rows of S along one group of chunks and head, or of dS against time: what they owe to dq and dk.
+
+    The reverse direction writes dk; the other one, launched after it, writes dq and adds to dk. Both write the sums
+    over these rows of S that g's gradient needs: a token's, and a chunk's.
+    """
+    i_kb = tl.program_id(0) % (K // BK)
+    i_h = tl.program_id(0) // (K // BK) % H
+    i_g = tl.program_id(0) // (K // BK) // H
+    i_s = tl.load(group_segment + i_g)
     if i_s >= num_segments:
         return
-    i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
-    i_chunk = i_c.to(tl.int64) * H + i_h
+    i_first_chunk = tl.load(group_index + i_g) * GROUP
+    i_first = tl.load(cu_seqlens + i_s) + i_first_chunk * BT
+    num_rows = tl.load(cu_seqlens + i_s + 1) - i_first
+    num_chunks = tl.minimum(tl.cdiv(num_rows, BT), GROUP)
+    i_slot = tl.load(chunk_offsets + i_s) + i_first_chunk
+
     o_t = tl.arange(0, BT)
-    m_t = i_row + o_t < tl.load(cu_seqlens + i_s + 1)
-    rows = i_row.to(tl.int64) * H + i_h
-    o_tt = o_t[:, None] * BT + o_t[None, :]
-
-    b_beta = tl.load(beta + rows + o_t * H, mask=m_t, other=0.0).to(tl.float32)[:, None]  # [BT, 1]
-    b_from_start = tl.load(gates + i_chunk * 2 * BT + o_t)[:, None]  # [BT, 1]
-    b_to_end = tl.load(gates + i_chunk * 2 * BT + BT + o_t)[:, None]  # [BT, 1]
-    chunk_decay = tl.load(gates + i_chunk * 2 * BT + BT - 1)
-    b_dG = tl.load(d_decay + i_chunk * BT + o_t)  # [BT]
-    b_d_to_end = tl.zeros([BT], tl.float32)
-    b_d_chunk_decay = tl.zeros([BK], tl.float32)
-    for i_k in range(0, K, BK):
-        o_k = i_k + tl.arange(0, BK)
-        b_from_state_q = tl.zeros([BT, BK], tl.float32)
-        b_from_state_k = tl.zeros([BT, BK], tl.float32)
-        b_to_state_k = tl.zeros([BT, BK], tl.float32)
-        for i_v in range(0, V, BV):
-            o_v = i_v + tl.arange(0, BV)
-            o_tv = o_t[:, None] * (H * V) + o_v[None, :]
-            o_kv = o_k[:, None] * V + o_v[None, :]
-            b_do = tl.load(do + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, BV]
-            b_y = tl.load(d_errors + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, BV]
-            b_e = tl.load(errors + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, BV]
-            b_S = tl.load(states + i_chunk * K * V + o_kv)  # [BK, BV]
-            b_dS = tl.load(d_states + i_chunk * K * V + o_kv)  # [BK, BV]
-            b_from_state_q += tl.dot(b_do, tl.trans(b_S), input_precision=PRECISION)
-            b_from_state_k += tl.dot(b_y, tl.trans(b_S), input_precision=PRECISION)
-            b_to_state_k += tl.dot(b_e, tl.trans(b_dS), input_precision=PRECISION)
-            b_d_chunk_decay += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1)
-
-        o_tk = o_t[:, None] * (H * K) + o_k[None, :]
+    o_k = i_kb * BK + tl.arange(0, BK)
+    o_v = tl.arange(0, V)
+    o_tk = o_t[:, None] * (H * K) + o_k[None, :]
+    o_tv = o_t[:, None] * (H * V) + o_v[None, :]
+    low = k.dtype.element_ty
+    p_states = states + (i_g.to(tl.int64) * H + i_h) * K * V
+    b_S = tl.load(p_states + o_k[:, None] * V + o_v[None, :]).to(tl.float32)  # [BK, V]
+    for i in range(0, num_chunks):
+        i_t = num_chunks - 1 - i if REVERSE else i
+        m_t = i_t * BT + o_t < num_rows
+        rows = (i_first + i_t * BT).to(tl.int64) * H + i_h
+        i_chunk = (i_slot + i_t).to(tl.int64) * H + i_h
         b_q = tl.load(q + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, BK]
         b_k = tl.load(k + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, BK]
-        b_dP = tl.load(d_scores + i_chunk * BT * BT + o_tt)  # [BT, BT]
-        b_dN = tl.load(d_mixing + i_chunk * BT * BT + o_tt)  # [BT, BT]
-        b_dq = b_from_state_q * (b_from_start * scale)
-        b_dG += tl.sum(b_q.to(tl.float32) * b_dq, 1)
-        b_dq += tl.dot(b_dP, b_k, input_precision=PRECISION)
-        tl.store(dq + rows * K + o_tk, b_dq.to(dq.dtype.element_ty), mask=m_t[:, None])
+        b_e = tl.load(errors + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
+        b_y = tl.load(d_errors + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
+        b_do = tl.load(do + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
+        b_beta = tl.load(beta + rows + o_t * H, mask=m_t, other=0.0).to(tl.float32)[:, None]  # [BT, 1]
+        b_from_start = tl.load(gates + i_chunk * 2 * BT + o_t)[:, None]  # [BT, 1]
+        b_to_end = tl.load(gates + i_chunk * 2 * BT + BT + o_t)[:, None]  # [BT, 1]
+        chunk_decay = tl.load(gates + i_chunk * 2 * BT + BT - 1)
+        b_S_low = b_S.to(low)
+        b_S = chunk_decay * b_S
+        if REVERSE:
+            b_dk = (b_to_end * b_beta) * tl.dot(b_e, tl.trans(b_S_low), input_precision=PRECISION)
+            b_term = tl.sum(b_k.to(tl.float32) * b_dk, 1)
+            b_q_side = ((scale * b_from_start) * b_do.to(tl.float32)).to(low)
+            b_S += tl.dot(tl.trans(b_q), b_q_side, input_precision=PRECISION)
+            b_k_side = ((-b_from_start * b_beta) * b_y.to(tl.float32)).to(low)
+            b_S += tl.dot(tl.trans(b_k), b_k_side, input_precision=PRECISION)
+        else:
+            b_dq = (scale * b_from_start) * tl.dot(b_do, tl.trans(b_S_low), input_precision=PRECISION)
+            b_dk = (-b_from_start * b_beta) * tl.dot(b_y, tl.trans(b_S_low), input_precision=PRECISION)
+            b_term = tl.sum(b_q.to(tl.float32) * b_dq + b_k.to(tl.float32) * b_dk, 1)
+            b_k_side = ((b_to_end * b_beta) * b_e.to(tl.float32)).to(low)
+            b_S += tl.dot(tl.trans(b_k), b_k_side, input_precision=PRECISION)
+            tl.store(dq + rows * K + o_tk, b_dq.to(low), mask=m_t[:, None])
+            b_dk += tl.load(dk + rows * K + o_tk, mask=m_t[:, None], other=0.0).to(tl.float32)
+        tl.store(dk + rows * K + o_tk, b_dk.to(low), mask=m_t[:, None])
+        i_part = i_chunk * (K // BK) + i_kb
+        tl.store(row_terms + i_part * BT + o_t, b_term)
+        tl.store(totals + i_part, tl.sum(b_term, 0))
 
-        b_to_state_k = b_to_state_k * (b_to_end * b_beta)
-        b_d_to_end += tl.sum(b_k.to(tl.float32) * b_to_state_k, 1)
-        b_dk = b_from_state_k * (-b_from_start * b_beta) + tl.dot(b_dN, b_k, input_precision=PRECISION)
-        b_dG += tl.sum(b_k.to(tl.float32) * b_dk, 1)
-        b_from_later = tl.dot(tl.trans(b_dN), b_k, input_precision=PRECISION)
-        b_dG -= tl.sum(b_k.to(tl.float32) * b_from_later, 1)
-        b_dk += b_to_state_k + b_from_later
-        b_dk += tl.dot(tl.trans(b_dP), b_q, input_precision=PRECISION)
-        tl.store(dk + rows * K + o_tk, b_dk.to(dk.dtype.element_ty), mask=m_t[:, None])
 
-    b_dg = tl.sum(tl.where(o_t[:, None] >= o_t[None, :], b_dG[:, None], b_d_to_end[:, None]), 0)
-    b_dg += chunk_decay * tl.sum(b_d_chunk_decay, 0)
-    tl.store(dg + rows + o_t * H, b_dg.to(dg.dtype.element_ty), mask=m_t)
+def run_reverse_recurrence(q, k, beta, gates, solved, scores, do, cu_seqlens, table: ChunkTable, groups: ChunkTable,
+                           scale, checkpoints, decayed_state, d_final_state, d_initial_state):  # fmt: skip
+    """Walks every segment backwards, and fills d_initial_state where it is given.
 
-    # dv = beta * y takes y's place: these rows and this head are read by no other program.
-    tl.debug_barrier()
-    for i_v in range(0, V, BV):
-        o_tv = o_t[:, None] * (H * V) + i_v + tl.arange(0, BV)[None, :]
-        b_y = tl.load(d_errors + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, BV]
-        b_dv = (b_beta * b_y.to(tl.float32)).to(d_errors.dtype.element_ty)
-        tl.store(d_errors + rows * V + o_tv, b_dv, mask=m_t[:, None])
-
-
-def run_reverse_recurrence(q, k, beta, gates, solved, scores, do, cu_seqlens, table: ChunkTable, scale, d_final_state,
-                           d_initial_state, d_states, d_errors):  # fmt: skip
-    """Walks every segment backwards; fills d_states [N, H, K, V], d_errors [R, H, V], and d_initial_state if given."""
+    Returns y [R, H, V]; dS after every group [M, H, K, V]; parts of <S, dS> there [M, H, parts] float32.
+    """
     (_, heads, key_size), value_size = k.shape, do.shape[2]
     launch = recurrence_launch(k, value_size)
+    d_errors, d_checkpoints = torch.empty_like(do), torch.empty_like(checkpoints)
+    parts = value_size // launch.tile
+    boundary = torch.empty(*checkpoints.shape[:2], parts, dtype=torch.float32, device=k.device)
     _reverse_recurrence_kernel[((cu_seqlens.shape[0] - 1) * heads * (value_size // launch.tile),)](
         q=q,
         k=k,
@@ -290,86 +239,71 @@ def run_reverse_recurrence(q, k, beta, gates, solved, scores, do, cu_seqlens, ta
         do=do,
         cu_seqlens=cu_seqlens,
         chunk_offsets=table.offsets,
+        group_offsets=groups.offsets,
+        checkpoints=checkpoints,
+        decayed_state=decayed_state,
         d_final_state=d_final_state,
         d_initial_state=d_initial_state,
-        d_states=d_states,
+        d_checkpoints=d_checkpoints,
         d_errors=d_errors,
+        boundary=boundary,
         scale=scale,
         H=heads,
         K=key_size,
         V=value_size,
         BT=CHUNK,
         BV=launch.tile,
+        GROUP=GROUP,
         HAS_D_FINAL_STATE=d_final_state is not None,
         STORE_D_INITIAL_STATE=d_initial_state is not None,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
+    return d_errors, d_checkpoints, boundary
 
 
-def run_local_gradients(q, k, g, beta, gates, scores, errors, d_errors, states, d_states, do, cu_seqlens,
-                        table: ChunkTable, scale):  # fmt: skip
-    """dq, dk, dg and dbeta from what the two recurrences stored; d_errors becomes dv."""
+def run_state_gradients(q, k, beta, gates, errors, d_errors, do, checkpoints, d_checkpoints, cu_seqlens,
+                        table: ChunkTable, groups: ChunkTable, scale):  # fmt: skip
+    """What the states owe to dq and dk [R, H, K], and to the gradient of g.
+
+    Returns dq, dk, row terms [2, N, H, parts, BT] and totals [2, N, H, parts] float32: the sums over a part of K of
+    q * dq + k * dk as they stem from the state before a chunk (0) and of k * dk from the state after it (1).
+    """
     (_, heads, key_size), value_size = k.shape, do.shape[2]
-    slots = table.segment.shape[0]
-    num_segments = cu_seqlens.shape[0] - 1
-    d_scores = torch.empty(slots, heads, CHUNK, CHUNK, dtype=k.dtype, device=k.device)
-    d_mixing = torch.empty_like(d_scores)
-    d_decay = torch.empty(slots, heads, CHUNK, dtype=torch.float32, device=k.device)
-    dq, dk, dg, dbeta = (torch.empty_like(x) for x in (q, k, g, beta))
-    launch = launch_for("score_gradients", k)
-    _score_gradients_kernel[(slots * heads,)](
-        g=g,
-        beta=beta,
-        scores=scores,
-        errors=errors,
-        d_errors=d_errors,
-        do=do,
-        cu_seqlens=cu_seqlens,
-        chunk_segment=table.segment,
-        chunk_index=table.index,
-        d_mixing=d_mixing,
-        d_scores=d_scores,
-        d_decay=d_decay,
-        dbeta=dbeta,
-        scale=scale,
-        num_segments=num_segments,
-        H=heads,
-        V=value_size,
-        BT=CHUNK,
-        BV=min(launch.tile, value_size),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
-    launch = launch_for("query_key_gradients", k)
-    _query_key_gradients_kernel[(slots * heads,)](
-        q=q,
-        k=k,
-        beta=beta,
-        gates=gates,
-        errors=errors,
-        d_errors=d_errors,
-        do=do,
-        states=states,
-        d_states=d_states,
-        d_mixing=d_mixing,
-        d_scores=d_scores,
-        d_decay=d_decay,
-        cu_seqlens=cu_seqlens,
-        chunk_segment=table.segment,
-        chunk_index=table.index,
-        dq=dq,
-        dk=dk,
-        dg=dg,
-        scale=scale,
-        num_segments=num_segments,
-        H=heads,
-        K=key_size,
-        V=value_size,
-        BT=CHUNK,
-        BK=min(launch.tile, key_size),
-        BV=min(launch.tile, value_size),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
-    return dq, dk, dg, dbeta
+    launch = launch_for("state_gradients", k)
+    block = min(launch.tile, key_size)
+    parts = key_size // block
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    row_terms = torch.empty(2, table.segment.shape[0], heads, parts, CHUNK, dtype=torch.float32, device=k.device)
+    totals = torch.empty(row_terms.shape[:4], dtype=torch.float32, device=k.device)
+    for reverse, states in ((True, d_checkpoints), (False, checkpoints)):
+        _state_gradients_kernel[(groups.segment.shape[0] * heads * parts,)](
+            q=q,
+            k=k,
+            beta=beta,
+            gates=gates,
+            errors=errors,
+            d_errors=d_errors,
+            do=do,
+            states=states,
+            cu_seqlens=cu_seqlens,
+            chunk_offsets=table.offsets,
+            group_segment=groups.segment,
+            group_index=groups.index,
+            dq=dq,
+            dk=dk,
+            row_terms=row_terms[int(reverse)],
+            totals=totals[int(reverse)],
+            scale=scale,
+            num_segments=cu_seqlens.shape[0] - 1,
+            H=heads,
+            K=key_size,
+            V=value_size,
+            BT=CHUNK,
+            BK=block,
+            GROUP=GROUP,
+            REVERSE=reverse,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+    return dq, dk, row_terms, totals

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mom_layers.ops.chunk_table import CHUNK, ChunkTable
+from mom_layers.ops.chunk_table import CHUNK, GROUP, ChunkTable
 from mom_layers.ops.gated_delta_rule_triton_launch import SOLVE_WARPS, launch_for, recurrence_launch
 
 # Rows of a diagonal block that is solved by substitution; products join the blocks.
@@ -201,10 +201,12 @@ def _recurrence_kernel(
     scores,
     cu_seqlens,
     chunk_offsets,
+    group_offsets,
     initial_state,
     o,
     final_state,
-    states,
+    decayed_state,
+    checkpoints,
     errors,
     scale,
     H: tl.constexpr,
@@ -212,12 +214,12 @@ def _recurrence_kernel(
     V: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
+    GROUP: tl.constexpr,
     HAS_INITIAL_STATE: tl.constexpr,
     STORE_FINAL_STATE: tl.constexpr,
-    STORE_OUTPUT: tl.constexpr,
-    STORE_STATES: tl.constexpr,
+    FOR_BACKWARD: tl.constexpr,
 ):
-    """BV columns of the state along one segment and head: the outputs, or what the backward pass needs (states, e)."""
+    """BV columns of the state along one segment and head. For the backward pass also e, and every GROUP-th state."""
     # The last segments start first: in a Mixture-of-Memories they are the shared memory's, the longest ones.
     i_v = tl.program_id(0) % (V // BV)
     i_h = tl.program_id(0) // (V // BV) % H
@@ -255,16 +257,20 @@ def _recurrence_kernel(
         b_r = b_v - b_from_start * tl.dot(b_k, b_S_low, input_precision=PRECISION)
         b_e = b_r - tl.dot(b_X, (b_beta * b_r).to(low), input_precision=PRECISION)
         b_u = b_beta * b_e
-        if STORE_STATES:
-            tl.store(states + i_chunk * K * V + o_kv, b_S_low)
+        if FOR_BACKWARD:
             tl.store(errors + rows * V + o_tv, b_e.to(low), mask=m_t[:, None])
-        if STORE_OUTPUT:
-            b_q = tl.load(q + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
-            b_P = tl.load(scores + i_chunk * BT * BT + o_tt)  # [BT, BT]
-            b_o = b_from_start * tl.dot(b_q, b_S_low, input_precision=PRECISION)
-            b_o += tl.dot(b_P, b_u.to(low), input_precision=PRECISION)
-            tl.store(o + rows * V + o_tv, (scale * b_o).to(low), mask=m_t[:, None])
+            if i_t % GROUP == 0:
+                i_group = (tl.load(group_offsets + i_s) + i_t // GROUP).to(tl.int64) * H + i_h
+                tl.store(checkpoints + i_group * K * V + o_kv, b_S_low)
+        b_q = tl.load(q + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
+        b_P = tl.load(scores + i_chunk * BT * BT + o_tt)  # [BT, BT]
+        b_o = b_from_start * tl.dot(b_q, b_S_low, input_precision=PRECISION)
+        b_o += tl.dot(b_P, b_u.to(low), input_precision=PRECISION)
+        tl.store(o + rows * V + o_tv, (scale * b_o).to(low), mask=m_t[:, None])
         b_S = chunk_decay * b_S
+        if FOR_BACKWARD and STORE_FINAL_STATE:
+            if (i_t + 1) * BT >= num_rows:
+                tl.store(decayed_state + i_state + o_kv, b_S.to(low))
         b_S += tl.dot(tl.trans(b_k), (b_to_end * b_u).to(low), input_precision=PRECISION)
         rows += BT * H
         i_chunk += H
@@ -318,25 +324,14 @@ def chunk_local(q, k, g, beta, cu_seqlens, table: ChunkTable):
     return gates, solved, scores
 
 
-def run_recurrence(
-    k,
-    v,
-    beta,
-    gates,
-    solved,
-    cu_seqlens,
-    table: ChunkTable,
-    initial_state,
-    *,
-    q=None,
-    scores=None,
-    scale=None,
-    o=None,
-    final_state=None,
-    states=None,
-    errors=None,
-):
-    """Walks every segment and fills the buffers that are given: o and final_state, or states and errors."""
+def run_recurrence(q, k, v, beta, gates, solved, scores, cu_seqlens, table: ChunkTable, groups: ChunkTable, scale,
+                   initial_state, o, final_state=None, decayed_state=None, checkpoints=None, errors=None):  # fmt: skip
+    """Walks every segment and fills o, and whichever of the others are given.
+
+    final_state: [S, H, K, V] float32. decayed_state: as much of it as was there before the last chunk; unset for empty
+    segments. checkpoints: [groups' slots, H, K, V], the state before every group of chunks.
+    errors: [R, H, V], e.
+    """
     (_, heads, key_size), value_size = k.shape, v.shape[2]
     launch = recurrence_launch(k, value_size)
     _recurrence_kernel[((cu_seqlens.shape[0] - 1) * heads * (value_size // launch.tile),)](
@@ -349,10 +344,12 @@ def run_recurrence(
         scores=scores,
         cu_seqlens=cu_seqlens,
         chunk_offsets=table.offsets,
+        group_offsets=groups.offsets,
         initial_state=initial_state,
         o=o,
         final_state=final_state,
-        states=states,
+        decayed_state=decayed_state,
+        checkpoints=checkpoints,
         errors=errors,
         scale=scale,
         H=heads,
@@ -360,10 +357,10 @@ def run_recurrence(
         V=value_size,
         BT=CHUNK,
         BV=launch.tile,
+        GROUP=GROUP,
         HAS_INITIAL_STATE=initial_state is not None,
         STORE_FINAL_STATE=final_state is not None,
-        STORE_OUTPUT=o is not None,
-        STORE_STATES=states is not None,
+        FOR_BACKWARD=checkpoints is not None,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )

@@ -9,7 +9,8 @@ import torch
 
 
 class Launch(NamedTuple):
-    """tile: columns of V that one program of a recurrence holds, or columns that a loop over K or V takes at a time."""
+    """tile: columns of V that a program of a recurrence holds, rows of the state that one of the state gradients holds,
+    or columns that a loop over K or V takes at a time."""
 
     tile: int
     num_warps: int
@@ -27,6 +28,7 @@ LAUNCHES = {
         "recurrence_256": Launch(64, 8, 2),
         "recurrence_128": Launch(32, 4, 2),
         "recurrence_64": Launch(64, 4, 2),
+        "state_gradients": Launch(64, 8, 1),
         "score_gradients": Launch(64, 8, 2),
         "query_key_gradients": Launch(64, 8, 2),
     },
@@ -35,6 +37,7 @@ LAUNCHES = {
         "recurrence_256": Launch(32, 8, 2),
         "recurrence_128": Launch(32, 4, 2),
         "recurrence_64": Launch(32, 4, 2),
+        "state_gradients": Launch(32, 8, 1),
         "score_gradients": Launch(64, 8, 2),
         "query_key_gradients": Launch(32, 4, 2),
     },
@@ -43,6 +46,7 @@ LAUNCHES = {
         "recurrence_256": Launch(16, 8, 1),
         "recurrence_128": Launch(16, 8, 1),
         "recurrence_64": Launch(16, 8, 1),
+        "state_gradients": Launch(16, 8, 1),
         "score_gradients": Launch(32, 8, 1),
         "query_key_gradients": Launch(32, 8, 1),
     },

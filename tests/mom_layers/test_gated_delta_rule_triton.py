@@ -92,6 +92,13 @@ def test_gated_delta_rule_triton_ragged(dtype):
     compare(RAGGED, 1, 16, 32, dtype)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "gate"), [(torch.float32, "zero"), (torch.float32, "resets"), (torch.bfloat16, "usual")]
+)
+def test_gated_delta_rule_triton_over_several_groups_of_chunks(dtype, gate):
+    compare([64 * 8, 3, 64 * 17 + 5], 1, 16, 16, dtype, gate)
+
+
 @pytest.mark.parametrize("gate", ["zero", "strong", "resets"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gated_delta_rule_triton_decays(dtype, gate):
@@ -228,7 +235,7 @@ gated_delta_rule_triton(x, x, x, gate, gate, torch.tensor([0, 1], dtype=torch.in
 for name, kernel in compiled:
     assert kernel.metadata.shared <= SHARED_MEMORY[90], (name, kernel.metadata.shared)
     assert left_operands_in_registers(kernel) == 0, name
-assert len(compiled) == 7 and sum(kernel.asm["ptx"].count("wgmma") for _, kernel in compiled) > 100
+assert len(compiled) == 8 and sum(kernel.asm["ptx"].count("wgmma") for _, kernel in compiled) > 100
 """
 
 
