@@ -29,9 +29,10 @@ import torch
 import triton
 import triton.language as tl
 
+from mom_layers.ops import gated_delta_rule_hopper as hopper
 from mom_layers.ops.chunk_table import CHUNK, GROUP, ChunkTable
 from mom_layers.ops.gated_delta_rule_triton_forward import PRECISION
-from mom_layers.ops.gated_delta_rule_triton_launch import launch_for, recurrence_launch
+from mom_layers.ops.gated_delta_rule_triton_launch import recurrence_launch, state_gradients_launch
 
 
 @triton.jit
@@ -225,11 +226,12 @@ def run_reverse_recurrence(q, k, beta, gates, solved, scores, do, cu_seqlens, ta
     Returns y [R, H, V]; dS after every group [M, H, K, V]; parts of <S, dS> there [M, H, parts] float32.
     """
     (_, heads, key_size), value_size = k.shape, do.shape[2]
-    launch = recurrence_launch(k, value_size)
+    launch, on_hopper = recurrence_launch(k, value_size, cu_seqlens.shape[0] - 1)
     d_errors, d_checkpoints = torch.empty_like(do), torch.empty_like(checkpoints)
     parts = value_size // launch.tile
     boundary = torch.empty(*checkpoints.shape[:2], parts, dtype=torch.float32, device=k.device)
-    _reverse_recurrence_kernel[((cu_seqlens.shape[0] - 1) * heads * (value_size // launch.tile),)](
+    kernel = hopper.reverse_recurrence_kernel if on_hopper else _reverse_recurrence_kernel
+    kernel[((cu_seqlens.shape[0] - 1) * heads * (value_size // launch.tile),)](
         q=q,
         k=k,
         beta=beta,
@@ -270,14 +272,15 @@ def run_state_gradients(q, k, beta, gates, errors, d_errors, do, checkpoints, d_
     q * dq + k * dk as they stem from the state before a chunk (0) and of k * dk from the state after it (1).
     """
     (_, heads, key_size), value_size = k.shape, do.shape[2]
-    launch = launch_for("state_gradients", k)
+    launch, on_hopper = state_gradients_launch(k, value_size)
+    kernel = hopper.state_gradients_kernel if on_hopper else _state_gradients_kernel
     block = min(launch.tile, key_size)
     parts = key_size // block
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     row_terms = torch.empty(2, table.segment.shape[0], heads, parts, CHUNK, dtype=torch.float32, device=k.device)
     totals = torch.empty(row_terms.shape[:4], dtype=torch.float32, device=k.device)
     for reverse, states in ((True, d_checkpoints), (False, checkpoints)):
-        _state_gradients_kernel[(groups.segment.shape[0] * heads * parts,)](
+        kernel[(groups.segment.shape[0] * heads * parts,)](
             q=q,
             k=k,
             beta=beta,

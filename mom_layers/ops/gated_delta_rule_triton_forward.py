@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mom_layers.ops import gated_delta_rule_hopper as hopper
 from mom_layers.ops.chunk_table import CHUNK, GROUP, ChunkTable
 from mom_layers.ops.gated_delta_rule_triton_launch import SOLVE_WARPS, launch_for, recurrence_launch
 
@@ -333,8 +334,9 @@ def run_recurrence(q, k, v, beta, gates, solved, scores, cu_seqlens, table: Chun
     errors: [R, H, V], e.
     """
     (_, heads, key_size), value_size = k.shape, v.shape[2]
-    launch = recurrence_launch(k, value_size)
-    _recurrence_kernel[((cu_seqlens.shape[0] - 1) * heads * (value_size // launch.tile),)](
+    launch, on_hopper = recurrence_launch(k, value_size, cu_seqlens.shape[0] - 1)
+    kernel = hopper.recurrence_kernel if on_hopper else _recurrence_kernel
+    kernel[((cu_seqlens.shape[0] - 1) * heads * (value_size // launch.tile),)](
         q=q,
         k=k,
         v=v,

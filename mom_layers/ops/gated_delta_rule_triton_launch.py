@@ -26,19 +26,23 @@ LAUNCHES = {
     "hopper": {
         "chunk_scores": Launch(64, 4, 3),
         "recurrence_256": Launch(64, 8, 2),
-        "recurrence_128": Launch(32, 4, 2),
+        "recurrence_128": Launch(64, 8, 2),
         "recurrence_64": Launch(64, 4, 2),
-        "state_gradients": Launch(64, 8, 1),
-        "score_gradients": Launch(64, 8, 2),
-        "query_key_gradients": Launch(64, 8, 2),
+        "state_gradients_256": Launch(64, 8, 1),
+        "state_gradients_128": Launch(64, 4, 1),
+        "state_gradients_64": Launch(64, 4, 1),
+        "score_gradients": Launch(256, 8, 1),
+        "query_key_gradients": Launch(64, 4, 3),
     },
     "other": {
         "chunk_scores": Launch(64, 4, 3),
         "recurrence_256": Launch(32, 8, 2),
         "recurrence_128": Launch(32, 4, 2),
         "recurrence_64": Launch(32, 4, 2),
-        "state_gradients": Launch(32, 8, 1),
-        "score_gradients": Launch(64, 8, 2),
+        "state_gradients_256": Launch(32, 8, 1),
+        "state_gradients_128": Launch(32, 8, 1),
+        "state_gradients_64": Launch(32, 8, 1),
+        "score_gradients": Launch(64, 8, 1),
         "query_key_gradients": Launch(32, 4, 2),
     },
     "float32": {
@@ -46,13 +50,17 @@ LAUNCHES = {
         "recurrence_256": Launch(16, 8, 1),
         "recurrence_128": Launch(16, 8, 1),
         "recurrence_64": Launch(16, 8, 1),
-        "state_gradients": Launch(16, 8, 1),
+        "state_gradients_256": Launch(16, 8, 1),
+        "state_gradients_128": Launch(16, 8, 1),
+        "state_gradients_64": Launch(16, 8, 1),
         "score_gradients": Launch(32, 8, 1),
         "query_key_gradients": Launch(32, 8, 1),
     },
 }
-# The triangular solve is float32 for every type of input: two warps are the fewest that hold its blocks unspilled.
-SOLVE_WARPS = 2
+# A Hopper chip of 132 multiprocessors runs one such program on each.
+FEW_PROGRAMS = 132
+# The triangular solve is float32 for every type of input: one warp spills a little and is still the fastest.
+SOLVE_WARPS = 1
 
 
 @functools.cache
@@ -67,7 +75,21 @@ def launch_for(kernel: str, like: torch.Tensor) -> Launch:
     return LAUNCHES[_family(like.device, like.dtype)][kernel]
 
 
-def recurrence_launch(k: torch.Tensor, value_size: int) -> Launch:
-    """Both recurrences hold [K, tile] of the state: the key size decides. K below 64 runs as 64 does."""
-    launch = launch_for(f"recurrence_{max(64, k.shape[2])}", k)
-    return launch._replace(tile=min(launch.tile, value_size))
+def recurrence_launch(k: torch.Tensor, value_size: int, num_segments: int) -> tuple[Launch, bool]:
+    """Both recurrences hold [K, tile] of the state: the key size decides. K below 64 runs as 64 does.
+
+    Returns also whether to use the kernels written for Hopper. Few segments get narrower tiles: more programs.
+    """
+    family, key_size = _family(k.device, k.dtype), k.shape[2]
+    launch = LAUNCHES[family][f"recurrence_{max(64, key_size)}"]
+    on_hopper = family == "hopper" and min(key_size, value_size) >= 64
+    if on_hopper and num_segments * k.shape[1] * (value_size // launch.tile) <= FEW_PROGRAMS and launch.tile > 32:
+        launch = launch._replace(tile=32)
+    return launch._replace(tile=min(launch.tile, value_size)), on_hopper
+
+
+def state_gradients_launch(k: torch.Tensor, value_size: int) -> tuple[Launch, bool]:
+    """The state gradients hold [tile, V] of the state: V decides. Returns also whether to use the kernels for Hopper."""
+    family = _family(k.device, k.dtype)
+    launch = LAUNCHES[family][f"state_gradients_{max(64, value_size)}"]
+    return launch, family == "hopper" and min(k.shape[2], value_size) >= 64

@@ -143,12 +143,12 @@ def _query_key_gradients_kernel(
     for i_part in tl.static_range(PARTS):
         b_dG += tl.load(p_from_state + i_part * BT + o_t)
         b_d_to_end += tl.load(p_to_state + i_part * BT + o_t)
+    b_dP = tl.load(d_scores + i_chunk * BT * BT + o_tt)  # [BT, BT]
+    b_dN = tl.load(d_mixing + i_chunk * BT * BT + o_tt)  # [BT, BT]
     for i_k in range(0, K, BK):
         o_tk = o_t[:, None] * (H * K) + i_k + tl.arange(0, BK)[None, :]
         b_q = tl.load(q + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, BK]
         b_k = tl.load(k + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, BK]
-        b_dP = tl.load(d_scores + i_chunk * BT * BT + o_tt)  # [BT, BT]
-        b_dN = tl.load(d_mixing + i_chunk * BT * BT + o_tt)  # [BT, BT]
         b_dq = tl.load(dq + rows * K + o_tk, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BK]
         b_dq += tl.dot(b_dP, b_k, input_precision=PRECISION)
         tl.store(dq + rows * K + o_tk, b_dq.to(dq.dtype.element_ty), mask=m_t[:, None])

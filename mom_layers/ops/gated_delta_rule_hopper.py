@@ -1,0 +1,493 @@
+"""The gated delta rule's walks along the state, for Hopper: names and equations as in the Triton kernels' files.
+
+Written in Gluon, Triton's lower level, because what decides here is when a copy starts and which products wait for
+which: the next chunk is copied to shared memory while this one is computed, and products that do not need each other
+are in flight together. Left operands are always in shared memory, as everywhere (see the forward file).
+
+Shape legend: rows R, segments S, heads H, key size K, value size V, chunk length BT, chunk slots N, group slots M.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+
+@gluon.constexpr_function
+def _copy_layout(columns, num_warps):
+    """16 bytes a thread, rows of whole cache lines."""
+    lanes = min(32, columns // 8)
+    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [num_warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _product_layout(rows, columns, num_warps):
+    """Accumulators [rows, columns]: warpgroups share the rows as far as those reach, then the columns."""
+    along_rows = min(num_warps, rows // 16)
+    return gl.NVMMADistributedLayout(
+        [3, 0], [along_rows, num_warps // along_rows], [16, columns * along_rows // num_warps, 16]
+    )
+
+
+@gluon.constexpr_function
+def _shared_layout(rows, columns, dtype):
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
+
+
+@gluon.jit
+def _copy(shared, source, stride, valid, ROWS: gl.constexpr, COLUMNS: gl.constexpr, NW: gl.constexpr):
+    """Starts to copy [ROWS, COLUMNS] to shared memory; rows from `valid` on become zero."""
+    layout: gl.constexpr = _copy_layout(COLUMNS, NW)
+    o_r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    o_c = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
+    pointers = source + o_r[:, None] * stride + o_c[None, :]
+    async_copy.async_copy_global_to_shared(shared, pointers, mask=(o_r < valid)[:, None])
+
+
+@gluon.jit
+def _publish():
+    """What this thread wrote to shared memory is seen by every thread's products."""
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def recurrence_kernel(
+    q,
+    k,
+    v,
+    beta,
+    gates,
+    solved,
+    scores,
+    cu_seqlens,
+    chunk_offsets,
+    group_offsets,
+    initial_state,
+    o,
+    final_state,
+    decayed_state,
+    checkpoints,
+    errors,
+    scale,
+    H: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    BT: gl.constexpr,
+    BV: gl.constexpr,
+    GROUP: gl.constexpr,
+    HAS_INITIAL_STATE: gl.constexpr,
+    STORE_FINAL_STATE: gl.constexpr,
+    FOR_BACKWARD: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """BV columns of the state along one segment and head. For the backward pass also e, and every GROUP-th state."""
+    low: gl.constexpr = k.dtype.element_ty
+    NW: gl.constexpr = num_warps
+    i_v = gl.program_id(0) % (V // BV)
+    i_h = gl.program_id(0) // (V // BV) % H
+    i_s = (gl.num_programs(0) - 1 - gl.program_id(0)) // (V // BV) // H
+    i_first = gl.load(cu_seqlens + i_s)
+    num_rows = gl.load(cu_seqlens + i_s + 1) - i_first
+    num_chunks = gl.cdiv(num_rows, BT)
+    i_chunk = gl.load(chunk_offsets + i_s).to(gl.int64) * H + i_h
+    i_group = gl.load(group_offsets + i_s)
+    rows = i_first.to(gl.int64) * H + i_h
+
+    L_r: gl.constexpr = _product_layout(BT, BV, NW)
+    L_S: gl.constexpr = _product_layout(K, BV, NW)
+    L_t: gl.constexpr = gl.SliceLayout(1, L_r)
+    s_k = gl.allocate_shared_memory(low, [2, BT, K], _shared_layout(BT, K, low))
+    s_q = gl.allocate_shared_memory(low, [2, BT, K], _shared_layout(BT, K, low))
+    s_X = gl.allocate_shared_memory(low, [2, BT, BT], _shared_layout(BT, BT, low))
+    s_P = gl.allocate_shared_memory(low, [2, BT, BT], _shared_layout(BT, BT, low))
+    s_S = gl.allocate_shared_memory(low, [K, BV], _shared_layout(K, BV, low))
+    s_r = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))
+    s_u = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))
+    s_end = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))
+
+    o_t = gl.arange(0, BT, layout=L_t)
+    o_v = i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_r))
+    o_tv = o_t[:, None] * (H * V) + o_v[None, :]
+    o_k = gl.arange(0, K, layout=gl.SliceLayout(1, L_S))
+    o_kv = o_k[:, None] * V + (i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_S)))[None, :]
+    i_state = (i_s.to(gl.int64) * H + i_h) * K * V
+
+    if HAS_INITIAL_STATE:
+        b_S = gl.load(initial_state + i_state + o_kv)
+    else:
+        b_S = gl.zeros([K, BV], gl.float32, layout=L_S)
+    if num_chunks > 0:
+        _copy(s_k.index(0), k + rows * K, H * K, num_rows, BT, K, NW)
+        _copy(s_X.index(0), solved + i_chunk * BT * BT, BT, BT, BT, BT, NW)
+        _copy(s_q.index(0), q + rows * K, H * K, num_rows, BT, K, NW)
+        _copy(s_P.index(0), scores + i_chunk * BT * BT, BT, BT, BT, BT, NW)
+    async_copy.commit_group()
+    b_v = gl.load(v + rows * V + o_tv, mask=(o_t < num_rows)[:, None], other=0.0)
+    for i_t in range(num_chunks):
+        left = num_rows - i_t * BT
+        m_t = o_t < left
+        i_buffer = i_t & 1
+        b_beta = gl.load(beta + rows + o_t * H, mask=m_t, other=0.0).to(gl.float32)
+        b_from_start = gl.load(gates + i_chunk * 2 * BT + o_t)
+        b_to_end = gl.load(gates + i_chunk * 2 * BT + BT + o_t)
+        chunk_decay = gl.load(gates + i_chunk * 2 * BT + BT - 1)
+        b_S_low = b_S.to(low)
+        s_S.store(b_S_low)
+        async_copy.wait_group(0)
+        _publish()
+        if left > BT:
+            _copy(s_k.index(1 - i_buffer), k + (rows + BT * H) * K, H * K, left - BT, BT, K, NW)
+            _copy(s_X.index(1 - i_buffer), solved + (i_chunk + H) * BT * BT, BT, BT, BT, BT, NW)
+            _copy(s_q.index(1 - i_buffer), q + (rows + BT * H) * K, H * K, left - BT, BT, K, NW)
+            _copy(s_P.index(1 - i_buffer), scores + (i_chunk + H) * BT * BT, BT, BT, BT, BT, NW)
+        async_copy.commit_group()
+        zero = gl.zeros([BT, BV], gl.float32, layout=L_r)
+        b_kS = warpgroup_mma(s_k.index(i_buffer), s_S, zero, use_acc=False, is_async=True)
+        b_qS = warpgroup_mma(s_q.index(i_buffer), s_S, zero, use_acc=False, is_async=True)
+        b_next_v = gl.load(v + (rows + BT * H) * V + o_tv, mask=(o_t < left - BT)[:, None], other=0.0)
+        if FOR_BACKWARD:
+            if i_t % GROUP == 0:
+                i_point = (i_group + i_t // GROUP).to(gl.int64) * H + i_h
+                gl.store(checkpoints + i_point * K * V + o_kv, b_S_low)
+        b_kS = warpgroup_mma_wait(1, deps=[b_kS])
+        b_r = b_v.to(gl.float32) - b_from_start[:, None] * b_kS
+        s_r.store((b_beta[:, None] * b_r).to(low))
+        _publish()
+        b_Xr = warpgroup_mma(s_X.index(i_buffer), s_r, zero, use_acc=False, is_async=True)
+        b_Xr, b_qS = warpgroup_mma_wait(0, deps=[b_Xr, b_qS])
+        b_e = b_r - b_Xr
+        b_u = b_beta[:, None] * b_e
+        s_end.store((b_to_end[:, None] * b_u).to(low))
+        s_u.store(b_u.to(low))
+        b_S = chunk_decay * b_S
+        if FOR_BACKWARD and STORE_FINAL_STATE:
+            if left <= BT:
+                gl.store(decayed_state + i_state + o_kv, b_S.to(low))
+        _publish()
+        b_S_next = warpgroup_mma(s_k.index(i_buffer).permute((1, 0)), s_end, b_S, is_async=True)
+        b_o = warpgroup_mma(s_P.index(i_buffer), s_u, b_from_start[:, None] * b_qS, is_async=True)
+        if FOR_BACKWARD:
+            gl.store(errors + rows * V + o_tv, b_e.to(low), mask=m_t[:, None])
+        b_S, b_o = warpgroup_mma_wait(0, deps=[b_S_next, b_o])
+        gl.store(o + rows * V + o_tv, (scale * b_o).to(low), mask=m_t[:, None])
+        b_v = b_next_v
+        rows += BT * H
+        i_chunk += H
+    if STORE_FINAL_STATE:
+        gl.store(final_state + i_state + o_kv, b_S)
+
+
+@gluon.jit
+def reverse_recurrence_kernel(
+    q,
+    k,
+    beta,
+    gates,
+    solved,
+    scores,
+    do,
+    cu_seqlens,
+    chunk_offsets,
+    group_offsets,
+    checkpoints,
+    decayed_state,
+    d_final_state,
+    d_initial_state,
+    d_checkpoints,
+    d_errors,
+    boundary,
+    scale,
+    H: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    BT: gl.constexpr,
+    BV: gl.constexpr,
+    GROUP: gl.constexpr,
+    HAS_D_FINAL_STATE: gl.constexpr,
+    STORE_D_INITIAL_STATE: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """BV columns of dS along one segment and head, from its last chunk to its first. Stores y, and where a group of
+    chunks ends dS and these columns' part of <S, dS>."""
+    low: gl.constexpr = k.dtype.element_ty
+    NW: gl.constexpr = num_warps
+    i_v = gl.program_id(0) % (V // BV)
+    i_h = gl.program_id(0) // (V // BV) % H
+    i_s = (gl.num_programs(0) - 1 - gl.program_id(0)) // (V // BV) // H
+    i_first = gl.load(cu_seqlens + i_s)
+    num_rows = gl.load(cu_seqlens + i_s + 1) - i_first
+    num_chunks = gl.cdiv(num_rows, BT)
+    i_group = gl.load(group_offsets + i_s)
+    i_chunk = (gl.load(chunk_offsets + i_s) + num_chunks - 1).to(gl.int64) * H + i_h
+    rows = (i_first + (num_chunks - 1) * BT).to(gl.int64) * H + i_h
+
+    L_r: gl.constexpr = _product_layout(BT, BV, NW)
+    L_S: gl.constexpr = _product_layout(K, BV, NW)
+    L_t: gl.constexpr = gl.SliceLayout(1, L_r)
+    s_k = gl.allocate_shared_memory(low, [2, BT, K], _shared_layout(BT, K, low))
+    s_q = gl.allocate_shared_memory(low, [2, BT, K], _shared_layout(BT, K, low))
+    s_X = gl.allocate_shared_memory(low, [2, BT, BT], _shared_layout(BT, BT, low))
+    s_P = gl.allocate_shared_memory(low, [2, BT, BT], _shared_layout(BT, BT, low))
+    s_S = gl.allocate_shared_memory(low, [K, BV], _shared_layout(K, BV, low))
+    s_do = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))
+    s_start = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))
+    s_z = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))
+    s_y = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))
+
+    o_t = gl.arange(0, BT, layout=L_t)
+    o_v = i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_r))
+    o_tv = o_t[:, None] * (H * V) + o_v[None, :]
+    o_k = gl.arange(0, K, layout=gl.SliceLayout(1, L_S))
+    o_kv = o_k[:, None] * V + (i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_S)))[None, :]
+    i_state = (i_s.to(gl.int64) * H + i_h) * K * V
+
+    if HAS_D_FINAL_STATE:
+        b_dS = gl.load(d_final_state + i_state + o_kv)
+        b_decayed = gl.load(decayed_state + i_state + o_kv, mask=o_kv < num_rows * (K * V), other=0.0)
+        product = gl.sum(gl.sum(b_decayed.to(gl.float32) * b_dS, 1), 0)
+    else:
+        b_dS = gl.zeros([K, BV], gl.float32, layout=L_S)
+        product = gl.to_tensor(0.0)
+    left = num_rows - (num_chunks - 1) * BT
+    if num_chunks > 0:
+        _copy(s_k.index(0), k + rows * K, H * K, left, BT, K, NW)
+        _copy(s_P.index(0), scores + i_chunk * BT * BT, BT, BT, BT, BT, NW)
+        _copy(s_X.index(0), solved + i_chunk * BT * BT, BT, BT, BT, BT, NW)
+        _copy(s_q.index(0), q + rows * K, H * K, left, BT, K, NW)
+        gl.store(boundary + ((i_group + (num_chunks - 1) // GROUP).to(gl.int64) * H + i_h) * (V // BV) + i_v, product)
+    async_copy.commit_group()
+    b_do = gl.load(do + rows * V + o_tv, mask=(o_t < left)[:, None] & (num_chunks > 0), other=0.0)
+    for i_back in range(num_chunks):
+        i_t = num_chunks - 1 - i_back
+        m_t = o_t < num_rows - i_t * BT
+        i_buffer = i_back & 1
+        b_beta = gl.load(beta + rows + o_t * H, mask=m_t, other=0.0).to(gl.float32)
+        b_from_start = gl.load(gates + i_chunk * 2 * BT + o_t)
+        b_to_end = gl.load(gates + i_chunk * 2 * BT + BT + o_t)
+        chunk_decay = gl.load(gates + i_chunk * 2 * BT + BT - 1)
+        b_dS_low = b_dS.to(low)
+        s_S.store(b_dS_low)
+        s_do.store(b_do)
+        s_start.store(((scale * b_from_start)[:, None] * b_do.to(gl.float32)).to(low))
+        async_copy.wait_group(0)
+        _publish()
+        if i_t > 0:
+            _copy(s_k.index(1 - i_buffer), k + (rows - BT * H) * K, H * K, BT, BT, K, NW)
+            _copy(s_P.index(1 - i_buffer), scores + (i_chunk - H) * BT * BT, BT, BT, BT, BT, NW)
+            _copy(s_X.index(1 - i_buffer), solved + (i_chunk - H) * BT * BT, BT, BT, BT, BT, NW)
+            _copy(s_q.index(1 - i_buffer), q + (rows - BT * H) * K, H * K, BT, BT, K, NW)
+        async_copy.commit_group()
+        zero = gl.zeros([BT, BV], gl.float32, layout=L_r)
+        b_kdS = warpgroup_mma(s_k.index(i_buffer), s_S, zero, use_acc=False, is_async=True)
+        b_Pdo = warpgroup_mma(s_P.index(i_buffer).permute((1, 0)), s_do, zero, use_acc=False, is_async=True)
+        b_next_do = gl.load(do + (rows - BT * H) * V + o_tv, mask=o_tv >= (1 - i_t) * (H * V * BT), other=0.0)
+        if (i_t % GROUP == GROUP - 1) | (i_back == 0):
+            i_point = (i_group + i_t // GROUP).to(gl.int64) * H + i_h
+            gl.store(d_checkpoints + i_point * K * V + o_kv, b_dS_low)
+            if i_back > 0:
+                b_S = gl.load(checkpoints + (i_point + H) * K * V + o_kv).to(gl.float32)
+                gl.store(boundary + i_point * (V // BV) + i_v, gl.sum(gl.sum(b_S * b_dS, 1), 0))
+        b_kdS, b_Pdo = warpgroup_mma_wait(0, deps=[b_kdS, b_Pdo])
+        b_z = scale * b_Pdo + b_to_end[:, None] * b_kdS
+        s_z.store((b_beta[:, None] * b_z).to(low))
+        b_dS = chunk_decay * b_dS
+        _publish()
+        b_Xz = warpgroup_mma(s_X.index(i_buffer).permute((1, 0)), s_z, zero, use_acc=False, is_async=True)
+        b_dS_next = warpgroup_mma(s_q.index(i_buffer).permute((1, 0)), s_start, b_dS, is_async=True)
+        b_Xz = warpgroup_mma_wait(1, deps=[b_Xz])
+        b_y = b_z - b_Xz
+        s_y.store(((-b_from_start * b_beta)[:, None] * b_y).to(low))
+        gl.store(d_errors + rows * V + o_tv, b_y.to(low), mask=m_t[:, None])
+        _publish()
+        b_dS_next = warpgroup_mma(s_k.index(i_buffer).permute((1, 0)), s_y, b_dS_next, is_async=True)
+        b_dS = warpgroup_mma_wait(0, deps=[b_dS_next])
+        b_do = b_next_do
+        rows -= BT * H
+        i_chunk -= H
+    if STORE_D_INITIAL_STATE:
+        gl.store(d_initial_state + i_state + o_kv, b_dS)
+
+
+@gluon.jit
+def _scale_rows(shared, factor, ROWS: gl.constexpr, COLUMNS: gl.constexpr, NW: gl.constexpr):
+    """Multiplies shared memory by a number a row, in place; `factor` is laid out along the rows of a copy."""
+    values = shared.load(_copy_layout(COLUMNS, NW)).to(gl.float32)
+    shared.store((factor[:, None] * values).to(shared.dtype))
+
+
+@gluon.jit
+def _copy_what_reads(
+    s_e, s_y, s_do, errors, d_errors, do, i_first, i_h, num_rows,
+    H: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, REVERSE: gl.constexpr, NW: gl.constexpr,
+):  # fmt: skip
+    """Starts the copies of a chunk's left operands: e against time, do and y along it."""
+    rows = (i_first.to(gl.int64) * H + i_h) * V
+    if num_rows > 0:
+        if REVERSE:
+            _copy(s_e, errors + rows, H * V, num_rows, BT, V, NW)
+        else:
+            _copy(s_do, do + rows, H * V, num_rows, BT, V, NW)
+            _copy(s_y, d_errors + rows, H * V, num_rows, BT, V, NW)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _copy_what_updates(
+    s_q, s_k, s_e, s_y, s_do, q, k, errors, d_errors, do, i_first, i_h, i_kb, num_rows,
+    H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, BK: gl.constexpr,
+    REVERSE: gl.constexpr, NW: gl.constexpr,
+):  # fmt: skip
+    """Starts the copies of what the state's update takes: q, k, do and y against time, k and e along it."""
+    rows = i_first.to(gl.int64) * H + i_h
+    if num_rows > 0:
+        _copy(s_k, k + rows * K + i_kb * BK, H * K, num_rows, BT, BK, NW)
+        if REVERSE:
+            _copy(s_q, q + rows * K + i_kb * BK, H * K, num_rows, BT, BK, NW)
+            _copy(s_do, do + rows * V, H * V, num_rows, BT, V, NW)
+            _copy(s_y, d_errors + rows * V, H * V, num_rows, BT, V, NW)
+        else:
+            _copy(s_e, errors + rows * V, H * V, num_rows, BT, V, NW)
+    async_copy.commit_group()
+
+
+@gluon.jit(do_not_specialize=["num_segments"])
+def state_gradients_kernel(
+    q,
+    k,
+    beta,
+    gates,
+    errors,
+    d_errors,
+    do,
+    states,
+    cu_seqlens,
+    chunk_offsets,
+    group_segment,
+    group_index,
+    dq,
+    dk,
+    row_terms,
+    totals,
+    scale,
+    num_segments,
+    H: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    BT: gl.constexpr,
+    BK: gl.constexpr,
+    GROUP: gl.constexpr,
+    REVERSE: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """BK rows of S along one group of chunks and head, or of dS against time: what they owe to dq and dk.
+
+    As the Triton kernel of that name. The reading products (do S^T, y S^T or e dS^T) and the update use different
+    buffers, so that the copies for one of them run while the other is computed.
+    """
+    low: gl.constexpr = k.dtype.element_ty
+    NW: gl.constexpr = num_warps
+    i_kb = gl.program_id(0) % (K // BK)
+    i_h = gl.program_id(0) // (K // BK) % H
+    i_g = gl.program_id(0) // (K // BK) // H
+    i_s = gl.load(group_segment + i_g)
+    if i_s >= num_segments:
+        return
+    i_first_chunk = gl.load(group_index + i_g) * GROUP
+    i_first = gl.load(cu_seqlens + i_s) + i_first_chunk * BT
+    num_rows = gl.load(cu_seqlens + i_s + 1) - i_first
+    num_chunks = gl.minimum(gl.cdiv(num_rows, BT), GROUP)
+    i_chunk = (gl.load(chunk_offsets + i_s) + i_first_chunk).to(gl.int64) * H + i_h
+    if REVERSE:
+        i_chunk += (num_chunks - 1).to(gl.int64) * H
+        i_first += (num_chunks - 1) * BT
+        num_rows -= (num_chunks - 1) * BT
+
+    L_S: gl.constexpr = _product_layout(BK, V, NW)
+    L_d: gl.constexpr = _product_layout(BT, BK, NW)
+    L_t: gl.constexpr = gl.SliceLayout(1, L_d)
+    L_row: gl.constexpr = gl.SliceLayout(1, _copy_layout(V, NW))
+    s_S = gl.allocate_shared_memory(low, [BK, V], _shared_layout(BK, V, low))
+    s_e = gl.allocate_shared_memory(low, [BT, V], _shared_layout(BT, V, low))
+    s_y = gl.allocate_shared_memory(low, [BT, V], _shared_layout(BT, V, low))
+    s_do = gl.allocate_shared_memory(low, [BT, V], _shared_layout(BT, V, low))
+    s_k = gl.allocate_shared_memory(low, [BT, BK], _shared_layout(BT, BK, low))
+    s_q = s_k
+    if REVERSE:
+        s_q = gl.allocate_shared_memory(low, [BT, BK], _shared_layout(BT, BK, low))
+
+    o_t = gl.arange(0, BT, layout=L_t)
+    o_row = gl.arange(0, BT, layout=L_row)
+    o_k = i_kb * BK + gl.arange(0, BK, layout=gl.SliceLayout(0, L_d))
+    o_tk = o_t[:, None] * (H * K) + o_k[None, :]
+    o_Sk = i_kb * BK + gl.arange(0, BK, layout=gl.SliceLayout(1, L_S))
+    o_kv = o_Sk[:, None] * V + gl.arange(0, V, layout=gl.SliceLayout(0, L_S))[None, :]
+    b_S = gl.load(states + (i_g.to(gl.int64) * H + i_h) * K * V + o_kv).to(gl.float32)
+    zero = gl.zeros([BT, BK], gl.float32, layout=L_d)
+    _copy_what_reads(s_e, s_y, s_do, errors, d_errors, do, i_first, i_h, num_rows, H, V, BT, REVERSE, NW)
+    _copy_what_updates(s_q, s_k, s_e, s_y, s_do, q, k, errors, d_errors, do, i_first, i_h, i_kb, num_rows,
+                       H, K, V, BT, BK, REVERSE, NW)  # fmt: skip
+    for i in range(num_chunks):
+        left = num_rows
+        m_tk = (o_t < left)[:, None]
+        rows = i_first.to(gl.int64) * H + i_h
+        if REVERSE:
+            i_first -= BT
+            num_rows = gl.where(i + 1 < num_chunks, BT, 0)
+        else:
+            i_first += BT
+            num_rows -= BT
+        s_S.store(b_S.to(low))
+        async_copy.wait_group(1)
+        _publish()
+        b_beta = gl.load(beta + rows + o_t * H, mask=o_t < left, other=0.0).to(gl.float32)
+        if REVERSE:
+            b_dk = warpgroup_mma(s_e, s_S.permute((1, 0)), zero, use_acc=False, is_async=True)
+            b_factor = b_beta * gl.load(gates + i_chunk * 2 * BT + BT + o_t)
+            b_k = gl.load(k + rows * K + o_tk, mask=m_tk, other=0.0)
+            b_dk = warpgroup_mma_wait(0, deps=[b_dk])
+            b_dk = b_factor[:, None] * b_dk
+            b_term = gl.sum(b_k.to(gl.float32) * b_dk, 1)
+        else:
+            b_dq = warpgroup_mma(s_do, s_S.permute((1, 0)), zero, use_acc=False, is_async=True)
+            b_dk = warpgroup_mma(s_y, s_S.permute((1, 0)), zero, use_acc=False, is_async=True)
+            b_factor = gl.load(gates + i_chunk * 2 * BT + o_t)
+            b_q = gl.load(q + rows * K + o_tk, mask=m_tk, other=0.0)
+            b_dq = warpgroup_mma_wait(1, deps=[b_dq])
+            b_dq = (scale * b_factor)[:, None] * b_dq
+            b_term = gl.sum(b_q.to(gl.float32) * b_dq, 1)
+            gl.store(dq + rows * K + o_tk, b_dq.to(low), mask=m_tk)
+            b_k = gl.load(k + rows * K + o_tk, mask=m_tk, other=0.0)
+            b_dk = warpgroup_mma_wait(0, deps=[b_dk])
+            b_dk = (-b_factor * b_beta)[:, None] * b_dk
+            b_term += gl.sum(b_k.to(gl.float32) * b_dk, 1)
+            b_dk += gl.load(dk + rows * K + o_tk, mask=m_tk, other=0.0).to(gl.float32)
+        gl.store(dk + rows * K + o_tk, b_dk.to(low), mask=m_tk)
+        i_part = i_chunk * (K // BK) + i_kb
+        gl.store(row_terms + i_part * BT + o_t, b_term)
+        gl.store(totals + i_part, gl.sum(b_term, 0))
+
+        gl.thread_barrier()
+        _copy_what_reads(s_e, s_y, s_do, errors, d_errors, do, i_first, i_h, num_rows, H, V, BT, REVERSE, NW)
+        r_beta = gl.load(beta + rows + o_row * H, mask=o_row < left, other=0.0).to(gl.float32)
+        chunk_decay = gl.load(gates + i_chunk * 2 * BT + BT - 1)
+        async_copy.wait_group(1)
+        gl.thread_barrier()
+        if REVERSE:
+            r_from_start = gl.load(gates + i_chunk * 2 * BT + o_row)
+            _scale_rows(s_do, scale * r_from_start, BT, V, NW)
+            _scale_rows(s_y, -r_from_start * r_beta, BT, V, NW)
+            _publish()
+            b_S = warpgroup_mma(s_q.permute((1, 0)), s_do, chunk_decay * b_S, is_async=True)
+            b_S = warpgroup_mma(s_k.permute((1, 0)), s_y, b_S, is_async=True)
+        else:
+            _scale_rows(s_e, r_beta * gl.load(gates + i_chunk * 2 * BT + BT + o_row), BT, V, NW)
+            _publish()
+            b_S = warpgroup_mma(s_k.permute((1, 0)), s_e, chunk_decay * b_S, is_async=True)
+        b_S = warpgroup_mma_wait(0, deps=[b_S])
+        gl.thread_barrier()
+        _copy_what_updates(s_q, s_k, s_e, s_y, s_do, q, k, errors, d_errors, do, i_first, i_h, i_kb, num_rows,
+                           H, K, V, BT, BK, REVERSE, NW)  # fmt: skip
+        i_chunk += -H if REVERSE else H
