@@ -54,6 +54,23 @@ def _publish():
 
 
 @gluon.jit
+def _row_factors(
+    beta, gates, rows, i_chunk, left, H: gl.constexpr, BT: gl.constexpr, layout: gl.constexpr
+):  # fmt: skip
+    """beta, exp(G) and exp(G_last - G) of a chunk's rows [BT]; zero past the `left` rows that there are."""
+    o_t = gl.arange(0, BT, layout=layout)
+    b_beta = gl.load(beta + rows + o_t * H, mask=o_t < left, other=0.0).to(gl.float32)
+    b_from_start = gl.load(gates + i_chunk * 2 * BT + o_t, mask=o_t < left, other=0.0)
+    b_to_end = gl.load(gates + i_chunk * 2 * BT + BT + o_t, mask=o_t < left, other=0.0)
+    return b_beta, b_from_start, b_to_end
+
+
+@gluon.jit
+def _chunk_decay(gates, i_chunk, left, BT: gl.constexpr):
+    return gl.load(gates + i_chunk * 2 * BT + BT - 1, mask=left > 0, other=0.0)
+
+
+@gluon.jit
 def recurrence_kernel(
     q,
     k,
@@ -126,14 +143,12 @@ def recurrence_kernel(
         _copy(s_P.index(0), scores + i_chunk * BT * BT, BT, BT, BT, BT, NW)
     async_copy.commit_group()
     b_v = gl.load(v + rows * V + o_tv, mask=(o_t < num_rows)[:, None], other=0.0)
+    b_beta, b_from_start, b_to_end = _row_factors(beta, gates, rows, i_chunk, num_rows, H, BT, L_t)
+    chunk_decay = _chunk_decay(gates, i_chunk, num_rows, BT)
     for i_t in range(num_chunks):
         left = num_rows - i_t * BT
         m_t = o_t < left
         i_buffer = i_t & 1
-        b_beta = gl.load(beta + rows + o_t * H, mask=m_t, other=0.0).to(gl.float32)
-        b_from_start = gl.load(gates + i_chunk * 2 * BT + o_t)
-        b_to_end = gl.load(gates + i_chunk * 2 * BT + BT + o_t)
-        chunk_decay = gl.load(gates + i_chunk * 2 * BT + BT - 1)
         b_S_low = b_S.to(low)
         s_S.store(b_S_low)
         async_copy.wait_group(0)
@@ -148,6 +163,10 @@ def recurrence_kernel(
         b_kS = warpgroup_mma(s_k.index(i_buffer), s_S, zero, use_acc=False, is_async=True)
         b_qS = warpgroup_mma(s_q.index(i_buffer), s_S, zero, use_acc=False, is_async=True)
         b_next_v = gl.load(v + (rows + BT * H) * V + o_tv, mask=(o_t < left - BT)[:, None], other=0.0)
+        next_beta, next_from_start, next_to_end = _row_factors(
+            beta, gates, rows + BT * H, i_chunk + H, left - BT, H, BT, L_t
+        )
+        next_decay = _chunk_decay(gates, i_chunk + H, left - BT, BT)
         if FOR_BACKWARD:
             if i_t % GROUP == 0:
                 i_point = (i_group + i_t // GROUP).to(gl.int64) * H + i_h
@@ -173,7 +192,8 @@ def recurrence_kernel(
             gl.store(errors + rows * V + o_tv, b_e.to(low), mask=m_t[:, None])
         b_S, b_o = warpgroup_mma_wait(0, deps=[b_S_next, b_o])
         gl.store(o + rows * V + o_tv, (scale * b_o).to(low), mask=m_t[:, None])
-        b_v = b_next_v
+        b_v, chunk_decay = b_next_v, next_decay
+        b_beta, b_from_start, b_to_end = next_beta, next_from_start, next_to_end
         rows += BT * H
         i_chunk += H
     if STORE_FINAL_STATE:
@@ -251,7 +271,7 @@ def reverse_recurrence_kernel(
     else:
         b_dS = gl.zeros([K, BV], gl.float32, layout=L_S)
         product = gl.to_tensor(0.0)
-    left = num_rows - (num_chunks - 1) * BT
+    left = gl.where(num_chunks > 0, num_rows - (num_chunks - 1) * BT, 0)
     if num_chunks > 0:
         _copy(s_k.index(0), k + rows * K, H * K, left, BT, K, NW)
         _copy(s_P.index(0), scores + i_chunk * BT * BT, BT, BT, BT, BT, NW)
@@ -259,15 +279,13 @@ def reverse_recurrence_kernel(
         _copy(s_q.index(0), q + rows * K, H * K, left, BT, K, NW)
         gl.store(boundary + ((i_group + (num_chunks - 1) // GROUP).to(gl.int64) * H + i_h) * (V // BV) + i_v, product)
     async_copy.commit_group()
-    b_do = gl.load(do + rows * V + o_tv, mask=(o_t < left)[:, None] & (num_chunks > 0), other=0.0)
+    b_do = gl.load(do + rows * V + o_tv, mask=(o_t < left)[:, None], other=0.0)
+    b_beta, b_from_start, b_to_end = _row_factors(beta, gates, rows, i_chunk, left, H, BT, L_t)
+    chunk_decay = _chunk_decay(gates, i_chunk, left, BT)
     for i_back in range(num_chunks):
         i_t = num_chunks - 1 - i_back
         m_t = o_t < num_rows - i_t * BT
         i_buffer = i_back & 1
-        b_beta = gl.load(beta + rows + o_t * H, mask=m_t, other=0.0).to(gl.float32)
-        b_from_start = gl.load(gates + i_chunk * 2 * BT + o_t)
-        b_to_end = gl.load(gates + i_chunk * 2 * BT + BT + o_t)
-        chunk_decay = gl.load(gates + i_chunk * 2 * BT + BT - 1)
         b_dS_low = b_dS.to(low)
         s_S.store(b_dS_low)
         s_do.store(b_do)
@@ -284,6 +302,10 @@ def reverse_recurrence_kernel(
         b_kdS = warpgroup_mma(s_k.index(i_buffer), s_S, zero, use_acc=False, is_async=True)
         b_Pdo = warpgroup_mma(s_P.index(i_buffer).permute((1, 0)), s_do, zero, use_acc=False, is_async=True)
         b_next_do = gl.load(do + (rows - BT * H) * V + o_tv, mask=o_tv >= (1 - i_t) * (H * V * BT), other=0.0)
+        next_beta, next_from_start, next_to_end = _row_factors(
+            beta, gates, rows - BT * H, i_chunk - H, gl.where(i_t > 0, BT, 0), H, BT, L_t
+        )
+        next_decay = _chunk_decay(gates, i_chunk - H, i_t, BT)
         if (i_t % GROUP == GROUP - 1) | (i_back == 0):
             i_point = (i_group + i_t // GROUP).to(gl.int64) * H + i_h
             gl.store(d_checkpoints + i_point * K * V + o_kv, b_dS_low)
@@ -304,7 +326,8 @@ def reverse_recurrence_kernel(
         _publish()
         b_dS_next = warpgroup_mma(s_k.index(i_buffer).permute((1, 0)), s_y, b_dS_next, is_async=True)
         b_dS = warpgroup_mma_wait(0, deps=[b_dS_next])
-        b_do = b_next_do
+        b_do, chunk_decay = b_next_do, next_decay
+        b_beta, b_from_start, b_to_end = next_beta, next_from_start, next_to_end
         rows -= BT * H
         i_chunk -= H
     if STORE_D_INITIAL_STATE:
@@ -314,8 +337,19 @@ def reverse_recurrence_kernel(
 @gluon.jit
 def _scale_rows(shared, factor, ROWS: gl.constexpr, COLUMNS: gl.constexpr, NW: gl.constexpr):
     """Multiplies shared memory by a number a row, in place; `factor` is laid out along the rows of a copy."""
-    values = shared.load(_copy_layout(COLUMNS, NW)).to(gl.float32)
-    shared.store((factor[:, None] * values).to(shared.dtype))
+    for i in gl.static_range(0, COLUMNS, 64):
+        part = shared.slice(i, 64, dim=1)
+        values = part.load(_copy_layout(64, NW)).to(gl.float32)
+        part.store((factor[:, None] * values).to(shared.dtype))
+
+
+@gluon.jit
+def _scaled_factors(
+    beta, gates, rows, i_chunk, left, scale, H: gl.constexpr, BT: gl.constexpr, layout: gl.constexpr
+):  # fmt: skip
+    """What a chunk's rows take from the start's side as queries and as keys, and from the end's."""
+    b_beta, b_from_start, b_to_end = _row_factors(beta, gates, rows, i_chunk, left, H, BT, layout)
+    return scale * b_from_start, -b_from_start * b_beta, b_to_end * b_beta
 
 
 @gluon.jit
@@ -340,12 +374,12 @@ def _copy_what_updates(
     H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, BK: gl.constexpr,
     REVERSE: gl.constexpr, NW: gl.constexpr,
 ):  # fmt: skip
-    """Starts the copies of what the state's update takes: q, k, do and y against time, k and e along it."""
+    """Starts the copies of q, k and of what else the state's update takes: do and y against time, e along it."""
     rows = i_first.to(gl.int64) * H + i_h
     if num_rows > 0:
+        _copy(s_q, q + rows * K + i_kb * BK, H * K, num_rows, BT, BK, NW)
         _copy(s_k, k + rows * K + i_kb * BK, H * K, num_rows, BT, BK, NW)
         if REVERSE:
-            _copy(s_q, q + rows * K + i_kb * BK, H * K, num_rows, BT, BK, NW)
             _copy(s_do, do + rows * V, H * V, num_rows, BT, V, NW)
             _copy(s_y, d_errors + rows * V, H * V, num_rows, BT, V, NW)
         else:
@@ -408,18 +442,17 @@ def state_gradients_kernel(
     L_S: gl.constexpr = _product_layout(BK, V, NW)
     L_d: gl.constexpr = _product_layout(BT, BK, NW)
     L_t: gl.constexpr = gl.SliceLayout(1, L_d)
-    L_row: gl.constexpr = gl.SliceLayout(1, _copy_layout(V, NW))
+    L_row: gl.constexpr = gl.SliceLayout(1, _copy_layout(64, NW))
+    L_start: gl.constexpr = L_row if REVERSE else L_t
+    L_end: gl.constexpr = L_t if REVERSE else L_row
     s_S = gl.allocate_shared_memory(low, [BK, V], _shared_layout(BK, V, low))
     s_e = gl.allocate_shared_memory(low, [BT, V], _shared_layout(BT, V, low))
     s_y = gl.allocate_shared_memory(low, [BT, V], _shared_layout(BT, V, low))
     s_do = gl.allocate_shared_memory(low, [BT, V], _shared_layout(BT, V, low))
     s_k = gl.allocate_shared_memory(low, [BT, BK], _shared_layout(BT, BK, low))
-    s_q = s_k
-    if REVERSE:
-        s_q = gl.allocate_shared_memory(low, [BT, BK], _shared_layout(BT, BK, low))
+    s_q = gl.allocate_shared_memory(low, [BT, BK], _shared_layout(BT, BK, low))
 
     o_t = gl.arange(0, BT, layout=L_t)
-    o_row = gl.arange(0, BT, layout=L_row)
     o_k = i_kb * BK + gl.arange(0, BK, layout=gl.SliceLayout(0, L_d))
     o_tk = o_t[:, None] * (H * K) + o_k[None, :]
     o_Sk = i_kb * BK + gl.arange(0, BK, layout=gl.SliceLayout(1, L_S))
@@ -429,9 +462,12 @@ def state_gradients_kernel(
     _copy_what_reads(s_e, s_y, s_do, errors, d_errors, do, i_first, i_h, num_rows, H, V, BT, REVERSE, NW)
     _copy_what_updates(s_q, s_k, s_e, s_y, s_do, q, k, errors, d_errors, do, i_first, i_h, i_kb, num_rows,
                        H, K, V, BT, BK, REVERSE, NW)  # fmt: skip
+    rows = i_first.to(gl.int64) * H + i_h
+    b_start_q, b_start_k, _ = _scaled_factors(beta, gates, rows, i_chunk, num_rows, scale, H, BT, L_start)
+    b_end = _scaled_factors(beta, gates, rows, i_chunk, num_rows, scale, H, BT, L_end)[2]
+    chunk_decay = _chunk_decay(gates, i_chunk, num_rows, BT)
     for i in range(num_chunks):
-        left = num_rows
-        m_tk = (o_t < left)[:, None]
+        m_tk = (o_t < num_rows)[:, None]
         rows = i_first.to(gl.int64) * H + i_h
         if REVERSE:
             i_first -= BT
@@ -439,55 +475,51 @@ def state_gradients_kernel(
         else:
             i_first += BT
             num_rows -= BT
+        next_rows = i_first.to(gl.int64) * H + i_h
+        next_chunk = i_chunk - H if REVERSE else i_chunk + H
         s_S.store(b_S.to(low))
         async_copy.wait_group(1)
         _publish()
-        b_beta = gl.load(beta + rows + o_t * H, mask=o_t < left, other=0.0).to(gl.float32)
         if REVERSE:
             b_dk = warpgroup_mma(s_e, s_S.permute((1, 0)), zero, use_acc=False, is_async=True)
-            b_factor = b_beta * gl.load(gates + i_chunk * 2 * BT + BT + o_t)
-            b_k = gl.load(k + rows * K + o_tk, mask=m_tk, other=0.0)
-            b_dk = warpgroup_mma_wait(0, deps=[b_dk])
-            b_dk = b_factor[:, None] * b_dk
-            b_term = gl.sum(b_k.to(gl.float32) * b_dk, 1)
         else:
             b_dq = warpgroup_mma(s_do, s_S.permute((1, 0)), zero, use_acc=False, is_async=True)
             b_dk = warpgroup_mma(s_y, s_S.permute((1, 0)), zero, use_acc=False, is_async=True)
-            b_factor = gl.load(gates + i_chunk * 2 * BT + o_t)
-            b_q = gl.load(q + rows * K + o_tk, mask=m_tk, other=0.0)
-            b_dq = warpgroup_mma_wait(1, deps=[b_dq])
-            b_dq = (scale * b_factor)[:, None] * b_dq
-            b_term = gl.sum(b_q.to(gl.float32) * b_dq, 1)
-            gl.store(dq + rows * K + o_tk, b_dq.to(low), mask=m_tk)
-            b_k = gl.load(k + rows * K + o_tk, mask=m_tk, other=0.0)
+        next_start_q, next_start_k, _ = _scaled_factors(
+            beta, gates, next_rows, next_chunk, num_rows, scale, H, BT, L_start
+        )
+        next_end = _scaled_factors(beta, gates, next_rows, next_chunk, num_rows, scale, H, BT, L_end)[2]
+        next_decay = _chunk_decay(gates, next_chunk, num_rows, BT)
+        async_copy.wait_group(0)
+        gl.thread_barrier()
+        if REVERSE:
+            _scale_rows(s_do, b_start_q, BT, V, NW)
+            _scale_rows(s_y, b_start_k, BT, V, NW)
             b_dk = warpgroup_mma_wait(0, deps=[b_dk])
-            b_dk = (-b_factor * b_beta)[:, None] * b_dk
-            b_term += gl.sum(b_k.to(gl.float32) * b_dk, 1)
+        else:
+            _scale_rows(s_e, b_end, BT, V, NW)
+            b_dq, b_dk = warpgroup_mma_wait(0, deps=[b_dq, b_dk])
+        _publish()
+        _copy_what_reads(s_e, s_y, s_do, errors, d_errors, do, i_first, i_h, num_rows, H, V, BT, REVERSE, NW)
+        if REVERSE:
+            b_S_next = warpgroup_mma(s_q.permute((1, 0)), s_do, chunk_decay * b_S, is_async=True)
+            b_S_next = warpgroup_mma(s_k.permute((1, 0)), s_y, b_S_next, is_async=True)
+            b_dk = b_end[:, None] * b_dk
+            b_term = gl.sum(s_k.load(L_d).to(gl.float32) * b_dk, 1)
+        else:
+            b_S_next = warpgroup_mma(s_k.permute((1, 0)), s_e, chunk_decay * b_S, is_async=True)
+            b_dq = b_start_q[:, None] * b_dq
+            b_dk = b_start_k[:, None] * b_dk
+            b_term = gl.sum(s_q.load(L_d).to(gl.float32) * b_dq + s_k.load(L_d).to(gl.float32) * b_dk, 1)
+            gl.store(dq + rows * K + o_tk, b_dq.to(low), mask=m_tk)
             b_dk += gl.load(dk + rows * K + o_tk, mask=m_tk, other=0.0).to(gl.float32)
         gl.store(dk + rows * K + o_tk, b_dk.to(low), mask=m_tk)
         i_part = i_chunk * (K // BK) + i_kb
         gl.store(row_terms + i_part * BT + o_t, b_term)
         gl.store(totals + i_part, gl.sum(b_term, 0))
-
-        gl.thread_barrier()
-        _copy_what_reads(s_e, s_y, s_do, errors, d_errors, do, i_first, i_h, num_rows, H, V, BT, REVERSE, NW)
-        r_beta = gl.load(beta + rows + o_row * H, mask=o_row < left, other=0.0).to(gl.float32)
-        chunk_decay = gl.load(gates + i_chunk * 2 * BT + BT - 1)
-        async_copy.wait_group(1)
-        gl.thread_barrier()
-        if REVERSE:
-            r_from_start = gl.load(gates + i_chunk * 2 * BT + o_row)
-            _scale_rows(s_do, scale * r_from_start, BT, V, NW)
-            _scale_rows(s_y, -r_from_start * r_beta, BT, V, NW)
-            _publish()
-            b_S = warpgroup_mma(s_q.permute((1, 0)), s_do, chunk_decay * b_S, is_async=True)
-            b_S = warpgroup_mma(s_k.permute((1, 0)), s_y, b_S, is_async=True)
-        else:
-            _scale_rows(s_e, r_beta * gl.load(gates + i_chunk * 2 * BT + BT + o_row), BT, V, NW)
-            _publish()
-            b_S = warpgroup_mma(s_k.permute((1, 0)), s_e, chunk_decay * b_S, is_async=True)
-        b_S = warpgroup_mma_wait(0, deps=[b_S])
+        b_S = warpgroup_mma_wait(0, deps=[b_S_next])
         gl.thread_barrier()
         _copy_what_updates(s_q, s_k, s_e, s_y, s_do, q, k, errors, d_errors, do, i_first, i_h, i_kb, num_rows,
                            H, K, V, BT, BK, REVERSE, NW)  # fmt: skip
-        i_chunk += -H if REVERSE else H
+        b_start_q, b_start_k, b_end = next_start_q, next_start_k, next_end
+        chunk_decay, i_chunk = next_decay, next_chunk

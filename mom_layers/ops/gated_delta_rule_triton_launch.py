@@ -31,6 +31,9 @@ LAUNCHES = {
         "state_gradients_256": Launch(64, 8, 1),
         "state_gradients_128": Launch(64, 4, 1),
         "state_gradients_64": Launch(64, 4, 1),
+        "local_gradients_256": Launch(128, 8, 1),
+        "local_gradients_128": Launch(128, 8, 1),
+        "local_gradients_64": Launch(64, 8, 1),
         "score_gradients": Launch(256, 8, 1),
         "query_key_gradients": Launch(64, 4, 3),
     },
@@ -89,7 +92,13 @@ def recurrence_launch(k: torch.Tensor, value_size: int, num_segments: int) -> tu
 
 
 def state_gradients_launch(k: torch.Tensor, value_size: int) -> tuple[Launch, bool]:
-    """The state gradients hold [tile, V] of the state: V decides. Returns also whether to use the kernels for Hopper."""
+    """The state gradients hold [tile, V] of the state: V decides. Returns also whether Hopper's kernels do it."""
     family = _family(k.device, k.dtype)
     launch = LAUNCHES[family][f"state_gradients_{max(64, value_size)}"]
     return launch, family == "hopper" and min(k.shape[2], value_size) >= 64
+
+
+def local_gradients_launch(k: torch.Tensor, value_size: int) -> tuple[Launch | None, bool]:
+    """[tile] columns of dq and dk at a time. Only Hopper has the kernel that does all of a chunk: None elsewhere."""
+    on_hopper = _family(k.device, k.dtype) == "hopper" and min(k.shape[2], value_size) >= 64
+    return LAUNCHES["hopper"][f"local_gradients_{max(k.shape[2], value_size)}"] if on_hopper else None, on_hopper

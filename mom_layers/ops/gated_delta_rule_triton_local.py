@@ -21,9 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
+from mom_layers.ops import gated_delta_rule_hopper_local as hopper_local
 from mom_layers.ops.chunk_table import CHUNK, GROUP, ChunkTable
 from mom_layers.ops.gated_delta_rule_triton_forward import PRECISION, decay_between
-from mom_layers.ops.gated_delta_rule_triton_launch import launch_for
+from mom_layers.ops.gated_delta_rule_triton_launch import launch_for, local_gradients_launch
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -194,10 +195,47 @@ def run_local_gradients(q, k, g, beta, scores, errors, d_errors, do, dq, dk, row
     (_, heads, key_size), value_size = k.shape, do.shape[2]
     slots = table.segment.shape[0]
     num_segments = cu_seqlens.shape[0] - 1
+    dg, dbeta = torch.empty_like(g), torch.empty_like(beta)
+    launch, on_hopper = local_gradients_launch(k, value_size)
+    if on_hopper:
+        hopper_local.local_gradients_kernel[(slots * heads,)](
+            q=q,
+            k=k,
+            g=g,
+            beta=beta,
+            scores=scores,
+            errors=errors,
+            d_errors=d_errors,
+            do=do,
+            row_terms=row_terms,
+            totals=totals,
+            boundary=boundary,
+            cu_seqlens=cu_seqlens,
+            chunk_segment=table.segment,
+            chunk_index=table.index,
+            chunk_offsets=table.offsets,
+            group_offsets=groups.offsets,
+            dq=dq,
+            dk=dk,
+            dg=dg,
+            dbeta=dbeta,
+            scale=scale,
+            num_segments=num_segments,
+            num_slots=slots,
+            H=heads,
+            K=key_size,
+            V=value_size,
+            BT=CHUNK,
+            BK=min(launch.tile, key_size),
+            GROUP=GROUP,
+            PARTS=totals.shape[3],
+            BOUNDARY_PARTS=boundary.shape[2],
+            num_warps=launch.num_warps,
+        )
+        return dg, dbeta
     d_scores = torch.empty(slots, heads, CHUNK, CHUNK, dtype=k.dtype, device=k.device)
     d_mixing = torch.empty_like(d_scores)
     d_decay = torch.empty(slots, heads, CHUNK, dtype=torch.float32, device=k.device)
-    dg, dbeta = torch.empty_like(g), torch.empty_like(beta)
     launch = launch_for("score_gradients", k)
     _score_gradients_kernel[(slots * heads,)](
         g=g,

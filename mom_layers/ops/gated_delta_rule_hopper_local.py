@@ -1,0 +1,187 @@
+"""The gated delta rule's gradients inside a chunk, for Hopper: equations as in the Triton kernels' file of that name.
+
+One kernel instead of two, because a chunk's dP and dN stay in shared memory, where both they and their transposes are
+left operands.
+
+Shape legend: rows R, segments S, heads H, key size K, value size V, chunk length BT, chunk slots N, group slots M.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+
+from mom_layers.ops.gated_delta_rule_hopper import _copy, _copy_layout, _product_layout, _publish, _shared_layout
+
+
+@gluon.jit
+def _decay_between(b_g, BT: gl.constexpr, layout: gl.constexpr):
+    """exp(G_i - G_j) [BT, BT], zero above the diagonal; G in two parts, as in the Triton kernels."""
+    o_i = gl.arange(0, BT, layout=gl.SliceLayout(1, layout))
+    o_j = gl.arange(0, BT, layout=gl.SliceLayout(0, layout))
+    below = o_i[:, None] >= o_j[None, :]
+    b_G = gl.sum(gl.where(below, b_g.to(gl.float64)[None, :], 0.0), 1)
+    b_high = b_G.to(gl.float32)
+    b_low = (b_G - b_high.to(gl.float64)).to(gl.float32)
+    other: gl.constexpr = gl.SliceLayout(0, layout)
+    b_between = b_high[:, None] - gl.convert_layout(b_high, other)[None, :]
+    b_between += b_low[:, None] - gl.convert_layout(b_low, other)[None, :]
+    return gl.exp(gl.where(below, b_between, float("-inf")))
+
+
+@gluon.jit
+def _decay_gradient(
+    totals, boundary, chunk_offsets, group_offsets, i_c, i_s, i_h, i_index, num_slots,
+    H: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr, BOUNDARY_PARTS: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """exp(G_last) <S, dS>, from <S, dS> after the group back over its later chunks to the one after this."""
+    o_later = gl.arange(0, 32, layout=layout)
+    i_left = gl.load(chunk_offsets + i_s + 1) - i_c
+    m_later = (i_index % GROUP + o_later < GROUP) & (o_later < i_left)
+    p_totals = totals + ((i_c + o_later).to(gl.int64) * H + i_h) * PARTS
+    to_state = num_slots.to(gl.int64) * H * PARTS
+    b_later = gl.zeros([32], gl.float32, layout=layout)
+    for i_part in gl.static_range(PARTS):
+        b_later += gl.load(p_totals + i_part, mask=m_later & (o_later > 0), other=0.0)
+        b_later -= gl.load(p_totals + to_state + i_part, mask=m_later & (o_later < i_left - 1), other=0.0)
+    i_group = (gl.load(group_offsets + i_s) + i_index // GROUP).to(gl.int64) * H + i_h
+    p_boundary = boundary + i_group * BOUNDARY_PARTS + o_later
+    b_later += gl.load(p_boundary, mask=o_later < BOUNDARY_PARTS, other=0.0)
+    return gl.sum(b_later, 0)
+
+
+@gluon.jit(do_not_specialize=["num_segments", "num_slots"])
+def local_gradients_kernel(
+    q,
+    k,
+    g,
+    beta,
+    scores,
+    errors,
+    d_errors,
+    do,
+    row_terms,
+    totals,
+    boundary,
+    cu_seqlens,
+    chunk_segment,
+    chunk_index,
+    chunk_offsets,
+    group_offsets,
+    dq,
+    dk,
+    dg,
+    dbeta,
+    scale,
+    num_segments,
+    num_slots,
+    H: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    BT: gl.constexpr,
+    BK: gl.constexpr,
+    GROUP: gl.constexpr,
+    PARTS: gl.constexpr,
+    BOUNDARY_PARTS: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """dq, dk (the states' share is there already), dg and dbeta of one chunk and head; d_errors turns from y to dv."""
+    low: gl.constexpr = k.dtype.element_ty
+    NW: gl.constexpr = num_warps
+    i_c, i_h = gl.program_id(0) // H, gl.program_id(0) % H
+    i_s = gl.load(chunk_segment + i_c)
+    if i_s >= num_segments:
+        return
+    i_index = gl.load(chunk_index + i_c)
+    i_row = gl.load(cu_seqlens + i_s) + i_index * BT
+    left = gl.load(cu_seqlens + i_s + 1) - i_row
+    i_chunk = i_c.to(gl.int64) * H + i_h
+    rows = i_row.to(gl.int64) * H + i_h
+
+    L_tt: gl.constexpr = _product_layout(BT, BT, NW)
+    L_i: gl.constexpr = gl.SliceLayout(1, L_tt)
+    L_j: gl.constexpr = gl.SliceLayout(0, L_tt)
+    L_d: gl.constexpr = _product_layout(BT, BK, NW)
+    L_v: gl.constexpr = _copy_layout(V, NW)
+    s_do = gl.allocate_shared_memory(low, [BT, V], _shared_layout(BT, V, low))
+    s_y = gl.allocate_shared_memory(low, [BT, V], _shared_layout(BT, V, low))
+    s_e = gl.allocate_shared_memory(low, [BT, V], _shared_layout(BT, V, low))
+    s_q = gl.allocate_shared_memory(low, [BT, K], _shared_layout(BT, K, low))
+    s_k = gl.allocate_shared_memory(low, [BT, K], _shared_layout(BT, K, low))
+    s_dP = gl.allocate_shared_memory(low, [BT, BT], _shared_layout(BT, BT, low))
+    s_dN = gl.allocate_shared_memory(low, [BT, BT], _shared_layout(BT, BT, low))
+    _copy(s_do, do + rows * V, H * V, left, BT, V, NW)
+    _copy(s_y, d_errors + rows * V, H * V, left, BT, V, NW)
+    _copy(s_e, errors + rows * V, H * V, left, BT, V, NW)
+    async_copy.commit_group()
+    _copy(s_q, q + rows * K, H * K, left, BT, K, NW)
+    _copy(s_k, k + rows * K, H * K, left, BT, K, NW)
+    async_copy.commit_group()
+
+    o_i = gl.arange(0, BT, layout=L_i)
+    o_j = gl.arange(0, BT, layout=L_j)
+    b_beta_i = gl.load(beta + rows + o_i * H, mask=o_i < left, other=0.0).to(gl.float32)
+    b_beta_j = gl.convert_layout(b_beta_i, L_j)
+    b_g = gl.load(g + rows + o_j * H, mask=o_j < left, other=0.0).to(gl.float32)
+    b_P = gl.load(scores + i_chunk * BT * BT + o_i[:, None] * BT + o_j[None, :]).to(gl.float32)
+    b_dG = gl.zeros([BT], gl.float32, layout=L_i)
+    b_d_to_end = gl.zeros([BT], gl.float32, layout=L_i)
+    p_from_state = row_terms + i_chunk * PARTS * BT
+    p_to_state = p_from_state + num_slots.to(gl.int64) * H * PARTS * BT
+    for i_part in gl.static_range(PARTS):
+        b_dG += gl.load(p_from_state + i_part * BT + o_i)
+        b_d_to_end += gl.load(p_to_state + i_part * BT + o_i)
+    d_chunk_decay = _decay_gradient(
+        totals, boundary, chunk_offsets, group_offsets, i_c, i_s, i_h, i_index, num_slots,
+        H, GROUP, PARTS, BOUNDARY_PARTS, L_j,
+    )  # fmt: skip
+    b_between = _decay_between(b_g, BT, L_tt)
+
+    zero = gl.zeros([BT, BT], gl.float32, layout=L_tt)
+    async_copy.wait_group(1)
+    _publish()
+    b_dP = warpgroup_mma(s_do, s_e.permute((1, 0)), zero, use_acc=False, is_async=True)
+    b_dN = warpgroup_mma(s_y, s_e.permute((1, 0)), zero, use_acc=False, is_async=True)
+    o_row = gl.arange(0, BT, layout=gl.SliceLayout(1, L_v))
+    o_tv = o_row[:, None] * (H * V) + gl.arange(0, V, layout=gl.SliceLayout(0, L_v))[None, :]
+    b_y = s_y.load(L_v).to(gl.float32)
+    b_dbeta = gl.sum(b_y * s_e.load(L_v).to(gl.float32), 1)
+    b_beta = gl.load(beta + rows + o_row * H, mask=o_row < left, other=0.0).to(gl.float32)
+    gl.store(d_errors + rows * V + o_tv, (b_beta[:, None] * b_y).to(low), mask=(o_row < left)[:, None])
+    gl.store(dbeta + rows + o_row * H, b_dbeta.to(dbeta.dtype.element_ty), mask=o_row < left)
+    b_dP, b_dN = warpgroup_mma_wait(0, deps=[b_dP, b_dN])
+
+    below = o_i[:, None] > o_j[None, :]
+    b_dP = b_dP * (scale * b_beta_j)[None, :]
+    b_exponent = gl.where(below, b_dP * b_P, 0.0)
+    b_dG += gl.sum(b_exponent, 1) - gl.convert_layout(gl.sum(b_exponent, 0), L_i)
+    b_dN = gl.where(below, b_dN * b_between * b_beta_i[:, None] * -b_beta_j[None, :], 0.0)
+    s_dP.store((b_dP * b_between).to(low))
+    s_dN.store(b_dN.to(low))
+    async_copy.wait_group(0)
+    _publish()
+
+    o_t = gl.arange(0, BT, layout=gl.SliceLayout(1, L_d))
+    m_t = (o_t < left)[:, None]
+    empty = gl.zeros([BT, BK], gl.float32, layout=L_d)
+    for i_k in gl.static_range(0, K, BK):
+        s_kb = s_k.slice(i_k, BK, dim=1)
+        s_qb = s_q.slice(i_k, BK, dim=1)
+        o_tk = o_t[:, None] * (H * K) + (i_k + gl.arange(0, BK, layout=gl.SliceLayout(0, L_d)))[None, :]
+        b_earlier = warpgroup_mma(s_dN, s_kb, empty, use_acc=False, is_async=True)
+        b_later = warpgroup_mma(s_dN.permute((1, 0)), s_kb, empty, use_acc=False, is_async=True)
+        b_dq_so_far = gl.load(dq + rows * K + o_tk, mask=m_t, other=0.0)
+        b_dk_so_far = gl.load(dk + rows * K + o_tk, mask=m_t, other=0.0)
+        b_earlier, b_later = warpgroup_mma_wait(0, deps=[b_earlier, b_later])
+        b_dG += gl.convert_layout(gl.sum(s_kb.load(L_d).to(gl.float32) * (b_earlier - b_later), 1), L_i)
+        b_dk = b_dk_so_far.to(gl.float32) + b_earlier + b_later
+        b_dk = warpgroup_mma(s_dP.permute((1, 0)), s_qb, b_dk, is_async=True)
+        b_dq = warpgroup_mma(s_dP, s_kb, b_dq_so_far.to(gl.float32), is_async=True)
+        b_dk, b_dq = warpgroup_mma_wait(0, deps=[b_dk, b_dq])
+        gl.store(dq + rows * K + o_tk, b_dq.to(low), mask=m_t)
+        gl.store(dk + rows * K + o_tk, b_dk.to(low), mask=m_t)
+
+    b_dg = gl.sum(gl.where(o_i[:, None] >= o_j[None, :], b_dG[:, None], b_d_to_end[:, None]), 0) + d_chunk_decay
+    gl.store(dg + rows + o_j * H, b_dg.to(dg.dtype.element_ty), mask=o_j < left)
