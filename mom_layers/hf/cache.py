@@ -87,6 +87,14 @@ class MomCache(Cache):
                 layers.append(DynamicSlidingWindowLayer(sliding_window=windows[index]))
         super().__init__(layers=layers)
 
+    def reset(self) -> None:
+        """Forgets everything, so that the next call may have another batch size."""
+        for layer in self.layers:
+            if not isinstance(layer, MemoryLayer):  # Transformers before 5.20 keeps them, as zeros
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+            layer.reset()
+
     @property
     def nbytes(self) -> int:
         """Bytes of all states, keys and values."""

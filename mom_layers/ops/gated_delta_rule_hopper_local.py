@@ -34,22 +34,32 @@ def _decay_between(b_g, BT: gl.constexpr, layout: gl.constexpr):
 @gluon.jit
 def _decay_gradient(
     totals, boundary, chunk_offsets, group_offsets, i_c, i_s, i_h, i_index, num_slots,
-    H: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr, BOUNDARY_PARTS: gl.constexpr, layout: gl.constexpr,
+    H: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr, BOUNDARY_PARTS: gl.constexpr,
+    FROM_ZERO: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """exp(G_last) <S, dS>, from <S, dS> after the group back over its later chunks to the one after this."""
-    o_later = gl.arange(0, 32, layout=layout)
-    i_left = gl.load(chunk_offsets + i_s + 1) - i_c
-    m_later = (i_index % GROUP + o_later < GROUP) & (o_later < i_left)
-    p_totals = totals + ((i_c + o_later).to(gl.int64) * H + i_h) * PARTS
-    to_state = num_slots.to(gl.int64) * H * PARTS
-    b_later = gl.zeros([32], gl.float32, layout=layout)
-    for i_part in gl.static_range(PARTS):
-        b_later += gl.load(p_totals + i_part, mask=m_later & (o_later > 0), other=0.0)
-        b_later -= gl.load(p_totals + to_state + i_part, mask=m_later & (o_later < i_left - 1), other=0.0)
+    """exp(G_last) <S, dS>: as decay_gradient of the Triton kernels, with 32 lanes for whatever is summed."""
+    i_place = i_index % GROUP
     i_group = (gl.load(group_offsets + i_s) + i_index // GROUP).to(gl.int64) * H + i_h
-    p_boundary = boundary + i_group * BOUNDARY_PARTS + o_later
-    b_later += gl.load(p_boundary, mask=o_later < BOUNDARY_PARTS, other=0.0)
-    return gl.sum(b_later, 0)
+    i_left = gl.load(chunk_offsets + i_s + 1) - i_c
+    known = FROM_ZERO | (i_index >= GROUP)
+    num_later = gl.minimum(GROUP - i_place, i_left)
+    from_start = gl.where(known, (2.0 * num_later - 1.0) / (2.0 * num_later + 2.0 * i_place), 0.0)
+    o = gl.arange(0, 32, layout=layout)
+    o_chunk = o - i_place
+    m_group = (o < GROUP) & (o_chunk < i_left)
+    p_totals = totals + ((i_c + o_chunk).to(gl.int64) * H + i_h) * PARTS
+    to_state = num_slots.to(gl.int64) * H * PARTS
+    b_sum = gl.zeros([32], gl.float32, layout=layout)
+    for i_part in gl.static_range(PARTS):
+        b_from = gl.load(p_totals + i_part, mask=m_group, other=0.0)
+        b_to = gl.load(p_totals + to_state + i_part, mask=m_group & (o_chunk < i_left - 1), other=0.0)
+        b_sum += gl.where(o_chunk > 0, b_from, 0.0) - gl.where(o_chunk >= 0, b_to, 0.0)
+        b_sum += from_start * (b_to - b_from)
+    p_boundary = boundary + i_group * BOUNDARY_PARTS + o
+    b_sum += (1.0 - from_start) * gl.load(p_boundary, mask=o < BOUNDARY_PARTS, other=0.0)
+    m_before = (o < BOUNDARY_PARTS) & (i_index >= GROUP)
+    b_sum += from_start * gl.load(p_boundary - H * BOUNDARY_PARTS, mask=m_before, other=0.0)
+    return gl.sum(b_sum, 0)
 
 
 @gluon.jit(do_not_specialize=["num_segments", "num_slots"])
@@ -85,6 +95,7 @@ def local_gradients_kernel(
     GROUP: gl.constexpr,
     PARTS: gl.constexpr,
     BOUNDARY_PARTS: gl.constexpr,
+    FROM_ZERO: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """dq, dk (the states' share is there already), dg and dbeta of one chunk and head; d_errors turns from y to dv."""
@@ -135,7 +146,7 @@ def local_gradients_kernel(
         b_d_to_end += gl.load(p_to_state + i_part * BT + o_i)
     d_chunk_decay = _decay_gradient(
         totals, boundary, chunk_offsets, group_offsets, i_c, i_s, i_h, i_index, num_slots,
-        H, GROUP, PARTS, BOUNDARY_PARTS, L_j,
+        H, GROUP, PARTS, BOUNDARY_PARTS, FROM_ZERO, L_j,
     )  # fmt: skip
     b_between = _decay_between(b_g, BT, L_tt)
 

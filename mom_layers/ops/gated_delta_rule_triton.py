@@ -70,7 +70,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         if for_backward:
             ctx.save_for_backward(q, k, g, beta, cu_seqlens, *table, *groups, gates, solved, scores, errors,
                                   checkpoints, decayed_state)  # fmt: skip
-        ctx.scale = scale
+        ctx.scale, ctx.from_zero = scale, initial_state is None
         return o, final_state
 
     @staticmethod
@@ -95,7 +95,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         del d_checkpoints
         dg, dbeta = run_local_gradients(
             q, k, g, beta, scores, errors, d_errors, do, dq, dk, row_terms, totals, boundary,
-            cu_seqlens, table, groups, ctx.scale,
+            cu_seqlens, table, groups, ctx.scale, ctx.from_zero,
         )  # fmt: skip
         dv = d_errors
         return dq, dk, dv, dg, dbeta, None, d_initial_state, None, None, None

@@ -92,6 +92,41 @@ def _score_gradients_kernel(
     tl.store(dbeta + rows + o_t * H, b_dbeta.to(dbeta.dtype.element_ty), mask=m_t)
 
 
+@triton.jit
+def _decay_gradient(
+    totals, boundary, chunk_offsets, group_offsets, i_c, i_s, i_h, i_index, num_slots,
+    H: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, BOUNDARY_PARTS: tl.constexpr, FROM_ZERO: tl.constexpr,
+):  # fmt: skip
+    """exp(G_last) <S, dS> of a chunk, from <S, dS> where its group ends and where it starts.
+
+    Every step away from an end adds rounding errors, so the two answers are weighted by the steps that they take. At
+    the start of a segment <S, dS> is zero, or not known where there is an initial state: then the end alone tells.
+    """
+    i_place = i_index % GROUP
+    i_group = (tl.load(group_offsets + i_s) + i_index // GROUP).to(tl.int64) * H + i_h
+    i_left = tl.load(chunk_offsets + i_s + 1) - i_c
+    num_later = tl.minimum(GROUP - i_place, i_left)
+    known = FROM_ZERO | (i_index >= GROUP)
+    from_start = tl.where(known, (2.0 * num_later - 1.0) / (2.0 * num_later + 2.0 * i_place), 0.0)
+    o_chunk = tl.arange(0, GROUP) - i_place  # from this chunk on
+    p_totals = totals + ((i_c + o_chunk).to(tl.int64) * H + i_h) * PARTS
+    to_state = num_slots.to(tl.int64) * H * PARTS
+    b_sum = tl.zeros([GROUP], tl.float32)
+    for i_part in tl.static_range(PARTS):
+        b_from = tl.load(p_totals + i_part, mask=o_chunk < i_left, other=0.0)
+        b_to = tl.load(p_totals + to_state + i_part, mask=o_chunk < i_left - 1, other=0.0)
+        b_sum += tl.where(o_chunk > 0, b_from, 0.0) - tl.where(o_chunk >= 0, b_to, 0.0)
+        b_sum += from_start * (b_to - b_from)
+    d_chunk_decay = tl.sum(b_sum, 0)
+    p_boundary = boundary + i_group * BOUNDARY_PARTS
+    for i_part in tl.static_range(BOUNDARY_PARTS):
+        d_chunk_decay += (1.0 - from_start) * tl.load(p_boundary + i_part)
+        d_chunk_decay += from_start * tl.load(
+            p_boundary - H * BOUNDARY_PARTS + i_part, mask=i_index >= GROUP, other=0.0
+        )
+    return d_chunk_decay
+
+
 @triton.jit(do_not_specialize=["num_segments", "num_slots"])
 def _query_key_gradients_kernel(
     q,
@@ -123,6 +158,7 @@ def _query_key_gradients_kernel(
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
     BOUNDARY_PARTS: tl.constexpr,
+    FROM_ZERO: tl.constexpr,
 ):
     """dq, dk and dg of one chunk and head: the states' share is there already. Then d_errors turns from y into dv."""
     i_c, i_h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -162,20 +198,10 @@ def _query_key_gradients_kernel(
         b_dk += tl.dot(tl.trans(b_dP), b_q, input_precision=PRECISION)
         tl.store(dk + rows * K + o_tk, b_dk.to(dk.dtype.element_ty), mask=m_t[:, None])
 
-    # exp(G_last) <S, dS>, from <S, dS> after the group back over its later chunks to the one after this
-    o_next = i_index % GROUP + tl.arange(0, GROUP)
-    i_left = tl.load(chunk_offsets + i_s + 1) - i_c
-    m_later = (o_next < GROUP) & (tl.arange(0, GROUP) < i_left)
-    d_chunk_decay = 0.0
-    p_totals = totals + i_chunk * PARTS + tl.arange(0, GROUP) * H * PARTS
-    to_state = num_slots.to(tl.int64) * H * PARTS
-    for i_part in tl.static_range(PARTS):
-        b_later = tl.load(p_totals + i_part, mask=m_later & (tl.arange(0, GROUP) > 0), other=0.0)  # [GROUP]
-        b_later -= tl.load(p_totals + to_state + i_part, mask=m_later & (tl.arange(0, GROUP) < i_left - 1), other=0.0)
-        d_chunk_decay += tl.sum(b_later, 0)
-    i_group = (tl.load(group_offsets + i_s) + i_index // GROUP).to(tl.int64) * H + i_h
-    for i_part in tl.static_range(BOUNDARY_PARTS):
-        d_chunk_decay += tl.load(boundary + i_group * BOUNDARY_PARTS + i_part)
+    d_chunk_decay = _decay_gradient(
+        totals, boundary, chunk_offsets, group_offsets, i_c, i_s, i_h, i_index, num_slots,
+        H, GROUP, PARTS, BOUNDARY_PARTS, FROM_ZERO,
+    )  # fmt: skip
     b_dg = tl.sum(tl.where(o_t[:, None] >= o_t[None, :], b_dG[:, None], b_d_to_end[:, None]), 0)
     b_dg += d_chunk_decay
     tl.store(dg + rows + o_t * H, b_dg.to(dg.dtype.element_ty), mask=m_t)
@@ -190,8 +216,11 @@ def _query_key_gradients_kernel(
 
 
 def run_local_gradients(q, k, g, beta, scores, errors, d_errors, do, dq, dk, row_terms, totals, boundary, cu_seqlens,
-                        table: ChunkTable, groups: ChunkTable, scale):  # fmt: skip
-    """Completes dq and dk, turns d_errors into dv, and returns dg and dbeta [R, H]."""
+                        table: ChunkTable, groups: ChunkTable, scale, from_zero):  # fmt: skip
+    """Completes dq and dk, turns d_errors into dv, and returns dg and dbeta [R, H].
+
+    from_zero: there was no initial state.
+    """
     (_, heads, key_size), value_size = k.shape, do.shape[2]
     slots = table.segment.shape[0]
     num_segments = cu_seqlens.shape[0] - 1
@@ -230,6 +259,7 @@ def run_local_gradients(q, k, g, beta, scores, errors, d_errors, do, dq, dk, row
             GROUP=GROUP,
             PARTS=totals.shape[3],
             BOUNDARY_PARTS=boundary.shape[2],
+            FROM_ZERO=from_zero,
             num_warps=launch.num_warps,
         )
         return dg, dbeta
@@ -291,6 +321,7 @@ def run_local_gradients(q, k, g, beta, scores, errors, d_errors, do, dq, dk, row
         GROUP=GROUP,
         PARTS=totals.shape[3],
         BOUNDARY_PARTS=boundary.shape[2],
+        FROM_ZERO=from_zero,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )

@@ -235,7 +235,7 @@ gated_delta_rule_triton(x, x, x, gate, gate, torch.tensor([0, 1], dtype=torch.in
 for name, kernel in compiled:
     assert kernel.metadata.shared <= SHARED_MEMORY[90], (name, kernel.metadata.shared)
     assert left_operands_in_registers(kernel) == 0, name
-assert len(compiled) == 8 and sum(kernel.asm["ptx"].count("wgmma") for _, kernel in compiled) > 100
+assert len(compiled) == 7 and sum(kernel.asm["ptx"].count("wgmma") for _, kernel in compiled) > 100
 """
 
 

@@ -221,7 +221,7 @@ def test_refuses_bad_sizes(sizes, message):
 )
 def test_refuses_bad_inputs(call, message):
     with pytest.raises(ValueError, match=message):
-        call(layer(), inputs(2, 8))
+        call(layer(torch.float32), inputs(2, 8, dtype=torch.float32))
 
 
 @pytest.mark.gpu
