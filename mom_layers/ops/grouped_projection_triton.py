@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from mom_layers.ops.rows_triton import sum_slots
+
 
 class Tile(NamedTuple):
     BM: int
@@ -36,7 +38,6 @@ TILES = {
 }
 INDEX_STAGES = 2  # more stages for the weight's gradient, so that token numbers too are loaded ahead of their use
 ROW_TILES_TOGETHER = 8  # row tiles that run over all columns before the next ones, so that both operands stay in L2
-SUM_TILE = (16, 128)  # tokens and channels of a program that adds up a token's rows
 
 
 @triton.jit
@@ -115,22 +116,6 @@ def _weight_gradient_kernel(
     tl.store(p_dw, b_sum.to(dweight.dtype.element_ty), mask=m_o[:, None] & m_d[None, :])
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def _sum_slots_kernel(
-    rows, row_of_slot, out, num_tokens, D: tl.constexpr, SLOTS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
-):
-    """out[t] = sum over slots of rows[row_of_slot[t, slot]]."""
-    b_t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
-    b_d = tl.program_id(1) * BD + tl.arange(0, BD)
-    m_t = b_t < num_tokens
-    m_tile = m_t[:, None] & (b_d < D)[None, :]
-    b_sum = tl.zeros([BT, BD], dtype=tl.float32)
-    for i_slot in tl.static_range(SLOTS):
-        b_r = tl.load(row_of_slot + b_t * SLOTS + i_slot, mask=m_t, other=0).to(tl.int64)  # [BT]
-        b_sum += tl.load(rows + b_r[:, None] * D + b_d[None, :], mask=m_tile, other=0.0).to(tl.float32)  # [BT, BD]
-    tl.store(out + b_t[:, None] * D + b_d[None, :], b_sum.to(out.dtype.element_ty), mask=m_tile)
-
-
 def _project(a, weight, plan, token_of_row):
     """a [N or R, K], weight [G, O, K] of any strides. Returns [R, O]."""
     groups, columns, _ = weight.shape
@@ -177,16 +162,6 @@ def _weight_gradient(dy, x, weight, plan):
     return dweight
 
 
-def _sum_slots(rows, row_of_slot):
-    (tokens, slots), inputs = row_of_slot.shape, rows.shape[1]
-    BT, BD = SUM_TILE
-    out = torch.empty(tokens, inputs, dtype=rows.dtype, device=rows.device)
-    _sum_slots_kernel[(triton.cdiv(tokens, BT), triton.cdiv(inputs, BD))](
-        rows=rows, row_of_slot=row_of_slot, out=out, num_tokens=tokens, D=inputs, SLOTS=slots, BT=BT, BD=BD, num_warps=4
-    )
-    return out
-
-
 class GroupedProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, plan):
@@ -202,7 +177,7 @@ class GroupedProjection(torch.autograd.Function):
             dy = dy.contiguous()
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            dx = _sum_slots(_project(dy, weight.transpose(1, 2), ctx.plan, None), ctx.plan.row_of_slot)
+            dx = sum_slots(_project(dy, weight.transpose(1, 2), ctx.plan, None), ctx.plan.row_of_slot)
         if ctx.needs_input_grad[1]:
             dweight = _weight_gradient(dy, x, weight, ctx.plan)
         return dx, dweight, None

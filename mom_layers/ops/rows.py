@@ -18,6 +18,10 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (row_of_slot,) = ctx.saved_tensors
+        if grad.is_cuda:
+            from mom_layers.ops.rows_triton import sum_slots
+
+            return sum_slots(grad.contiguous(), row_of_slot), None, None
         slots = grad.index_select(0, row_of_slot.flatten()).unflatten(0, row_of_slot.shape)
         return slots.sum(1), None, None
 

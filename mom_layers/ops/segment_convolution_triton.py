@@ -1,12 +1,13 @@
 """Triton kernels of the convolution over segments, with SiLU and unit length, forward and backward.
 
-The backward pass has two parts: the gradient of the convolution's output is computed row by row and stored, together
-with per-program sums for the weight; then every input adds up the W outputs that read it (and, when gathering, those of
-all its rows), so that nothing needs atomics.
+A program is one warp that walks along a run of rows with one head's channels, or up to 256, and keeps in registers the
+W inputs that a tap may still read: every input is loaded once. The backward walk goes against time, so that the inputs'
+gradients are complete once the W outputs that read them are known; those past the end of its run it computes again.
+Nothing needs atomics.
 
-Shape legend: R rows, N tokens, C channels, H heads, S segments, W taps. Tiles are BT rows by BC channels; with unit
-length a tile's channels are one head. Tap j multiplies the input j rows earlier by weight[:, W - 1 - j]. Strides are
-compile-time constants, so that a slice of a wider tensor is still read in vectors.
+Shape legend: R rows, N tokens, C channels, H heads, S segments, W taps. Vectors are BC channels. Tap j multiplies the
+input j rows earlier by weight[:, W - 1 - j]. Strides are compile-time constants, so that a slice of a wider tensor is
+still read in vectors.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-TILE_ELEMENTS = 4096  # of a [BT, BC] tile: 32 values a thread with 4 warps; not tuned
-GRADIENT_TILE_ELEMENTS = 1024  # the weight's gradient keeps W such tiles of sums: about 100 registers; not tuned
-GRADIENT_PROGRAMS = 2048  # at most so many share the weight's gradient: 16 a multiprocessor of an H200; not tuned
+from mom_layers.ops.rows_triton import sum_slots
+
+# Rows a walk. A backward walk computes W - 1 rows twice, and leaves W x C sums of the weight's gradient behind.
+FORWARD_RUN = 32
+BACKWARD_RUN = 64
+AHEAD = 4  # rows whose loads are under way together
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_SIZES = (16, 32, 64, 128, 256)
 
@@ -44,43 +48,75 @@ def _input(
 
 
 @triton.jit
-def _convolve(
-    x, stride_x, weight, token_of_row, initial_tail, b_r, b_position, b_segment, m_r, b_c, m_c,
-    C: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    b_u = tl.zeros([BT, BC], dtype=tl.float32)
-    for j in tl.static_range(W):
-        b_w = tl.load(weight + b_c * W + (W - 1 - j), mask=m_c, other=0.0).to(tl.float32)  # [BC]
-        b_x = _input(x, stride_x, token_of_row, initial_tail, b_r, b_position, b_segment, m_r, b_c, m_c, j, C, W)
-        b_u += b_w[None, :] * b_x
-    return b_u
+def _row_of(x, stride_x: tl.constexpr, token_of_row, i_row, inside, b_c, m_c):
+    """[BC] float32 input of row i_row, zero where it is not inside."""
+    i_from = i_row
+    if token_of_row is not None:
+        i_from = tl.load(token_of_row + i_row, mask=inside, other=0)
+    p_x = x + i_from.to(tl.int64) * stride_x + b_c
+    return tl.load(p_x, mask=inside & m_c, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _rows_of_block(i_block, position_of_row, segment_of_row, num_rows, BT: tl.constexpr):
-    b_r = i_block * BT + tl.arange(0, BT)
-    m_r = b_r < num_rows
-    b_position = tl.load(position_of_row + b_r, mask=m_r, other=0)  # [BT]
-    b_segment = tl.load(segment_of_row + b_r, mask=m_r, other=0)  # [BT]
-    return b_r, m_r, b_position, b_segment
+def _tail_row(initial_tail, i_segment, i_entry, needed, b_c, m_c, C: tl.constexpr, W: tl.constexpr):
+    """[BC] float32 entry of a segment's initial tail, zero where it is not needed."""
+    p_tail = initial_tail + (i_segment.to(tl.int64) * (W - 1) + i_entry) * C + b_c
+    return tl.load(p_tail, mask=needed & m_c, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _taps(weight, b_c, m_c, W: tl.constexpr):
+    """Tap j's [BC] weights, for every j."""
+    b_w = ()
+    for j in tl.static_range(W):
+        b_w = b_w + (tl.load(weight + b_c * W + (W - 1 - j), mask=m_c, other=0.0).to(tl.float32),)
+    return b_w
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     x, weight, initial_tail, y, token_of_row, position_of_row, segment_of_row, num_rows, eps, stride_x: tl.constexpr,
-    C: tl.constexpr, W: tl.constexpr, UNIT_LENGTH: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    C: tl.constexpr, W: tl.constexpr, UNIT_LENGTH: tl.constexpr, RUN: tl.constexpr, AHEAD: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
-    b_r, m_r, b_position, b_segment = _rows_of_block(tl.program_id(0), position_of_row, segment_of_row, num_rows, BT)
+    i_first = tl.program_id(0) * RUN
     b_c = tl.program_id(1) * BC + tl.arange(0, BC)
     m_c = b_c < C
-    b_u = _convolve(
-        x, stride_x, weight, token_of_row, initial_tail, b_r, b_position, b_segment, m_r, b_c, m_c, C, W, BT, BC
-    )
-    b_y = b_u * tl.sigmoid(b_u)
-    if UNIT_LENGTH:
-        b_y *= tl.rsqrt(tl.sum(b_y * b_y, axis=1) + eps)[:, None]
-    p_y = y + b_r.to(tl.int64)[:, None] * C + b_c[None, :]
-    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_r[:, None] & m_c[None, :])
+    b_w = _taps(weight, b_c, m_c, W)
+    i_position = tl.load(position_of_row + i_first, mask=i_first < num_rows, other=0)
+    i_segment = tl.load(segment_of_row + i_first, mask=i_first < num_rows, other=0)
+    b_earlier = ()  # inputs 1, 2, ... rows before the row at hand, of its own segment or its initial tail
+    for j in tl.static_range(1, W):
+        b_x = _row_of(x, stride_x, token_of_row, i_first - j, i_position >= j, b_c, m_c)
+        if initial_tail is not None:
+            needed = (i_position < j) & (i_position > 0)
+            b_x += _tail_row(initial_tail, i_segment, W - 1 + i_position - j, needed, b_c, m_c, C, W)
+        b_earlier = b_earlier + (b_x,)
+    for i in range(0, RUN, AHEAD):
+        b_new = ()
+        for n in tl.static_range(AHEAD):
+            i_row = i_first + i + n
+            b_new = b_new + (_row_of(x, stride_x, token_of_row, i_row, i_row < num_rows, b_c, m_c),)
+        for n in tl.static_range(AHEAD):
+            i_row = i_first + i + n
+            i_position = tl.load(position_of_row + i_row, mask=i_row < num_rows, other=0)
+            b_u = b_w[0] * b_new[n]
+            b_shifted = (b_new[n],)
+            if initial_tail is not None:
+                i_segment = tl.load(segment_of_row + i_row, mask=i_row < num_rows, other=0)
+            for j in tl.static_range(1, W):
+                b_x = tl.where(i_position == 0, 0.0, b_earlier[j - 1])
+                if initial_tail is not None:
+                    starts = (i_position == 0) & (i_row < num_rows)
+                    b_x += _tail_row(initial_tail, i_segment, W - 1 - j, starts, b_c, m_c, C, W)
+                b_u += b_w[j] * b_x
+                if j < W - 1:
+                    b_shifted = b_shifted + (b_x,)
+            b_earlier = b_shifted
+            b_y = b_u * tl.sigmoid(b_u)
+            if UNIT_LENGTH:
+                b_y *= tl.rsqrt(tl.sum(b_y * b_y, axis=0) + eps)
+            tl.store(y + i_row.to(tl.int64) * C + b_c, b_y.to(y.dtype.element_ty), mask=(i_row < num_rows) & m_c)
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -102,76 +138,89 @@ def _tail_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _backward_output_kernel(
-    x, weight, initial_tail, dy, du, dweight, token_of_row, position_of_row, segment_of_row,
-    num_rows, eps, stride_x: tl.constexpr, stride_dy: tl.constexpr, BLOCKS: tl.constexpr,
-    C: tl.constexpr, W: tl.constexpr, UNIT_LENGTH: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+def _backward_kernel(
+    x, weight, initial_tail, dy, dtail, dx, du, dweight, token_of_row, position_of_row, segment_of_row, cu_seqlens,
+    num_rows, eps, stride_x: tl.constexpr, stride_dy: tl.constexpr, stride_dx: tl.constexpr,
+    C: tl.constexpr, W: tl.constexpr, UNIT_LENGTH: tl.constexpr, RUN: tl.constexpr, AHEAD: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
-    """Gradient du [R, C] before SiLU, and this program's share [W, C] of the weight's gradient."""
-    i_program = tl.program_id(0)
+    """dx of every row (not yet summed over a token's rows), this run's share [W, C] of the weight's gradient, and du,
+    the gradient before SiLU, where somebody asks for it."""
+    STEPS: tl.constexpr = (RUN + W - 1 + AHEAD - 1) // AHEAD * AHEAD
+    i_run = tl.program_id(0)
+    i_top = i_run * RUN + RUN + W - 2
     b_c = tl.program_id(1) * BC + tl.arange(0, BC)
     m_c = b_c < C
+    b_w = _taps(weight, b_c, m_c, W)
     b_dw = ()
     for _ in tl.static_range(W):
-        b_dw = b_dw + (tl.zeros([BT, BC], dtype=tl.float32),)
-    for i in range(BLOCKS):
-        i_block = i_program * BLOCKS + i
-        b_r, m_r, b_position, b_segment = _rows_of_block(i_block, position_of_row, segment_of_row, num_rows, BT)
-        m_tile = m_r[:, None] & m_c[None, :]
-        b_u = _convolve(
-            x, stride_x, weight, token_of_row, initial_tail, b_r, b_position, b_segment, m_r, b_c, m_c, C, W, BT, BC
-        )
-        p_dy = dy + b_r.to(tl.int64)[:, None] * stride_dy + b_c[None, :]
-        b_dy = tl.load(p_dy, mask=m_tile, other=0.0).to(tl.float32)  # [BT, BC]
-        b_sigmoid = tl.sigmoid(b_u)
-        if UNIT_LENGTH:
-            b_y = b_u * b_sigmoid
-            b_scale = tl.rsqrt(tl.sum(b_y * b_y, axis=1) + eps)
-            b_along = tl.sum(b_dy * b_y, axis=1) * b_scale * b_scale
-            b_dy = (b_dy - b_y * b_along[:, None]) * b_scale[:, None]
-        b_du = b_dy * b_sigmoid * (1.0 + b_u * (1.0 - b_sigmoid))
-        p_du = du + b_r.to(tl.int64)[:, None] * C + b_c[None, :]
-        tl.store(p_du, b_du.to(du.dtype.element_ty), mask=m_tile)
-        b_sums = ()
-        for j in tl.static_range(W):
-            b_x = _input(x, stride_x, token_of_row, initial_tail, b_r, b_position, b_segment, m_r, b_c, m_c, j, C, W)
-            b_sums = b_sums + (b_dw[j] + b_du * b_x,)
-        b_dw = b_sums
+        b_dw = b_dw + (tl.zeros([BC], tl.float32),)
+    b_window = ()  # inputs of the row at hand and of those before it, whatever their segment
+    b_later = ()  # du of the rows after it, zero beyond its segment
+    for j in tl.static_range(W - 1):
+        i_row = i_top - j
+        b_window = b_window + (_row_of(x, stride_x, token_of_row, i_row, (i_row >= 0) & (i_row < num_rows), b_c, m_c),)
+        b_later = b_later + (tl.zeros([BC], tl.float32),)
+    for i in range(0, STEPS, AHEAD):
+        b_new = ()
+        b_new_dy = ()
+        for n in tl.static_range(AHEAD):
+            i_row = i_top - i - n
+            i_oldest = i_row - (W - 1)
+            inside = (i_oldest >= 0) & (i_oldest < num_rows)
+            b_new = b_new + (_row_of(x, stride_x, token_of_row, i_oldest, inside, b_c, m_c),)
+            m_dy = (i_row >= 0) & (i_row < num_rows) & m_c
+            p_dy = dy + i_row.to(tl.int64) * stride_dy + b_c
+            b_new_dy = b_new_dy + (tl.load(p_dy, mask=m_dy, other=0.0).to(tl.float32),)
+        for n in tl.static_range(AHEAD):
+            i_row = i_top - i - n
+            exists = (i_row >= 0) & (i_row < num_rows)
+            mine = exists & (i_row >= i_run * RUN) & (i_row < i_run * RUN + RUN)
+            i_position = tl.load(position_of_row + i_row, mask=exists, other=0)
+            i_segment = tl.load(segment_of_row + i_row, mask=exists, other=0)
+            b_inputs = b_window + (b_new[n],)
+            b_taken = ()
+            b_u = tl.zeros([BC], tl.float32)
+            for j in tl.static_range(W):
+                b_x = tl.where(i_position >= j, b_inputs[j], 0.0)
+                if initial_tail is not None:
+                    needed = exists & (i_position < j)
+                    b_x += _tail_row(initial_tail, i_segment, W - 1 + i_position - j, needed, b_c, m_c, C, W)
+                b_taken = b_taken + (b_x,)
+                b_u += b_w[j] * b_x
+            b_dy = b_new_dy[n]
+            b_sigmoid = tl.sigmoid(b_u)
+            if UNIT_LENGTH:
+                b_y = b_u * b_sigmoid
+                scale = tl.rsqrt(tl.sum(b_y * b_y, axis=0) + eps)
+                along = tl.sum(b_dy * b_y, axis=0) * scale * scale
+                b_dy = (b_dy - b_y * along) * scale
+            b_du = b_dy * b_sigmoid * (1.0 + b_u * (1.0 - b_sigmoid))
+            b_dx = b_w[0] * b_du
+            for j in tl.static_range(1, W):
+                b_dx += b_w[j] * b_later[j - 1]
+            if dtail is not None:
+                i_after = tl.load(cu_seqlens + i_segment + 1, mask=exists, other=0) - 1 - i_row
+                b_dx += _tail_row(dtail, i_segment, W - 2 - i_after, mine & (i_after < W - 1), b_c, m_c, C, W)
+            tl.store(dx + i_row.to(tl.int64) * stride_dx + b_c, b_dx.to(dx.dtype.element_ty), mask=mine & m_c)
+            if du is not None:
+                tl.store(du + i_row.to(tl.int64) * C + b_c, b_du.to(du.dtype.element_ty), mask=mine & m_c)
+            b_sums = ()
+            b_counted = tl.where(mine, b_du, 0.0)
+            for j in tl.static_range(W):
+                b_sums = b_sums + (b_dw[j] + b_counted * b_taken[j],)
+            b_dw = b_sums
+            # One row earlier: past a segment's first row the rows after it are another segment's.
+            b_shifted = (tl.where(i_position == 0, 0.0, b_du),)
+            b_moved = ()
+            for j in tl.static_range(1, W):
+                b_moved = b_moved + (b_inputs[j],)
+                if j < W - 1:
+                    b_shifted = b_shifted + (tl.where(i_position == 0, 0.0, b_later[j - 1]),)
+            b_later = b_shifted
+            b_window = b_moved
     for j in tl.static_range(W):
-        p_dw = dweight + (i_program * W + W - 1 - j).to(tl.int64) * C + b_c
-        tl.store(p_dw, tl.sum(b_dw[j], axis=0), mask=m_c)
-
-
-@triton.jit(do_not_specialize=["num_outputs"])
-def _backward_input_kernel(
-    du, weight, dtail, dx, row_of_slot, segment_of_row, cu_seqlens, num_outputs,
-    C: tl.constexpr, W: tl.constexpr, SLOTS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """dx of row n, or of token n: the sum over its rows of the W outputs that read them, and their place in a tail."""
-    b_n = tl.program_id(0) * BT + tl.arange(0, BT)
-    m_n = b_n < num_outputs
-    b_c = tl.program_id(1) * BC + tl.arange(0, BC)
-    m_c = b_c < C
-    b_dx = tl.zeros([BT, BC], dtype=tl.float32)
-    for i_slot in tl.static_range(SLOTS):
-        b_r = b_n
-        if row_of_slot is not None:
-            b_r = tl.load(row_of_slot + b_n.to(tl.int64) * SLOTS + i_slot, mask=m_n, other=0)  # [BT]
-        b_segment = tl.load(segment_of_row + b_r, mask=m_n, other=0)  # [BT]
-        b_later = tl.load(cu_seqlens + b_segment + 1, mask=m_n, other=0) - 1 - b_r  # [BT] rows after this one
-        for j in tl.static_range(W):
-            b_w = tl.load(weight + b_c * W + (W - 1 - j), mask=m_c, other=0.0).to(tl.float32)  # [BC]
-            m_du = m_n & (b_later >= j)
-            p_du = du + (b_r + j).to(tl.int64)[:, None] * C + b_c[None, :]
-            b_du = tl.load(p_du, mask=m_du[:, None] & m_c[None, :], other=0.0).to(tl.float32)  # [BT, BC]
-            b_dx += b_w[None, :] * b_du
-        if dtail is not None:
-            m_tail = m_n & (b_later < W - 1)
-            b_at = b_segment.to(tl.int64) * (W - 1) + (W - 2 - b_later)
-            p_tail = dtail + b_at[:, None] * C + b_c[None, :]
-            b_dx += tl.load(p_tail, mask=m_tail[:, None] & m_c[None, :], other=0.0).to(tl.float32)  # [BT, BC]
-    p_dx = dx + b_n.to(tl.int64)[:, None] * C + b_c[None, :]
-    tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=m_n[:, None] & m_c[None, :])
+        tl.store(dweight + (i_run * W + W - 1 - j).to(tl.int64) * C + b_c, b_dw[j], mask=m_c)
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -202,16 +251,11 @@ def _backward_initial_tail_kernel(
         tl.store(p_d, b_d.to(dinitial_tail.dtype.element_ty), mask=m_s[:, None] & m_c[None, :])
 
 
-def _row_tiles(channels, unit_length_heads=None, elements=TILE_ELEMENTS):
-    """Tiles of one head's channels, or of up to 128."""
-    width = channels // unit_length_heads if unit_length_heads else min(128, max(16, triton.next_power_of_2(channels)))
-    return dict(BT=elements // width, BC=width, num_warps=4)
-
-
-def _row_arguments(x, weight, initial_tail, plan, gather, unit_length_heads, eps, elements):
-    """What the two kernels that convolve row by row share."""
+def _walk(x, weight, initial_tail, plan, gather, unit_length_heads, eps):
+    """Grid's second axis, and what the two kernels that walk along rows share."""
     channels, width = weight.shape
-    return dict(
+    block = channels // unit_length_heads if unit_length_heads else min(256, max(16, triton.next_power_of_2(channels)))
+    return triton.cdiv(channels, block), dict(
         x=x,
         weight=weight,
         initial_tail=initial_tail,
@@ -224,7 +268,9 @@ def _row_arguments(x, weight, initial_tail, plan, gather, unit_length_heads, eps
         C=channels,
         W=width,
         UNIT_LENGTH=unit_length_heads is not None,
-        **_row_tiles(channels, unit_length_heads, elements),
+        AHEAD=AHEAD,
+        BC=block,
+        num_warps=1,
     )
 
 
@@ -235,86 +281,74 @@ def _segment_arguments(plan, channels, width):
     return grid, dict(segments, C=channels, W=width, BS=16, BC=128, num_warps=4)
 
 
+def run_forward(x, weight, initial_tail, plan, gather, unit_length_heads, output_tail, eps):
+    """y [R, C], and the tail [S, W - 1, C] or None."""
+    (channels, width), rows = weight.shape, plan.num_rows
+    blocks, arguments = _walk(x, weight, initial_tail, plan, gather, unit_length_heads, eps)
+    y = torch.empty(rows, channels, dtype=x.dtype, device=x.device)
+    _forward_kernel[(triton.cdiv(rows, FORWARD_RUN), blocks)](y=y, RUN=FORWARD_RUN, **arguments)
+    if not output_tail:
+        return y, None
+    tail = torch.empty(plan.num_segments, width - 1, channels, dtype=x.dtype, device=x.device)
+    grid, segments = _segment_arguments(plan, channels, width)
+    _tail_kernel[grid](
+        x=x,
+        initial_tail=initial_tail,
+        tail=tail,
+        token_of_row=arguments["token_of_row"],
+        stride_x=x.stride(0),
+        **segments,
+    )
+    return y, tail
+
+
+def run_backward(x, weight, initial_tail, plan, gather, unit_length_heads, eps, dy, dtail, needs_initial, dx=None):
+    """Gradients of x (written to ``dx`` if given), of the weight, and of the initial tail where it is needed."""
+    (channels, width), rows = weight.shape, plan.num_rows
+    dy = x.new_zeros(rows, channels) if dy is None else dy if dy.stride(1) == 1 else dy.contiguous()
+    dtail = None if dtail is None else dtail.contiguous()
+    blocks, arguments = _walk(x, weight, initial_tail, plan, gather, unit_length_heads, eps)
+    runs = triton.cdiv(rows, BACKWARD_RUN)
+    if dx is None:
+        dx = torch.empty(rows, channels, dtype=x.dtype, device=x.device)
+    du = torch.empty(rows, channels, dtype=x.dtype, device=x.device) if needs_initial else None
+    dweight = torch.empty(runs, width, channels, dtype=torch.float32, device=x.device)
+    _backward_kernel[(runs, blocks)](
+        dy=dy,
+        dtail=dtail,
+        dx=dx,
+        du=du,
+        dweight=dweight,
+        cu_seqlens=plan.cu_seqlens,
+        stride_dy=dy.stride(0),
+        stride_dx=dx.stride(0),
+        RUN=BACKWARD_RUN,
+        **arguments,
+    )
+    dweight = dweight.sum(0).t().to(weight.dtype).contiguous()
+    if gather:
+        dx = sum_slots(dx, plan.row_of_slot)
+    if not needs_initial:
+        return dx, dweight, None
+    dinitial_tail = torch.empty_like(initial_tail)
+    grid, segments = _segment_arguments(plan, channels, width)
+    _backward_initial_tail_kernel[grid](du=du, weight=weight, dtail=dtail, dinitial_tail=dinitial_tail, **segments)
+    return dx, dweight, dinitial_tail
+
+
 class SegmentConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, initial_tail, plan, gather, unit_length_heads, output_tail, eps):
-        (channels, width), rows = weight.shape, plan.num_rows
-        arguments = _row_arguments(x, weight, initial_tail, plan, gather, unit_length_heads, eps, TILE_ELEMENTS)
-        y = torch.empty(rows, channels, dtype=x.dtype, device=x.device)
-        _forward_kernel[(triton.cdiv(rows, arguments["BT"]), triton.cdiv(channels, arguments["BC"]))](y=y, **arguments)
-        tail = None
-        if output_tail:
-            tail = torch.empty(plan.num_segments, width - 1, channels, dtype=x.dtype, device=x.device)
-            grid, segments = _segment_arguments(plan, channels, width)
-            _tail_kernel[grid](
-                x=x,
-                initial_tail=initial_tail,
-                tail=tail,
-                token_of_row=arguments["token_of_row"],
-                stride_x=x.stride(0),
-                **segments,
-            )
         ctx.save_for_backward(x, weight, initial_tail)
         ctx.options = plan, gather, unit_length_heads, eps
         ctx.set_materialize_grads(False)
-        return y, tail
+        return run_forward(x, weight, initial_tail, plan, gather, unit_length_heads, output_tail, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dtail):
-        x, weight, initial_tail = ctx.saved_tensors
-        plan, gather, unit_length_heads, eps = ctx.options
-        (channels, width), rows = weight.shape, plan.num_rows
-        if dy is None:
-            dy = x.new_zeros(rows, channels)
-        if dy.stride(1) != 1:
-            dy = dy.contiguous()
-        if dtail is not None:
-            dtail = dtail.contiguous()
-
-        arguments = _row_arguments(
-            x, weight, initial_tail, plan, gather, unit_length_heads, eps, GRADIENT_TILE_ELEMENTS
-        )
-        row_blocks, column_blocks = triton.cdiv(rows, arguments["BT"]), triton.cdiv(channels, arguments["BC"])
-        blocks = triton.next_power_of_2(max(1, triton.cdiv(row_blocks * column_blocks, GRADIENT_PROGRAMS)))
-        programs = triton.cdiv(row_blocks, blocks)
-        du = torch.empty(rows, channels, dtype=x.dtype, device=x.device)
-        dweight = torch.empty(programs, width, channels, dtype=torch.float32, device=x.device)
-        _backward_output_kernel[(programs, column_blocks)](
-            dy=dy,
-            du=du,
-            dweight=dweight,
-            stride_dy=dy.stride(0),
-            BLOCKS=blocks,
-            **arguments,
-        )
-        dweight = dweight.sum(0).t().to(weight.dtype).contiguous()
-
-        dx = dinitial_tail = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            tiles = _row_tiles(channels)
-            _backward_input_kernel[(triton.cdiv(x.shape[0], tiles["BT"]), triton.cdiv(channels, tiles["BC"]))](
-                du=du,
-                weight=weight,
-                dtail=dtail,
-                dx=dx,
-                row_of_slot=plan.row_of_slot if gather else None,
-                segment_of_row=plan.segment_of_row,
-                cu_seqlens=plan.cu_seqlens,
-                num_outputs=x.shape[0],
-                C=channels,
-                W=width,
-                SLOTS=plan.row_of_slot.shape[1] if gather else 1,
-                **tiles,
-            )
-        if ctx.needs_input_grad[2]:
-            dinitial_tail = torch.empty_like(initial_tail)
-            grid, segments = _segment_arguments(plan, channels, width)
-            _backward_initial_tail_kernel[grid](
-                du=du, weight=weight, dtail=dtail, dinitial_tail=dinitial_tail, **segments
-            )
-        return dx, dweight, dinitial_tail, None, None, None, None, None
+        grads = run_backward(*ctx.saved_tensors, *ctx.options, dy, dtail, ctx.needs_input_grad[2])
+        return *grads, None, None, None, None, None
 
 
 def _check(x, weight, plan, gather, unit_length_heads, initial_tail):

@@ -73,7 +73,7 @@ def test_whole_head_of_256():
 
 
 def test_weight_gradient_over_several_blocks(monkeypatch):
-    monkeypatch.setattr("mom_layers.ops.segment_convolution_triton.GRADIENT_PROGRAMS", 2)
+    monkeypatch.setattr("mom_layers.ops.segment_convolution_triton.BACKWARD_RUN", 16)
     compare(make_plan([60, 40]), False, 16, 4, 1, False)
 
 
