@@ -13,6 +13,7 @@ import torch
 
 from mom_layers.ops.combine import combine
 from mom_layers.ops.grouped_projection import grouped_projection
+from mom_layers.ops.memory_convolution import convolve_memories
 from mom_layers.ops.routing_plan import RoutingPlan
 from mom_layers.ops.rows import gather_rows
 from mom_layers.ops.segment_convolution import segment_convolution
@@ -75,10 +76,6 @@ def read_memories(
         projected = torch.nn.functional.linear(x, parameters.projection[0])
     else:
         projected = grouped_projection(x, parameters.projection, plan, backend=backend)
-    k, v, *raw_gates = projected.split(sizes, dim=1)
-    if one_projection:
-        raw_gates = [gather_rows(raw, plan) for raw in raw_gates]
-
     unit = heads if rule.unit_length_keys else None
     tails = (None, None, None)
     initial_state = None
@@ -86,15 +83,23 @@ def read_memories(
         tails = tuple(plan.to_segments(tail) for tail in (state.q_tail, state.k_tail, state.v_tail))
         initial_state = plan.to_segments(state.recurrent)
 
-    def convolve(y, weight, gather, unit_length_heads, tail):
-        return segment_convolution(
-            y, weight, plan, gather=gather, unit_length_heads=unit_length_heads,
-            initial_tail=tail, output_tail=output_state, backend=backend,
+    if one_projection:
+        k, v, raw = projected.split((sizes[0], sizes[1], sum(sizes[2:])), dim=1)
+        raw = gather_rows(raw, plan)
+        options = {"gather": True, "output_tail": output_state, "backend": backend}
+        q, q_tail = segment_convolution(
+            q, parameters.q_conv, plan, unit_length_heads=unit, initial_tail=tails[0], **options
+        )
+        k, k_tail = segment_convolution(
+            k, parameters.k_conv, plan, unit_length_heads=unit, initial_tail=tails[1], **options
+        )
+        v, v_tail = segment_convolution(v, parameters.v_conv, plan, initial_tail=tails[2], **options)
+    else:
+        q, k, v, raw, (q_tail, k_tail, v_tail) = convolve_memories(
+            q, projected, parameters.q_conv, parameters.k_conv, parameters.v_conv, plan,
+            unit_length_heads=unit, tails=tails, output_tail=output_state, backend=backend,
         )  # fmt: skip
-
-    q, q_tail = convolve(q, parameters.q_conv, True, unit, tails[0])
-    k, k_tail = convolve(k, parameters.k_conv, one_projection, unit, tails[1])
-    v, v_tail = convolve(v, parameters.v_conv, one_projection, None, tails[2])
+    raw_gates = raw.split(sizes[2:], dim=1)
     gates = rule.gates(dict(zip(rule.gate_names, raw_gates, strict=True)), parameters.rule_parameters)
     o, recurrent = rule.recur(
         q.unflatten(1, (heads, k_dim)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from mom_layers.ops.backend import resolve_backend
 from mom_layers.ops.routing_plan import RoutingPlan
@@ -21,10 +22,36 @@ def has_device_grouped_mm(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def _projection_torch(x, weight, plan):
-    rows = gather_rows(x, plan)
-    if has_device_grouped_mm(x, weight):
+class _GroupedProduct(torch.autograd.Function):
+    """PyTorch's grouped product over gathered tokens, which are gathered again and not kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, plan):
+        ctx.save_for_backward(x, weight)
+        ctx.plan = plan
+        rows = x.index_select(0, plan.token_of_row)
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=plan.memory_offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        from mom_layers.ops.rows_triton import sum_slots
+
+        (x, weight), plan = ctx.saved_tensors, ctx.plan
+        dx = dweight = None
+        if ctx.needs_input_grad[1]:
+            rows = x.index_select(0, plan.token_of_row)
+            dweight = F.grouped_mm(dy.t(), rows, offs=plan.memory_offsets)
+            del rows
+        if ctx.needs_input_grad[0]:
+            dx = sum_slots(F.grouped_mm(dy, weight, offs=plan.memory_offsets), plan.row_of_slot)
+        return dx, dweight, None
+
+
+def _projection_torch(x, weight, plan):
+    if has_device_grouped_mm(x, weight):
+        return _GroupedProduct.apply(x, weight, plan)
+    rows = gather_rows(x, plan)
     ends = plan.memory_offsets.tolist()  # the host reads the sizes: this path is for the CPU and for comparison
     sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     return torch.cat([F.linear(part, w) for part, w in zip(rows.split(sizes), weight, strict=True)])

@@ -351,7 +351,8 @@ class SegmentConvolution(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
-def _check(x, weight, plan, gather, unit_length_heads, initial_tail):
+def check_arguments(x, weight, plan, gather, unit_length_heads, initial_tail):
+    """Raises ValueError for what :func:`segment_convolution_triton` cannot take."""
     if x.dim() != 2 or x.dtype not in FLOATS or (x.numel() and x.stride(1) != 1):
         raise ValueError(
             "x must be float32, bfloat16 or float16 [tokens or rows, C] with adjacent channels, "
@@ -407,7 +408,7 @@ def segment_convolution_triton(
     Raises:
         ValueError: a shape, dtype or stride that does not fit.
     """
-    _check(x, weight, plan, gather, unit_length_heads, initial_tail)
+    check_arguments(x, weight, plan, gather, unit_length_heads, initial_tail)
     if initial_tail is not None:
         initial_tail = initial_tail.contiguous()
     return SegmentConvolution.apply(
