@@ -17,11 +17,12 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from mom_layers.ops.rows_triton import sum_slots
+from mom_layers.ops.rows_triton import sum_parts, sum_slots
 
 # Rows a walk. A backward walk computes W - 1 rows twice, and leaves W x C sums of the weight's gradient behind.
 FORWARD_RUN = 32
 BACKWARD_RUN = 64
+BACKWARD_REGISTERS = None  # of a thread at most; None for the compiler's choice
 AHEAD = 4  # rows whose loads are under way together
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_SIZES = (16, 32, 64, 128, 256)
@@ -323,9 +324,10 @@ def run_backward(x, weight, initial_tail, plan, gather, unit_length_heads, eps, 
         stride_dy=dy.stride(0),
         stride_dx=dx.stride(0),
         RUN=BACKWARD_RUN,
+        maxnreg=BACKWARD_REGISTERS,
         **arguments,
     )
-    dweight = dweight.sum(0).t().to(weight.dtype).contiguous()
+    dweight = sum_parts(dweight, weight.dtype).t().contiguous()
     if gather:
         dx = sum_slots(dx, plan.row_of_slot)
     if not needs_initial:
