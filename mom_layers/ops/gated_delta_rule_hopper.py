@@ -124,10 +124,12 @@ def recurrence_kernel(
     s_r = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))
     s_u = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))
     s_end = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))
+    s_e = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))
 
-    o_t = gl.arange(0, BT, layout=L_t)
-    o_v = i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_r))
-    o_tv = o_t[:, None] * (H * V) + o_v[None, :]
+    # v, e and o pass through shared memory, so that whole cache lines are read and written.
+    L_io: gl.constexpr = _copy_layout(BV, NW)
+    o_t = gl.arange(0, BT, layout=gl.SliceLayout(1, L_io))
+    o_tv = o_t[:, None] * (H * V) + (i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_io)))[None, :]
     o_k = gl.arange(0, K, layout=gl.SliceLayout(1, L_S))
     o_kv = o_k[:, None] * V + (i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_S)))[None, :]
     i_state = (i_s.to(gl.int64) * H + i_h) * K * V
@@ -142,12 +144,11 @@ def recurrence_kernel(
         _copy(s_q.index(0), q + rows * K, H * K, num_rows, BT, K, NW)
         _copy(s_P.index(0), scores + i_chunk * BT * BT, BT, BT, BT, BT, NW)
     async_copy.commit_group()
-    b_v = gl.load(v + rows * V + o_tv, mask=(o_t < num_rows)[:, None], other=0.0)
+    s_r.store(gl.load(v + rows * V + o_tv, mask=(o_t < num_rows)[:, None], other=0.0))
     b_beta, b_from_start, b_to_end = _row_factors(beta, gates, rows, i_chunk, num_rows, H, BT, L_t)
     chunk_decay = _chunk_decay(gates, i_chunk, num_rows, BT)
     for i_t in range(num_chunks):
         left = num_rows - i_t * BT
-        m_t = o_t < left
         i_buffer = i_t & 1
         b_S_low = b_S.to(low)
         s_S.store(b_S_low)
@@ -159,6 +160,8 @@ def recurrence_kernel(
             _copy(s_q.index(1 - i_buffer), q + (rows + BT * H) * K, H * K, left - BT, BT, K, NW)
             _copy(s_P.index(1 - i_buffer), scores + (i_chunk + H) * BT * BT, BT, BT, BT, BT, NW)
         async_copy.commit_group()
+        if i_t > 0:
+            gl.store(o + (rows - BT * H) * V + o_tv, s_u.load(L_io))
         zero = gl.zeros([BT, BV], gl.float32, layout=L_r)
         b_kS = warpgroup_mma(s_k.index(i_buffer), s_S, zero, use_acc=False, is_async=True)
         b_qS = warpgroup_mma(s_q.index(i_buffer), s_S, zero, use_acc=False, is_async=True)
@@ -171,6 +174,7 @@ def recurrence_kernel(
             if i_t % GROUP == 0:
                 i_point = (i_group + i_t // GROUP).to(gl.int64) * H + i_h
                 gl.store(checkpoints + i_point * K * V + o_kv, b_S_low)
+        b_v = s_r.load(L_r)
         b_kS = warpgroup_mma_wait(1, deps=[b_kS])
         b_r = b_v.to(gl.float32) - b_from_start[:, None] * b_kS
         s_r.store((b_beta[:, None] * b_r).to(low))
@@ -181,6 +185,8 @@ def recurrence_kernel(
         b_u = b_beta[:, None] * b_e
         s_end.store((b_to_end[:, None] * b_u).to(low))
         s_u.store(b_u.to(low))
+        if FOR_BACKWARD:
+            s_e.store(b_e.to(low))
         b_S = chunk_decay * b_S
         if FOR_BACKWARD and STORE_FINAL_STATE:
             if left <= BT:
@@ -188,14 +194,20 @@ def recurrence_kernel(
         _publish()
         b_S_next = warpgroup_mma(s_k.index(i_buffer).permute((1, 0)), s_end, b_S, is_async=True)
         b_o = warpgroup_mma(s_P.index(i_buffer), s_u, b_from_start[:, None] * b_qS, is_async=True)
+        s_r.store(b_next_v)
         if FOR_BACKWARD:
-            gl.store(errors + rows * V + o_tv, b_e.to(low), mask=m_t[:, None])
+            gl.store(errors + rows * V + o_tv, s_e.load(L_io), mask=(o_t < left)[:, None])
         b_S, b_o = warpgroup_mma_wait(0, deps=[b_S_next, b_o])
-        gl.store(o + rows * V + o_tv, (scale * b_o).to(low), mask=m_t[:, None])
-        b_v, chunk_decay = b_next_v, next_decay
+        gl.thread_barrier()
+        s_u.store((scale * b_o).to(low))
+        chunk_decay = next_decay
         b_beta, b_from_start, b_to_end = next_beta, next_from_start, next_to_end
         rows += BT * H
         i_chunk += H
+    if num_chunks > 0:
+        gl.thread_barrier()
+        m_t = o_t < num_rows - (num_chunks - 1) * BT
+        gl.store(o + (rows - BT * H) * V + o_tv, s_u.load(L_io), mask=m_t[:, None])
     if STORE_FINAL_STATE:
         gl.store(final_state + i_state + o_kv, b_S)
 
@@ -257,9 +269,10 @@ def reverse_recurrence_kernel(
     s_z = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))
     s_y = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))
 
-    o_t = gl.arange(0, BT, layout=L_t)
-    o_v = i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_r))
-    o_tv = o_t[:, None] * (H * V) + o_v[None, :]
+    L_io: gl.constexpr = _copy_layout(BV, NW)
+    L_row: gl.constexpr = gl.SliceLayout(1, L_io)
+    o_t = gl.arange(0, BT, layout=L_row)
+    o_tv = o_t[:, None] * (H * V) + (i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_io)))[None, :]
     o_k = gl.arange(0, K, layout=gl.SliceLayout(1, L_S))
     o_kv = o_k[:, None] * V + (i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_S)))[None, :]
     i_state = (i_s.to(gl.int64) * H + i_h) * K * V
@@ -281,6 +294,7 @@ def reverse_recurrence_kernel(
     async_copy.commit_group()
     b_do = gl.load(do + rows * V + o_tv, mask=(o_t < left)[:, None], other=0.0)
     b_beta, b_from_start, b_to_end = _row_factors(beta, gates, rows, i_chunk, left, H, BT, L_t)
+    b_start = scale * gl.load(gates + i_chunk * 2 * BT + o_t, mask=o_t < left, other=0.0)
     chunk_decay = _chunk_decay(gates, i_chunk, left, BT)
     for i_back in range(num_chunks):
         i_t = num_chunks - 1 - i_back
@@ -289,7 +303,7 @@ def reverse_recurrence_kernel(
         b_dS_low = b_dS.to(low)
         s_S.store(b_dS_low)
         s_do.store(b_do)
-        s_start.store(((scale * b_from_start)[:, None] * b_do.to(gl.float32)).to(low))
+        s_start.store((b_start[:, None] * b_do.to(gl.float32)).to(low))
         async_copy.wait_group(0)
         _publish()
         if i_t > 0:
@@ -305,6 +319,8 @@ def reverse_recurrence_kernel(
         next_beta, next_from_start, next_to_end = _row_factors(
             beta, gates, rows - BT * H, i_chunk - H, gl.where(i_t > 0, BT, 0), H, BT, L_t
         )
+        m_next = (o_t >= 0) & (i_t > 0)
+        b_next_start = scale * gl.load(gates + (i_chunk - H) * 2 * BT + o_t, mask=m_next, other=0.0)
         next_decay = _chunk_decay(gates, i_chunk - H, i_t, BT)
         if (i_t % GROUP == GROUP - 1) | (i_back == 0):
             i_point = (i_group + i_t // GROUP).to(gl.int64) * H + i_h
@@ -322,11 +338,12 @@ def reverse_recurrence_kernel(
         b_Xz = warpgroup_mma_wait(1, deps=[b_Xz])
         b_y = b_z - b_Xz
         s_y.store(((-b_from_start * b_beta)[:, None] * b_y).to(low))
-        gl.store(d_errors + rows * V + o_tv, b_y.to(low), mask=m_t[:, None])
+        s_do.store(b_y.to(low))
         _publish()
         b_dS_next = warpgroup_mma(s_k.index(i_buffer).permute((1, 0)), s_y, b_dS_next, is_async=True)
+        gl.store(d_errors + rows * V + o_tv, s_do.load(L_io), mask=m_t[:, None])
         b_dS = warpgroup_mma_wait(0, deps=[b_dS_next])
-        b_do, chunk_decay = b_next_do, next_decay
+        b_do, b_start, chunk_decay = b_next_do, b_next_start, next_decay
         b_beta, b_from_start, b_to_end = next_beta, next_from_start, next_to_end
         rows -= BT * H
         i_chunk -= H

@@ -172,7 +172,7 @@ def state_gradients_kernel(
             b_term += gl.sum(b_k * b_dk, 1)
         s_out.store(b_dk.to(low))
         if not REVERSE:
-                b_dk_so_far = gl.load(dk + rows * K + o_tk, mask=m_tk, other=0.0)
+            b_dk_so_far = gl.load(dk + rows * K + o_tk, mask=m_tk, other=0.0)
         i_part = i_chunk * (K // BK) + i_kb
         gl.store(row_terms + i_part * BT + o_t, b_term)
         gl.store(totals + i_part, gl.sum(b_term, 0))

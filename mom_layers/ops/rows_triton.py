@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 SUM_TILE = (16, 128)  # tokens and channels of a program that adds up a token's rows
-PARTS_TILE = (64, 32)  # partial sums at a time, and columns of a program
+PARTS_TILE = (256, 32)  # partial sums at a time, and columns of a program
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -54,6 +54,6 @@ def sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
     BP, BN = PARTS_TILE
     _sum_parts_kernel[(triton.cdiv(out.numel(), BN),)](
-        parts=parts, out=out, num_parts=parts.shape[0], N=out.numel(), BP=BP, BN=BN, num_warps=4
+        parts=parts, out=out, num_parts=parts.shape[0], N=out.numel(), BP=BP, BN=BN, num_warps=8
     )
     return out
