@@ -122,6 +122,7 @@ def _scores_kernel(
     o_t = tl.arange(0, BT)
     o_r = tl.arange(0, BC)
     m_r = (first + o_r < last)[:, None]
+    num_rows = tl.minimum(last - first, BC)
     low = q.dtype.element_ty
 
     b_P = tl.zeros([BC, BT], tl.float32)
@@ -137,11 +138,11 @@ def _scores_kernel(
 
         # Column after column of the block, the last one first: b_A is g(j, i].
         b_A = tl.zeros([BC, BK], tl.float32)
-        for i in range(0, BC):
-            j = BC - 1 - i
+        for i in range(0, num_rows):
+            j = num_rows - 1 - i
             p_j = rows * K + (first + j) * (H * K) + o_k
-            b_kj = tl.load(k + p_j, mask=first + j < last, other=0.0).to(tl.float32)  # [BK]
-            b_gj = tl.load(g + p_j, mask=first + j < last, other=0.0).to(tl.float32)  # [BK]
+            b_kj = tl.load(k + p_j).to(tl.float32)  # [BK]
+            b_gj = tl.load(g + p_j).to(tl.float32)  # [BK]
             b_column = tl.sum(b_q * b_kj[None, :] * tl.exp(b_A), 1)  # [BC]
             b_D += tl.where((o_r[None, :] == j) & (o_r[:, None] >= j), b_column[:, None], 0.0)
             b_A += tl.where(o_r[:, None] >= j, b_gj[None, :], 0.0)

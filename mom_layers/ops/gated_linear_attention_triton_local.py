@@ -103,8 +103,10 @@ def _query_key_gradients_kernel(
     low = q.dtype.element_ty
 
     b_later = tl.zeros([BK], tl.float32)  # q * dq - k * dk of the blocks after this one
-    for i_back in range(0, BT // BC):
-        first = BT - BC - i_back * BC
+    num_blocks = tl.cdiv(tl.minimum(last, BT), BC)
+    for i_back in range(0, num_blocks):
+        first = (num_blocks - 1 - i_back) * BC
+        num_rows = tl.minimum(last - first, BC)
         m_r = first + o_r < last
         m_next = (o_r + 1 < BC) & (first + o_r + 1 < last)
         p_rk = rows * K + (first + o_r)[:, None] * (H * K) + o_k[None, :]
@@ -124,19 +126,19 @@ def _query_key_gradients_kernel(
         # Row after row of the block: from its end as the key, b_A is g(j, i] of the rows i after it; from its start as
         # the query, g(j, i] of the rows j before it.
         b_A = tl.zeros([BC, BK], tl.float32)
-        for i in range(0, BC):
-            j = BC - 1 - i
+        for i in range(0, num_rows):
+            j = num_rows - 1 - i
             p_j = rows * K + (first + j) * (H * K) + o_k
-            b_kj = tl.load(k + p_j, mask=first + j < last, other=0.0).to(tl.float32)  # [BK]
-            b_gj = tl.load(g + p_j, mask=first + j < last, other=0.0).to(tl.float32)  # [BK]
+            b_kj = tl.load(k + p_j).to(tl.float32)  # [BK]
+            b_gj = tl.load(g + p_j).to(tl.float32)  # [BK]
             b_column = tl.load(p_dP + (first + o_r) * BT + first + j).to(tl.float32)  # [BC]
             b_dq += tl.where((o_r > j)[:, None], b_column[:, None] * b_kj[None, :] * tl.exp(b_A), 0.0)
             b_A += tl.where((o_r >= j)[:, None], b_gj[None, :], 0.0)
         b_A = tl.zeros([BC, BK], tl.float32)
-        for i in range(0, BC):
+        for i in range(0, num_rows):
             p_i = rows * K + (first + i) * (H * K) + o_k
-            b_qi = tl.load(q + p_i, mask=first + i < last, other=0.0).to(tl.float32)  # [BK]
-            b_gi = tl.load(g + p_i, mask=first + i < last, other=0.0).to(tl.float32)  # [BK]
+            b_qi = tl.load(q + p_i).to(tl.float32)  # [BK]
+            b_gi = tl.load(g + p_i).to(tl.float32)  # [BK]
             b_row = tl.load(p_dP + (first + i) * BT + first + o_r).to(tl.float32)  # [BC]
             b_A += tl.where((o_r < i)[:, None], b_gi[None, :], 0.0)
             b_dk += tl.where((o_r < i)[:, None], b_row[:, None] * b_qi[None, :] * tl.exp(b_A), 0.0)
