@@ -100,7 +100,7 @@ def read_memories(
             unit_length_heads=unit, tails=tails, output_tail=output_state, backend=backend,
         )  # fmt: skip
     raw_gates = raw.split(sizes[2:], dim=1)
-    gates = rule.gates(dict(zip(rule.gate_widths, raw_gates, strict=True)), parameters.rule_parameters)
+    gates = rule.gates(dict(zip(rule.gate_widths, raw_gates, strict=True)), parameters.rule_parameters, backend)
     o, recurrent = rule.recur(
         q.unflatten(1, (heads, k_dim)),
         k.unflatten(1, (heads, k_dim)),

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from mom_layers.ops.backend import resolve_backend
+
 # Rows a chunk: one tensor-core tile high, and 64 x 64 scores a chunk cost less than a 256 x 256 state does.
 CHUNK = 64
 # Chunks a group: the state is stored once a group for the backward pass, which computes the others again.
@@ -26,17 +28,24 @@ class ChunkTable(NamedTuple):
     offsets: torch.Tensor
 
 
-def chunk_table(cu_seqlens: torch.Tensor, num_rows: int, chunk_size: int = CHUNK) -> ChunkTable:
+def chunk_table(
+    cu_seqlens: torch.Tensor, num_rows: int, chunk_size: int = CHUNK, *, backend: str = "torch"
+) -> ChunkTable:
     """Lists the chunks of every segment in order; the last chunk of a segment may be partial, an empty one has none.
 
     Args:
         cu_seqlens: [S + 1] int32, from 0 to ``num_rows``, never decreasing.
         num_rows: R.
         chunk_size: C, rows a chunk.
+        backend: "torch", "triton" or "auto"; what the kernels' callers choose.
 
     Never waits for the device, so it can be captured in a CUDA graph.
     """
     num_slots = num_rows // chunk_size + cu_seqlens.shape[0] - 1
+    if resolve_backend(backend, cu_seqlens) == "triton":
+        from mom_layers.ops.chunk_table_triton import chunk_table_triton
+
+        return ChunkTable(*chunk_table_triton(cu_seqlens, num_slots, chunk_size))
     counts = (cu_seqlens.diff() + (chunk_size - 1)) // chunk_size
     offsets = torch.zeros_like(cu_seqlens)
     torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[1:])

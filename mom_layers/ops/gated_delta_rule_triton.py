@@ -54,8 +54,8 @@ class _GatedDeltaRule(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         q, k, v, g, beta, cu_seqlens = (x.contiguous() for x in (q, k, v, g, beta, cu_seqlens))
         initial_state = None if initial_state is None else initial_state.contiguous()
-        table = chunk_table(cu_seqlens, q.shape[0])
-        groups = chunk_table(cu_seqlens, q.shape[0], GROUP * CHUNK)
+        table = chunk_table(cu_seqlens, q.shape[0], backend="triton")
+        groups = chunk_table(cu_seqlens, q.shape[0], GROUP * CHUNK, backend="triton")
         o = torch.empty_like(v)
         final_state = decayed_state = checkpoints = errors = None
         if output_final_state:

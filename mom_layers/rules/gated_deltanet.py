@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from mom_layers.ops.backend import compute_dtype
+from mom_layers.ops.backend import compute_dtype, resolve_backend
 from mom_layers.ops.gated_delta_rule import CHUNK, gated_delta_rule
 from mom_layers.rules.registry import MemoryRule
 
@@ -33,8 +33,13 @@ def init_parameters(num_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
     return {"A_log": rate.log(), "dt_bias": inverse_softplus}
 
 
-def gates(raw, parameters):
+def gates(raw, parameters, backend):
     """raw beta, a [R, H]; A_log, dt_bias [H]. Returns g (log decay), beta [R, H] in float32 or float64."""
+    if resolve_backend(backend, raw["a"]) == "triton":
+        from mom_layers.ops.decay_gates_triton import decay_gates_triton
+
+        g, beta = decay_gates_triton(raw["beta"], raw["a"], parameters["A_log"], parameters["dt_bias"])
+        return {"g": g, "beta": beta}
     dtype = compute_dtype(raw["a"].dtype)
     g = -parameters["A_log"].to(dtype).exp() * F.softplus(raw["a"].to(dtype) + parameters["dt_bias"].to(dtype))
     return {"g": g, "beta": torch.sigmoid(raw["beta"].to(dtype))}

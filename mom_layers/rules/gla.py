@@ -30,7 +30,7 @@ def init_parameters(num_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
     return {"decay_up": up, "decay_bias": torch.zeros(num_heads, head_dim)}
 
 
-def gates(raw, parameters):
+def gates(raw, parameters, backend):
     """raw decay [R, H * rank]; decay_up [H, rank, K], decay_bias [H, K]. Returns g [R, H, K] in float32 or float64."""
     dtype = compute_dtype(raw["decay"].dtype)
     up, bias = parameters["decay_up"].to(dtype), parameters["decay_bias"].to(dtype)

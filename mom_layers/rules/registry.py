@@ -23,7 +23,7 @@ class MemoryRule:
         parameter_shapes: key size K -> {name: shape of a head's part}; the rule's parameters are [H, *shape].
         init_parameters: (num_heads, K) -> {name: float32 [H, *shape] tensor}; drawn with torch's global generator on
             the CPU.
-        gates: ({gate name: [R, H * width]}, {parameter name: [H, *shape]}) -> what ``recur`` takes as gates.
+        gates: ({gate name: [R, H * width]}, {parameter name: [H, *shape]}, backend) -> what ``recur`` takes as gates.
         recur: (q [R, H, K], k, v [R, H, V], cu_seqlens, gates, initial_state, output_final_state, backend) ->
             (o [R, H, V], final state [S, H, K, V] or None).
         unit_length_keys: q and k are brought to unit length per head.
@@ -35,7 +35,7 @@ class MemoryRule:
     gate_widths: Mapping[str, int]
     parameter_shapes: Callable[[int], dict[str, tuple[int, ...]]]
     init_parameters: Callable[[int, int], dict[str, torch.Tensor]]
-    gates: Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+    gates: Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor], str], dict[str, torch.Tensor]]
     recur: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     unit_length_keys: bool
     head_sizes: tuple[int, ...]

@@ -103,13 +103,13 @@ def test_gla_gate():
         name: tuple(value.shape) for name, value in parameters.items()
     }
     raw = torch.randn(5, 3 * gla.RANK, requires_grad=True)
-    g = rule.gates({"decay": raw}, parameters)["g"]
+    g = rule.gates({"decay": raw}, parameters, "torch")["g"]
     assert g.shape == (5, 3, 32) and (g < 0).all()
     by_hand = torch.sigmoid(raw[2, 16:32] @ parameters["decay_up"][1]) ** (1 / 16)
     torch.testing.assert_close(g[2, 1].exp(), by_hand)
     (grad,) = torch.autograd.grad(g[:, 1].sum(), raw)
     assert grad[:, 16:32].abs().min() > 0 and not grad[:, :16].any() and not grad[:, 32:].any()
-    assert rule.gates({"decay": raw.bfloat16()}, parameters)["g"].dtype == torch.float32
+    assert rule.gates({"decay": raw.bfloat16()}, parameters, "torch")["g"].dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def test_triton_agrees_with_torch_at_real_sizes(rule, head_dim, expand_v, heads,
         exact.router.weight.copy_(module.router.weight)
     a, b = x.clone().requires_grad_(), x.double().requires_grad_()
     got, expected = module(a)[0], exact(b)[0]
-    # As of a sum of squares: a gradient of noise would let the few numbers that all rows share cancel to almost nothing.
+    # A sum of squares: with a gradient of noise, what all rows share would cancel to almost nothing.
     grad = expected.detach().to(dtype)
     got_grads = torch.autograd.grad(got, [a, *module.parameters()], grad)
     expected_grads = torch.autograd.grad(expected, [b, *exact.parameters()], grad.double())
