@@ -20,6 +20,7 @@ test-gpu:
 	$(PYTHON) -m pytest tests/mom_layers tests/linear_moe
 
 bench:
+	$(PYTHON) tools/bench_kernels.py
 	$(PYTHON) tools/bench_layers.py
 
 lint:

@@ -1,0 +1,137 @@
+#!/usr/bin/env python
+"""Times the recurrences over packed segments beside the kernels that a user would pick instead, in one run.
+
+    python tools/bench_kernels.py [--cases N] [--csv FILE]
+
+Peers: flash-linear-attention's and FlashQLA's gated delta rule, where those packages are installed. A row is the median
+time of forward and of forward+backward, and what part the latter is of the time that the chip would need at least: its
+products at the speed of one large product measured here, or its tensors at the speed of a copy, whichever is longer.
+"""
+
+import argparse
+import csv
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from bench_layers import median_ms
+
+from mom_layers.ops.gated_delta_rule import gated_delta_rule
+from mom_layers.ops.gated_linear_attention import gated_linear_attention
+from mom_layers.rules import get_rule
+
+# (segments, tokens a segment, heads, K = V)
+CASES = {
+    "cuda": [(32, 1024, 4, 256), (32, 1024, 8, 128), (4, 8192, 4, 256), (4, 8192, 8, 128)],
+    "cpu": [(4, 128, 2, 32)],
+}
+FIELDS = ("device", "torch", "triton", "kernel", "segments", "tokens", "heads", "head_dim")
+FIELDS += ("forward_ms", "both_ms", "of_floor")
+
+
+def inputs(segments: int, tokens: int, heads: int, size: int, device: str) -> tuple[dict[str, torch.Tensor], ...]:
+    """q, k, v, a decay a head, a decay a key channel and beta; borders of the segments; a gradient of the output."""
+    rows, dtype = segments * tokens, torch.bfloat16 if device == "cuda" else torch.float32
+    unit = [F.normalize(torch.randn(rows, heads, size, device=device), dim=-1).to(dtype) for _ in range(2)]
+    leaves = {
+        "q": unit[0],
+        "k": unit[1],
+        "v": torch.randn(rows, heads, size, device=device, dtype=dtype),
+        "g": F.logsigmoid(torch.randn(rows, heads, device=device) + 3),
+        "g_channels": F.logsigmoid(torch.randn(rows, heads, size, device=device)) / 16,
+        "beta": torch.rand(rows, heads, device=device),
+    }
+    cu_seqlens = torch.arange(0, rows + 1, tokens, device=device, dtype=torch.int32)
+    return {name: x.requires_grad_() for name, x in leaves.items()}, cu_seqlens, torch.randn_like(leaves["v"])
+
+
+def kernels(device: str, size: int) -> dict:
+    """Functions of (leaves, cu_seqlens) that return the output, by name."""
+    found = {
+        "gated_deltanet": lambda x, cu: gated_delta_rule(x["q"], x["k"], x["v"], x["g"], x["beta"], cu)[0],
+        "gla": lambda x, cu: gated_linear_attention(x["q"], x["k"], x["v"], x["g_channels"], cu)[0],
+    }
+
+    def peer(operation):
+        def run(x, cu):
+            q, k, v, g, beta = (x[name][None] for name in ("q", "k", "v", "g", "beta"))
+            return operation(q, k, v, g=g, beta=beta, cu_seqlens=cu)[0][0]
+
+        return run
+
+    if device == "cuda" and importlib.util.find_spec("fla"):
+        os.environ.setdefault("FLA_FLASH_QLA", "0")  # keeps FLA on its own kernels, so that the two can be told apart
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        found["fla"] = peer(chunk_gated_delta_rule)
+    if device == "cuda" and size == 128 and importlib.util.find_spec("flash_qla"):
+        from flash_qla import chunk_gated_delta_rule
+
+        found["flash-qla"] = peer(chunk_gated_delta_rule)
+    return found
+
+
+def speeds(device: str) -> tuple[float, float]:
+    """FLOP/s of a large product and bytes/s of a large copy, measured."""
+    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b, copy = torch.randn_like(a), torch.empty_like(a)
+    product, moved = median_ms(lambda: a @ b, device), median_ms(lambda: copy.copy_(a), device)
+    return 2e3 * n**3 / product, 2e3 * a.numel() * a.element_size() / moved
+
+
+def floor_ms(rule: str, case: tuple[int, int, int, int], speed: tuple[float, float], bytes_each: int) -> float:
+    """Three times the forward's products, or q, k, v, o and their gradients once each."""
+    segments, tokens, heads, size = case
+    rows = segments * tokens
+    arithmetic = 3 * get_rule(rule).recurrence_flops(rows, heads, size, size) / speed[0]
+    traffic = 8 * rows * heads * size * bytes_each / speed[1]
+    return 1e3 * max(arithmetic, traffic)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, help="only the first N cases")
+    parser.add_argument("--csv", type=Path, help="append the rows to this file")
+    options = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    versions = {"device": name, "torch": torch.__version__, "triton": importlib.metadata.version("triton")}
+    speed = speeds(device)
+    print(f"{name}: product {speed[0] / 1e12:.3g} TFLOP/s, copy {speed[1] / 1e12:.3g} TB/s")
+    print("segments x tokens, heads, size; milliseconds of forward, of forward+backward; the latter over its floor")
+    rows = []
+    for case in CASES[device][: options.cases]:
+        leaves, cu_seqlens, grad = inputs(*case, device)
+        for kernel_name, kernel in kernels(device, case[3]).items():
+
+            def both(kernel=kernel, leaves=leaves, cu_seqlens=cu_seqlens, grad=grad):
+                for x in leaves.values():
+                    x.grad = None
+                kernel(leaves, cu_seqlens).backward(grad)
+
+            with torch.no_grad():
+                forward_ms = median_ms(lambda k=kernel, x=leaves, cu=cu_seqlens: k(x, cu), device)
+            both_ms = median_ms(both, device)
+            rule = "gla" if kernel_name == "gla" else "gated_deltanet"
+            factor = both_ms / floor_ms(rule, case, speed, grad.element_size())
+            shape = f"{case[0]}x{case[1]} H{case[2]} {case[3]}"
+            print(f"{shape}  {kernel_name:14s} {forward_ms:8.3f} {both_ms:8.3f} {factor:6.1f}", flush=True)
+            values = (kernel_name, *case, f"{forward_ms:.4f}", f"{both_ms:.4f}", f"{factor:.2f}")
+            rows.append(versions | dict(zip(FIELDS[3:], values, strict=True)))
+    if options.csv:
+        new = not options.csv.exists()
+        with options.csv.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
