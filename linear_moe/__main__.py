@@ -14,10 +14,10 @@ from pathlib import Path
 
 
 def asks_for_mom(arguments: list[str]) -> bool:
-    """Whether the command line chooses memories, or may find that a checkpoint or a YAML file does."""
-    if any(word.partition("=")[0] in ("--use-checkpoint-args", "--yaml-cfg") for word in arguments):
+    """Whether the command line chooses memories, or may find that a checkpoint does."""
+    if "--use-checkpoint-args" in arguments or "--token-mixer=mom" in arguments:
         return True
-    return "--token-mixer=mom" in arguments or ("--token-mixer", "mom") in zip(arguments, arguments[1:], strict=False)
+    return ("--token-mixer", "mom") in zip(arguments, arguments[1:], strict=False)
 
 
 def main() -> int:
@@ -35,6 +35,9 @@ def main() -> int:
     from linear_moe import machine
 
     mom = asks_for_mom(sys.argv[1:])
+    if mom and any(word.partition("=")[0] == "--yaml-cfg" for word in sys.argv):
+        print("error: with --yaml-cfg Megatron reads no arguments, --token-mixer neither: leave one out", file=sys.stderr)
+        return 2
     if mom:
         machine.show_log()
     machine.start()

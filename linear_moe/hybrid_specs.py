@@ -41,6 +41,16 @@ def hybrid_stack_spec(config: MomTransformerConfig, chosen: ModuleSpec | None = 
     return replace(chosen, submodules=replace(chosen.submodules, gdn_layer=mom_layer))
 
 
+class LocalHybridStack(HybridStack):
+    """Megatron's, whose last norm is Transformer Engine's whatever its layers are, with a local one."""
+
+    def __init__(self, config: MomTransformerConfig, *args, post_layer_norm: bool = True, **kwargs):
+        super().__init__(config, *args, post_layer_norm=False, **kwargs)
+        self.post_layer_norm = post_layer_norm
+        if self.post_process and post_layer_norm:
+            self.final_norm = input_norm(config)(config, config.hidden_size, config.layernorm_epsilon)
+
+
 def _local_stack(config: MomTransformerConfig) -> ModuleSpec:
     """Softmax attention, MLPs and MoE MLPs of Megatron's local modules, each a layer of its own."""
 
@@ -55,7 +65,7 @@ def _local_stack(config: MomTransformerConfig) -> ModuleSpec:
         input_layernorm=input_norm(config), self_attention=whole.self_attention, self_attn_bda=whole.self_attn_bda
     )
     return ModuleSpec(
-        module=HybridStack,
+        module=LocalHybridStack,
         submodules=HybridStackSubmodules(
             attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
             mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),

@@ -12,7 +12,7 @@ def _configure(core_transformer_config_from_args, args, config_class=None):
 
     from linear_moe.config import MomTransformerConfig
 
-    if args.token_mixer == "mom" and config_class in (None, TransformerConfig):
+    if getattr(args, "token_mixer", "attention") == "mom" and config_class in (None, TransformerConfig):
         config_class = MomTransformerConfig
     return core_transformer_config_from_args(args, config_class)
 
