@@ -33,18 +33,22 @@ def main() -> int:
     sys.path.insert(0, str(script.resolve().parent))  # as Python does; before anything of Megatron is imported
 
     from linear_moe import machine
+    from megatron_patches.patch import PatchError
 
     mom = asks_for_mom(sys.argv[1:])
     if mom and any(word.partition("=")[0] == "--yaml-cfg" for word in sys.argv):
-        print("error: with --yaml-cfg Megatron reads no arguments, --token-mixer neither: leave one out", file=sys.stderr)
+        print("error: beside --yaml-cfg Megatron ignores all arguments, --token-mixer too", file=sys.stderr)
         return 2
     if mom:
         machine.show_log()
-    machine.start()
+    try:
+        machine.start()
+        from linear_moe import plugin
 
-    from linear_moe import plugin
-
-    plugin.install(mom=mom)
+        plugin.install(mom=mom)
+    except PatchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if mom:
         machine.announce()
     runpy.run_path(str(script), run_name="__main__")

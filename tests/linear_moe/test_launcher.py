@@ -98,6 +98,10 @@ def test_refuses_what_would_build_another_model(arguments, message):
     assert run.returncode != 0 and message in run.stdout, run.stdout[-2000:]
 
 
-def test_a_missing_script_is_named():
-    run = run_python("-m", "linear_moe", "nowhere.py", "--token-mixer", "mom")
-    assert run.returncode == 2 and "there is no script 'nowhere.py'" in run.stdout
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["nowhere.py"], "there is no script 'nowhere.py'"), ([SCRIPT, "--yaml-cfg", "x.yaml"], "ignores all arguments")],
+)
+def test_refuses_before_anything_is_imported(words, message):
+    run = run_python("-m", "linear_moe", *words, "--token-mixer", "mom")
+    assert run.returncode == 2 and message in run.stdout
