@@ -133,8 +133,9 @@ class MomTokenMixer(MegatronModule):
         self.k_conv = parameter(self.key_width, width, sharded_dim=0)
         self.v_conv = parameter(self.value_width, width, sharded_dim=0)
         self.norm_weight = parameter(config.mom_value_dim)
-        for gate in self.rule.parameter_names:  # float32 whatever the model's type: see _apply
-            self.register_parameter(gate, parameter(self.num_heads, dtype=torch.float32, sharded_dim=0))
+        for gate, shape in self.rule.parameter_shapes(config.mom_head_dim).items():
+            # float32 whatever the model's type: see _apply
+            self.register_parameter(gate, parameter(self.num_heads, *shape, dtype=torch.float32, sharded_dim=0))
         if config.perform_initialization:
             self.reset_parameters()
 
@@ -170,7 +171,7 @@ class MomTokenMixer(MegatronModule):
         bound = config.mom_conv_kernel**-0.5
         for conv in (self.q_conv, self.k_conv, self.v_conv):
             drawn(lambda weight: weight.uniform_(-bound, bound), conv, 0, [conv.shape[0]])
-        for name, whole in self.rule.init_parameters(config.mom_num_heads).items():
+        for name, whole in self.rule.init_parameters(config.mom_num_heads, config.mom_head_dim).items():
             getattr(self, name).copy_(whole.chunk(tp_size)[rank])
         torch.nn.init.ones_(self.norm_weight)
 
@@ -316,7 +317,7 @@ class MomTokenMixer(MegatronModule):
             )
         splits = {
             "in_proj.weight": {"dim": 0, "names": ["query", "gate"], "sizes": [self.key_width, self.value_width]},
-            "memory_proj": {"dim": 1, "names": ["key", "value", *self.rule.gate_names], "sizes": self.sizes},
+            "memory_proj": {"dim": 1, "names": ["key", "value", *self.rule.gate_widths], "sizes": self.sizes},
         }
         if self.memory_proj.shape[0] < self.num_projections:
             routed = sharded[prefix + "memory_proj"]

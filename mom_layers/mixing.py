@@ -27,10 +27,10 @@ class MemoryParameters:
 
     Attributes:
         rule: the update rule.
-        projection: [G, O, D] with O = H K + H V + H * (gates of the rule): keys, values and gates of each memory in
+        projection: [G, O, D] with O = H K + H V + H * (gates' widths): keys, values and gates of each memory in
             one matrix, in this order; [1, O, D] where all memories share one.
         q_conv, k_conv: [H K, W]. v_conv: [H V, W].
-        rule_parameters: the rule's own, [H] each.
+        rule_parameters: the rule's own, [H, ...] each.
         norm_weight: [V].
         num_heads: H.
         norm_eps: of the output norm.
@@ -49,7 +49,7 @@ class MemoryParameters:
 
 def projection_sizes(rule: MemoryRule, num_heads: int, head_dim: int, value_dim: int) -> list[int]:
     """Widths of the pieces of one memory's fused projection: keys, values, then each gate of the rule."""
-    return [num_heads * head_dim, num_heads * value_dim] + [num_heads] * len(rule.gate_names)
+    return [num_heads * width for width in (head_dim, value_dim, *rule.gate_widths.values())]
 
 
 def read_memories(
@@ -100,7 +100,7 @@ def read_memories(
             unit_length_heads=unit, tails=tails, output_tail=output_state, backend=backend,
         )  # fmt: skip
     raw_gates = raw.split(sizes[2:], dim=1)
-    gates = rule.gates(dict(zip(rule.gate_names, raw_gates, strict=True)), parameters.rule_parameters)
+    gates = rule.gates(dict(zip(rule.gate_widths, raw_gates, strict=True)), parameters.rule_parameters)
     o, recurrent = rule.recur(
         q.unflatten(1, (heads, k_dim)),
         k.unflatten(1, (heads, k_dim)),

@@ -110,7 +110,10 @@ class MixtureOfMemories(nn.Module):
         self.k_conv = nn.Parameter(torch.empty(keys, conv_kernel))
         self.v_conv = nn.Parameter(torch.empty(values, conv_kernel))
         self.rule_parameters = nn.ParameterDict(
-            {name: nn.Parameter(torch.empty(num_heads)) for name in self.rule.parameter_names}
+            {
+                name: nn.Parameter(torch.empty(num_heads, *shape))
+                for name, shape in self.rule.parameter_shapes(head_dim).items()
+            }
         )
         self.norm_weight = nn.Parameter(torch.empty(self.value_dim))
         self.reset_parameters()
@@ -123,7 +126,7 @@ class MixtureOfMemories(nn.Module):
         for conv in (self.q_conv, self.k_conv, self.v_conv):
             bound = conv.shape[1] ** -0.5
             nn.init.uniform_(conv, -bound, bound)
-        for name, value in self.rule.init_parameters(self.num_heads).items():
+        for name, value in self.rule.init_parameters(self.num_heads, self.head_dim).items():
             self.rule_parameters[name].copy_(value)
         nn.init.ones_(self.norm_weight)
 

@@ -7,6 +7,7 @@ from transformers.configuration_utils import PretrainedConfig
 from mom_layers.hf.attention_config import AttentionSpec, parse_attention
 from mom_layers.mom import check_sizes
 
+FORMAT_RULES = ("gated_deltanet",)
 ACTIVATIONS = ("swish", "silu")
 INTERMEDIATE_MULTIPLE = 256
 
@@ -122,6 +123,10 @@ class MomConfig(PretrainedConfig):
             rule=self.mom_backend, num_heads=self.num_heads, head_dim=self.head_dim, expand_v=self.expand_v,
             num_memories=self.num_memories, topk=self.topk, conv_kernel=self.conv_size,
         )  # fmt: skip
+        if self.mom_backend not in FORMAT_RULES:
+            raise ValueError(
+                f"mom_backend {self.mom_backend!r} is no part of the format: it has {', '.join(FORMAT_RULES)}"
+            )
         if not self.use_output_gate:
             raise ValueError("use_output_gate=False is not supported: the layer's output norm is gated")
         if not self.use_short_conv:

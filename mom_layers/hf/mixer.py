@@ -30,6 +30,7 @@ class MomAttention(nn.Module):
         super().__init__()
         self.rule = get_rule(config.mom_backend)
         self.num_heads = config.num_heads
+        self.head_dim = config.head_dim
         self.num_memories = config.num_memories
         self.topk = config.topk
         self.shared_mem = config.shared_mem
@@ -39,7 +40,7 @@ class MomAttention(nn.Module):
 
         self.q_proj = nn.Linear(hidden, keys, bias=False)
         self.gate = nn.Linear(hidden, config.num_memories, bias=False)
-        self.letters = ["k", "v", *(GATE_LETTERS.get(name, name) for name in self.rule.gate_names)]
+        self.letters = ["k", "v", *(GATE_LETTERS.get(name, name) for name in self.rule.gate_widths)]
         sizes = projection_sizes(self.rule, config.num_heads, config.head_dim, value_dim)
         for letter, size in zip(self.letters, sizes, strict=True):
             if not config.single_kv_proj:
@@ -50,7 +51,7 @@ class MomAttention(nn.Module):
         for name, channels in (("q", keys), ("k", keys), ("v", values)):
             conv = nn.Conv1d(channels, channels, config.conv_size, groups=channels, bias=False)
             setattr(self, f"{name}_conv1d", conv)
-        for name, value in self.rule.init_parameters(config.num_heads).items():
+        for name, value in self.rule.init_parameters(config.num_heads, config.head_dim).items():
             self.register_parameter(name, nn.Parameter(value))
         self.g_proj = nn.Linear(hidden, values, bias=False)
         self.o_norm = RMSNorm(value_dim, config.norm_eps)
@@ -154,7 +155,7 @@ class MomAttention(nn.Module):
     @torch.no_grad()
     def reset_rule_parameters(self) -> None:
         """Draws A_log, dt_bias and their like anew, save for those that were loaded."""
-        for name, value in self.rule.init_parameters(self.num_heads).items():
+        for name, value in self.rule.init_parameters(self.num_heads, self.head_dim).items():
             parameter = getattr(self, name)
             if not getattr(parameter, "_is_hf_initialized", False):
                 parameter.copy_(value)

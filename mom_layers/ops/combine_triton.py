@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from mom_layers.ops.rows_triton import sum_parts
+
 FORWARD_TILE_ELEMENTS = 4096  # of a [BN, V] tile: 32 values a thread with 4 warps; not tuned
 BACKWARD_TILE_ELEMENTS = 1024  # six such tiles live at once; not tuned
 GRADIENT_PROGRAMS = 1024  # at most so many share the norm weight's gradient: 8 a multiprocessor of an H200; not tuned
@@ -169,7 +171,7 @@ class Combine(torch.autograd.Function):
             BK=triton.next_power_of_2(topk),
             num_warps=4,
         )
-        return do, dweights, None, dgate, dnorm_weight.sum(0).to(norm_weight.dtype), None
+        return do, dweights, None, dgate, sum_parts(dnorm_weight, norm_weight.dtype), None
 
 
 def _check(o, weights, row_of_slot, gate, norm_weight):

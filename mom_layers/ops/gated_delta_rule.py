@@ -8,29 +8,9 @@ from __future__ import annotations
 import torch
 
 from mom_layers.ops.backend import compute_dtype, resolve_backend
+from mom_layers.ops.chunk_rows import chunk_rows
 
 CHUNK = 64
-
-
-def _chunk_rows(cu_seqlens: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, list[int], list[int]]:
-    """Lays rows out in chunks, ordered by (chunk of the segment, segment from longest to shortest).
-
-    Returns the row of every chunk place [N, C] (``num_rows`` where there is none), the number of segments that still
-    run at each step, and the segments' order. Reads lengths on the host: this path serves the CPU and comparisons.
-    """
-    edges = cu_seqlens.tolist()
-    lengths = [b - a for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    chunk = max(1, min(CHUNK, max(lengths)))
-    counts = [-(-length // chunk) for length in lengths]
-    order = sorted(range(len(lengths)), key=lambda s: -counts[s])
-    running = [sum(count > step for count in counts) for step in range(max(counts))]
-    start, end = [], []
-    for step, active in enumerate(running):
-        start += [edges[s] + step * chunk for s in order[:active]]
-        end += [edges[s + 1] for s in order[:active]]
-    place = torch.tensor(start, dtype=torch.long)[:, None] + torch.arange(chunk)
-    place = torch.where(place < torch.tensor(end, dtype=torch.long)[:, None], place, num_rows)
-    return place.to(cu_seqlens.device), running, order
 
 
 def _gated_delta_rule_torch(q, k, v, g, beta, cu_seqlens, initial_state, output_final_state, scale):
@@ -41,7 +21,7 @@ def _gated_delta_rule_torch(q, k, v, g, beta, cu_seqlens, initial_state, output_
     state = q.new_zeros(segments, heads, k_dim, v_dim, dtype=dtype) if initial_state is None else initial_state
     if rows == 0:
         return torch.zeros_like(v), state if output_final_state else None
-    place, running, order = _chunk_rows(cu_seqlens, rows)
+    place, running, order = chunk_rows(cu_seqlens, rows, CHUNK)
 
     def chunks(x):  # [R, H, *] -> [N, H, C, *], zeros where a chunk has no row
         padded = torch.cat([x.to(dtype), x.new_zeros(1, *x.shape[1:], dtype=dtype)])

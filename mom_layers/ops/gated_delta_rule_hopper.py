@@ -124,10 +124,12 @@ def recurrence_kernel(
     s_r = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))
     s_u = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))
     s_end = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))
+    s_e = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))
 
-    o_t = gl.arange(0, BT, layout=L_t)
-    o_v = i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_r))
-    o_tv = o_t[:, None] * (H * V) + o_v[None, :]
+    # v, e and o pass through shared memory, so that whole cache lines are read and written.
+    L_io: gl.constexpr = _copy_layout(BV, NW)
+    o_t = gl.arange(0, BT, layout=gl.SliceLayout(1, L_io))
+    o_tv = o_t[:, None] * (H * V) + (i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_io)))[None, :]
     o_k = gl.arange(0, K, layout=gl.SliceLayout(1, L_S))
     o_kv = o_k[:, None] * V + (i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_S)))[None, :]
     i_state = (i_s.to(gl.int64) * H + i_h) * K * V
@@ -142,12 +144,11 @@ def recurrence_kernel(
         _copy(s_q.index(0), q + rows * K, H * K, num_rows, BT, K, NW)
         _copy(s_P.index(0), scores + i_chunk * BT * BT, BT, BT, BT, BT, NW)
     async_copy.commit_group()
-    b_v = gl.load(v + rows * V + o_tv, mask=(o_t < num_rows)[:, None], other=0.0)
+    s_r.store(gl.load(v + rows * V + o_tv, mask=(o_t < num_rows)[:, None], other=0.0))
     b_beta, b_from_start, b_to_end = _row_factors(beta, gates, rows, i_chunk, num_rows, H, BT, L_t)
     chunk_decay = _chunk_decay(gates, i_chunk, num_rows, BT)
     for i_t in range(num_chunks):
         left = num_rows - i_t * BT
-        m_t = o_t < left
         i_buffer = i_t & 1
         b_S_low = b_S.to(low)
         s_S.store(b_S_low)
@@ -159,6 +160,8 @@ def recurrence_kernel(
             _copy(s_q.index(1 - i_buffer), q + (rows + BT * H) * K, H * K, left - BT, BT, K, NW)
             _copy(s_P.index(1 - i_buffer), scores + (i_chunk + H) * BT * BT, BT, BT, BT, BT, NW)
         async_copy.commit_group()
+        if i_t > 0:
+            gl.store(o + (rows - BT * H) * V + o_tv, s_u.load(L_io))
         zero = gl.zeros([BT, BV], gl.float32, layout=L_r)
         b_kS = warpgroup_mma(s_k.index(i_buffer), s_S, zero, use_acc=False, is_async=True)
         b_qS = warpgroup_mma(s_q.index(i_buffer), s_S, zero, use_acc=False, is_async=True)
@@ -171,6 +174,7 @@ def recurrence_kernel(
             if i_t % GROUP == 0:
                 i_point = (i_group + i_t // GROUP).to(gl.int64) * H + i_h
                 gl.store(checkpoints + i_point * K * V + o_kv, b_S_low)
+        b_v = s_r.load(L_r)
         b_kS = warpgroup_mma_wait(1, deps=[b_kS])
         b_r = b_v.to(gl.float32) - b_from_start[:, None] * b_kS
         s_r.store((b_beta[:, None] * b_r).to(low))
@@ -181,6 +185,8 @@ def recurrence_kernel(
         b_u = b_beta[:, None] * b_e
         s_end.store((b_to_end[:, None] * b_u).to(low))
         s_u.store(b_u.to(low))
+        if FOR_BACKWARD:
+            s_e.store(b_e.to(low))
         b_S = chunk_decay * b_S
         if FOR_BACKWARD and STORE_FINAL_STATE:
             if left <= BT:
@@ -188,14 +194,20 @@ def recurrence_kernel(
         _publish()
         b_S_next = warpgroup_mma(s_k.index(i_buffer).permute((1, 0)), s_end, b_S, is_async=True)
         b_o = warpgroup_mma(s_P.index(i_buffer), s_u, b_from_start[:, None] * b_qS, is_async=True)
+        s_r.store(b_next_v)
         if FOR_BACKWARD:
-            gl.store(errors + rows * V + o_tv, b_e.to(low), mask=m_t[:, None])
+            gl.store(errors + rows * V + o_tv, s_e.load(L_io), mask=(o_t < left)[:, None])
         b_S, b_o = warpgroup_mma_wait(0, deps=[b_S_next, b_o])
-        gl.store(o + rows * V + o_tv, (scale * b_o).to(low), mask=m_t[:, None])
-        b_v, chunk_decay = b_next_v, next_decay
+        gl.thread_barrier()
+        s_u.store((scale * b_o).to(low))
+        chunk_decay = next_decay
         b_beta, b_from_start, b_to_end = next_beta, next_from_start, next_to_end
         rows += BT * H
         i_chunk += H
+    if num_chunks > 0:
+        gl.thread_barrier()
+        m_t = o_t < num_rows - (num_chunks - 1) * BT
+        gl.store(o + (rows - BT * H) * V + o_tv, s_u.load(L_io), mask=m_t[:, None])
     if STORE_FINAL_STATE:
         gl.store(final_state + i_state + o_kv, b_S)
 
@@ -257,9 +269,10 @@ def reverse_recurrence_kernel(
     s_z = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))
     s_y = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))
 
-    o_t = gl.arange(0, BT, layout=L_t)
-    o_v = i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_r))
-    o_tv = o_t[:, None] * (H * V) + o_v[None, :]
+    L_io: gl.constexpr = _copy_layout(BV, NW)
+    L_row: gl.constexpr = gl.SliceLayout(1, L_io)
+    o_t = gl.arange(0, BT, layout=L_row)
+    o_tv = o_t[:, None] * (H * V) + (i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_io)))[None, :]
     o_k = gl.arange(0, K, layout=gl.SliceLayout(1, L_S))
     o_kv = o_k[:, None] * V + (i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_S)))[None, :]
     i_state = (i_s.to(gl.int64) * H + i_h) * K * V
@@ -281,6 +294,7 @@ def reverse_recurrence_kernel(
     async_copy.commit_group()
     b_do = gl.load(do + rows * V + o_tv, mask=(o_t < left)[:, None], other=0.0)
     b_beta, b_from_start, b_to_end = _row_factors(beta, gates, rows, i_chunk, left, H, BT, L_t)
+    b_start = scale * gl.load(gates + i_chunk * 2 * BT + o_t, mask=o_t < left, other=0.0)
     chunk_decay = _chunk_decay(gates, i_chunk, left, BT)
     for i_back in range(num_chunks):
         i_t = num_chunks - 1 - i_back
@@ -289,7 +303,7 @@ def reverse_recurrence_kernel(
         b_dS_low = b_dS.to(low)
         s_S.store(b_dS_low)
         s_do.store(b_do)
-        s_start.store(((scale * b_from_start)[:, None] * b_do.to(gl.float32)).to(low))
+        s_start.store((b_start[:, None] * b_do.to(gl.float32)).to(low))
         async_copy.wait_group(0)
         _publish()
         if i_t > 0:
@@ -305,6 +319,8 @@ def reverse_recurrence_kernel(
         next_beta, next_from_start, next_to_end = _row_factors(
             beta, gates, rows - BT * H, i_chunk - H, gl.where(i_t > 0, BT, 0), H, BT, L_t
         )
+        m_next = (o_t >= 0) & (i_t > 0)
+        b_next_start = scale * gl.load(gates + (i_chunk - H) * 2 * BT + o_t, mask=m_next, other=0.0)
         next_decay = _chunk_decay(gates, i_chunk - H, i_t, BT)
         if (i_t % GROUP == GROUP - 1) | (i_back == 0):
             i_point = (i_group + i_t // GROUP).to(gl.int64) * H + i_h
@@ -322,204 +338,14 @@ def reverse_recurrence_kernel(
         b_Xz = warpgroup_mma_wait(1, deps=[b_Xz])
         b_y = b_z - b_Xz
         s_y.store(((-b_from_start * b_beta)[:, None] * b_y).to(low))
-        gl.store(d_errors + rows * V + o_tv, b_y.to(low), mask=m_t[:, None])
+        s_do.store(b_y.to(low))
         _publish()
         b_dS_next = warpgroup_mma(s_k.index(i_buffer).permute((1, 0)), s_y, b_dS_next, is_async=True)
+        gl.store(d_errors + rows * V + o_tv, s_do.load(L_io), mask=m_t[:, None])
         b_dS = warpgroup_mma_wait(0, deps=[b_dS_next])
-        b_do, chunk_decay = b_next_do, next_decay
+        b_do, b_start, chunk_decay = b_next_do, b_next_start, next_decay
         b_beta, b_from_start, b_to_end = next_beta, next_from_start, next_to_end
         rows -= BT * H
         i_chunk -= H
     if STORE_D_INITIAL_STATE:
         gl.store(d_initial_state + i_state + o_kv, b_dS)
-
-
-@gluon.jit
-def _scale_rows(shared, factor, ROWS: gl.constexpr, COLUMNS: gl.constexpr, NW: gl.constexpr):
-    """Multiplies shared memory by a number a row, in place; `factor` is laid out along the rows of a copy."""
-    for i in gl.static_range(0, COLUMNS, 64):
-        part = shared.slice(i, 64, dim=1)
-        values = part.load(_copy_layout(64, NW)).to(gl.float32)
-        part.store((factor[:, None] * values).to(shared.dtype))
-
-
-@gluon.jit
-def _scaled_factors(
-    beta, gates, rows, i_chunk, left, scale, H: gl.constexpr, BT: gl.constexpr, layout: gl.constexpr
-):  # fmt: skip
-    """What a chunk's rows take from the start's side as queries and as keys, and from the end's."""
-    b_beta, b_from_start, b_to_end = _row_factors(beta, gates, rows, i_chunk, left, H, BT, layout)
-    return scale * b_from_start, -b_from_start * b_beta, b_to_end * b_beta
-
-
-@gluon.jit
-def _copy_what_reads(
-    s_e, s_y, s_do, errors, d_errors, do, i_first, i_h, num_rows,
-    H: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, REVERSE: gl.constexpr, NW: gl.constexpr,
-):  # fmt: skip
-    """Starts the copies of a chunk's left operands: e against time, do and y along it."""
-    rows = (i_first.to(gl.int64) * H + i_h) * V
-    if num_rows > 0:
-        if REVERSE:
-            _copy(s_e, errors + rows, H * V, num_rows, BT, V, NW)
-        else:
-            _copy(s_do, do + rows, H * V, num_rows, BT, V, NW)
-            _copy(s_y, d_errors + rows, H * V, num_rows, BT, V, NW)
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _copy_what_updates(
-    s_q, s_k, s_e, s_y, s_do, q, k, errors, d_errors, do, i_first, i_h, i_kb, num_rows,
-    H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, BK: gl.constexpr,
-    REVERSE: gl.constexpr, NW: gl.constexpr,
-):  # fmt: skip
-    """Starts the copies of q, k and of what else the state's update takes: do and y against time, e along it."""
-    rows = i_first.to(gl.int64) * H + i_h
-    if num_rows > 0:
-        _copy(s_q, q + rows * K + i_kb * BK, H * K, num_rows, BT, BK, NW)
-        _copy(s_k, k + rows * K + i_kb * BK, H * K, num_rows, BT, BK, NW)
-        if REVERSE:
-            _copy(s_do, do + rows * V, H * V, num_rows, BT, V, NW)
-            _copy(s_y, d_errors + rows * V, H * V, num_rows, BT, V, NW)
-        else:
-            _copy(s_e, errors + rows * V, H * V, num_rows, BT, V, NW)
-    async_copy.commit_group()
-
-
-@gluon.jit(do_not_specialize=["num_segments"])
-def state_gradients_kernel(
-    q,
-    k,
-    beta,
-    gates,
-    errors,
-    d_errors,
-    do,
-    states,
-    cu_seqlens,
-    chunk_offsets,
-    group_segment,
-    group_index,
-    dq,
-    dk,
-    row_terms,
-    totals,
-    scale,
-    num_segments,
-    H: gl.constexpr,
-    K: gl.constexpr,
-    V: gl.constexpr,
-    BT: gl.constexpr,
-    BK: gl.constexpr,
-    GROUP: gl.constexpr,
-    REVERSE: gl.constexpr,
-    num_warps: gl.constexpr,
-):
-    """BK rows of S along one group of chunks and head, or of dS against time: what they owe to dq and dk.
-
-    As the Triton kernel of that name. The reading products (do S^T, y S^T or e dS^T) and the update use different
-    buffers, so that the copies for one of them run while the other is computed.
-    """
-    low: gl.constexpr = k.dtype.element_ty
-    NW: gl.constexpr = num_warps
-    i_kb = gl.program_id(0) % (K // BK)
-    i_h = gl.program_id(0) // (K // BK) % H
-    i_g = gl.program_id(0) // (K // BK) // H
-    i_s = gl.load(group_segment + i_g)
-    if i_s >= num_segments:
-        return
-    i_first_chunk = gl.load(group_index + i_g) * GROUP
-    i_first = gl.load(cu_seqlens + i_s) + i_first_chunk * BT
-    num_rows = gl.load(cu_seqlens + i_s + 1) - i_first
-    num_chunks = gl.minimum(gl.cdiv(num_rows, BT), GROUP)
-    i_chunk = (gl.load(chunk_offsets + i_s) + i_first_chunk).to(gl.int64) * H + i_h
-    if REVERSE:
-        i_chunk += (num_chunks - 1).to(gl.int64) * H
-        i_first += (num_chunks - 1) * BT
-        num_rows -= (num_chunks - 1) * BT
-
-    L_S: gl.constexpr = _product_layout(BK, V, NW)
-    L_d: gl.constexpr = _product_layout(BT, BK, NW)
-    L_t: gl.constexpr = gl.SliceLayout(1, L_d)
-    L_row: gl.constexpr = gl.SliceLayout(1, _copy_layout(64, NW))
-    L_start: gl.constexpr = L_row if REVERSE else L_t
-    L_end: gl.constexpr = L_t if REVERSE else L_row
-    s_S = gl.allocate_shared_memory(low, [BK, V], _shared_layout(BK, V, low))
-    s_e = gl.allocate_shared_memory(low, [BT, V], _shared_layout(BT, V, low))
-    s_y = gl.allocate_shared_memory(low, [BT, V], _shared_layout(BT, V, low))
-    s_do = gl.allocate_shared_memory(low, [BT, V], _shared_layout(BT, V, low))
-    s_k = gl.allocate_shared_memory(low, [BT, BK], _shared_layout(BT, BK, low))
-    s_q = gl.allocate_shared_memory(low, [BT, BK], _shared_layout(BT, BK, low))
-
-    o_t = gl.arange(0, BT, layout=L_t)
-    o_k = i_kb * BK + gl.arange(0, BK, layout=gl.SliceLayout(0, L_d))
-    o_tk = o_t[:, None] * (H * K) + o_k[None, :]
-    o_Sk = i_kb * BK + gl.arange(0, BK, layout=gl.SliceLayout(1, L_S))
-    o_kv = o_Sk[:, None] * V + gl.arange(0, V, layout=gl.SliceLayout(0, L_S))[None, :]
-    b_S = gl.load(states + (i_g.to(gl.int64) * H + i_h) * K * V + o_kv).to(gl.float32)
-    zero = gl.zeros([BT, BK], gl.float32, layout=L_d)
-    _copy_what_reads(s_e, s_y, s_do, errors, d_errors, do, i_first, i_h, num_rows, H, V, BT, REVERSE, NW)
-    _copy_what_updates(s_q, s_k, s_e, s_y, s_do, q, k, errors, d_errors, do, i_first, i_h, i_kb, num_rows,
-                       H, K, V, BT, BK, REVERSE, NW)  # fmt: skip
-    rows = i_first.to(gl.int64) * H + i_h
-    b_start_q, b_start_k, _ = _scaled_factors(beta, gates, rows, i_chunk, num_rows, scale, H, BT, L_start)
-    b_end = _scaled_factors(beta, gates, rows, i_chunk, num_rows, scale, H, BT, L_end)[2]
-    chunk_decay = _chunk_decay(gates, i_chunk, num_rows, BT)
-    for i in range(num_chunks):
-        m_tk = (o_t < num_rows)[:, None]
-        rows = i_first.to(gl.int64) * H + i_h
-        if REVERSE:
-            i_first -= BT
-            num_rows = gl.where(i + 1 < num_chunks, BT, 0)
-        else:
-            i_first += BT
-            num_rows -= BT
-        next_rows = i_first.to(gl.int64) * H + i_h
-        next_chunk = i_chunk - H if REVERSE else i_chunk + H
-        s_S.store(b_S.to(low))
-        async_copy.wait_group(1)
-        _publish()
-        if REVERSE:
-            b_dk = warpgroup_mma(s_e, s_S.permute((1, 0)), zero, use_acc=False, is_async=True)
-        else:
-            b_dq = warpgroup_mma(s_do, s_S.permute((1, 0)), zero, use_acc=False, is_async=True)
-            b_dk = warpgroup_mma(s_y, s_S.permute((1, 0)), zero, use_acc=False, is_async=True)
-        next_start_q, next_start_k, _ = _scaled_factors(
-            beta, gates, next_rows, next_chunk, num_rows, scale, H, BT, L_start
-        )
-        next_end = _scaled_factors(beta, gates, next_rows, next_chunk, num_rows, scale, H, BT, L_end)[2]
-        next_decay = _chunk_decay(gates, next_chunk, num_rows, BT)
-        async_copy.wait_group(0)
-        gl.thread_barrier()
-        if REVERSE:
-            _scale_rows(s_do, b_start_q, BT, V, NW)
-            _scale_rows(s_y, b_start_k, BT, V, NW)
-            b_dk = warpgroup_mma_wait(0, deps=[b_dk])
-        else:
-            _scale_rows(s_e, b_end, BT, V, NW)
-            b_dq, b_dk = warpgroup_mma_wait(0, deps=[b_dq, b_dk])
-        _publish()
-        _copy_what_reads(s_e, s_y, s_do, errors, d_errors, do, i_first, i_h, num_rows, H, V, BT, REVERSE, NW)
-        if REVERSE:
-            b_S_next = warpgroup_mma(s_q.permute((1, 0)), s_do, chunk_decay * b_S, is_async=True)
-            b_S_next = warpgroup_mma(s_k.permute((1, 0)), s_y, b_S_next, is_async=True)
-            b_dk = b_end[:, None] * b_dk
-            b_term = gl.sum(s_k.load(L_d).to(gl.float32) * b_dk, 1)
-        else:
-            b_S_next = warpgroup_mma(s_k.permute((1, 0)), s_e, chunk_decay * b_S, is_async=True)
-            b_dq = b_start_q[:, None] * b_dq
-            b_dk = b_start_k[:, None] * b_dk
-            b_term = gl.sum(s_q.load(L_d).to(gl.float32) * b_dq + s_k.load(L_d).to(gl.float32) * b_dk, 1)
-            gl.store(dq + rows * K + o_tk, b_dq.to(low), mask=m_tk)
-            b_dk += gl.load(dk + rows * K + o_tk, mask=m_tk, other=0.0).to(gl.float32)
-        gl.store(dk + rows * K + o_tk, b_dk.to(low), mask=m_tk)
-        i_part = i_chunk * (K // BK) + i_kb
-        gl.store(row_terms + i_part * BT + o_t, b_term)
-        gl.store(totals + i_part, gl.sum(b_term, 0))
-        b_S = warpgroup_mma_wait(0, deps=[b_S_next])
-        gl.thread_barrier()
-        _copy_what_updates(s_q, s_k, s_e, s_y, s_do, q, k, errors, d_errors, do, i_first, i_h, i_kb, num_rows,
-                           H, K, V, BT, BK, REVERSE, NW)  # fmt: skip
-        b_start_q, b_start_k, b_end = next_start_q, next_start_k, next_end
-        chunk_decay, i_chunk = next_decay, next_chunk

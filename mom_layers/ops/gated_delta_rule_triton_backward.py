@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 
 from mom_layers.ops import gated_delta_rule_hopper as hopper
+from mom_layers.ops import gated_delta_rule_hopper_states as hopper_states
 from mom_layers.ops.chunk_table import CHUNK, GROUP, ChunkTable
 from mom_layers.ops.gated_delta_rule_triton_forward import PRECISION
 from mom_layers.ops.gated_delta_rule_triton_launch import recurrence_launch, state_gradients_launch
@@ -273,7 +274,7 @@ def run_state_gradients(q, k, beta, gates, errors, d_errors, do, checkpoints, d_
     """
     (_, heads, key_size), value_size = k.shape, do.shape[2]
     launch, on_hopper = state_gradients_launch(k, value_size)
-    kernel = hopper.state_gradients_kernel if on_hopper else _state_gradients_kernel
+    kernel = hopper_states.state_gradients_kernel if on_hopper else _state_gradients_kernel
     block = min(launch.tile, key_size)
     parts = key_size // block
     dq, dk = torch.empty_like(q), torch.empty_like(k)
@@ -308,5 +309,6 @@ def run_state_gradients(q, k, beta, gates, errors, d_errors, do, checkpoints, d_
             REVERSE=reverse,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
+            maxnreg=launch.registers,
         )
     return dq, dk, row_terms, totals

@@ -10,11 +10,13 @@ import torch
 
 class Launch(NamedTuple):
     """tile: columns of V that a program of a recurrence holds, rows of the state that one of the state gradients holds,
-    or columns that a loop over K or V takes at a time."""
+    or columns that a loop over K or V takes at a time. registers: of a thread at most, None for the compiler's choice.
+    """
 
     tile: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
 
 # Chosen from what the compiler reports (registers, spills, shared memory) and not yet timed.
@@ -26,14 +28,14 @@ LAUNCHES = {
     "hopper": {
         "chunk_scores": Launch(64, 4, 3),
         "recurrence_256": Launch(64, 8, 2),
-        "recurrence_128": Launch(64, 8, 2),
+        "recurrence_128": Launch(128, 8, 2),
         "recurrence_64": Launch(64, 4, 2),
-        "state_gradients_256": Launch(64, 8, 1),
+        "state_gradients_256": Launch(64, 4, 1),
         "state_gradients_128": Launch(64, 4, 1),
         "state_gradients_64": Launch(64, 4, 1),
-        "local_gradients_256": Launch(128, 8, 1),
-        "local_gradients_128": Launch(128, 8, 1),
-        "local_gradients_64": Launch(64, 8, 1),
+        "local_gradients_256": Launch(64, 8, 1, 128),
+        "local_gradients_128": Launch(64, 8, 1, 128),
+        "local_gradients_64": Launch(64, 4, 1),
         "score_gradients": Launch(256, 8, 1),
         "query_key_gradients": Launch(64, 4, 3),
     },

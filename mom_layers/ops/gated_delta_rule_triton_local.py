@@ -261,6 +261,7 @@ def run_local_gradients(q, k, g, beta, scores, errors, d_errors, do, dq, dk, row
             BOUNDARY_PARTS=boundary.shape[2],
             FROM_ZERO=from_zero,
             num_warps=launch.num_warps,
+            maxnreg=launch.registers,
         )
         return dg, dbeta
     d_scores = torch.empty(slots, heads, CHUNK, CHUNK, dtype=k.dtype, device=k.device)
@@ -289,6 +290,7 @@ def run_local_gradients(q, k, g, beta, scores, errors, d_errors, do, dq, dk, row
         BV=min(launch.tile, value_size),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        maxnreg=launch.registers,
     )
     launch = launch_for("query_key_gradients", k)
     _query_key_gradients_kernel[(slots * heads,)](

@@ -71,6 +71,42 @@ def gated_delta_rule_reference(q, k, v, g, beta, cu_seqlens, initial_state=None,
     return o, torch.stack(states)
 
 
+def gated_linear_attention_reference(q, k, v, g, cu_seqlens, initial_state=None, scale=None):
+    """q, k, g [R, H, K]; v [R, H, V]; initial_state [S, H, K, V]. Returns o [R, H, V], state [S, H, K, V].
+
+    S <- diag(exp(g)) S + k v^T;  o = scale q^T S        (gated linear attention, arXiv 2312.06635)
+    """
+    heads, k_dim, v_dim = q.shape[1], q.shape[2], v.shape[2]
+    scale = k_dim**-0.5 if scale is None else scale
+    out, states = [], []
+    for segment, (first, last) in enumerate(bounds(cu_seqlens)):
+        state = q.new_zeros(heads, k_dim, v_dim) if initial_state is None else initial_state[segment]
+        for t in range(first, last):
+            state = state * g[t].exp()[:, :, None] + torch.einsum("hk,hv->hkv", k[t], v[t])
+            out.append(scale * torch.einsum("hk,hkv->hv", q[t], state))
+        states.append(state)
+    o = torch.stack(out) if out else v.new_zeros(0, heads, v_dim)
+    return o, torch.stack(states)
+
+
+def _recur_gated_deltanet(q, k, v, raw, parameters, ends):
+    """raw: beta, a [R, H] after one another; parameters A_log, dt_bias [H]."""
+    b, a = raw.chunk(2, dim=1)
+    g = -parameters["A_log"].exp() * F.softplus(a + parameters["dt_bias"])
+    return gated_delta_rule_reference(unit_length(q), unit_length(k), v, g, torch.sigmoid(b), ends)[0]
+
+
+def _recur_gla(q, k, v, raw, parameters, ends):
+    """raw: [R, H * rank]; parameters decay_up [H, rank, K], decay_bias [H, K]."""
+    up = parameters["decay_up"]
+    low_rank = raw.unflatten(1, up.shape[:2])
+    g = F.logsigmoid(torch.einsum("rhd,hdk->rhk", low_rank, up) + parameters["decay_bias"]) / 16
+    return gated_linear_attention_reference(q, k, v, g, ends)[0]
+
+
+_RECURRENCES = {"gated_deltanet": _recur_gated_deltanet, "gla": _recur_gla}
+
+
 def combine_reference(o, weights, row_of_slot, gate, norm_weight, eps):
     """o [R, H, V]; weights [N, k]; row_of_slot [N, slots]; gate [N, H, V]; norm_weight [V]. Returns y [N, H, V].
 
@@ -86,8 +122,8 @@ def combine_reference(o, weights, row_of_slot, gate, norm_weight, eps):
     return torch.stack(out)
 
 
-def mixture_of_memories_reference(x, p, *, num_heads, topk, shared, norm_eps=1e-6):
-    """One sequence x [L, D] through one layer, one memory at a time (gated delta rule). Returns out [L, D].
+def mixture_of_memories_reference(x, p, *, num_heads, topk, shared, norm_eps=1e-6, rule="gated_deltanet"):
+    """One sequence x [L, D] through one layer, one memory at a time. Returns out [L, D].
 
     p: tensors by the names of :class:`mom_layers.MixtureOfMemories`' parameters.  p_t = softmax(x_t Wr), top-k kept and
     renormalised; memory m runs over the tokens that kept it; y_t = sum_m w_t^m o_t^m + o_t^shared;
@@ -107,17 +143,18 @@ def mixture_of_memories_reference(x, p, *, num_heads, topk, shared, norm_eps=1e-
             continue
         tokens = x[at]
         projection = p["memory_proj"][min(memory, p["memory_proj"].shape[0] - 1)]
-        k, v, b, a = (tokens @ projection.t()).split([k_width, v_width, num_heads, num_heads], dim=1)
+        gates = projection.shape[0] - k_width - v_width
+        k, v, raw = (tokens @ projection.t()).split([k_width, v_width, gates], dim=1)
         ends = torch.tensor([0, len(at)])
 
-        def convolve(rows, name, heads, ends=ends):
-            return segment_convolution_reference(rows, p[name], ends, heads)[0].view(len(rows), num_heads, -1)
+        def convolve(rows, name, ends=ends):
+            return segment_convolution_reference(rows, p[name], ends)[0].view(len(rows), num_heads, -1)
 
-        q = convolve(tokens @ p["q_proj.weight"].t(), "q_conv", num_heads)
-        k = convolve(k, "k_conv", num_heads)
-        v = convolve(v, "v_conv", None)
-        g = -p["rule_parameters.A_log"].exp() * F.softplus(a + p["rule_parameters.dt_bias"])
-        o, _ = gated_delta_rule_reference(q, k, v, g, torch.sigmoid(b), ends)
+        q = convolve(tokens @ p["q_proj.weight"].t(), "q_conv")
+        k = convolve(k, "k_conv")
+        v = convolve(v, "v_conv")
+        parameters = {name.removeprefix("rule_parameters."): value for name, value in p.items()}
+        o = _RECURRENCES[rule](q, k, v, raw, parameters, ends)
         weight = 1.0 if memory == memories else (kept * chosen).sum(-1)[at][:, None, None]
         y = y.index_add(0, torch.tensor(at), o * weight)
     y = y * torch.rsqrt((y * y).mean(-1, keepdim=True) + norm_eps) * p["norm_weight"]

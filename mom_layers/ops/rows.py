@@ -18,7 +18,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (row_of_slot,) = ctx.saved_tensors
-        if grad.is_cuda:
+        if grad.is_cuda and grad.dtype != torch.float64:
             from mom_layers.ops.rows_triton import sum_slots
 
             return sum_slots(grad.contiguous(), row_of_slot), None, None

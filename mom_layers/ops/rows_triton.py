@@ -1,4 +1,4 @@
-"""Rows back to tokens in Triton: the gradient of a gather, without atomics."""
+"""Sums over rows in Triton, without atomics: a token's rows (the gradient of a gather), and programs' partial sums."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 SUM_TILE = (16, 128)  # tokens and channels of a program that adds up a token's rows
+PARTS_TILE = (256, 32)  # partial sums at a time, and columns of a program
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -32,5 +33,27 @@ def sum_slots(rows: torch.Tensor, row_of_slot: torch.Tensor) -> torch.Tensor:
     out = torch.empty(tokens, inputs, dtype=rows.dtype, device=rows.device)
     _sum_slots_kernel[(triton.cdiv(tokens, BT), triton.cdiv(inputs, BD))](
         rows=rows, row_of_slot=row_of_slot, out=out, num_tokens=tokens, D=inputs, SLOTS=slots, BT=BT, BD=BD, num_warps=4
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["num_parts"])
+def _sum_parts_kernel(parts, out, num_parts, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
+    """out[n] = sum over p of parts[p, n]."""
+    b_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    b_p = tl.arange(0, BP)
+    b_sum = tl.zeros([BP, BN], dtype=tl.float32)
+    for i in range(0, num_parts, BP):
+        m_tile = (i + b_p < num_parts)[:, None] & (b_n < N)[None, :]
+        b_sum += tl.load(parts + (i + b_p).to(tl.int64)[:, None] * N + b_n[None, :], mask=m_tile, other=0.0)
+    tl.store(out + b_n, tl.sum(b_sum, axis=0).to(out.dtype.element_ty), mask=b_n < N)
+
+
+def sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 parts [P, ...] to their sum [...], in a fixed order."""
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    BP, BN = PARTS_TILE
+    _sum_parts_kernel[(triton.cdiv(out.numel(), BN),)](
+        parts=parts, out=out, num_parts=parts.shape[0], N=out.numel(), BP=BP, BN=BN, num_warps=8
     )
     return out

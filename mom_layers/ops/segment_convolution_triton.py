@@ -17,11 +17,12 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from mom_layers.ops.rows_triton import sum_slots
+from mom_layers.ops.rows_triton import sum_parts, sum_slots
 
 # Rows a walk. A backward walk computes W - 1 rows twice, and leaves W x C sums of the weight's gradient behind.
 FORWARD_RUN = 32
 BACKWARD_RUN = 64
+BACKWARD_REGISTERS = None  # of a thread at most; None for the compiler's choice
 AHEAD = 4  # rows whose loads are under way together
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_SIZES = (16, 32, 64, 128, 256)
@@ -54,7 +55,41 @@ def _row_of(x, stride_x: tl.constexpr, token_of_row, i_row, inside, b_c, m_c):
     if token_of_row is not None:
         i_from = tl.load(token_of_row + i_row, mask=inside, other=0)
     p_x = x + i_from.to(tl.int64) * stride_x + b_c
-    return tl.load(p_x, mask=inside & m_c, other=0.0).to(tl.float32)
+    return tl.load(p_x, mask=inside & m_c, other=0.0)
+
+
+@triton.jit
+def _rows_on(
+    x, stride_x: tl.constexpr, token_of_row, position_of_row, i_first, num_rows, b_c, m_c, AHEAD: tl.constexpr
+):
+    """The inputs [BC] of the AHEAD rows from i_first on, and their positions in their segments (0 past the last)."""
+    b_rows = ()
+    i_positions = ()
+    for n in tl.static_range(AHEAD):
+        inside = i_first + n < num_rows
+        b_rows = b_rows + (_row_of(x, stride_x, token_of_row, i_first + n, inside, b_c, m_c),)
+        i_positions = i_positions + (tl.load(position_of_row + i_first + n, mask=inside, other=0),)
+    return b_rows, i_positions
+
+
+@triton.jit
+def _rows_back(
+    x, stride_x: tl.constexpr, dy, stride_dy: tl.constexpr, token_of_row, position_of_row, i_first, num_rows, b_c, m_c,
+    W: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """For the AHEAD rows from i_first back: the oldest input that each reads, dy, and their positions (0 outside)."""
+    b_rows = ()
+    b_dys = ()
+    i_positions = ()
+    for n in tl.static_range(AHEAD):
+        i_row = i_first - n
+        i_oldest = i_row - (W - 1)
+        exists = (i_row >= 0) & (i_row < num_rows)
+        inside = (i_oldest >= 0) & (i_oldest < num_rows)
+        b_rows = b_rows + (_row_of(x, stride_x, token_of_row, i_oldest, inside, b_c, m_c),)
+        b_dys = b_dys + (tl.load(dy + i_row.to(tl.int64) * stride_dy + b_c, mask=exists & m_c, other=0.0),)
+        i_positions = i_positions + (tl.load(position_of_row + i_row, mask=exists, other=0),)
+    return b_rows, b_dys, i_positions
 
 
 @triton.jit
@@ -83,40 +118,37 @@ def _forward_kernel(
     b_c = tl.program_id(1) * BC + tl.arange(0, BC)
     m_c = b_c < C
     b_w = _taps(weight, b_c, m_c, W)
-    i_position = tl.load(position_of_row + i_first, mask=i_first < num_rows, other=0)
-    i_segment = tl.load(segment_of_row + i_first, mask=i_first < num_rows, other=0)
-    b_earlier = ()  # inputs 1, 2, ... rows before the row at hand, of its own segment or its initial tail
+    b_earlier = ()  # inputs 1, 2, ... rows before the row at hand, whatever their segment
     for j in tl.static_range(1, W):
-        b_x = _row_of(x, stride_x, token_of_row, i_first - j, i_position >= j, b_c, m_c)
-        if initial_tail is not None:
-            needed = (i_position < j) & (i_position > 0)
-            b_x += _tail_row(initial_tail, i_segment, W - 1 + i_position - j, needed, b_c, m_c, C, W)
-        b_earlier = b_earlier + (b_x,)
+        inside = (i_first >= j) & (i_first - j < num_rows)
+        b_earlier = b_earlier + (_row_of(x, stride_x, token_of_row, i_first - j, inside, b_c, m_c).to(tl.float32),)
+    b_new, i_positions = _rows_on(x, stride_x, token_of_row, position_of_row, i_first, num_rows, b_c, m_c, AHEAD)
     for i in range(0, RUN, AHEAD):
-        b_new = ()
+        b_next, i_next_positions = _rows_on(
+            x, stride_x, token_of_row, position_of_row, i_first + i + AHEAD, num_rows, b_c, m_c, AHEAD
+        )
         for n in tl.static_range(AHEAD):
             i_row = i_first + i + n
-            b_new = b_new + (_row_of(x, stride_x, token_of_row, i_row, i_row < num_rows, b_c, m_c),)
-        for n in tl.static_range(AHEAD):
-            i_row = i_first + i + n
-            i_position = tl.load(position_of_row + i_row, mask=i_row < num_rows, other=0)
-            b_u = b_w[0] * b_new[n]
-            b_shifted = (b_new[n],)
+            i_position = i_positions[n]
+            b_inputs = (b_new[n].to(tl.float32),) + b_earlier
+            b_u = b_w[0] * b_inputs[0]
             if initial_tail is not None:
                 i_segment = tl.load(segment_of_row + i_row, mask=i_row < num_rows, other=0)
             for j in tl.static_range(1, W):
-                b_x = tl.where(i_position == 0, 0.0, b_earlier[j - 1])
+                if i_position >= j:  # a branch for all channels, where a choice would cost an instruction for each
+                    b_u += b_w[j] * b_inputs[j]
                 if initial_tail is not None:
-                    starts = (i_position == 0) & (i_row < num_rows)
-                    b_x += _tail_row(initial_tail, i_segment, W - 1 - j, starts, b_c, m_c, C, W)
-                b_u += b_w[j] * b_x
-                if j < W - 1:
-                    b_shifted = b_shifted + (b_x,)
-            b_earlier = b_shifted
+                    needed = (i_position < j) & (i_row < num_rows)
+                    b_u += b_w[j] * _tail_row(initial_tail, i_segment, W - 1 + i_position - j, needed, b_c, m_c, C, W)
+            b_earlier = ()
+            for j in tl.static_range(W - 1):
+                b_earlier = b_earlier + (b_inputs[j],)
             b_y = b_u * tl.sigmoid(b_u)
             if UNIT_LENGTH:
                 b_y *= tl.rsqrt(tl.sum(b_y * b_y, axis=0) + eps)
             tl.store(y + i_row.to(tl.int64) * C + b_c, b_y.to(y.dtype.element_ty), mask=(i_row < num_rows) & m_c)
+        b_new = b_next
+        i_positions = i_next_positions
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -156,39 +188,36 @@ def _backward_kernel(
     for _ in tl.static_range(W):
         b_dw = b_dw + (tl.zeros([BC], tl.float32),)
     b_window = ()  # inputs of the row at hand and of those before it, whatever their segment
-    b_later = ()  # du of the rows after it, zero beyond its segment
+    b_later = ()  # du of the rows after it, and those rows' positions
+    i_later = ()
     for j in tl.static_range(W - 1):
         i_row = i_top - j
-        b_window = b_window + (_row_of(x, stride_x, token_of_row, i_row, (i_row >= 0) & (i_row < num_rows), b_c, m_c),)
+        inside = (i_row >= 0) & (i_row < num_rows)
+        b_window = b_window + (_row_of(x, stride_x, token_of_row, i_row, inside, b_c, m_c).to(tl.float32),)
         b_later = b_later + (tl.zeros([BC], tl.float32),)
+        i_later = i_later + (i_run * 0,)
+    b_new, b_new_dy, i_positions = _rows_back(
+        x, stride_x, dy, stride_dy, token_of_row, position_of_row, i_top, num_rows, b_c, m_c, W, AHEAD
+    )
     for i in range(0, STEPS, AHEAD):
-        b_new = ()
-        b_new_dy = ()
-        for n in tl.static_range(AHEAD):
-            i_row = i_top - i - n
-            i_oldest = i_row - (W - 1)
-            inside = (i_oldest >= 0) & (i_oldest < num_rows)
-            b_new = b_new + (_row_of(x, stride_x, token_of_row, i_oldest, inside, b_c, m_c),)
-            m_dy = (i_row >= 0) & (i_row < num_rows) & m_c
-            p_dy = dy + i_row.to(tl.int64) * stride_dy + b_c
-            b_new_dy = b_new_dy + (tl.load(p_dy, mask=m_dy, other=0.0).to(tl.float32),)
+        b_next, b_next_dy, i_next_positions = _rows_back(
+            x, stride_x, dy, stride_dy, token_of_row, position_of_row, i_top - i - AHEAD, num_rows, b_c, m_c, W, AHEAD
+        )
         for n in tl.static_range(AHEAD):
             i_row = i_top - i - n
             exists = (i_row >= 0) & (i_row < num_rows)
             mine = exists & (i_row >= i_run * RUN) & (i_row < i_run * RUN + RUN)
-            i_position = tl.load(position_of_row + i_row, mask=exists, other=0)
+            i_position = i_positions[n]
             i_segment = tl.load(segment_of_row + i_row, mask=exists, other=0)
-            b_inputs = b_window + (b_new[n],)
-            b_taken = ()
-            b_u = tl.zeros([BC], tl.float32)
-            for j in tl.static_range(W):
-                b_x = tl.where(i_position >= j, b_inputs[j], 0.0)
+            b_inputs = b_window + (b_new[n].to(tl.float32),)
+            b_u = b_w[0] * b_inputs[0]
+            for j in tl.static_range(1, W):
+                if i_position >= j:  # a branch for all channels, where a choice would cost an instruction for each
+                    b_u += b_w[j] * b_inputs[j]
                 if initial_tail is not None:
                     needed = exists & (i_position < j)
-                    b_x += _tail_row(initial_tail, i_segment, W - 1 + i_position - j, needed, b_c, m_c, C, W)
-                b_taken = b_taken + (b_x,)
-                b_u += b_w[j] * b_x
-            b_dy = b_new_dy[n]
+                    b_u += b_w[j] * _tail_row(initial_tail, i_segment, W - 1 + i_position - j, needed, b_c, m_c, C, W)
+            b_dy = b_new_dy[n].to(tl.float32)
             b_sigmoid = tl.sigmoid(b_u)
             if UNIT_LENGTH:
                 b_y = b_u * b_sigmoid
@@ -198,7 +227,8 @@ def _backward_kernel(
             b_du = b_dy * b_sigmoid * (1.0 + b_u * (1.0 - b_sigmoid))
             b_dx = b_w[0] * b_du
             for j in tl.static_range(1, W):
-                b_dx += b_w[j] * b_later[j - 1]
+                if i_later[j - 1] >= j:
+                    b_dx += b_w[j] * b_later[j - 1]
             if dtail is not None:
                 i_after = tl.load(cu_seqlens + i_segment + 1, mask=exists, other=0) - 1 - i_row
                 b_dx += _tail_row(dtail, i_segment, W - 2 - i_after, mine & (i_after < W - 1), b_c, m_c, C, W)
@@ -206,19 +236,30 @@ def _backward_kernel(
             if du is not None:
                 tl.store(du + i_row.to(tl.int64) * C + b_c, b_du.to(du.dtype.element_ty), mask=mine & m_c)
             b_sums = ()
-            b_counted = tl.where(mine, b_du, 0.0)
             for j in tl.static_range(W):
-                b_sums = b_sums + (b_dw[j] + b_counted * b_taken[j],)
+                b_sum = b_dw[j]
+                if mine & (i_position >= j):
+                    b_sum += b_du * b_inputs[j]
+                if initial_tail is not None:
+                    needed = mine & (i_position < j)
+                    b_sum += b_du * _tail_row(initial_tail, i_segment, W - 1 + i_position - j, needed, b_c, m_c, C, W)
+                b_sums = b_sums + (b_sum,)
             b_dw = b_sums
-            # One row earlier: past a segment's first row the rows after it are another segment's.
-            b_shifted = (tl.where(i_position == 0, 0.0, b_du),)
+            # One row earlier.
             b_moved = ()
+            b_shifted = (b_du,)
+            i_shifted = (i_position,)
             for j in tl.static_range(1, W):
                 b_moved = b_moved + (b_inputs[j],)
                 if j < W - 1:
-                    b_shifted = b_shifted + (tl.where(i_position == 0, 0.0, b_later[j - 1]),)
-            b_later = b_shifted
+                    b_shifted = b_shifted + (b_later[j - 1],)
+                    i_shifted = i_shifted + (i_later[j - 1],)
             b_window = b_moved
+            b_later = b_shifted
+            i_later = i_shifted
+        b_new = b_next
+        b_new_dy = b_next_dy
+        i_positions = i_next_positions
     for j in tl.static_range(W):
         tl.store(dweight + (i_run * W + W - 1 - j).to(tl.int64) * C + b_c, b_dw[j], mask=m_c)
 
@@ -323,9 +364,10 @@ def run_backward(x, weight, initial_tail, plan, gather, unit_length_heads, eps, 
         stride_dy=dy.stride(0),
         stride_dx=dx.stride(0),
         RUN=BACKWARD_RUN,
+        maxnreg=BACKWARD_REGISTERS,
         **arguments,
     )
-    dweight = dweight.sum(0).t().to(weight.dtype).contiguous()
+    dweight = sum_parts(dweight, weight.dtype).t().contiguous()
     if gather:
         dx = sum_slots(dx, plan.row_of_slot)
     if not needs_initial:

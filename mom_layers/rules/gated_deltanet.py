@@ -20,7 +20,12 @@ DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 A_MAX = 16.0
 
 
-def init_parameters(num_heads: int) -> dict[str, torch.Tensor]:
+def parameter_shapes(head_dim: int) -> dict[str, tuple[int, ...]]:
+    """One number a head each."""
+    return {"A_log": (), "dt_bias": ()}
+
+
+def init_parameters(num_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
     """A_log of decay rates uniform in (0, 16), dt_bias of time steps log-uniform in [1e-3, 1e-1], as Gated DeltaNet."""
     rate = torch.empty(num_heads).uniform_(1e-6, A_MAX)
     step = torch.exp(torch.empty(num_heads).uniform_(math.log(DT_MIN), math.log(DT_MAX))).clamp(min=DT_FLOOR)
@@ -54,8 +59,8 @@ def recurrence_flops(rows: int, heads: int, k_dim: int, v_dim: int) -> float:
 
 RULE = MemoryRule(
     name="gated_deltanet",
-    gate_names=("beta", "a"),
-    parameter_names=("A_log", "dt_bias"),
+    gate_widths={"beta": 1, "a": 1},
+    parameter_shapes=parameter_shapes,
     init_parameters=init_parameters,
     gates=gates,
     recur=recur,

@@ -19,10 +19,11 @@ class MemoryRule:
 
     Attributes:
         name: how a user names it.
-        gate_names: projected gates, one column a head each, in the order of the fused projection.
-        parameter_names: the rule's per-head parameters.
-        init_parameters: num_heads -> {name: float32 [H] tensor}; drawn with torch's global generator on the CPU.
-        gates: ({gate name: [R, H]}, {parameter name: [H]}) -> keyword arguments of ``recur``.
+        gate_widths: projected gates in the order of the fused projection, and the columns that each has a head.
+        parameter_shapes: key size K -> {name: shape of a head's part}; the rule's parameters are [H, *shape].
+        init_parameters: (num_heads, K) -> {name: float32 [H, *shape] tensor}; drawn with torch's global generator on
+            the CPU.
+        gates: ({gate name: [R, H * width]}, {parameter name: [H, *shape]}) -> what ``recur`` takes as gates.
         recur: (q [R, H, K], k, v [R, H, V], cu_seqlens, gates, initial_state, output_final_state, backend) ->
             (o [R, H, V], final state [S, H, K, V] or None).
         unit_length_keys: q and k are brought to unit length per head.
@@ -31,14 +32,19 @@ class MemoryRule:
     """
 
     name: str
-    gate_names: tuple[str, ...]
-    parameter_names: tuple[str, ...]
-    init_parameters: Callable[[int], dict[str, torch.Tensor]]
+    gate_widths: Mapping[str, int]
+    parameter_shapes: Callable[[int], dict[str, tuple[int, ...]]]
+    init_parameters: Callable[[int, int], dict[str, torch.Tensor]]
     gates: Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
     recur: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     unit_length_keys: bool
     head_sizes: tuple[int, ...]
     recurrence_flops: Callable[[int, int, int, int], float]
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Of the rule's parameters."""
+        return tuple(self.parameter_shapes(1))
 
 
 _RULES: dict[str, MemoryRule] = {}

@@ -32,7 +32,7 @@ def test_losses_get_their_scale_in_a_dense_model_only_from_the_hook():
     "settings,message",
     [
         ({"token_mixer": "mamba"}, "--token-mixer must be one of attention, mom, got 'mamba'"),
-        ({"mom_rule": "hebb"}, "unknown memory rule 'hebb': choose one of gated_deltanet"),
+        ({"mom_rule": "hebb"}, "unknown memory rule 'hebb': choose one of gated_deltanet, gla"),
         ({"mom_topk": 5}, r"topk must be between 1 and the number of memories \(4\), got 5"),
         ({"mom_topk": 0}, r"topk must be between 1 and the number of memories \(4\), got 0"),
         ({"mom_head_dim": 100}, "head_dim = 100 is not supported by the gated_deltanet kernels: use one of 16, 32, 64"),

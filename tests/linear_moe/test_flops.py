@@ -64,9 +64,12 @@ def test_mom_layer_flops_by_hand():
     assert single == 3 * TOKENS * (ROUTER + QUERY_GATE_OUT + MEMORY_PROJECTIONS // 3 + rows)
 
 
+@pytest.mark.parametrize("rule", ["gated_deltanet", "gla"])
 @pytest.mark.parametrize("single_kv_proj", [False, True])
-def test_mom_layer_flops_against_a_flop_counter(single_kv_proj):
-    sizes = dict(num_heads=2, head_dim=16, expand_v=2.0, num_memories=4, topk=2, single_kv_proj=single_kv_proj)
+def test_mom_layer_flops_against_a_flop_counter(single_kv_proj, rule):
+    sizes = dict(
+        rule=rule, num_heads=2, head_dim=16, expand_v=2.0, num_memories=4, topk=2, single_kv_proj=single_kv_proj
+    )
     layer = MixtureOfMemories(64, **sizes, backend="torch")
     x = torch.randn(2, 24, 64, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
@@ -74,7 +77,7 @@ def test_mom_layer_flops_against_a_flop_counter(single_kv_proj):
     projections = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
 
     args = SimpleNamespace(
-        hidden_size=64, mom_rule="gated_deltanet", mom_shared_memory=True, mom_conv_kernel=4,
+        hidden_size=64, mom_shared_memory=True, mom_conv_kernel=4,
         **{f"mom_{name}": value for name, value in sizes.items()},
     )  # fmt: skip
     rows, keys, values = 3 * 48, 32, 64

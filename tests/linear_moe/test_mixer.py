@@ -16,6 +16,9 @@ CLOSE_GRADIENT = {"rtol": 1e-4, "atol": 1e-5} if EXACT else {"rtol": 2e-2, "atol
 CLOSE_SMALL = {"rtol": 1e-4, "atol": 1e-7} if EXACT else {"rtol": 2e-2, "atol": 5e-6}
 
 
+EVERY_RULE = pytest.mark.parametrize("rule", ["gated_deltanet", "gla"])
+
+
 def make_config(**settings) -> MomTransformerConfig:
     return MomTransformerConfig(
         **(
@@ -59,7 +62,9 @@ def hidden_states(length=20, batch=3):
     return torch.randn(length, batch, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
 
 
-@pytest.mark.parametrize("settings", [{}, {"mom_shared_memory": False}, {"mom_single_kv_proj": True}, {"mom_topk": 1}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"mom_shared_memory": False}, {"mom_single_kv_proj": True}, {"mom_topk": 1}, {"mom_rule": "gla"}]
+)
 def test_equals_the_plain_layer(megatron, settings):
     mixer = make_mixer(**settings, mom_aux_loss_coeff=0.0)
     plain = plain_layer(mixer)
@@ -74,10 +79,11 @@ def test_equals_the_plain_layer(megatron, settings):
     torch.testing.assert_close(got_grad, expected_grad, **CLOSE_GRADIENT)
 
 
-def test_packed_documents_do_not_see_each_other(megatron):
+@EVERY_RULE
+def test_packed_documents_do_not_see_each_other(megatron, rule):
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    mixer = make_mixer().eval()
+    mixer = make_mixer(mom_rule=rule).eval()
     x = hidden_states(length=30, batch=1)
     borders = torch.tensor([0, 4, 4, 25], dtype=torch.int32, device=DEVICE)  # five tokens of padding follow
     packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=borders, cu_seqlens_kv=borders)
@@ -95,18 +101,26 @@ def test_refuses_megatron_inference(megatron):
         make_mixer()(hidden_states(), inference_context=object())
 
 
-def test_decay_parameters_stay_exact_in_a_bf16_model(megatron):
-    mixer = make_mixer()
-    exact = mixer.A_log.detach().clone(), mixer.dt_bias.detach().clone()
+@EVERY_RULE
+def test_decay_parameters_stay_exact_in_a_bf16_model(megatron, rule):
+    mixer = make_mixer(mom_rule=rule)
+    exact = {name: getattr(mixer, name).detach().clone() for name in mixer.rule.parameter_names}
     mixer.bfloat16()
     assert mixer.memory_proj.dtype == torch.bfloat16
-    assert torch.equal(mixer.A_log, exact[0]) and torch.equal(mixer.dt_bias, exact[1])
+    assert len(exact) == 2 and all(torch.equal(getattr(mixer, name), value) for name, value in exact.items())
 
 
-def test_checkpoint_names_every_fused_piece(megatron):
+@pytest.mark.parametrize(
+    "rule,gates,parameters",
+    [
+        ("gated_deltanet", {"beta": 2, "a": 2}, {"A_log": (2,), "dt_bias": (2,)}),
+        ("gla", {"decay": 32}, {"decay_up": (2, 16, 16), "decay_bias": (2, 16)}),
+    ],
+)
+def test_checkpoint_names_every_fused_piece(megatron, rule, gates, parameters):
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
-    mixer = make_mixer()
+    mixer = make_mixer(mom_rule=rule)
     keys = {}
     for name, entry in mixer.sharded_state_dict("mixer.").items():
         if isinstance(entry, ShardedTensorFactory):
@@ -116,9 +130,10 @@ def test_checkpoint_names_every_fused_piece(megatron):
         elif hasattr(entry, "local_shape"):
             keys[entry.key] = entry.local_shape
     assert keys["mixer.memory_proj.key"] == keys["mixer.memory_proj.value"] == (5, 32, 32)
-    assert keys["mixer.memory_proj.beta"] == keys["mixer.memory_proj.a"] == (5, 2, 32)
+    assert all(keys[f"mixer.memory_proj.{gate}"] == (5, width, 32) for gate, width in gates.items())
+    assert all(keys[f"mixer.{name}"] == shape for name, shape in parameters.items())
     assert keys["mixer.in_proj.weight.query"] == keys["mixer.in_proj.weight.gate"] == (32, 32)
-    assert {"mixer.router.weight", "mixer.A_log", "mixer.dt_bias", "mixer.norm_weight", "mixer.q_conv"} <= keys.keys()
+    assert {"mixer.router.weight", "mixer.norm_weight", "mixer.q_conv"} <= keys.keys()
 
 
 @pytest.mark.parametrize("aux,z", [(0.1, None), (0.0, 0.01), (0.1, 0.01)])

@@ -13,6 +13,8 @@ MODELS = {
     "routed memories only": ["--no-mom-shared-memory"],
 }
 PACKED, ROUTED = MODELS
+GLA = "gated linear attention"
+ARGUMENTS = MODELS | {GLA: ["--mom-rule", "gla"]}
 
 LAYOUTS = {
     "1": (1, []),
@@ -50,7 +52,7 @@ def trained(tmp_path_factory, documents):
     def initial_weights(model):
         folder = tmp_path_factory.mktemp("initial")
         data = ["--data-path", documents, "--train-iters", 1]
-        training.launch(1, [*MODELS[model], *data, "--lr", 0], folder, save_at=(1,))
+        training.launch(1, [*ARGUMENTS[model], *data, "--lr", 0], folder, save_at=(1,))
         return folder
 
     @cache
@@ -61,7 +63,7 @@ def trained(tmp_path_factory, documents):
             start = ["--load", initial_weights(model), "--finetune", "--no-load-optim", "--no-load-rng"]
         folder = tmp_path_factory.mktemp("run")
         data = ["--data-path", documents, "--train-iters", STEPS]
-        losses = training.launch(ranks, [*MODELS[model], *data, *arguments, *start], folder, save_at=(1, SAVED))
+        losses = training.launch(ranks, [*ARGUMENTS[model], *data, *arguments, *start], folder, save_at=(1, SAVED))
         return losses, folder
 
     return run

@@ -1,7 +1,7 @@
 """Every layout trains as one process does: the losses, every gradient and every parameter."""
 
 import pytest
-from conftest import LAYOUTS, MODELS, ROUTED, STEPS
+from conftest import GLA, LAYOUTS, MODELS, ROUTED, STEPS
 from training import gradients_of_first_step, parameters
 
 RTOL = 1e-5
@@ -14,8 +14,10 @@ def assert_same(got, expected):
         assert (got[name] - expected[name]).norm() <= RTOL * expected[name].norm(), name
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "1"])
+@pytest.mark.parametrize(
+    "layout,model",
+    [(layout, model) for layout in LAYOUTS if layout != "1" for model in MODELS] + [("TP2+SP", GLA), ("EP2", GLA)],
+)
 def test_ten_steps_equal_one_process(trained, layout, model):
     expected, expected_folder = trained("1", model)
     losses, folder = trained(layout, model)

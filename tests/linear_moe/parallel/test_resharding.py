@@ -4,7 +4,7 @@ import os
 import signal
 
 import pytest
-from conftest import LAYOUTS, MODELS, PACKED, ROUTED, SAVED, STEPS
+from conftest import ARGUMENTS, GLA, LAYOUTS, MODELS, PACKED, ROUTED, SAVED, STEPS
 from training import launch
 
 TABLE = ["1", "TP2", "PP2", "EP2"]
@@ -16,7 +16,7 @@ def go_on(writer, reader, model, trained, documents, folder):
     expected, checkpoint = trained(writer, model)
     ranks, layout = LAYOUTS[reader]
     data = ["--data-path", documents, "--train-iters", STEPS]
-    losses = launch(ranks, [*MODELS[model], *data, *layout, "--load", checkpoint, "--ckpt-step", SAVED], folder)
+    losses = launch(ranks, [*ARGUMENTS[model], *data, *layout, "--load", checkpoint, "--ckpt-step", SAVED], folder)
     assert list(losses) == [SAVED + 1, STEPS]
     assert losses == pytest.approx({step: expected[step] for step in losses}, rel=1e-5)
 
@@ -31,6 +31,10 @@ def test_continues_in_another_layout(trained, documents, tmp_path, writer, reade
 @pytest.mark.parametrize("writer,reader", [("EP2", "TP2"), ("TP2", "EP2"), ("EP2", "1")])
 def test_continues_without_the_distributed_optimizer(trained, documents, tmp_path, writer, reader):
     go_on(writer, reader, ROUTED, trained, documents, tmp_path)
+
+
+def test_gated_linear_attention_continues_in_another_layout(trained, documents, tmp_path):
+    go_on("TP2+SP", "EP2", GLA, trained, documents, tmp_path)
 
 
 def test_resumes_to_the_last_bit(trained, documents, tmp_path):

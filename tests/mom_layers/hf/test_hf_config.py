@@ -81,6 +81,7 @@ def test_width_of_the_mlp(changes, width):
         ({"use_output_gate": False}, "use_output_gate=False is not supported"),
         ({"use_short_conv": False}, "use_short_conv=False is not supported"),
         ({"mom_backend": "titans"}, "unknown memory rule 'titans': choose one of .*gated_deltanet"),
+        ({"mom_backend": "gla"}, "mom_backend 'gla' is no part of the format: it has gated_deltanet"),
         ({"hidden_act": "powlu"}, "hidden_act must be one of swish, silu, got 'powlu'"),
         ({"attnres_block_size": 4}, "attnres_block_size must be None, got 4"),
         ({"topk": 5}, "topk must be between 1 and"),

@@ -1,0 +1,199 @@
+"""What the states owe to dq and dk, for Hopper: equations as in the Triton backward file, `_state_gradients_kernel`.
+
+Shape legend: rows R, segments S, heads H, key size K, value size V, chunk length BT, chunk slots N, group slots M.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+
+from mom_layers.ops.gated_delta_rule_hopper import (
+    _chunk_decay,
+    _copy,
+    _copy_layout,
+    _product_layout,
+    _publish,
+    _row_factors,
+    _shared_layout,
+)
+
+
+@gluon.jit
+def _scaled_factors(
+    beta, gates, rows, i_chunk, left, scale, H: gl.constexpr, BT: gl.constexpr, layout: gl.constexpr
+):  # fmt: skip
+    """What a chunk's rows take from the start's side as queries and as keys, and from the end's."""
+    b_beta, b_from_start, b_to_end = _row_factors(beta, gates, rows, i_chunk, left, H, BT, layout)
+    return scale * b_from_start, -b_from_start * b_beta, b_to_end * b_beta
+
+
+@gluon.jit
+def _copy_next(
+    s_a, s_b, s_q, s_k, do, d_errors, errors, q, k, rows, left, i_k,
+    H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, BK: gl.constexpr,
+    REVERSE: gl.constexpr, B_TOO: gl.constexpr, NW: gl.constexpr,
+):  # fmt: skip
+    """Starts the copies of what a chunk's reading products take, and of its q and k."""
+    if left > 0:
+        if REVERSE:
+            _copy(s_a, errors + rows * V, H * V, left, BT, V, NW)
+        else:
+            _copy(s_a, do + rows * V, H * V, left, BT, V, NW)
+        if B_TOO:
+            _copy(s_b, d_errors + rows * V, H * V, left, BT, V, NW)
+        _copy(s_k, k + rows * K + i_k, H * K, left, BT, BK, NW)
+        _copy(s_q, q + rows * K + i_k, H * K, left, BT, BK, NW)
+    async_copy.commit_group()
+
+
+@gluon.jit(do_not_specialize=["num_segments"])
+def state_gradients_kernel(
+    q,
+    k,
+    beta,
+    gates,
+    errors,
+    d_errors,
+    do,
+    states,
+    cu_seqlens,
+    chunk_offsets,
+    group_segment,
+    group_index,
+    dq,
+    dk,
+    row_terms,
+    totals,
+    scale,
+    num_segments,
+    H: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    BT: gl.constexpr,
+    BK: gl.constexpr,
+    GROUP: gl.constexpr,
+    REVERSE: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """BK rows of S along one group of chunks and head, or of dS against time: what they owe to dq and dk.
+
+    Small enough in shared memory (two buffers of [BT, V], the reading products' and then the update's) that two
+    programs share a multiprocessor: one multiplies while the other waits. The update's row factors go onto q and k,
+    which are narrower here than e, y and do.
+    """
+    low: gl.constexpr = k.dtype.element_ty
+    NW: gl.constexpr = num_warps
+    i_kb = gl.program_id(0) % (K // BK)
+    i_h = gl.program_id(0) // (K // BK) % H
+    i_g = gl.program_id(0) // (K // BK) // H
+    i_s = gl.load(group_segment + i_g)
+    if i_s >= num_segments:
+        return
+    i_first_chunk = gl.load(group_index + i_g) * GROUP
+    i_first = gl.load(cu_seqlens + i_s) + i_first_chunk * BT
+    num_rows = gl.load(cu_seqlens + i_s + 1) - i_first
+    num_chunks = gl.minimum(gl.cdiv(num_rows, BT), GROUP)
+    i_chunk = (gl.load(chunk_offsets + i_s) + i_first_chunk).to(gl.int64) * H + i_h
+    if REVERSE:
+        i_chunk += (num_chunks - 1).to(gl.int64) * H
+        i_first += (num_chunks - 1) * BT
+        num_rows -= (num_chunks - 1) * BT
+    step: gl.constexpr = -1 if REVERSE else 1
+
+    L_S: gl.constexpr = _product_layout(BK, V, NW)
+    L_d: gl.constexpr = _product_layout(BT, BK, NW)
+    L_t: gl.constexpr = gl.SliceLayout(1, L_d)
+    s_all_S = gl.allocate_shared_memory(low, [1, BK, V], _shared_layout(BK, V, low))
+    s_ab = gl.allocate_shared_memory(low, [2, BT, V], _shared_layout(BT, V, low))
+    s_S, s_a, s_b = s_all_S.index(0), s_ab.index(0), s_ab.index(1)
+    s_k = gl.allocate_shared_memory(low, [BT, BK], _shared_layout(BT, BK, low))
+    s_q = gl.allocate_shared_memory(low, [BT, BK], _shared_layout(BT, BK, low))
+
+    rows = i_first.to(gl.int64) * H + i_h
+    _copy_next(s_a, s_b, s_q, s_k, do, d_errors, errors, q, k, rows, num_rows, i_kb * BK,
+               H, K, V, BT, BK, REVERSE, True, NW)  # fmt: skip
+    o_t = gl.arange(0, BT, layout=L_t)
+    # Tiles of dq and dk leave by way of shared memory, so that whole cache lines are written.
+    gl.static_assert(BK == BT)
+    s_out = s_S.slice(0, BK, dim=1)
+    L_out: gl.constexpr = _copy_layout(BK, NW)
+    o_out = gl.arange(0, BT, layout=gl.SliceLayout(1, L_out))
+    o_tk = o_out[:, None] * (H * K) + (i_kb * BK + gl.arange(0, BK, layout=gl.SliceLayout(0, L_out)))[None, :]
+    o_Sk = i_kb * BK + gl.arange(0, BK, layout=gl.SliceLayout(1, L_S))
+    o_kv = o_Sk[:, None] * V + gl.arange(0, V, layout=gl.SliceLayout(0, L_S))[None, :]
+    b_S = gl.load(states + (i_g.to(gl.int64) * H + i_h) * K * V + o_kv).to(gl.float32)
+    zero = gl.zeros([BT, BK], gl.float32, layout=L_d)
+    b_start_q, b_start_k, b_end = _scaled_factors(beta, gates, rows, i_chunk, num_rows, scale, H, BT, L_t)
+    chunk_decay = _chunk_decay(gates, i_chunk, num_rows, BT)
+    for i in range(num_chunks):
+        m_tk = (o_out < num_rows)[:, None]
+        # What comes after: rows left (against time every chunk but the segment's last is whole), or none.
+        left = gl.where(i + 1 < num_chunks, BT if REVERSE else num_rows - BT, 0)
+        next_rows = rows + step * BT * H
+        s_S.store(b_S.to(low))
+        async_copy.wait_group(0)
+        _publish()
+        if REVERSE:
+            b_dk = warpgroup_mma(s_a, s_S.permute((1, 0)), zero, use_acc=False, is_async=True)
+            b_dk = warpgroup_mma_wait(0, deps=[b_dk])
+            gl.thread_barrier()
+            _copy(s_a, do + rows * V, H * V, num_rows, BT, V, NW)
+            async_copy.commit_group()
+            b_q = s_q.load(L_d).to(gl.float32)
+            s_q.store((b_start_q[:, None] * b_q).to(low))
+            b_k = s_k.load(L_d).to(gl.float32)
+            s_k.store((b_start_k[:, None] * b_k).to(low))
+            b_dk = b_end[:, None] * b_dk
+            b_term = gl.sum(b_k * b_dk, 1)
+        else:
+            # An index that the compiler cannot foresee: it would keep the addresses of all products in registers.
+            i_zero = (rows >> 62).to(gl.int32)
+            s_St = s_all_S.index(i_zero).permute((1, 0))
+            b_dq = warpgroup_mma(s_ab.index(i_zero), s_St, zero, use_acc=False, is_async=True)
+            b_dq = warpgroup_mma_wait(0, deps=[b_dq])
+            gl.thread_barrier()
+            _copy(s_a, errors + rows * V, H * V, num_rows, BT, V, NW)
+            async_copy.commit_group()
+            b_dk = warpgroup_mma(s_ab.index(1 + i_zero), s_St, zero, use_acc=False, is_async=True)
+            b_dq = b_start_q[:, None] * b_dq
+            b_term = gl.sum(s_q.load(L_d).to(gl.float32) * b_dq, 1)
+            s_q.store(b_dq.to(low))
+            b_dk = warpgroup_mma_wait(0, deps=[b_dk])
+            gl.thread_barrier()
+            _copy(s_b, d_errors + next_rows * V, H * V, left, BT, V, NW)
+            async_copy.commit_group()
+            gl.store(dq + rows * K + o_tk, s_q.load(L_out), mask=m_tk)
+            b_k = s_k.load(L_d).to(gl.float32)
+            s_k.store((b_end[:, None] * b_k).to(low))
+            b_dk = b_start_k[:, None] * b_dk
+            b_term += gl.sum(b_k * b_dk, 1)
+        s_out.store(b_dk.to(low))
+        if not REVERSE:
+            b_dk_so_far = gl.load(dk + rows * K + o_tk, mask=m_tk, other=0.0)
+        i_part = i_chunk * (K // BK) + i_kb
+        gl.store(row_terms + i_part * BT + o_t, b_term)
+        gl.store(totals + i_part, gl.sum(b_term, 0))
+        b_S = chunk_decay * b_S
+        if REVERSE:
+            async_copy.wait_group(0)
+            _publish()
+            b_S = warpgroup_mma(s_q.permute((1, 0)), s_a, b_S, is_async=True)
+            b_S = warpgroup_mma(s_k.permute((1, 0)), s_b, b_S, is_async=True)
+            gl.store(dk + rows * K + o_tk, s_out.load(L_out), mask=m_tk)
+        else:
+            async_copy.wait_group(1)
+            _publish()
+            b_S = warpgroup_mma(s_k.permute((1, 0)), s_a, b_S, is_async=True)
+            b_sum = s_out.load(L_out).to(gl.float32) + b_dk_so_far.to(gl.float32)
+            gl.store(dk + rows * K + o_tk, b_sum.to(low), mask=m_tk)
+        num_rows, rows = left, next_rows
+        i_chunk += step * H
+        b_start_q, b_start_k, b_end = _scaled_factors(beta, gates, rows, i_chunk, left, scale, H, BT, L_t)
+        chunk_decay = _chunk_decay(gates, i_chunk, left, BT)
+        b_S = warpgroup_mma_wait(0, deps=[b_S])
+        gl.thread_barrier()
+        _copy_next(s_a, s_b, s_q, s_k, do, d_errors, errors, q, k, rows, left, i_kb * BK,
+                   H, K, V, BT, BK, REVERSE, REVERSE, NW)  # fmt: skip
