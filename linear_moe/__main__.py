@@ -39,8 +39,7 @@ def main() -> int:
     if mom and any(word.partition("=")[0] == "--yaml-cfg" for word in sys.argv):
         print("error: beside --yaml-cfg Megatron ignores all arguments, --token-mixer too", file=sys.stderr)
         return 2
-    if mom:
-        machine.show_log()
+    machine.show_log()
     try:
         machine.start()
         from linear_moe import plugin

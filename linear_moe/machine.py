@@ -44,14 +44,12 @@ def start() -> None:
 
 
 def show_log() -> None:
-    """Prints what our packages log, on the first rank, whatever becomes of the logging of the script around them."""
-    if os.environ.get("RANK", "0") != "0":
-        return
+    """Prints what our packages log, once and not on every rank, however the script around them logs."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     for package in OUR_PACKAGES:
         ours = logging.getLogger(package)
-        ours.setLevel(logging.INFO)
+        ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
         ours.propagate = False
         ours.handlers = [handler]
 

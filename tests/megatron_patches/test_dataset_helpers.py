@@ -9,8 +9,8 @@ from megatron_patches import dataset_helpers
 
 @pytest.fixture
 def compile_helpers(monkeypatch):
-    monkeypatch.setattr("subprocess.run", lambda *args, **kwargs: pytest.fail("make was run"))
     dataset_helpers.apply()
+    monkeypatch.setattr("subprocess.run", lambda *args, **kwargs: pytest.fail("make was run"))
     yield import_module("megatron.core.datasets.utils").compile_helpers
     dataset_helpers.undo()
 
