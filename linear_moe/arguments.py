@@ -19,6 +19,7 @@ SHAPE = [
     "mom_expand_v", "mom_conv_kernel", "mom_single_kv_proj", "linear_attention_freq",
 ]  # fmt: skip
 """Arguments that a checkpoint fixes: the weights mean nothing under other values."""
+OUR_SPEC = "linear_moe.layer_specs mom_layer_spec"
 
 
 def add_mom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -76,17 +77,18 @@ def check_optimizer(args: argparse.Namespace) -> None:
         )
 
 
-def _restore(load_args_from_checkpoint, args, *positional, **keywords):
-    """Our part of --use-checkpoint-args: what the command line leaves open comes from the checkpoint."""
-    result = load_args_from_checkpoint(args, *positional, **keywords)
-    if isinstance(result, tuple):
-        saved = result[1]
-        for name in [*OURS, "linear_attention_freq"]:
-            if getattr(args, name, None) is None and getattr(saved, name, None) is not None:
-                setattr(args, name, getattr(saved, name))
-        if getattr(saved, "token_mixer", None) == "mom":  # part of every MoM layer, and not None by default
-            args.layernorm_epsilon = saved.layernorm_epsilon
-    return result
+def check_model(args: argparse.Namespace) -> None:
+    """Refuses what would build another model than the one that --token-mixer mom asks for."""
+    spec = None if args.spec is None else " ".join(args.spec)
+    for present, what, instead in [
+        (args.multi_latent_attention, "--multi-latent-attention", "use plain or grouped-query attention layers"),
+        (args.heterogeneous_layers_config_path, "--heterogeneous-layers-config-path", "use --linear-attention-freq"),
+        (spec and not args.hybrid_layer_pattern and spec != OUR_SPEC, f"--spec {spec}", f"leave it out, or {OUR_SPEC}"),
+        (args.hybrid_layer_pattern and "G" not in args.hybrid_layer_pattern,
+         f"--hybrid-layer-pattern {args.hybrid_layer_pattern}", "write G where a MoM layer is to be"),
+    ]:  # fmt: skip
+        if present:
+            raise ValueError(f"--token-mixer mom does not work with {what}: {instead}")
 
 
 def compare_with_checkpoint(args: argparse.Namespace, saved: argparse.Namespace) -> None:
@@ -102,10 +104,11 @@ def compare_with_checkpoint(args: argparse.Namespace, saved: argparse.Namespace)
             )
 
 
-def check_checkpoint_shape(args: argparse.Namespace) -> None:
-    """Compares with the checkpoint that --load names, if there is one, before anything is built."""
+def check_run(args: argparse.Namespace) -> None:
+    """Refuses what cannot be saved, and a --load whose checkpoint, if there is one, holds another model."""
     from megatron.training.checkpointing import load_args_from_checkpoint
 
+    check_optimizer(args)
     if args.load is None:
         return
     with contextlib.redirect_stdout(io.StringIO()):  # it tells every argument that it would set on the copy
@@ -114,7 +117,39 @@ def check_checkpoint_shape(args: argparse.Namespace) -> None:
         compare_with_checkpoint(args, found[1])
 
 
-def _check(check_checkpoint_args, saved, *positional, **keywords):
+def _add_group(add_megatron_arguments, parser):
+    return repair_help(add_mom_arguments(add_megatron_arguments(parser)))
+
+
+def _validate(validate_args, args, *positional, **keywords):
+    """Megatron's checks and ours. Memories may be the only experts: Megatron's then see no expert parallelism."""
+    fill_mom_arguments(args)
+    if args.token_mixer != "mom":
+        return validate_args(args, *positional, **keywords)
+    check_model(args)
+    size = args.expert_model_parallel_size
+    if not args.num_experts:
+        args.expert_model_parallel_size = 1
+    result = validate_args(args, *positional, **keywords)
+    args.expert_model_parallel_size = size
+    check_run(args)
+    return result
+
+
+def _restore(load_args_from_checkpoint, args, *positional, **keywords):
+    """Our part of --use-checkpoint-args: what the command line leaves open comes from the checkpoint."""
+    result = load_args_from_checkpoint(args, *positional, **keywords)
+    if isinstance(result, tuple):
+        saved = result[1]
+        for name in [*OURS, "linear_attention_freq"]:
+            if getattr(args, name, None) is None and getattr(saved, name, None) is not None:
+                setattr(args, name, getattr(saved, name))
+        if getattr(saved, "token_mixer", None) == "mom":  # part of every MoM layer, and not None by default
+            args.layernorm_epsilon = saved.layernorm_epsilon
+    return result
+
+
+def _compare(check_checkpoint_args, saved, *positional, **keywords):
     """The same where Megatron compares its own list."""
     from megatron.training import get_args
 
@@ -122,12 +157,15 @@ def _check(check_checkpoint_args, saved, *positional, **keywords):
     compare_with_checkpoint(get_args(), saved)
 
 
-CHECKPOINT_ARGUMENTS = Patch(
-    name="checkpoint-arguments",
-    reason="--use-checkpoint-args restores, and loading compares, a fixed list of arguments only",
-    removed_when="megatron.training takes both lists from the model's configuration",
+PATCH = Patch(
+    name="arguments",
+    reason="which arguments exist, are checked, come back from a checkpoint and are compared with it is a fixed list; "
+    "--expert-model-parallel-size needs --num-experts there",
+    removed_when="megatron.training takes arguments and their checks from the model's configuration",
     targets=(
+        wrap("megatron.training.arguments", "add_megatron_arguments", _add_group),
+        wrap("megatron.training.arguments", "validate_args", _validate),
         wrap("megatron.training.checkpointing", "load_args_from_checkpoint", _restore),
-        wrap("megatron.training.checkpointing", "check_checkpoint_args", _check),
+        wrap("megatron.training.checkpointing", "check_checkpoint_args", _compare),
     ),
 )

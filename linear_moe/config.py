@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -68,6 +68,22 @@ class MomTransformerConfig(TransformerConfig):
             self.expert_model_parallel_size = 1  # Megatron refuses another one in a model without experts
         super().__post_init__()
         self.expert_model_parallel_size = size
+        self._check_token_mixer()
+
+    @classmethod
+    def adopt(cls, config: TransformerConfig, **settings) -> None:
+        """Makes Megatron's own configuration one of this class, with these of our fields; others get their default.
+
+        In place, for Megatron has handed the object on already: data parallelism, schedules and the optimizer read it.
+        """
+        config.__class__ = cls
+        for field in fields(cls):
+            if field.name not in TransformerConfig.__dataclass_fields__:
+                setattr(config, field.name, settings.pop(field.name, field.default))
+        assert not settings, settings
+        config._check_token_mixer()
+
+    def _check_token_mixer(self) -> None:
         if self.token_mixer not in TOKEN_MIXERS:
             raise ValueError(f"--token-mixer must be one of {', '.join(TOKEN_MIXERS)}, got {self.token_mixer!r}")
         if self.token_mixer == "mom":

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import all_to_all
 
-from megatron_patches.patch import Patch, wrap
 from mom_layers.mixing import MemoryParameters, read_memories
 from mom_layers.ops.combine import combine
 from mom_layers.ops.routing_plan import RoutingPlan, build_routing_plan
@@ -187,22 +186,3 @@ def mix_memories_over_ranks(
 def _tensors(plan: RoutingPlan) -> list[torch.Tensor]:
     values = [getattr(plan, field.name) for field in fields(plan)]
     return [value for value in values if isinstance(value, torch.Tensor)]
-
-
-def _validate_without_experts(validate_args, args, *positional, **keywords):
-    """Lets memories be the only experts of the model: Megatron's checks then see no expert parallelism."""
-    size = args.expert_model_parallel_size
-    if size == 1 or args.num_experts or getattr(args, "token_mixer", None) != "mom":
-        return validate_args(args, *positional, **keywords)
-    args.expert_model_parallel_size = 1
-    result = validate_args(args, *positional, **keywords)
-    args.expert_model_parallel_size = size
-    return result
-
-
-EXPERT_PARALLEL_ARGUMENTS = Patch(
-    name="expert-parallel-arguments",
-    reason="--expert-model-parallel-size is refused in a model without --num-experts, though it may have memories",
-    removed_when="validate_args leaves that check to the configuration",
-    targets=(wrap("megatron.training.arguments", "validate_args", _validate_without_experts),),
-)

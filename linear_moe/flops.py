@@ -90,7 +90,7 @@ def _without_mom_layers(args):
         return rest, get_hybrid_layer_counts(args.hybrid_layer_pattern)[Symbols.GDN]
     # It reads three fields, which the arguments have under the same names.
     pattern = [int(is_mom) for is_mom in MomTransformerConfig.mom_layer_pattern(args)]
-    pattern += pattern[-1:] * (args.mtp_num_layers or 0)  # multi-token prediction repeats the last layer
+    pattern += [0] * (args.mtp_num_layers or 0)  # multi-token prediction has softmax attention layers
     rest.experimental_attention_variant = "gated_delta_net"
     rest.linear_attention_freq = pattern
     rest.linear_num_key_heads = rest.linear_num_value_heads = 0

@@ -16,6 +16,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from linear_moe.config import MomTransformerConfig
 from linear_moe.mixer import MomTokenMixer, MomTokenMixerSubmodules
 from linear_moe.norm import TorchNorm
+from linear_moe.plugin import join_running_script
+from linear_moe.settings import read_settings
 
 
 def _backend(config: MomTransformerConfig):
@@ -42,13 +44,29 @@ def _layer_ids(config: MomTransformerConfig, vp_stage: int | None, pp_rank: int 
     return list(range(first, first + count))
 
 
+def mom_mixer_spec(config: MomTransformerConfig) -> ModuleSpec:
+    """The token mixer, with Transformer Engine's or local linear layers."""
+    backend = _backend(config)
+    return ModuleSpec(
+        module=MomTokenMixer,
+        submodules=MomTokenMixerSubmodules(
+            in_proj=backend.column_parallel_linear(), out_proj=backend.row_parallel_linear()
+        ),
+    )
+
+
+def input_norm(config: MomTransformerConfig):
+    """The norm before a layer, a module of its own."""
+    rms_norm = config.normalization == "RMSNorm"
+    return _norm(_backend(config).layer_norm(rms_norm=rms_norm, for_qk=False, has_residual=True))
+
+
 def mom_block_spec(
     config: MomTransformerConfig, vp_stage: int | None = None, pp_rank: int | None = None
 ) -> TransformerBlockSubmodules:
     """Decoder layers of this pipeline stage: Megatron's own for the configuration (Transformer Engine's or local
     modules, dense or MoE MLPs), with Mixture-of-Memories for token mixer where ``config.mom_layer_pattern`` says so.
     """
-    backend = _backend(config)
     block = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=config.transformer_impl == "transformer_engine",
@@ -57,13 +75,7 @@ def mom_block_spec(
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
-    mixer = ModuleSpec(
-        module=MomTokenMixer,
-        submodules=MomTokenMixerSubmodules(
-            in_proj=backend.column_parallel_linear(), out_proj=backend.row_parallel_linear()
-        ),
-    )
-    input_norm = _norm(backend.layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=False, has_residual=True))
+    mixer, norm = mom_mixer_spec(config), input_norm(config)
     pattern = config.mom_layer_pattern()
     layers = []
     for layer_id, layer in zip(
@@ -78,13 +90,24 @@ def mom_block_spec(
             keys = submodules.sharded_state_dict_keys_map
             submodules = replace(
                 submodules,
-                input_layernorm=input_norm,
+                input_layernorm=norm,
                 self_attention=mixer,
                 # The norm is this layer's own, not part of a fused attention projection.
                 sharded_state_dict_keys_map={k: v for k, v in keys.items() if not k.startswith("input_layernorm.")},
             )
         layers.append(replace(layer, submodules=submodules))
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(block.layer_norm))
+
+
+def mom_layer_spec(model_config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """For ``--spec linear_moe.layer_specs mom_layer_spec`` in a command without our launcher: every decoder layer MoM,
+    or those that ``--linear-attention-freq`` says, with the settings of `linear_moe.settings`.
+    """
+    if not isinstance(model_config.transformer, MomTransformerConfig):
+        settings = read_settings()
+        MomTransformerConfig.adopt(model_config.transformer, **settings)
+        join_running_script(settings)
+    return mom_block_spec(model_config.transformer, vp_stage=vp_stage)
 
 
 def gpt_layer_spec(model_config, vp_stage: int | None = None) -> TransformerBlockSubmodules:

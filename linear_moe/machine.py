@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import os
 import socket
+from importlib.metadata import version
 
 import torch
 
 from megatron_patches import dataset_helpers, float32_parameters, reshardable_optimizer
 
+logger = logging.getLogger(__name__)
+OUR_PACKAGES = ("linear_moe", "megatron_patches")
+
 
 def prepare_machine() -> None:
-    """Applies the patches that this machine needs; to be called before ``megatron.training`` is imported."""
+    """Applies the patches that training with MoM layers needs here; to be called before ``megatron.training`` is
+    imported.
+    """
+    start()
+    float32_parameters.apply()
+    reshardable_optimizer.apply()
+
+
+def start() -> None:
+    """Lets Megatron start here: alone where torchrun did not start this process, without a GPU, from its wheel."""
     if "RANK" not in os.environ:  # not started by torchrun: a world of one process
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -25,9 +39,36 @@ def prepare_machine() -> None:
         from megatron_patches import cpu
 
         cpu.apply()
-    dataset_helpers.apply()
-    float32_parameters.apply()
-    reshardable_optimizer.apply()
+    if dataset_helpers.is_needed():
+        dataset_helpers.apply()
+
+
+def show_log() -> None:
+    """Prints what our packages log, once and not on every rank, however the script around them logs."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for package in OUR_PACKAGES:
+        ours = logging.getLogger(package)
+        ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+        ours.propagate = False
+        ours.handlers = [handler]
+
+
+def accelerated_parts() -> dict[str, str | None]:
+    """What makes training faster or is written to, with its version or device; None where it is missing."""
+    modules = {"Transformer Engine": "transformer_engine", "Triton": "triton", "wandb": "wandb"}
+    parts = {name: version(module.replace("_", "-")) if _found(module) else None for name, module in modules.items()}
+    parts["CUDA"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    parts["Apex"] = "gradient accumulation fusion" if _found("fused_weight_gradient_mlp_cuda") else None
+    return parts
+
+
+def announce() -> None:
+    """Logs which accelerated parts were found and which were not, in one line."""
+    parts = accelerated_parts()
+    found = ", ".join(f"{name} ({detail})" for name, detail in parts.items() if detail)
+    missing = ", ".join(name for name, detail in parts.items() if not detail)
+    logger.info("found: %s; not found: %s", found or "nothing", missing or "nothing")
 
 
 def _found(module: str) -> bool:

@@ -7,7 +7,6 @@ Every argument of Megatron keeps its meaning. On a machine with no GPU it runs o
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -15,14 +14,7 @@ import traceback
 
 import torch
 
-from linear_moe.machine import add_machine_defaults, prepare_machine
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    from linear_moe.arguments import add_mom_arguments, repair_help
-
-    add_mom_arguments(parser)
-    return repair_help(add_machine_defaults(parser))
+from linear_moe.machine import OUR_PACKAGES, add_machine_defaults, announce, prepare_machine
 
 
 def main() -> None:
@@ -34,25 +26,16 @@ def main() -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 
-    from linear_moe.arguments import (
-        CHECKPOINT_ARGUMENTS,
-        check_checkpoint_shape,
-        check_optimizer,
-        fill_mom_arguments,
-    )
+    from linear_moe import arguments
     from linear_moe.config import MomTransformerConfig
     from linear_moe.console import install as install_console
     from linear_moe.data import check_data_paths, forward_step, provide_datasets
-    from linear_moe.expert_parallel import EXPERT_PARALLEL_ARGUMENTS
     from linear_moe.layer_specs import gpt_layer_spec
 
-    CHECKPOINT_ARGUMENTS.apply()
-    EXPERT_PARALLEL_ARGUMENTS.apply()
+    arguments.PATCH.apply()
     install_console()
-    args = parse_and_validate_args(extra_args_provider=_add_arguments)
-    fill_mom_arguments(args)
-    check_optimizer(args)
-    check_checkpoint_shape(args)
+    announce()
+    args = parse_and_validate_args(extra_args_provider=add_machine_defaults)
     check_data_paths(args)
     config = core_transformer_config_from_args(args, MomTransformerConfig)
     model = gpt_config_from_args(args, config=config)
@@ -74,7 +57,7 @@ def _set_up_logging() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)  # a line at every evaluation
     if os.environ.get("RANK", "0") == "0":
-        for package in ("linear_moe", "megatron_patches"):
+        for package in OUR_PACKAGES:
             logging.getLogger(package).setLevel(logging.INFO)
 
 

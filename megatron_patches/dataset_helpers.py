@@ -1,9 +1,12 @@
 """Lets Megatron start from its wheel, which ships the data set helpers compiled and without their Makefile.
 
-`compile_helpers` runs `make` and ends the program when that fails, which it does on every machine, GPU or not.
+`compile_helpers` runs `make` and ends the program when that fails, which it does on every machine, GPU or not. A clone
+of Megatron-LM has the Makefile and needs no patch.
 """
 
 import importlib
+import importlib.util
+from pathlib import Path
 
 from megatron_patches.patch import Patch, wrap
 
@@ -26,6 +29,12 @@ PATCH = Patch(
     removed_when="compile_helpers does nothing when megatron.core.datasets.helpers_cpp is importable",
     targets=(wrap("megatron.core.datasets.utils", "compile_helpers", _use_compiled_library),),
 )
+
+
+def is_needed() -> bool:
+    """Whether the megatron.core that this process imports comes without the Makefile."""
+    core = importlib.util.find_spec("megatron.core")
+    return core is not None and not (Path(core.origin).parent / "datasets" / "Makefile").is_file()
 
 
 def apply() -> None:

@@ -25,7 +25,6 @@ import logging
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
@@ -139,7 +138,7 @@ class Patch:
         _swap_imported_names((slot.name, slot.original, slot.replacement) for slot in slots)
         _applied[self.name] = (self, slots)
         logger.info("patch %s applied: %s", self.name, self.reason)
-        if installed_megatron_core() != SUPPORTED_MEGATRON_CORE:
+        if _series(installed_megatron_core()) != _series(SUPPORTED_MEGATRON_CORE):
             logger.warning("patch %s fits, but %s", self.name, _versions())
 
     def undo(self) -> None:
@@ -207,11 +206,15 @@ def applied() -> tuple[Patch, ...]:
 
 
 def installed_megatron_core() -> str | None:
-    """Version of the installed megatron-core distribution, None when there is none."""
+    """Version of the megatron.core that this process imports, a clone's or the wheel's; None when there is none."""
     try:
-        return version("megatron-core")
-    except PackageNotFoundError:
+        return importlib.import_module("megatron.core.package_info").__version__.partition("+")[0]
+    except ImportError:
         return None
+
+
+def _series(release: str | None) -> list[str]:
+    return (release or "").split(".")[:2]
 
 
 def _versions() -> str:

@@ -20,11 +20,17 @@ MOM = "--token-mixer mom --mom-num-heads 2 --mom-head-dim 16".split()
 
 def pretrain(*arguments, processes=1, timeout=200) -> subprocess.CompletedProcess:
     """Runs linear_moe.pretrain to its end; stdout and stderr come back as one text."""
+    return run_python("-m", "linear_moe.pretrain", *arguments, processes=processes, timeout=timeout)
+
+
+def run_python(*words, processes=1, timeout=200, environment=None) -> subprocess.CompletedProcess:
+    """Runs a module (`-m name`) or a script with its arguments, under torchrun where there are several processes."""
     command = [sys.executable, "-W", "ignore"]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += ["-m", "linear_moe.pretrain", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command += map(str, words)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | (environment or {})
+    environment["PYTHONPATH"] = str(ROOT)
     environment.pop("TRITON_INTERPRET", None)
     return subprocess.run(
         command, cwd=ROOT, env=environment, timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

@@ -110,8 +110,8 @@ def test_softmax_attention_is_counted_by_megatron():
 def test_experts_and_multi_token_prediction():
     args = recipe(num_experts=8, moe_ffn_hidden_size=512, mtp_num_layers=1, linear_attention_freq=[0] * 23 + [1])
     softmax = count(recipe(token_mixer="attention", num_experts=8, moe_ffn_hidden_size=512, mtp_num_layers=1))
-    # The predicting layer is another one of the last kind.
-    assert count(args) == pytest.approx(softmax + 2 * 3 * TOKENS * (MOM_LAYER - ATTENTION_LAYER), rel=1e-12)
+    # The predicting layer is Megatron's own.
+    assert count(args) == pytest.approx(softmax + 3 * TOKENS * (MOM_LAYER - ATTENTION_LAYER), rel=1e-12)
 
 
 def test_hybrid_model_counts_its_g_layers():

@@ -1,0 +1,37 @@
+"""Runs a script as Python does, with what Megatron needs on a machine that has no GPU and nothing of linear_moe.
+
+python without_launcher.py [--apply-and-undo] script arguments...
+"""
+
+import os
+import runpy
+import socket
+import sys
+from pathlib import Path
+
+from megatron_patches import cpu, dataset_helpers
+from megatron_patches.patch import applied, undo_all
+
+
+def main() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= alone | {"LOCAL_RANK": "0", "TORCHDYNAMO_DISABLE": "1"}
+    if sys.argv[1] == "--apply-and-undo":
+        del sys.argv[1]
+        from linear_moe import machine, plugin
+
+        machine.start()
+        plugin.install(mom=True)
+        undo_all(applied())
+        assert not applied()
+    cpu.apply()
+    dataset_helpers.apply()
+    del sys.argv[0]
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

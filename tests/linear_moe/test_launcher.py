@@ -1,0 +1,107 @@
+"""`python -m linear_moe script.py`, and `--spec` without it, on a script in the shape of Megatron-LM's."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from pretraining_runs import MOM, TINY, run_python
+
+FOLDER = Path(__file__).parent / "script"
+SCRIPT = FOLDER / "pretrain_stand_in.py"
+COMMON = [*TINY, "--mock-data", "--train-iters", 6]
+SPEC = "--spec linear_moe.layer_specs mom_layer_spec".split()
+
+
+def launch(*arguments, **options):
+    return run_python("-m", "linear_moe", SCRIPT, *arguments, **options)
+
+
+def without_launcher(*arguments, before=(), **options):
+    return run_python(FOLDER / "without_launcher.py", *before, SCRIPT, *arguments, **options)
+
+
+def losses(run) -> dict[int, str]:
+    """Iteration -> training loss with all digits that Megatron prints; 0 -> validation loss at the end."""
+    assert run.returncode == 0, run.stdout[-3000:]
+    training = re.findall(r"iteration +(\d+)/.* lm loss: (\S+)", run.stdout)
+    validation = re.findall(r"on validation set \| lm loss value: (\S+)", run.stdout)
+    return {int(step): loss for step, loss in training} | {0: validation[-1]}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Six iterations with memories, a checkpoint after three and six."""
+    checkpoints = tmp_path_factory.mktemp("launcher") / "checkpoints"
+    return launch(*COMMON, *MOM, "--save", checkpoints, "--save-interval", 3), checkpoints
+
+
+def test_loss_falls_under_megatrons_own_lines_and_ours(trained):
+    run, _ = trained
+    found = losses(run)
+    assert float(found[6]) < float(found[1]) - 0.3
+    assert "memories at iteration 6 | load " in run.stdout
+    assert re.search(r"^found: .*; not found: .*CUDA", run.stdout, re.M)
+    assert run.stdout.count("patch model applied") == 1
+
+
+def test_two_processes_give_the_losses_of_one(trained):
+    pair = launch(*COMMON, *MOM, "--use-distributed-optimizer", processes=2)
+    assert losses(pair) == losses(trained[0])
+
+
+def test_resumes_with_arguments_from_the_checkpoint(trained, tmp_path):
+    run, checkpoints = trained
+    shutil.copytree(checkpoints, tmp_path / "c", ignore=shutil.ignore_patterns("iter_0000006"))
+    (tmp_path / "c" / "latest_checkpointed_iteration.txt").write_text("3")
+    resumed = losses(launch(*COMMON, "--load", tmp_path / "c", "--use-checkpoint-args"))
+    # Megatron averages the first loss that it prints after a start over two iterations.
+    assert {step: loss for step, loss in resumed.items() if step != 5} == {
+        step: loss for step, loss in losses(run).items() if step in (0, 4, 6)
+    }
+
+
+def test_spec_without_launcher_gives_the_same_losses(trained, tmp_path):
+    (tmp_path / "mom.yaml").write_text("mom_num_heads: 2\nmom-head-dim: 32\n")
+    environment = {"MOM_CONFIG": str(tmp_path / "mom.yaml"), "MOM_HEAD_DIM": "16"}
+    load = ["--load", trained[1], "--train-iters", 8]
+    run = without_launcher(*COMMON, *SPEC, environment=environment)
+    assert losses(run) == losses(trained[0])
+    assert "memories at iteration 6" in run.stdout
+    other = without_launcher(*COMMON, *SPEC, *load, environment=environment | {"MOM_NUM_MEMORIES": "2"})
+    assert "the checkpoint was written with --mom-num-memories 4, the command line says 2" in other.stdout
+
+
+def test_without_the_word_or_undone_the_losses_are_those_of_the_script_alone():
+    alone = losses(without_launcher(*COMMON))
+    assert losses(launch(*COMMON)) == alone
+    assert losses(without_launcher(*COMMON, before=["--apply-and-undo"])) == alone
+
+
+def test_letter_g_of_a_hybrid_pattern():
+    run = launch(*COMMON, *MOM, "--hybrid-layer-pattern", "G-*-")
+    found = losses(run)
+    assert float(found[6]) < float(found[1]) - 0.3
+    assert "memories at iteration 6 | load " in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--spec", "some.module", "some_spec"], "does not work with --spec some.module some_spec: leave it out"),
+        (["--hybrid-layer-pattern", "M-*-"], "--hybrid-layer-pattern M-*-: write G where a MoM layer is to be"),
+        (["--multi-latent-attention"], "does not work with --multi-latent-attention"),
+    ],
+)
+def test_refuses_what_would_build_another_model(arguments, message):
+    run = launch(*COMMON, *MOM, *arguments)
+    assert run.returncode != 0 and message in run.stdout, run.stdout[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["nowhere.py"], "there is no script 'nowhere.py'"), ([SCRIPT, "--yaml-cfg", "x.yaml"], "ignores all arguments")],
+)
+def test_refuses_before_anything_is_imported(words, message):
+    run = run_python("-m", "linear_moe", *words, "--token-mixer", "mom")
+    assert run.returncode == 2 and message in run.stdout
