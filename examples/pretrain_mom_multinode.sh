@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Runs pretrain_mom_a100.sh on several nodes without a scheduler. Type the same command on each, with its own NODE_RANK:
+#   NNODES=8 NODE_RANK=0 MASTER_ADDR=node0 MODEL=1.3b DATA_PATH=/data/text TOKENIZER=/data/tokenizer \
+#       bash examples/pretrain_mom_multinode.sh --overlap-grad-reduce --overlap-param-gather
+# MODEL is 380m (the main script's own settings), 1.3b (the MoM paper's) or 7b (our choice, not trained yet). It fills in
+# only what the environment leaves open. All other settings and the arguments are those of the main script.
+# Every node must see the same repository, data and OUT.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+declare -A meaning=(
+    [NNODES]="number of nodes" [NODE_RANK]="0 on the first node, 1 on the next, and so on"
+    [MASTER_ADDR]="host name or address of the node with NODE_RANK=0"
+    [DATA_PATH]="prefix of the data (tools/preprocess_data.py); nodes cannot all write the demo corpus into one folder"
+    [TOKENIZER]="folder of the tokenizer that the data was made with"
+)
+missing=0
+for name in NNODES NODE_RANK MASTER_ADDR DATA_PATH TOKENIZER; do
+    if [ -z "${!name:-}" ]; then
+        echo "error: set $name: ${meaning[$name]}" >&2
+        missing=1
+    fi
+done
+if [ "$missing" = 1 ]; then exit 2; fi
+if ! [[ "$NNODES" =~ ^[1-9][0-9]*$ && "$NODE_RANK" =~ ^(0|[1-9][0-9]*)$ ]] || [ "$NODE_RANK" -ge "$NNODES" ]; then
+    echo "error: NODE_RANK=$NODE_RANK with NNODES=$NNODES: use whole numbers, NODE_RANK from 0 to NNODES - 1" >&2
+    exit 2
+fi
+
+set -a # what is filled in reaches the main script
+case "${MODEL:=380m}" in
+    380m) ;;
+    1.3b) # 1.35B parameters at work for a token, 1.55B stored; 1024 x 2048 tokens: 2M a step, 100B in all
+        : "${OUT:=$here/runs/mom-1.3b}" "${LAYERS:=24}" "${HIDDEN:=2048}" "${FFN:=5632}" "${HEADS:=4}" "${HEAD_DIM:=256}"
+        : "${SEQ_LENGTH:=2048}" "${MICRO_BATCH:=4}" "${GLOBAL_BATCH:=1024}" "${TRAIN_ITERS:=47683}" "${LR:=3e-4}"
+        ;;
+    7b) # 6.9B parameters at work for a token, 8.0B stored; 1024 x 4096 tokens: 4M a step, 140B in all
+        : "${OUT:=$here/runs/mom-7b}" "${LAYERS:=32}" "${HIDDEN:=4096}" "${FFN:=11008}" "${HEADS:=8}" "${HEAD_DIM:=256}"
+        : "${SEQ_LENGTH:=4096}" "${MICRO_BATCH:=1}" "${GLOBAL_BATCH:=1024}" "${TRAIN_ITERS:=33379}" "${LR:=3e-4}"
+        : "${TP:=2}"
+        ;;
+    *)
+        echo "error: MODEL=$MODEL: use 380m, 1.3b or 7b" >&2
+        exit 2
+        ;;
+esac
+export NNODES NODE_RANK MASTER_ADDR DATA_PATH TOKENIZER
+set +a
+exec bash "$here/examples/pretrain_mom_a100.sh" "$@"
