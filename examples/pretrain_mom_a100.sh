@@ -20,7 +20,13 @@ if [ "${DEMO:-0}" != 0 ] || [ "$GPUS" = 0 ]; then
     : "${VOCAB:=4096}" "${PRECISION:=fp32}" "${LOG_INTERVAL:=10}" "${EVAL_INTERVAL:=50}" "${SAVE_INTERVAL:=50}"
 else
     : "${OUT:=$here/runs/mom-380m}" "${LAYERS:=24}" "${HIDDEN:=1024}" "${FFN:=2048}" "${HEADS:=4}" "${HEAD_DIM:=256}"
-    : "${SEQ_LENGTH:=2048}" "${MICRO_BATCH:=4}" "${GLOBAL_BATCH:=256}" "${LR:=3e-4}" # 256 x 2048: 0.5M tokens a step
+    : "${SEQ_LENGTH:=2048}" "${GLOBAL_BATCH:=256}" "${LR:=3e-4}" # 256 x 2048: 0.5M tokens a step
+    if [ -z "${MICRO_BATCH:-}" ]; then # 9 GB and 3.9 GB a sequence of 2048: 4 fit in 40 GB, 8 in 80 GB
+        MICRO_BATCH=$("$PYTHON" -c 'import torch; gb = torch.cuda.get_device_properties(0).total_memory / 1e9
+print(16 if gb > 120 else 8 if gb > 60 else 4)')
+        replicas=$((GPUS * ${NNODES:-1} / (${TP:-1} * ${PP:-1})))
+        while [ "$MICRO_BATCH" -gt 1 ] && [ $((GLOBAL_BATCH % (MICRO_BATCH * replicas))) != 0 ]; do MICRO_BATCH=$((MICRO_BATCH / 2)); done
+    fi
     : "${TRAIN_ITERS:=$((15000000000 / (GLOBAL_BATCH * SEQ_LENGTH)))}"             # 15B tokens
     : "${VOCAB:=32000}" "${PRECISION:=bf16}" "${LOG_INTERVAL:=10}" "${EVAL_INTERVAL:=500}" "${SAVE_INTERVAL:=1000}"
 fi
