@@ -6,10 +6,15 @@ import torch
 import torch.nn as nn
 
 from mom_layers.mixing import MemoryParameters, mix_memories, projection_sizes
+from mom_layers.ops.backend import resolve_backend
 from mom_layers.ops.routing_plan import build_routing_plan
+from mom_layers.ops.segment_convolution import UNIT_LENGTH_EPS
 from mom_layers.routing import route
 from mom_layers.rules import get_rule
 from mom_layers.state import MemoryState
+
+# Up to here a step reads each token's memories' weights by itself; above, a product grouped by memory reads them once.
+DECODE_BATCH = 16
 
 
 def check_sizes(
@@ -194,6 +199,36 @@ class MixtureOfMemories(nn.Module):
         if token_mask is not None:
             out = out * token_mask[..., None]
         return out, new_state
+
+    @torch.no_grad()
+    def step(self, x: torch.Tensor, state: MemoryState) -> torch.Tensor:
+        """Decodes one token of every sequence and changes ``state`` in place: what :meth:`forward` computes with T = 1,
+        in few launches, touching only the memories that a token goes to. A CUDA graph can hold it.
+
+        Args:
+            x: [B, D].
+            state: of these sequences, from a prefill (``output_state=True``) or earlier steps.
+
+        Returns:
+            out [B, D].
+
+        Raises:
+            ValueError: shapes that do not fit together.
+        """
+        if x.dim() != 2 or x.shape[1] != self.hidden_size:
+            raise ValueError(f"x must be [B, {self.hidden_size}], got {list(x.shape)}")
+        if state.recurrent.shape[0] != x.shape[0]:
+            raise ValueError(f"the state holds {state.recurrent.shape[0]} sequences, the input {x.shape[0]}")
+        in_kernels = resolve_backend(self.backend, x) == "triton" and self.rule.decode_step is not None
+        if not in_kernels or x.shape[0] > DECODE_BATCH:
+            out, new_state = self(x[:, None], state=state, output_state=True)
+            state.copy_(new_state)
+            return out[:, 0]
+        y = self.rule.decode_step(
+            x.contiguous(), self.q_proj(x), self.gate_proj(x), self.router(x), self.memory_parameters(), state,
+            self.topk, self.shared_memory, UNIT_LENGTH_EPS,
+        )  # fmt: skip
+        return self.out_proj(y)
 
     def memory_parameters(self) -> MemoryParameters:
         return MemoryParameters(

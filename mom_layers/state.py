@@ -26,6 +26,11 @@ class MemoryState:
         """The state of the sequences at ``index`` [B'], in that order: beam search and shrinking batches."""
         return MemoryState(*(getattr(self, f.name).index_select(0, index) for f in fields(self)))
 
+    def copy_(self, other: MemoryState) -> None:
+        """Takes over another state's numbers, in place."""
+        for f in fields(self):
+            getattr(self, f.name).copy_(getattr(other, f.name))
+
     @property
     def nbytes(self) -> int:
         return sum(getattr(self, f.name).nbytes for f in fields(self))

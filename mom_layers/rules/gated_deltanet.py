@@ -52,6 +52,12 @@ def recur(q, k, v, cu_seqlens, gates, initial_state, output_final_state, backend
     )  # fmt: skip
 
 
+def decode_step(*arguments):
+    from mom_layers.ops.decode_step_triton import decode_step_triton
+
+    return decode_step_triton(*arguments)
+
+
 def recurrence_flops(rows: int, heads: int, k_dim: int, v_dim: int) -> float:
     """Forward operations of the chunked form, per row and head, full chunks: six products of C x K or C x V tiles.
 
@@ -72,4 +78,5 @@ RULE = MemoryRule(
     unit_length_keys=True,
     head_sizes=(16, 32, 64, 128, 256),
     recurrence_flops=recurrence_flops,
+    decode_step=decode_step,
 )

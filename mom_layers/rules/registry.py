@@ -26,6 +26,8 @@ class MemoryRule:
         gates: ({gate name: [R, H * width]}, {parameter name: [H, *shape]}, backend) -> what ``recur`` takes as gates.
         recur: (q [R, H, K], k, v [R, H, V], cu_seqlens, gates, initial_state, output_final_state, backend) ->
             (o [R, H, V], final state [S, H, K, V] or None).
+        decode_step: the arguments of :func:`mom_layers.ops.decode_step_triton.decode_step_triton`, and what it returns;
+            None where a step of one token takes the general path.
         unit_length_keys: q and k are brought to unit length per head.
         head_sizes: key and value sizes that the Triton kernels take.
         recurrence_flops: (rows, heads, key size, value size) -> forward floating-point operations, for MFU.
@@ -40,6 +42,7 @@ class MemoryRule:
     unit_length_keys: bool
     head_sizes: tuple[int, ...]
     recurrence_flops: Callable[[int, int, int, int], float]
+    decode_step: Callable[..., torch.Tensor] | None = None
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
