@@ -81,7 +81,8 @@ def _convolved(tail, i_tail, newest, weight, b_c, C: tl.constexpr, W: tl.constex
 
 @triton.jit
 def _update_kernel(
-    q, projected, logits, q_conv, k_conv, v_conv, A_log, dt_bias, recurrent, q_tail, k_tail, v_tail, mixed, scale, eps, step_b, step_g,
+    q, projected, logits, q_conv, k_conv, v_conv, A_log, dt_bias, recurrent, q_tail, k_tail, v_tail,
+    mixed, scale, eps, step_b, step_g,
     WIDTH: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     M: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
