@@ -107,9 +107,11 @@ def read_memories(
         tails = tuple(plan.to_segments(tail) for tail in (state.q_tail, state.k_tail, state.v_tail))
         initial_state = plan.to_segments(state.recurrent)
     if sequence_slice is not None:
-        assert state is None and not output_state
+        if state is not None or output_state:
+            raise ValueError("a slice of longer sequences neither takes nor returns a state: it gets its own from others")
         width = parameters.q_conv.shape[1]
-        (q, k, v), tails = sequence_slice.tails(plan, (q, k, v), (True, one_projection, one_projection), width)
+        (q, projected), (q_tail, tail) = sequence_slice.tails(plan, (q, projected), (True, one_projection), width)
+        tails = (q_tail, *tail.split((sizes[0], sizes[1], sum(sizes[2:])), dim=-1)[:2])
 
     if one_projection:
         k, v, raw = projected.split((sizes[0], sizes[1], sum(sizes[2:])), dim=1)

@@ -34,6 +34,7 @@ TP2 = ["--tensor-model-parallel-size", "2"]
 SP = ["--sequence-parallel"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 EP2 = ["--expert-model-parallel-size", "2"]
+CP2 = ["--context-parallel-size", "2"]
 DISTRIBUTED_OPTIMIZER = ["--use-distributed-optimizer"]
 
 
