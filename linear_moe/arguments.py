@@ -80,12 +80,20 @@ def check_optimizer(args: argparse.Namespace) -> None:
 def check_model(args: argparse.Namespace) -> None:
     """Refuses what would build another model than the one that --token-mixer mom asks for."""
     spec = None if args.spec is None else " ".join(args.spec)
+    split = f"--context-parallel-size {args.context_parallel_size}"
+    packed = args.context_parallel_size > 1 and getattr(args, "dataloader_inter_document_masking", False)
+    freq = args.linear_attention_freq
+    softmax = "*" in (args.hybrid_layer_pattern or "") or not (freq is None or (isinstance(freq, list) and all(freq)))
     for present, what, instead in [
         (args.multi_latent_attention, "--multi-latent-attention", "use plain or grouped-query attention layers"),
         (args.heterogeneous_layers_config_path, "--heterogeneous-layers-config-path", "use --linear-attention-freq"),
         (spec and not args.hybrid_layer_pattern and spec != OUR_SPEC, f"--spec {spec}", f"leave it out, or {OUR_SPEC}"),
         (args.hybrid_layer_pattern and "G" not in args.hybrid_layer_pattern,
          f"--hybrid-layer-pattern {args.hybrid_layer_pattern}", "write G where a MoM layer is to be"),
+        (args.context_parallel_size > 1 and getattr(args, "sft", False), f"--sft and {split}",
+         "every document is cut by itself there: use another layout"),
+        (packed and softmax, f"--dataloader-inter-document-masking, {split} and softmax attention layers",
+         "these want every document cut by itself: make every layer MoM, or leave out one of the two"),
     ]:  # fmt: skip
         if present:
             raise ValueError(f"--token-mixer mom does not work with {what}: {instead}")

@@ -43,7 +43,7 @@ def rule_inputs(rule, rows, segments):
         q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
     raw = {name: random(rows, HEADS * width, seed=3) for name, width in rule.gate_widths.items()}
     parameters = {name: 0.1 + 0.3 * random(HEADS, *shape, seed=4) for name, shape in rule.parameter_shapes(K).items()}
-    gates = rule.gates(raw, parameters)
+    gates = rule.gates(raw, parameters, "torch")
     state, final_gradient = (random(segments, HEADS, K, V, seed=seed) for seed in (5, 6))
     return {"q": q, "k": k, "v": v, **gates}, state, random(rows, HEADS, V, seed=7), final_gradient
 
