@@ -49,7 +49,7 @@ class MemoryParameters:
 
 
 class SequenceSlice(Protocol):
-    """Where the tokens here are a slice of longer sequences: gets what crosses its edges from those who hold the rest."""
+    """Where the tokens here are a slice of longer sequences: gets what crosses its edges from whoever has the rest."""
 
     def tails(
         self, plan: RoutingPlan, inputs: Sequence[torch.Tensor], gathered: Sequence[bool], width: int
@@ -108,7 +108,8 @@ def read_memories(
         initial_state = plan.to_segments(state.recurrent)
     if sequence_slice is not None:
         if state is not None or output_state:
-            raise ValueError("a slice of longer sequences neither takes nor returns a state: it gets its own from others")
+            given = "a state" if state is not None else "output_state=True"
+            raise ValueError(f"a slice of longer sequences gets its state from those who hold the rest: got {given}")
         width = parameters.q_conv.shape[1]
         (q, projected), (q_tail, tail) = sequence_slice.tails(plan, (q, projected), (True, one_projection), width)
         tails = (q_tail, *tail.split((sizes[0], sizes[1], sum(sizes[2:])), dim=-1)[:2])

@@ -29,7 +29,9 @@ def test_continues_in_another_layout(trained, documents, tmp_path, writer, reade
     go_on(writer, reader, PACKED, trained, documents, tmp_path)
 
 
-@pytest.mark.parametrize("writer,reader", [("EP2", "TP2"), ("TP2", "EP2"), ("EP2", "1"), ("CP2", "TP2"), ("EP2", "CP2")])
+@pytest.mark.parametrize(
+    "writer,reader", [("EP2", "TP2"), ("TP2", "EP2"), ("EP2", "1"), ("CP2", "TP2"), ("EP2", "CP2")]
+)
 def test_continues_without_the_distributed_optimizer(trained, documents, tmp_path, writer, reader):
     go_on(writer, reader, ROUTED, trained, documents, tmp_path)
 
