@@ -80,18 +80,29 @@ def check_optimizer(args: argparse.Namespace) -> None:
 def check_model(args: argparse.Namespace) -> None:
     """Refuses what would build another model than the one that --token-mixer mom asks for."""
     spec = None if args.spec is None else " ".join(args.spec)
-    split = f"--context-parallel-size {args.context_parallel_size}"
-    packed = args.context_parallel_size > 1 and getattr(args, "dataloader_inter_document_masking", False)
-    freq = args.linear_attention_freq
-    softmax = "*" in (args.hybrid_layer_pattern or "") or not (freq is None or (isinstance(freq, list) and all(freq)))
     for present, what, instead in [
         (args.multi_latent_attention, "--multi-latent-attention", "use plain or grouped-query attention layers"),
         (args.heterogeneous_layers_config_path, "--heterogeneous-layers-config-path", "use --linear-attention-freq"),
         (spec and not args.hybrid_layer_pattern and spec != OUR_SPEC, f"--spec {spec}", f"leave it out, or {OUR_SPEC}"),
         (args.hybrid_layer_pattern and "G" not in args.hybrid_layer_pattern,
          f"--hybrid-layer-pattern {args.hybrid_layer_pattern}", "write G where a MoM layer is to be"),
-        (args.context_parallel_size > 1 and getattr(args, "sft", False), f"--sft and {split}",
-         "every document is cut by itself there: use another layout"),
+    ]:  # fmt: skip
+        if present:
+            raise ValueError(f"--token-mixer mom does not work with {what}: {instead}")
+
+
+def check_context_parallel(args: argparse.Namespace) -> None:
+    """Refuses packed documents where they are not cut as the layers want them: MoM layers take a row of documents cut as
+    a whole, softmax attention (and ``--sft``) cuts every document by itself.
+    """
+    if args.token_mixer != "mom" or args.context_parallel_size == 1:
+        return
+    split = f"--context-parallel-size {args.context_parallel_size}"
+    packed = getattr(args, "dataloader_inter_document_masking", False)
+    freq = args.linear_attention_freq
+    softmax = "*" in (args.hybrid_layer_pattern or "") or not (freq is None or (isinstance(freq, list) and all(freq)))
+    for present, what, instead in [
+        (getattr(args, "sft", False), f"--sft and {split}", "every document is cut by itself there: use another layout"),
         (packed and softmax, f"--dataloader-inter-document-masking, {split} and softmax attention layers",
          "these want every document cut by itself: make every layer MoM, or leave out one of the two"),
     ]:  # fmt: skip
@@ -113,9 +124,10 @@ def compare_with_checkpoint(args: argparse.Namespace, saved: argparse.Namespace)
 
 
 def check_run(args: argparse.Namespace) -> None:
-    """Refuses what cannot be saved, and a --load whose checkpoint, if there is one, holds another model."""
+    """Refuses what cannot be trained or saved, and a --load whose checkpoint, if there is one, holds another model."""
     from megatron.training.checkpointing import load_args_from_checkpoint
 
+    check_context_parallel(args)
     check_optimizer(args)
     if args.load is None:
         return
