@@ -92,8 +92,8 @@ def check_model(args: argparse.Namespace) -> None:
 
 
 def check_context_parallel(args: argparse.Namespace) -> None:
-    """Refuses packed documents where they are not cut as the layers want them: MoM layers take a row of documents cut as
-    a whole, softmax attention (and ``--sft``) cuts every document by itself.
+    """Refuses packed documents where they are not cut as the layers want them: MoM layers take a row of documents cut
+    as a whole, softmax attention (and ``--sft``) cuts every document by itself.
     """
     if args.token_mixer != "mom" or args.context_parallel_size == 1:
         return
@@ -102,7 +102,8 @@ def check_context_parallel(args: argparse.Namespace) -> None:
     freq = args.linear_attention_freq
     softmax = "*" in (args.hybrid_layer_pattern or "") or not (freq is None or (isinstance(freq, list) and all(freq)))
     for present, what, instead in [
-        (getattr(args, "sft", False), f"--sft and {split}", "every document is cut by itself there: use another layout"),
+        (getattr(args, "sft", False), f"--sft and {split}",
+         "every document is cut by itself there: use another layout"),
         (packed and softmax, f"--dataloader-inter-document-masking, {split} and softmax attention layers",
          "these want every document cut by itself: make every layer MoM, or leave out one of the two"),
     ]:  # fmt: skip
@@ -124,10 +125,9 @@ def compare_with_checkpoint(args: argparse.Namespace, saved: argparse.Namespace)
 
 
 def check_run(args: argparse.Namespace) -> None:
-    """Refuses what cannot be trained or saved, and a --load whose checkpoint, if there is one, holds another model."""
+    """Refuses what cannot be saved, and a --load whose checkpoint, if there is one, holds another model."""
     from megatron.training.checkpointing import load_args_from_checkpoint
 
-    check_context_parallel(args)
     check_optimizer(args)
     if args.load is None:
         return
@@ -147,6 +147,7 @@ def _validate(validate_args, args, *positional, **keywords):
     if args.token_mixer != "mom":
         return validate_args(args, *positional, **keywords)
     check_model(args)
+    check_context_parallel(args)
     size = args.expert_model_parallel_size
     if not args.num_experts:
         args.expert_model_parallel_size = 1
