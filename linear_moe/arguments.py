@@ -91,6 +91,26 @@ def check_model(args: argparse.Namespace) -> None:
             raise ValueError(f"--token-mixer mom does not work with {what}: {instead}")
 
 
+def check_context_parallel(args: argparse.Namespace) -> None:
+    """Refuses packed documents where they are not cut as the layers want them: MoM layers take a row of documents cut
+    as a whole, softmax attention (and ``--sft``) cuts every document by itself.
+    """
+    if args.token_mixer != "mom" or args.context_parallel_size == 1:
+        return
+    split = f"--context-parallel-size {args.context_parallel_size}"
+    packed = getattr(args, "dataloader_inter_document_masking", False)
+    freq = args.linear_attention_freq
+    softmax = "*" in (args.hybrid_layer_pattern or "") or not (freq is None or (isinstance(freq, list) and all(freq)))
+    for present, what, instead in [
+        (getattr(args, "sft", False), f"--sft and {split}",
+         "every document is cut by itself there: use another layout"),
+        (packed and softmax, f"--dataloader-inter-document-masking, {split} and softmax attention layers",
+         "these want every document cut by itself: make every layer MoM, or leave out one of the two"),
+    ]:  # fmt: skip
+        if present:
+            raise ValueError(f"--token-mixer mom does not work with {what}: {instead}")
+
+
 def compare_with_checkpoint(args: argparse.Namespace, saved: argparse.Namespace) -> None:
     """Raises ValueError, naming the first difference, where a checkpoint's memories have another shape than ours."""
     default = {f.name: f.default for f in fields(MomTransformerConfig)}
@@ -127,6 +147,7 @@ def _validate(validate_args, args, *positional, **keywords):
     if args.token_mixer != "mom":
         return validate_args(args, *positional, **keywords)
     check_model(args)
+    check_context_parallel(args)
     size = args.expert_model_parallel_size
     if not args.num_experts:
         args.expert_model_parallel_size = 1

@@ -139,6 +139,7 @@ class MomTransformerConfig(TransformerConfig):
                 f"expert parallelism --expert-tensor-parallel-size must be the same, got "
                 f"{self.expert_tensor_parallel_size}"
             )
+        self._check_context_parallel()
         for name, coefficient in [("aux", self.mom_aux_loss_coeff), ("z", self.mom_z_loss_coeff or 0.0)]:
             if coefficient < 0:
                 raise ValueError(f"--mom-{name}-loss-coeff must not be negative, got {coefficient}")
@@ -146,7 +147,7 @@ class MomTransformerConfig(TransformerConfig):
         variant = self.experimental_attention_variant
         inference = self.transformer_impl == "inference_optimized"
         refused = [
-            (self.context_parallel_size > 1, "--context-parallel-size above 1", "use tensor or data parallelism"),
+            (self.hybrid_context_parallel, "--hybrid-context-parallel", "use --context-parallel-size alone"),
             (self.multi_latent_attention, "--multi-latent-attention", "use plain or grouped-query attention layers"),
             (variant is not None, f"--experimental-attention-variant {variant}", "choose one of the two mixers"),
             (self.heterogeneous_block_specs, "--heterogeneous-layers-config-path", "use --linear-attention-freq"),
@@ -155,6 +156,19 @@ class MomTransformerConfig(TransformerConfig):
         for present, what, instead in refused:
             if present:
                 raise ValueError(f"--token-mixer mom does not work with {what}: {instead}")
+
+    def _check_context_parallel(self) -> None:
+        size, experts = self.context_parallel_size, self.expert_model_parallel_size
+        if size > 1 and experts > 1 and experts % size:
+            raise ValueError(
+                f"memories over ranks get whole sequences: --expert-model-parallel-size {experts} must be 1 or a "
+                f"multiple of --context-parallel-size {size}"
+            )
+        if size > 1 and self.transformer_impl == "local" and not all(self.mom_layer_pattern()):
+            raise ValueError(
+                f"softmax attention layers need --transformer-impl transformer_engine with --context-parallel-size "
+                f"{size}; local ones cannot split a sequence: make every layer MoM (no --linear-attention-freq)"
+            )
 
     def _check_pattern(self) -> None:
         freq = self.linear_attention_freq

@@ -2,14 +2,15 @@
 
 A rank's rows are sorted by (memory, sequence, time), so what it sends to another rank is one slice, and arrives as it
 was. Arriving rows are sorted by source rank, then memory, sequence and time: a list of segments, once the number of
-rows of every (source, memory, sequence) is known, which is one small all-gather.
+rows of every (source, memory, sequence) is known, which is one small all-gather. Where sequences lie over
+context-parallel ranks of the group, their pieces are put together on arrival, and only the shared memory passes states.
 
 A row carries its token and its token's query. Projecting queries where the memory lives would save their H K / D of the
 volume, and cost k products a token instead of one; it would also take the query weight out of Megatron's linear layer,
 behind the back of its fused gradient accumulation and its low precision.
 
-Shape legend: N tokens here, R rows here (N k), A rows that arrive, M memories, E ranks, B sequences here, D hidden
-size, H heads here, K key size, V value size.
+Shape legend: N tokens here, R rows here (N k), A rows that arrive, M memories, E ranks, P of them hold one sequence, B
+sequences here, D hidden size, H heads here, K key size, V value size.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import all_to_all
 
-from mom_layers.mixing import MemoryParameters, read_memories
+from mom_layers.mixing import MemoryParameters, SequenceSlice, read_memories
 from mom_layers.ops.combine import combine
 from mom_layers.ops.routing_plan import RoutingPlan, build_routing_plan
 from mom_layers.ops.rows import gather_rows
@@ -37,8 +38,8 @@ class RowExchange:
         group: the expert-parallel group.
         sent: rows that go to every rank.
         arriving: rows that come from every rank.
-        plan: the arriving rows sorted by (memory, source rank, sequence, time); its tokens are the rows in order of
-            arrival.
+        plan: the arriving rows sorted by (memory, source rank, sequence, time), a sequence's pieces side by side; its
+            tokens are the rows in order of arrival.
     """
 
     group: torch.distributed.ProcessGroup
@@ -57,41 +58,50 @@ class RowExchange:
         return all_to_all(self.group, arrived, self.sent, self.arriving)
 
 
-def plan_arrivals(counts: torch.Tensor, num_rows: int) -> RoutingPlan:
+def plan_arrivals(counts: torch.Tensor, num_rows: int, context_size: int = 1) -> RoutingPlan:
     """Where rows lie that arrive sorted by (source rank, memory, sequence, time).
 
     Args:
         counts: [E, M here, B] rows of every piece.
         num_rows: their sum, known on the host.
+        context_size: P; ranks of the group that many times in a row hold the same sequences, the earlier tokens first.
     """
     ranks, memories, sequences = counts.shape
-    by_memory = counts.transpose(0, 1)
-    cu_seqlens = F.pad(by_memory.flatten().cumsum(0), (1, 0)).int()
-    arrival = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts).transpose(0, 1).flatten().int()
+
+    def by_segment(pieces):  # [E, M, B] -> [M * E / P * B * P]
+        return pieces.unflatten(0, (-1, context_size)).permute(2, 0, 3, 1).flatten()
+
+    borders = F.pad(by_segment(counts).cumsum(0), (1, 0)).int()
+    arrival = by_segment((counts.flatten().cumsum(0) - counts.flatten()).view_as(counts)).int()
     row = torch.arange(num_rows, dtype=torch.int32, device=counts.device)
-    segment_of_row = torch.searchsorted(cu_seqlens, row, right=True, out_int32=True) - 1
-    position_of_row = row - cu_seqlens[segment_of_row]
-    token_of_row = arrival[segment_of_row] + position_of_row
+    piece = torch.searchsorted(borders, row, right=True, out_int32=True) - 1
+    token_of_row = arrival[piece] + row - borders[piece]
     row_of_slot = torch.empty_like(row).scatter_(0, token_of_row.long(), row)[:, None]
+    cu_seqlens = borders[::context_size].contiguous()
+    segment_of_row = piece // context_size
+    num_sequences = ranks // context_size * sequences
     return RoutingPlan(
         token_of_row,
         row_of_slot,
         segment_of_row,
-        position_of_row,
+        row - cu_seqlens[segment_of_row],
         cu_seqlens,
-        memory_offsets=cu_seqlens[ranks * sequences :: ranks * sequences].contiguous(),
-        num_sequences=ranks * sequences,
+        memory_offsets=cu_seqlens[num_sequences::num_sequences].contiguous(),
+        num_sequences=num_sequences,
         num_groups=memories,
         has_masked_segment=False,
     )
 
 
-def plan_exchange(routed: RoutingPlan, group: torch.distributed.ProcessGroup, ragged: bool) -> RowExchange:
+def plan_exchange(
+    routed: RoutingPlan, group: torch.distributed.ProcessGroup, ragged: bool, context_size: int = 1
+) -> RowExchange:
     """Gathers how many rows of every sequence go to every memory. The host waits for the numbers.
 
     Args:
         routed: this rank's rows, without the shared memory.
         ragged: ranks may hold different numbers of sequences (packed documents).
+        context_size: P.
     """
     ranks, rank = group.size(), group.rank()
     counts = routed.cu_seqlens.diff().view(routed.num_groups, routed.num_sequences)
@@ -106,7 +116,7 @@ def plan_exchange(routed: RoutingPlan, group: torch.distributed.ProcessGroup, ra
     sent, arriving = torch.stack([gathered[rank].sum((1, 2)), here.sum((1, 2))]).tolist()
     if not sum(arriving):  # one row of zeros keeps this rank in step with the others, backward too
         here = F.pad(torch.ones_like(here[:1, :1, :1]), (0, here.shape[2] - 1, 0, here.shape[1] - 1, 0, ranks - 1))
-    return RowExchange(group, sent, arriving, plan_arrivals(here, max(1, sum(arriving))))
+    return RowExchange(group, sent, arriving, plan_arrivals(here, max(1, sum(arriving)), context_size))
 
 
 def _second_stream(device: torch.device):
@@ -131,6 +141,8 @@ def mix_memories_over_ranks(
     num_memories: int,
     group: torch.distributed.ProcessGroup,
     ragged: bool,
+    context_size: int = 1,
+    sequence_slice: SequenceSlice | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """:func:`mom_layers.mixing.mix_memories` where every rank of a group holds some of the memories.
@@ -147,6 +159,8 @@ def mix_memories_over_ranks(
         num_memories: M, of all ranks.
         group: the expert-parallel group.
         ragged: ranks may hold different numbers of sequences.
+        context_size: P, which divides the group's size.
+        sequence_slice: of this rank, where P > 1: for the shared memory.
 
     Returns:
         y [N, H V] before the output projection.
@@ -159,10 +173,11 @@ def mix_memories_over_ranks(
         everyone = build_routing_plan(
             torch.zeros_like(ids[:, :1]), token_borders, num_memories=1, shared=False, backend=backend
         )
-        outputs.append(read_memories(x, q, everyone, shared, backend=backend)[0])
+        o, _ = read_memories(x, q, everyone, shared, sequence_slice=sequence_slice, backend=backend)
+        outputs.append(o)
     with nullcontext() if stream is None else torch.cuda.stream(stream):
         plan = build_routing_plan(ids, token_borders, num_memories=num_memories, shared=False, backend=backend)
-        exchange = plan_exchange(plan, group, ragged)
+        exchange = plan_exchange(plan, group, ragged, context_size)
         arrived = exchange.dispatch(gather_rows(torch.cat([x, q], dim=1), plan))
     if stream is not None:
         main = torch.cuda.current_stream()

@@ -27,8 +27,10 @@ from megatron.core.transformer.utils import (
 
 from linear_moe.checkpoint import split_for_checkpoint
 from linear_moe.config import MomTransformerConfig
+from linear_moe.context_parallel import ContextSlice
 from linear_moe.expert_parallel import mix_memories_over_ranks
 from linear_moe.router import MemoryRouter
+from linear_moe.sequence_order import SequenceOrder
 from mom_layers.mixing import MemoryParameters, mix_memories, projection_sizes
 from mom_layers.ops.routing_plan import build_routing_plan
 from mom_layers.rules import get_rule
@@ -48,7 +50,8 @@ class MomTokenMixer(MegatronModule):
     Heads are sharded over the tensor-parallel group: queries, gates, every memory's projection, convolutions and the
     rule's parameters by head; the router and the per-head norm are whole on every rank. Memories are sharded over the
     expert-parallel group: ``memory_proj`` then holds this rank's, and ``shared_proj`` the shared memory's. Without
-    expert parallelism ``memory_proj`` holds them all, for one grouped product.
+    expert parallelism ``memory_proj`` holds them all, for one grouped product. Sequences lie over the context-parallel
+    group in Megatron's order, and inside the mixer in the order of time.
     """
 
     def __init__(
@@ -67,7 +70,12 @@ class MomTokenMixer(MegatronModule):
         self.pg_collection = pg_collection
         self.tp_group = pg_collection.tp
         self.ep_group = pg_collection.ep
+        self.cp_group = pg_collection.cp
         self.splits_memories = config.expert_model_parallel_size > 1
+        self.order = None
+        if self.cp_group.size() > 1:
+            group = pg_collection.tp_cp if config.sequence_parallel else self.cp_group
+            self.order = SequenceOrder(group, self.cp_group.size())
         self.rule = get_rule(config.mom_rule)
 
         heads, tp_size = config.mom_num_heads, pg_collection.tp.size()
@@ -186,12 +194,17 @@ class MomTokenMixer(MegatronModule):
         """hidden_states [s, b, h] ([s / tp, b, h] with sequence parallelism). Returns the same shape and a None bias.
 
         The attention mask and rotary embeddings do not concern a recurrence; packed documents come by their borders.
+        Under context parallelism s is this rank's part of the sequence, chunks r and 2 P - 1 - r of it (of the whole
+        row of packed documents, whose borders count its tokens: what ``get_batch_on_this_cp_rank`` makes with
+        ``use_per_sequence_balancing``; a zigzag within every document is not supported).
         """
         if inference_context is not None:
             raise NotImplementedError(
                 "Megatron's inference engines do not know the memories' state: convert the checkpoint with "
                 "tools/convert_to_hf.py and generate from that"
             )
+        if self.order is not None:
+            hidden_states = self.order.to_contiguous(hidden_states)
         weights, ids = self.router(hidden_states)
         projected, _ = self.in_proj(hidden_states)
         x, weights, ids = self._all_tokens(hidden_states, weights, ids)
@@ -202,7 +215,7 @@ class MomTokenMixer(MegatronModule):
 
         q, gate = sequence_major(projected).split([self.key_width, self.value_width], dim=1)
         x, ids, weights = sequence_major(x), sequence_major(ids), sequence_major(weights)
-        borders = self._token_borders(packed_seq_params, batch, length, x.device)
+        borders, sequence_slice = self._token_borders(packed_seq_params, batch, length, x.device)
         if self.splits_memories:
             y = mix_memories_over_ranks(
                 x,
@@ -216,6 +229,8 @@ class MomTokenMixer(MegatronModule):
                 num_memories=self.config.mom_num_memories,
                 group=self.ep_group,
                 ragged=packed_seq_params is not None,
+                context_size=self.cp_group.size(),
+                sequence_slice=sequence_slice,
                 backend=self.config.mom_backend,
             )
         else:
@@ -227,8 +242,12 @@ class MomTokenMixer(MegatronModule):
                 backend=self.config.mom_backend,
             )
             parameters = self._memory_parameters(self.memory_proj)
-            y, _ = mix_memories(x, q, gate, weights, plan, parameters, backend=self.config.mom_backend)
-        return self.out_proj(y.unflatten(0, (batch, length)).transpose(0, 1).contiguous())
+            y, _ = mix_memories(
+                x, q, gate, weights, plan, parameters,
+                sequence_slice=sequence_slice, backend=self.config.mom_backend,
+            )  # fmt: skip
+        out, bias = self.out_proj(y.unflatten(0, (batch, length)).transpose(0, 1).contiguous())
+        return (out if self.order is None else self.order.to_zigzag(out)), bias
 
     def _all_tokens(self, hidden_states, weights, ids):
         """Every token on every tensor-parallel rank; backward sums what the ranks' heads contribute."""
@@ -246,18 +265,26 @@ class MomTokenMixer(MegatronModule):
             ids,
         )
 
-    @staticmethod
-    def _token_borders(packed_seq_params, batch, length, device):
-        """First token of every sequence or packed document, then the number of tokens: [B + 1] int32."""
+    def _token_borders(self, packed_seq_params, batch, length, device):
+        """First token of every sequence or packed document, then the number of tokens: [B + 1] int32. And where the
+        tokens are a slice of longer sequences, that slice.
+        """
+        ranks = self.cp_group.size()
         if packed_seq_params is None:
-            return torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
+            borders = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
+            return borders, ContextSlice(self.cp_group, length) if ranks > 1 else None
         if batch != 1:
             raise ValueError(f"packed documents come as one row of tokens; got a batch of {batch}")
         borders = packed_seq_params.cu_seqlens_q_padded
         if borders is None:
             borders = packed_seq_params.cu_seqlens_q
         # Tokens after the last document are padding: one more sequence, empty where there are none.
-        return torch.cat([borders.to(torch.int32), torch.full((1,), length, dtype=torch.int32, device=device)])
+        last = torch.full((1,), length * ranks, dtype=torch.int32, device=device)
+        borders = torch.cat([borders.to(torch.int32), last])
+        if ranks == 1:
+            return borders, None
+        here = ContextSlice(self.cp_group, length, borders)
+        return here.local_documents(), here
 
     def _memory_parameters(self, projection: torch.Tensor) -> MemoryParameters:
         return MemoryParameters(

@@ -79,6 +79,7 @@ def join_running_script(settings: dict[str, object]) -> None:
     for name, value in settings.items():
         setattr(args, name, value)
     arguments.fill_mom_arguments(args)
+    arguments.check_context_parallel(args)
     arguments.check_run(args)
     machine.show_log()
     apply_all(training_patches())

@@ -6,8 +6,9 @@ hidden size D, convolution width W.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -47,6 +48,28 @@ class MemoryParameters:
     norm_eps: float = 1e-6
 
 
+class SequenceSlice(Protocol):
+    """Where the tokens here are a slice of longer sequences: gets what crosses its edges from whoever has the rest."""
+
+    def tails(
+        self, plan: RoutingPlan, inputs: Sequence[torch.Tensor], gathered: Sequence[bool], width: int
+    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+        """The inputs of convolutions before every segment.
+
+        Args:
+            inputs: [R, C] rows, or [N, C] tokens where ``gathered`` says so; any number of them.
+            width: W.
+
+        Returns:
+            the inputs, to be used in place of the arguments, and the initial tails [S, W - 1, C].
+        """
+        ...
+
+    def recur(self, plan: RoutingPlan, rule: MemoryRule, q, k, v, gates, backend: str) -> torch.Tensor:
+        """What ``rule.recur`` reads, o [R, H, V], with states that go on from slice to slice."""
+        ...
+
+
 def projection_sizes(rule: MemoryRule, num_heads: int, head_dim: int, value_dim: int) -> list[int]:
     """Widths of the pieces of one memory's fused projection: keys, values, then each gate of the rule."""
     return [num_heads * width for width in (head_dim, value_dim, *rule.gate_widths.values())]
@@ -60,6 +83,7 @@ def read_memories(
     *,
     state: MemoryState | None = None,
     output_state: bool = False,
+    sequence_slice: SequenceSlice | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, MemoryState | None]:
     """Projects, convolves and runs every memory's recurrence; arguments as of :func:`mix_memories`.
@@ -82,6 +106,13 @@ def read_memories(
     if state is not None:
         tails = tuple(plan.to_segments(tail) for tail in (state.q_tail, state.k_tail, state.v_tail))
         initial_state = plan.to_segments(state.recurrent)
+    if sequence_slice is not None:
+        if state is not None or output_state:
+            given = "a state" if state is not None else "output_state=True"
+            raise ValueError(f"a slice of longer sequences gets its state from those who hold the rest: got {given}")
+        width = parameters.q_conv.shape[1]
+        (q, projected), (q_tail, tail) = sequence_slice.tails(plan, (q, projected), (True, one_projection), width)
+        tails = (q_tail, *tail.split((sizes[0], sizes[1], sum(sizes[2:])), dim=-1)[:2])
 
     if one_projection:
         k, v, raw = projected.split((sizes[0], sizes[1], sum(sizes[2:])), dim=1)
@@ -101,16 +132,10 @@ def read_memories(
         )  # fmt: skip
     raw_gates = raw.split(sizes[2:], dim=1)
     gates = rule.gates(dict(zip(rule.gate_widths, raw_gates, strict=True)), parameters.rule_parameters, backend)
-    o, recurrent = rule.recur(
-        q.unflatten(1, (heads, k_dim)),
-        k.unflatten(1, (heads, k_dim)),
-        v.unflatten(1, (heads, v_dim)),
-        plan.cu_seqlens,
-        gates,
-        initial_state,
-        output_state,
-        backend,
-    )
+    q, k, v = (rows.unflatten(1, (heads, -1)) for rows in (q, k, v))
+    if sequence_slice is not None:
+        return sequence_slice.recur(plan, rule, q, k, v, gates, backend), None
+    o, recurrent = rule.recur(q, k, v, plan.cu_seqlens, gates, initial_state, output_state, backend)
     new_state = None
     if output_state:
         new_state = MemoryState(*(plan.from_segments(part) for part in (recurrent, q_tail, k_tail, v_tail)))
@@ -127,6 +152,7 @@ def mix_memories(
     *,
     state: MemoryState | None = None,
     output_state: bool = False,
+    sequence_slice: SequenceSlice | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, MemoryState | None]:
     """Projects, convolves, runs every memory's recurrence, and mixes what the memories answer.
@@ -140,11 +166,15 @@ def mix_memories(
         parameters: weights of the heads that are here.
         state: what earlier calls left, for the plan's sequences.
         output_state: also return the state after the last token.
+        sequence_slice: where others hold the rest of the sequences; without ``state`` and ``output_state``.
 
     Returns:
         y [N, H V] before the output projection, and the new state or None.
     """
-    o, new_state = read_memories(x, q, plan, parameters, state=state, output_state=output_state, backend=backend)
+    o, new_state = read_memories(
+        x, q, plan, parameters,
+        state=state, output_state=output_state, sequence_slice=sequence_slice, backend=backend,
+    )  # fmt: skip
     y = combine(
         o, weights, plan.row_of_slot, gate.unflatten(1, o.shape[1:]), parameters.norm_weight,
         eps=parameters.norm_eps, backend=backend,

@@ -52,6 +52,13 @@ def recur(q, k, v, cu_seqlens, gates, initial_state, output_final_state, backend
     )  # fmt: skip
 
 
+def transition(k, cu_seqlens, gates, backend):
+    """The product of ``exp(g) (I - beta k k^T)`` over a segment: its final state from the identity, with no values."""
+    segments, (_, heads, k_dim) = cu_seqlens.shape[0] - 1, k.shape
+    identity = torch.eye(k_dim, dtype=compute_dtype(k.dtype), device=k.device).expand(segments, heads, k_dim, k_dim)
+    return recur(k, k, torch.zeros_like(k), cu_seqlens, gates, identity, True, backend)[1]
+
+
 def decode_step(*arguments):
     from mom_layers.ops.decode_step_triton import decode_step_triton
 
@@ -75,6 +82,8 @@ RULE = MemoryRule(
     init_parameters=init_parameters,
     gates=gates,
     recur=recur,
+    transition=transition,
+    diagonal_transition=False,
     unit_length_keys=True,
     head_sizes=(16, 32, 64, 128, 256),
     recurrence_flops=recurrence_flops,

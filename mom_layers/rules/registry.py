@@ -26,6 +26,9 @@ class MemoryRule:
         gates: ({gate name: [R, H * width]}, {parameter name: [H, *shape]}, backend) -> what ``recur`` takes as gates.
         recur: (q [R, H, K], k, v [R, H, V], cu_seqlens, gates, initial_state, output_final_state, backend) ->
             (o [R, H, V], final state [S, H, K, V] or None).
+        transition: (k [R, H, K], cu_seqlens, gates, backend) -> the matrix that a segment multiplies its initial state
+            by, [S, H, K, K] in float32 (float64 for float64 keys); [S, H, K] where it is diagonal.
+        diagonal_transition: it is.
         decode_step: the arguments of :func:`mom_layers.ops.decode_step_triton.decode_step_triton`, and what it returns;
             None where a step of one token takes the general path.
         unit_length_keys: q and k are brought to unit length per head.
@@ -39,6 +42,8 @@ class MemoryRule:
     init_parameters: Callable[[int, int], dict[str, torch.Tensor]]
     gates: Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor], str], dict[str, torch.Tensor]]
     recur: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    transition: Callable[..., torch.Tensor]
+    diagonal_transition: bool
     unit_length_keys: bool
     head_sizes: tuple[int, ...]
     recurrence_flops: Callable[[int, int, int, int], float]

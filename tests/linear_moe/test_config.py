@@ -43,7 +43,18 @@ def test_losses_get_their_scale_in_a_dense_model_only_from_the_hook():
         ({"linear_attention_freq": 1}, "--linear-attention-freq 1 leaves no MoM layer"),
         ({"linear_attention_freq": [0, 0, 0, 0]}, "lists no MoM layer"),
         ({"linear_attention_freq": [1, 1]}, "a 0 or 1 for each of the 4 layers, got .1, 1."),
-        ({"context_parallel_size": 2}, "--token-mixer mom does not work with --context-parallel-size above 1"),
+        (
+            {"context_parallel_size": 2, "transformer_impl": "local", "linear_attention_freq": 2},
+            "softmax attention layers need --transformer-impl transformer_engine with --context-parallel-size 2",
+        ),
+        (
+            {"context_parallel_size": 4, "expert_model_parallel_size": 2},
+            "--expert-model-parallel-size 2 must be 1 or a multiple of --context-parallel-size 4",
+        ),
+        (
+            {"context_parallel_size": 2, "hybrid_context_parallel": True},
+            "does not work with --hybrid-context-parallel: use --context-parallel-size alone",
+        ),
     ],
 )
 def test_refuses_what_cannot_work(settings, message):

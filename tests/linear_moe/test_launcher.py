@@ -91,6 +91,11 @@ def test_letter_g_of_a_hybrid_pattern():
         (["--spec", "some.module", "some_spec"], "does not work with --spec some.module some_spec: leave it out"),
         (["--hybrid-layer-pattern", "M-*-"], "--hybrid-layer-pattern M-*-: write G where a MoM layer is to be"),
         (["--multi-latent-attention"], "does not work with --multi-latent-attention"),
+        (["--context-parallel-size", 2, "--sft"], "does not work with --sft and --context-parallel-size 2"),
+        (
+            ["--context-parallel-size", 2, "--dataloader-inter-document-masking", "--linear-attention-freq", 2],
+            "--context-parallel-size 2 and softmax attention layers: these want every document cut by itself",
+        ),
     ],
 )
 def test_refuses_what_would_build_another_model(arguments, message):

@@ -23,8 +23,16 @@ LAYOUTS = {
     "PP2": (2, training.PP2),
     "DP2": (2, training.DISTRIBUTED_OPTIMIZER),
     "EP2": (2, training.EP2),
+    "CP2": (2, training.CP2),
+    "CP2+EP2": (2, training.CP2 + training.EP2),
     "TP2+SP x PP2": (4, training.TP2 + training.SP + training.PP2),
     "TP2+SP+EP2": (4, training.TP2 + training.SP + training.EP2),
+    "CP4": (4, training.CP4),
+    "CP2+EP4": (4, training.CP2 + training.EP4),
+    "CP2 x DP2": (4, training.CP2 + training.DISTRIBUTED_OPTIMIZER),
+    "CP2 x PP2": (4, training.CP2 + training.PP2),
+    "CP2+TP2": (4, training.CP2 + training.TP2),
+    "CP2+TP2+SP": (4, training.CP2 + training.TP2 + training.SP),
 }
 STEPS, SAVED = 10, 8
 

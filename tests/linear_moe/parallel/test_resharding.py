@@ -7,8 +7,9 @@ import pytest
 from conftest import ARGUMENTS, GLA, LAYOUTS, MODELS, PACKED, ROUTED, SAVED, STEPS
 from training import launch
 
-TABLE = ["1", "TP2", "PP2", "EP2"]
+TABLE = ["1", "TP2", "PP2", "EP2", "CP2"]
 BEYOND = [("1", "TP2+SP+EP2"), ("TP2+SP+EP2", "1"), ("TP2+SP+EP2", "PP2"), ("DP2", "EP2")]
+BEYOND += [("CP2+TP2+SP", "EP2"), ("TP2+SP+EP2", "CP4")]
 
 
 def go_on(writer, reader, model, trained, documents, folder):
@@ -28,7 +29,9 @@ def test_continues_in_another_layout(trained, documents, tmp_path, writer, reade
     go_on(writer, reader, PACKED, trained, documents, tmp_path)
 
 
-@pytest.mark.parametrize("writer,reader", [("EP2", "TP2"), ("TP2", "EP2"), ("EP2", "1")])
+@pytest.mark.parametrize(
+    "writer,reader", [("EP2", "TP2"), ("TP2", "EP2"), ("EP2", "1"), ("CP2", "TP2"), ("EP2", "CP2")]
+)
 def test_continues_without_the_distributed_optimizer(trained, documents, tmp_path, writer, reader):
     go_on(writer, reader, ROUTED, trained, documents, tmp_path)
 

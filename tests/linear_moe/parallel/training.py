@@ -34,6 +34,9 @@ TP2 = ["--tensor-model-parallel-size", "2"]
 SP = ["--sequence-parallel"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 EP2 = ["--expert-model-parallel-size", "2"]
+EP4 = ["--expert-model-parallel-size", "4"]
+CP2 = ["--context-parallel-size", "2"]
+CP4 = ["--context-parallel-size", "4"]
 DISTRIBUTED_OPTIMIZER = ["--use-distributed-optimizer"]
 
 

@@ -1,0 +1,217 @@
+"""Sequences over ranks: a layer's slices equal the whole, in float64; the order of Megatron's batches; the volume."""
+
+import multiprocessing
+import socket
+import traceback
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from linear_moe.sequence_order import contiguous_layout, plan_exchange, zigzag_layout
+from mom_layers.mixing import MemoryParameters, mix_memories, projection_sizes
+from mom_layers.ops.routing_plan import build_routing_plan
+from mom_layers.rules import get_rule, rule_names
+
+RANKS, LENGTH, MEMORIES, HEADS, K, V, HIDDEN, WIDTH = 3, 12, 4, 2, 16, 8, 24, 4
+WEIGHTS = ("projection", "q_conv", "k_conv", "v_conv", "norm_weight")
+DOCUMENTS = {
+    "two sequences": None,
+    "a document over all ranks, empty ones": [0, 5, 5, 31, 31, 34, 36, 36],
+    "borders between ranks": [0, 12, 24, 36],
+    "one document": [0, 36],
+    "documents over single edges": [0, 1, 11, 14, 23, 35, 36],
+}
+CASES = [(documents, rule, "own projections") for documents in DOCUMENTS for rule in rule_names()]
+CASES += [(documents, "gated_deltanet", kind) for documents in DOCUMENTS for kind in ("one projection", "recomputed")]
+
+
+def random(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def parameters_of(rule, kind):
+    rule = get_rule(rule)
+    groups = 1 if kind == "one projection" else MEMORIES + 1
+    return MemoryParameters(
+        rule=rule,
+        projection=0.4 * random(groups, sum(projection_sizes(rule, HEADS, K, V)), HIDDEN, seed=10),
+        q_conv=random(HEADS * K, WIDTH, seed=11),
+        k_conv=random(HEADS * K, WIDTH, seed=12),
+        v_conv=random(HEADS * V, WIDTH, seed=13),
+        rule_parameters={
+            name: 0.2 + 0.3 * random(HEADS, *shape, seed=14) for name, shape in rule.parameter_shapes(K).items()
+        },
+        norm_weight=random(V, seed=15),
+        num_heads=HEADS,
+    )
+
+
+def whole_inputs(batch, length=RANKS * LENGTH):
+    """Tokens [B, T, *] and their memories: the third is chosen rarely, so that its segments are short, the last never.
+    And the outputs' gradient."""
+    x, q, gate, dy = (
+        random(batch, length, width, seed=seed) for seed, width in enumerate((HIDDEN, HEADS * K, HEADS * V, HEADS * V))
+    )
+    logits = random(batch, length, MEMORIES, seed=5) + torch.tensor([1.0, 1.0, 0.0, -100.0])
+    return x, q, gate, random(batch, length, 2, seed=6).softmax(-1), logits.topk(2).indices, dy
+
+
+def outputs_and_gradients(inputs, borders, parameters, sequence_slice=None, recomputed=False):
+    """y [B, T, H V]; gradients of x, q, gate and the mixing weights [B, T, *], then of the parameters."""
+    *tokens, ids, dy = inputs
+    x, q, gate, mix = (x.flatten(0, 1).detach().requires_grad_() for x in tokens)
+    fields = {name: getattr(parameters, name).clone().requires_grad_() for name in WEIGHTS}
+    rule_parameters = {name: x.clone().requires_grad_() for name, x in parameters.rule_parameters.items()}
+    parameters = replace(parameters, **fields, rule_parameters=rule_parameters)
+    plan = build_routing_plan(ids.flatten(0, 1), borders, num_memories=MEMORIES, shared=True)
+
+    def layer(x, q, gate, mix):
+        return mix_memories(x, q, gate, mix, plan, parameters, sequence_slice=sequence_slice)[0]
+
+    y = checkpoint(layer, x, q, gate, mix, use_reentrant=False) if recomputed else layer(x, q, gate, mix)
+    leaves = [x, q, gate, mix, *fields.values(), *rule_parameters.values()]
+    gradients = torch.autograd.grad(y, leaves, dy.flatten(0, 1))
+    return [x.detach().unflatten(0, ids.shape[:2]) for x in (y, *gradients[:4])], list(gradients[4:])
+
+
+def borders_of(documents, batch, length):
+    return torch.arange(0, batch * length + 1, length).int() if documents is None else torch.tensor(documents).int()
+
+
+def work(rank, documents, rule, kind):
+    """One rank's outputs and gradients, those of the parameters summed over the ranks."""
+    from linear_moe.context_parallel import ContextSlice
+
+    batch = 2 if DOCUMENTS[documents] is None else 1
+    inputs = [x[:, rank * LENGTH : (rank + 1) * LENGTH] for x in whole_inputs(batch)]
+    borders = borders_of(DOCUMENTS[documents], batch, LENGTH)
+    here = ContextSlice(torch.distributed.group.WORLD, LENGTH, None if DOCUMENTS[documents] is None else borders)
+    if DOCUMENTS[documents] is not None:
+        borders = here.local_documents()
+    by_token, gradients = outputs_and_gradients(inputs, borders, parameters_of(rule, kind), here, kind == "recomputed")
+    for gradient in gradients:
+        torch.distributed.all_reduce(gradient)
+    return [x.numpy() for x in (*by_token, *gradients)]
+
+
+def reorder(rank):
+    """A batch in Megatron's order, what becomes of it, and the gradient that comes back."""
+    from linear_moe.sequence_order import SequenceOrder
+
+    order = SequenceOrder(torch.distributed.group.WORLD, RANKS)
+    chunks = torch.arange(2 * RANKS * 4.0).view(2 * RANKS, 4, 1)
+    x = torch.cat([chunks[rank], chunks[2 * RANKS - 1 - rank]]).requires_grad_()
+    y = order.to_contiguous(x)
+    back = order.to_zigzag(y)
+    (gradient,) = torch.autograd.grad(back, x, x.detach())
+    return [t.detach().numpy() for t in (x, y, back, gradient)]
+
+
+def volume(rank):
+    """Numbers that a rank sends for a layer, forward and backward, by the length of its slice."""
+    from linear_moe.context_parallel import ContextSlice
+
+    sent = 0
+
+    def counting(collective, source):
+        def call(*arguments, **keywords):
+            nonlocal sent
+            sent += arguments[source].numel()
+            return collective(*arguments, **keywords)
+
+        return call
+
+    gather, scatter = torch.distributed.all_gather_into_tensor, torch.distributed.reduce_scatter_tensor
+    torch.distributed.all_gather_into_tensor = counting(gather, 1)
+    torch.distributed.reduce_scatter_tensor = counting(scatter, 1)
+    found = []
+    for length in (LENGTH, 8 * LENGTH):
+        sent = 0
+        inputs = [x[:, rank * length : (rank + 1) * length] for x in whole_inputs(2, RANKS * length)]
+        here = ContextSlice(torch.distributed.group.WORLD, length)
+        outputs_and_gradients(inputs, borders_of(None, 2, length), parameters_of("gated_deltanet", ""), here)
+        found.append(sent)
+    torch.distributed.all_gather_into_tensor, torch.distributed.reduce_scatter_tensor = gather, scatter
+    return found
+
+
+def run_rank(rank, port, sender):
+    from megatron_patches import cpu
+
+    cpu.apply()
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=RANKS)
+    try:
+        sender.send({case: work(rank, *case) for case in CASES} | {"order": reorder(rank), "volume": volume(rank)})
+    except BaseException:
+        sender.send(traceback.format_exc())
+        raise
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """What every rank found: {case: its tensors}."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(duplex=False) for _ in range(RANKS)]
+    processes = [context.Process(target=run_rank, args=(rank, port, pipes[rank][1])) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    try:
+        assert all(receiver.poll(120) for receiver, _ in pipes), "a rank has not answered"
+        results = [receiver.recv() for receiver, _ in pipes]
+        assert not any(isinstance(result, str) for result in results), results
+    finally:
+        for process in processes:
+            process.kill()
+    return results
+
+
+@pytest.mark.parametrize("documents,rule,kind", CASES)
+def test_slices_equal_the_whole(ranks, documents, rule, kind):
+    batch = 2 if DOCUMENTS[documents] is None else 1
+    borders = borders_of(DOCUMENTS[documents], batch, RANKS * LENGTH)
+    by_token, gradients = outputs_and_gradients(whole_inputs(batch), borders, parameters_of(rule, kind))
+    for rank, result in enumerate(ranks):
+        got = [torch.from_numpy(x) for x in result[documents, rule, kind]]
+        here = slice(rank * LENGTH, (rank + 1) * LENGTH)
+        for mine, expected in zip(got, [x[:, here] for x in by_token] + gradients, strict=True):
+            assert expected.norm() > 0
+            assert (mine - expected).norm() <= 1e-11 * expected.norm()
+
+
+def test_order_of_time_and_back(ranks):
+    for rank, result in enumerate(ranks):
+        x, y, back, gradient = (torch.from_numpy(t) for t in result["order"])
+        assert y.flatten().tolist() == list(range(8 * rank, 8 * rank + 8))
+        assert torch.equal(back, x) and torch.equal(gradient, x)
+
+
+@pytest.mark.parametrize("context_size,tensor_size", [(2, 1), (4, 1), (2, 2), (3, 2), (2, 3), (4, 4), (3, 5)])
+def test_exchange_of_every_layout(context_size, tensor_size):
+    zigzag, contiguous = zigzag_layout(context_size, tensor_size), contiguous_layout(context_size, tensor_size)
+    for before, after in [(zigzag, contiguous), (contiguous, zigzag)]:
+        plans = [plan_exchange(before, after, rank) for rank in range(context_size * tensor_size)]
+        arrived = [[] for _ in plans]
+        for plan, blocks in zip(plans, before, strict=True):
+            sent = iter([blocks[i] for i in plan.send_order])
+            for to, count in enumerate(plan.sends):
+                arrived[to].append([next(sent) for _ in range(count)])
+        for plan, pieces, blocks in zip(plans, arrived, after, strict=True):
+            assert [len(piece) for piece in pieces] == plan.receives
+            arrival = [block for piece in pieces for block in piece]
+            assert [arrival[i] for i in plan.place] == blocks
+
+
+def test_volume_does_not_depend_on_the_length(ranks):
+    segments = 2 * (MEMORIES + 1)
+    # States and transitions, then gradients and transitions, and the tails of queries, keys, values and gates.
+    maps = 2 * segments * HEADS * K * (K + V)
+    for result in ranks:
+        short, long = result["volume"]
+        assert short == long
+        assert maps < short < 2 * maps
