@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from linear_moe.hf_checkpoint import TRACKER, write_checkpoint
-from linear_moe.hf_config import arguments_from_config, layout_of, parse_config
-from linear_moe.hf_files import (
+from linear_moe.hf.checkpoint import TRACKER, write_checkpoint
+from linear_moe.hf.config import arguments_from_config, layout_of, parse_config
+from linear_moe.hf.files import (
     ConversionError,
     Weights,
     check_target,
@@ -32,7 +32,7 @@ from linear_moe.hf_files import (
     run_tool,
     tokenizer_files,
 )
-from linear_moe.hf_names import Entry, Layout, entries
+from linear_moe.hf.names import Entry, Layout, entries
 from mom_layers.hf.configuration_mom import MomConfig
 
 TIED_WEIGHT = "lm_head.weight"

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from linear_moe.hf_card import model_card
-from linear_moe.hf_checkpoint import MegatronCheckpoint, find_checkpoint
-from linear_moe.hf_config import (
+from linear_moe.hf.card import model_card
+from linear_moe.hf.checkpoint import MegatronCheckpoint, find_checkpoint
+from linear_moe.hf.config import (
     DTYPES,
     FLA_ROTARY_BASE,
     config_from_arguments,
@@ -34,7 +34,7 @@ from linear_moe.hf_config import (
     token_ids,
     vocabulary,
 )
-from linear_moe.hf_files import (
+from linear_moe.hf.files import (
     ConversionError,
     check_target,
     copy_tokenizer,
@@ -45,8 +45,8 @@ from linear_moe.hf_files import (
     write_json,
     write_weights,
 )
-from linear_moe.hf_names import Entry, entries
-from linear_moe.hf_verify import verify
+from linear_moe.hf.names import Entry, entries
+from linear_moe.hf.verify import verify
 from mom_layers.hf.remote_code import save_remote_code
 
 

@@ -26,8 +26,8 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from linear_moe.hf_config import DTYPES
-from linear_moe.hf_files import ConversionError, load_tokenizer, read_json, run_tool, tokenizer_files
+from linear_moe.hf.config import DTYPES
+from linear_moe.hf.files import ConversionError, load_tokenizer, read_json, run_tool, tokenizer_files
 from mom_layers.hf import MomForCausalLM
 
 

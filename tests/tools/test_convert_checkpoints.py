@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from test_convert_names import VARIANTS, random_model, read_weights, same
 
-from linear_moe.hf_checkpoint import MegatronCheckpoint, find_checkpoint
-from linear_moe.hf_verify import compare, exported_logits, megatron_logits
+from linear_moe.hf.checkpoint import MegatronCheckpoint, find_checkpoint
+from linear_moe.hf.verify import compare, exported_logits, megatron_logits
 from mom_layers.ops.reference import mixture_of_memories_reference
 
 REPOSITORY = Path(__file__).parents[2]

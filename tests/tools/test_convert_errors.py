@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 from test_convert_names import TINY, random_model, read_weights
 
-from linear_moe import hf_checkpoint, hf_files
-from linear_moe.hf_config import arguments_from_config, layout_of
+from linear_moe.hf import checkpoint as hf_checkpoint
+from linear_moe.hf import files as hf_files
+from linear_moe.hf.config import arguments_from_config, layout_of
 from mom_layers.hf import MomConfig
 
 

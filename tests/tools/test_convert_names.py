@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from linear_moe.hf_config import arguments_from_config, layout_of, parse_config
-from linear_moe.hf_files import ConversionError
-from linear_moe.hf_names import QKV, entries
+from linear_moe.hf.config import arguments_from_config, layout_of, parse_config
+from linear_moe.hf.files import ConversionError
+from linear_moe.hf.names import QKV, entries
 from mom_layers.hf import MomConfig, MomForCausalLM
 
 TINY = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_convert_names import random_model
 
-from linear_moe.hf_files import load_tokenizer
+from linear_moe.hf.files import load_tokenizer
 
 PROMPTS = ["The memory of a sequence", "Each token", "def forward(self, x):"]
 

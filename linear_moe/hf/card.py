@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import PurePath
 
-from linear_moe.hf_config import dtype_name
+from linear_moe.hf.config import dtype_name
 
 CODE = """from transformers import AutoModelForCausalLM
 

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from transformers.utils.logging import disable_progress_bar
 
-from linear_moe.hf_checkpoint import MegatronCheckpoint
-from linear_moe.hf_config import DTYPES, KEYS
-from linear_moe.hf_files import ConversionError, read_json
-from linear_moe.hf_names import RULES
+from linear_moe.hf.checkpoint import MegatronCheckpoint
+from linear_moe.hf.config import DTYPES, KEYS
+from linear_moe.hf.files import ConversionError, read_json
+from linear_moe.hf.names import RULES
 from linear_moe.machine import prepare_machine
 from megatron_patches.cpu import CPU_ARGUMENTS
 from megatron_patches.patch import applied, undo_all

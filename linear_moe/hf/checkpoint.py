@@ -34,8 +34,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from linear_moe.hf_files import ConversionError, write_json
-from linear_moe.hf_names import EXTRA_STATES, Entry, Layout, entries
+from linear_moe.hf.files import ConversionError, write_json
+from linear_moe.hf.names import EXTRA_STATES, Entry, Layout, entries
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.", "encoder.")

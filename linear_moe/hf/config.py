@@ -6,8 +6,8 @@ from argparse import Namespace
 
 import torch
 
-from linear_moe.hf_files import ConversionError
-from linear_moe.hf_names import Layout
+from linear_moe.hf.files import ConversionError
+from linear_moe.hf.names import Layout
 from mom_layers.hf.configuration_mom import MomConfig
 
 # Hugging Face key, Megatron argument: the same value under two names.
