@@ -27,4 +27,5 @@ def test_times_one_case(tool, column, names, tmp_path):
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row[column] for row in rows} == names
-    assert all(float(row["both_ms"]) > float(row["forward_ms"]) > 0 for row in rows)
+    # On a busy machine forward and backward can be timed faster than forward alone, so neither bounds the other.
+    assert all(float(row[name]) > 0 for row in rows for name in ("forward_ms", "both_ms"))
