@@ -93,7 +93,7 @@ def check_model(args: argparse.Namespace) -> None:
 
 def check_context_parallel(args: argparse.Namespace) -> None:
     """Refuses packed documents where they are not cut as the layers want them: MoM layers take a row of documents cut
-    as a whole, softmax attention (and ``--sft``) cuts every document by itself.
+    as a whole, softmax attention (multi-token prediction's too, and ``--sft``) cuts every document by itself.
     """
     if args.token_mixer != "mom" or args.context_parallel_size == 1:
         return
@@ -101,11 +101,13 @@ def check_context_parallel(args: argparse.Namespace) -> None:
     packed = getattr(args, "dataloader_inter_document_masking", False)
     freq = args.linear_attention_freq
     softmax = "*" in (args.hybrid_layer_pattern or "") or not (freq is None or (isinstance(freq, list) and all(freq)))
+    softmax = softmax or bool(getattr(args, "mtp_num_layers", None))
     for present, what, instead in [
         (getattr(args, "sft", False), f"--sft and {split}",
          "every document is cut by itself there: use another layout"),
         (packed and softmax, f"--dataloader-inter-document-masking, {split} and softmax attention layers",
-         "these want every document cut by itself: make every layer MoM, or leave out one of the two"),
+         "these want every document cut by itself: make every layer MoM, without --mtp-num-layers, or leave out one "
+         "of the two"),
     ]:  # fmt: skip
         if present:
             raise ValueError(f"--token-mixer mom does not work with {what}: {instead}")

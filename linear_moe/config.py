@@ -164,10 +164,12 @@ class MomTransformerConfig(TransformerConfig):
                 f"memories over ranks get whole sequences: --expert-model-parallel-size {experts} must be 1 or a "
                 f"multiple of --context-parallel-size {size}"
             )
-        if size > 1 and self.transformer_impl == "local" and not all(self.mom_layer_pattern()):
+        softmax = self.mtp_num_layers or not all(self.mom_layer_pattern())
+        if size > 1 and self.transformer_impl == "local" and softmax:
             raise ValueError(
                 f"softmax attention layers need --transformer-impl transformer_engine with --context-parallel-size "
-                f"{size}; local ones cannot split a sequence: make every layer MoM (no --linear-attention-freq)"
+                f"{size}; local ones cannot split a sequence: make every layer MoM (no --linear-attention-freq, no "
+                "--mtp-num-layers)"
             )
 
     def _check_pattern(self) -> None:

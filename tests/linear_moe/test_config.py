@@ -48,6 +48,10 @@ def test_losses_get_their_scale_in_a_dense_model_only_from_the_hook():
             "softmax attention layers need --transformer-impl transformer_engine with --context-parallel-size 2",
         ),
         (
+            {"context_parallel_size": 2, "transformer_impl": "local", "mtp_num_layers": 1},
+            "make every layer MoM .no --linear-attention-freq, no --mtp-num-layers",
+        ),
+        (
             {"context_parallel_size": 4, "expert_model_parallel_size": 2},
             "--expert-model-parallel-size 2 must be 1 or a multiple of --context-parallel-size 4",
         ),

@@ -96,6 +96,10 @@ def test_letter_g_of_a_hybrid_pattern():
             ["--context-parallel-size", 2, "--dataloader-inter-document-masking", "--linear-attention-freq", 2],
             "--context-parallel-size 2 and softmax attention layers: these want every document cut by itself",
         ),
+        (
+            ["--context-parallel-size", 2, "--dataloader-inter-document-masking", "--mtp-num-layers", 1],
+            "make every layer MoM, without --mtp-num-layers",
+        ),
     ],
 )
 def test_refuses_what_would_build_another_model(arguments, message):
