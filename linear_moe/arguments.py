@@ -78,14 +78,20 @@ def check_optimizer(args: argparse.Namespace) -> None:
 
 
 def check_model(args: argparse.Namespace) -> None:
-    """Refuses what would build another model than the one that --token-mixer mom asks for."""
+    """Refuses what would build another model than the one that --token-mixer mom asks for, or replay another batch's
+    documents.
+    """
     spec = None if args.spec is None else " ".join(args.spec)
+    packed = args.sft or args.dataloader_inter_document_masking
+    graphs = args.cuda_graph_impl != "none" or args.enable_cuda_graph or args.external_cuda_graph
     for present, what, instead in [
         (args.multi_latent_attention, "--multi-latent-attention", "use plain or grouped-query attention layers"),
         (args.heterogeneous_layers_config_path, "--heterogeneous-layers-config-path", "use --linear-attention-freq"),
         (spec and not args.hybrid_layer_pattern and spec != OUR_SPEC, f"--spec {spec}", f"leave it out, or {OUR_SPEC}"),
         (args.hybrid_layer_pattern and "G" not in args.hybrid_layer_pattern,
          f"--hybrid-layer-pattern {args.hybrid_layer_pattern}", "write G where a MoM layer is to be"),
+        (packed and graphs, "CUDA graphs of packed documents",
+         "their number changes from batch to batch: leave out one of the two"),
     ]:  # fmt: skip
         if present:
             raise ValueError(f"--token-mixer mom does not work with {what}: {instead}")

@@ -144,6 +144,12 @@ class MomTransformerConfig(TransformerConfig):
             if coefficient < 0:
                 raise ValueError(f"--mom-{name}-loss-coeff must not be negative, got {coefficient}")
         self._check_pattern()
+        if self.cuda_graph_impl != "none" and self.expert_model_parallel_size > 1:
+            raise ValueError(
+                f"memories over ranks exchange as many rows as were routed, which the host must learn in every layer: "
+                f"--cuda-graph-impl {self.cuda_graph_impl} needs --expert-model-parallel-size 1, got "
+                f"{self.expert_model_parallel_size}"
+            )
         variant = self.experimental_attention_variant
         inference = self.transformer_impl == "inference_optimized"
         refused = [

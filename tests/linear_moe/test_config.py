@@ -52,6 +52,10 @@ def test_losses_get_their_scale_in_a_dense_model_only_from_the_hook():
             "make every layer MoM .no --linear-attention-freq, no --mtp-num-layers",
         ),
         (
+            {"cuda_graph_impl": "full_iteration", "expert_model_parallel_size": 2},
+            "--cuda-graph-impl full_iteration needs --expert-model-parallel-size 1, got 2",
+        ),
+        (
             {"context_parallel_size": 4, "expert_model_parallel_size": 2},
             "--expert-model-parallel-size 2 must be 1 or a multiple of --context-parallel-size 4",
         ),

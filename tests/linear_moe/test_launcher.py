@@ -100,6 +100,10 @@ def test_letter_g_of_a_hybrid_pattern():
             ["--context-parallel-size", 2, "--dataloader-inter-document-masking", "--mtp-num-layers", 1],
             "make every layer MoM, without --mtp-num-layers",
         ),
+        (
+            ["--cuda-graph-impl", "local", "--dataloader-inter-document-masking"],
+            "does not work with CUDA graphs of packed documents",
+        ),
     ],
 )
 def test_refuses_what_would_build_another_model(arguments, message):

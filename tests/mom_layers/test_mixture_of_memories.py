@@ -250,6 +250,39 @@ def test_training_step_never_waits_for_the_gpu(rule, single_kv_proj):
 
 
 @pytest.mark.gpu
+@EVERY_RULE
+def test_cuda_graph_of_a_training_step_replays_another_routing(rule):
+    """Captured on one batch, replayed on others: outputs and gradients of the same step without a graph."""
+    torch.manual_seed(0)
+    module = MixtureOfMemories(256, num_heads=2, head_dim=128, rule=rule).to("cuda", torch.bfloat16)
+    static = torch.randn(2, 300, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn_like(static)
+    leaves = [static, *module.parameters()]
+
+    def step():
+        y = module(static)[0]
+        return [y, *torch.autograd.grad(y, leaves, grad)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    pushes = torch.cat([torch.zeros_like(module.router.weight[:1]), 3 * module.router.weight[-1:]])
+    for push in pushes:  # the second batch prefers one memory, so its segments have other lengths
+        with torch.no_grad():
+            static.copy_(torch.randn_like(static) + push)
+        graph.replay()
+        got = [x.clone() for x in captured]
+        for replayed, expected in zip(got, step(), strict=True):
+            assert relative_error(replayed, expected) <= 1e-2
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("head_dim,expand_v,heads", [(256, 1.0, 4), (128, 1.0, 8), (128, 2.0, 4), (64, 1.0, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @EVERY_RULE
