@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from mom_layers.ops.backend import compute_dtype, resolve_backend
-from mom_layers.ops.gated_delta_rule import CHUNK, gated_delta_rule
+from mom_layers.ops.chunk_table import CHUNK
+from mom_layers.ops.gated_delta_rule import gated_delta_rule
 from mom_layers.rules.registry import MemoryRule
 
 # The range of time steps that Mamba2 and Gated DeltaNet start from.

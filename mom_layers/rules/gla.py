@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from mom_layers.ops.backend import compute_dtype
-from mom_layers.ops.gated_linear_attention import CHUNK, gated_linear_attention
+from mom_layers.ops.chunk_table import CHUNK
+from mom_layers.ops.gated_linear_attention import gated_linear_attention
 from mom_layers.rules.registry import MemoryRule
 
 RANK = 16

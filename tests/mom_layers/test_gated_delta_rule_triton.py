@@ -8,9 +8,9 @@ import pytest
 import torch
 from comparison import DEVICE, TOLERANCE, relative_error
 
-from mom_layers.ops import gated_delta_rule_triton as entry
 from mom_layers.ops.chunk_table import chunk_table
-from mom_layers.ops.gated_delta_rule_triton import gated_delta_rule_triton
+from mom_layers.ops.gated_delta_rule import autograd as entry
+from mom_layers.ops.gated_delta_rule.autograd import gated_delta_rule_triton
 from mom_layers.ops.reference import gated_delta_rule_reference
 
 RAGGED = [0, 1, 63, 64, 65, 0, 130]
@@ -226,8 +226,8 @@ def test_chunk_table(lengths, backend):
 COMPILE_FOR_HOPPER = """
 import torch
 from compile_only import SHARED_MEMORY, compile_only, left_operands_in_registers
-from mom_layers.ops import gated_delta_rule_triton_launch as launch
-from mom_layers.ops.gated_delta_rule_triton import gated_delta_rule_triton
+from mom_layers.ops.gated_delta_rule import launch
+from mom_layers.ops.gated_delta_rule.autograd import gated_delta_rule_triton
 
 launch._family = lambda device, dtype: "hopper"
 compiled = compile_only(90)

@@ -83,7 +83,7 @@ def test_the_bundle_is_complete_and_needs_no_more():
         compile(source, name, "exec")
         imports = [line.split() for line in source.splitlines() if line.strip().startswith(("from ", "import "))]
         assert not any(word.startswith("mom_layers.") for words in imports for word in words)
-    assert {"modeling_mom", "configuration_mom", "mom_layers_ops_gated_delta_rule_triton"} <= set(sources)
+    assert {"modeling_mom", "configuration_mom", "mom_layers_ops_gated_delta_rule_autograd"} <= set(sources)
 
 
 def test_folders_that_are_not_mom_exports_are_refused(tmp_path):

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 
 from mom_layers.ops.chunk_table import CHUNK, ChunkTable
-from mom_layers.ops.gated_linear_attention_triton_forward import GROUP, PRECISION
-from mom_layers.ops.gated_linear_attention_triton_launch import launch_for
+from mom_layers.ops.gated_linear_attention.forward import GROUP, PRECISION
+from mom_layers.ops.gated_linear_attention.launch import launch_for
 
 
 @triton.jit

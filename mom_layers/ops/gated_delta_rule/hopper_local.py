@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from mom_layers.ops.gated_delta_rule_hopper import _copy, _copy_layout, _product_layout, _publish, _shared_layout
+from mom_layers.ops.gated_delta_rule.hopper import _copy, _copy_layout, _product_layout, _publish, _shared_layout
 
 
 @gluon.jit

@@ -9,9 +9,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from mom_layers.ops.chunk_table import CHUNK, ChunkTable, chunk_table
-from mom_layers.ops.gated_linear_attention_triton_backward import run_reverse_recurrence, run_state_gradients
-from mom_layers.ops.gated_linear_attention_triton_forward import GROUP, chunk_scores, decayed_rows, run_recurrence
-from mom_layers.ops.gated_linear_attention_triton_local import run_local_gradients
+from mom_layers.ops.gated_linear_attention.backward import run_reverse_recurrence, run_state_gradients
+from mom_layers.ops.gated_linear_attention.forward import GROUP, chunk_scores, decayed_rows, run_recurrence
+from mom_layers.ops.gated_linear_attention.local import run_local_gradients
 
 SUPPORTED_SIZES = (16, 32, 64, 128, 256)
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,4 +1,4 @@
-"""Gated delta rule over packed segments (Gated DeltaNet, arXiv 2412.06464), in chunks.
+"""Gated linear attention over packed segments (GLA, arXiv 2312.06635), in chunks.
 
 Shape legend: rows R, segments S, heads H, key size K, value size V, chunk length C, chunks N.
 """
@@ -6,14 +6,47 @@ Shape legend: rows R, segments S, heads H, key size K, value size V, chunk lengt
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from mom_layers.ops.backend import compute_dtype, resolve_backend
 from mom_layers.ops.chunk_rows import chunk_rows
+from mom_layers.ops.chunk_table import CHUNK
 
-CHUNK = 64
+
+def _until(g: torch.Tensor) -> torch.Tensor:
+    """g [..., C, K] to its sum over the rows up to each one, itself included."""
+    return g.cumsum(-2)
 
 
-def _gated_delta_rule_torch(q, k, v, g, beta, cu_seqlens, initial_state, output_final_state, scale):
+def _after(g: torch.Tensor) -> torch.Tensor:
+    """g [..., C, K] to its sum over the rows after each one.
+
+    Summed from the end, and not the total less the rest: a small sum beside a large total would be lost.
+    """
+    return F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
+
+
+def _inside_chunks(q, k, v, g):
+    """What every row reads from its own chunk: q, k, g [N, H, C, K], v [N, H, C, V], C a power of two. [N, H, C, V].
+
+    The later half of every block reads the earlier half, for blocks of C, C / 2, ... 2 rows. Both sides decay to the
+    border between the halves, so that no exponent is positive, and every pair of rows meets in one block.
+    """
+    o = (q * k).sum(-1, keepdim=True) * v
+    half = q.shape[2] // 2
+    while half:
+        q_late, k_early, v_early = (
+            x.unflatten(2, (-1, 2, half)).select(3, part) for x, part in ((q, 1), (k, 0), (v, 0))
+        )
+        g_early, g_late = g.unflatten(2, (-1, 2, half)).unbind(3)
+        scores = (q_late * _until(g_late).exp()) @ (k_early * _after(g_early).exp()).transpose(-1, -2)
+        read = scores @ v_early  # [N, H, blocks, half, V]
+        o = o + torch.stack([torch.zeros_like(read), read], 3).flatten(2, 4)
+        half //= 2
+    return o
+
+
+def _gated_linear_attention_torch(q, k, v, g, cu_seqlens, initial_state, output_final_state, scale):
     rows, heads, k_dim = q.shape
     v_dim = v.shape[2]
     dtype = compute_dtype(v.dtype)
@@ -22,41 +55,30 @@ def _gated_delta_rule_torch(q, k, v, g, beta, cu_seqlens, initial_state, output_
     if rows == 0:
         return torch.zeros_like(v), state if output_final_state else None
     place, running, order = chunk_rows(cu_seqlens, rows, CHUNK)
+    length = 1 << (place.shape[1] - 1).bit_length()
+    place = F.pad(place, (0, length - place.shape[1]), value=rows)
 
     def chunks(x):  # [R, H, *] -> [N, H, C, *], zeros where a chunk has no row
         padded = torch.cat([x.to(dtype), x.new_zeros(1, *x.shape[1:], dtype=dtype)])
         return padded.index_select(0, place.flatten()).unflatten(0, place.shape).transpose(1, 2)
 
-    q, k, v, g, beta = (chunks(x) for x in (q * scale, k, v, g, beta))
-    decay = g.cumsum(-1)  # [N, H, C]
-    causal = torch.ones(place.shape[1], place.shape[1], dtype=torch.bool, device=q.device).tril()
-    between = (decay[..., :, None] - decay[..., None, :]).masked_fill(~causal, -torch.inf).exp()
-
-    # Inside a chunk: (I + strictly lower(beta k k^T decay)) [u | w] = [beta v | beta decay k]. The solver reads neither
-    # the diagonal nor what is above it.
-    k_beta = beta[..., None] * k
-    from_start = decay.exp()[..., None]
-    right = torch.cat([beta[..., None] * v, from_start * k_beta], dim=-1)
-    solved = torch.linalg.solve_triangular(
-        (k_beta @ k.transpose(-1, -2)) * between, right, upper=False, unitriangular=True
-    )
-    u, w = solved.split([v_dim, k_dim], dim=-1)
-    scores = (q @ k.transpose(-1, -2)) * between
-    k_to_end = (k * (decay[..., -1:] - decay).exp()[..., None]).transpose(-1, -2)
-    chunk_decay = decay[..., -1].exp()[..., None, None]
+    q, k, v, g = (chunks(x) for x in (q * scale, k, v, g))
+    inside = _inside_chunks(q, k, v, g)
+    q_from_start = q * _until(g).exp()
+    k_to_end = (k * _after(g).exp()).transpose(-1, -2)
+    chunk_decay = g.sum(-2).exp()[..., None]  # [N, H, K, 1]
 
     # From chunk to chunk: every segment's step at once; segments that have ended leave the front of the list.
     state = state.to(dtype)[torch.tensor(order, device=q.device)]
     outputs, finished = [], []
-    steps = zip(*(x.split(running) for x in (u, w, q * from_start, scores, k_to_end, chunk_decay)), strict=True)
-    for u_i, w_i, q_i, scores_i, k_i, decay_i in steps:
-        active = u_i.shape[0]
+    steps = zip(*(x.split(running) for x in (inside, q_from_start, k_to_end, chunk_decay, v)), strict=True)
+    for inside_i, q_i, k_i, decay_i, v_i in steps:
+        active = v_i.shape[0]
         if active < state.shape[0]:
             finished.append(state[active:])
             state = state[:active]
-        delta = u_i - w_i @ state
-        outputs.append(q_i @ state + scores_i @ delta)
-        state = decay_i * state + k_i @ delta
+        outputs.append(inside_i + q_i @ state)
+        state = decay_i * state + k_i @ v_i
     o = torch.cat(outputs).transpose(1, 2).flatten(0, 1)  # [N * C, H, V]
     where = torch.empty(rows + 1, dtype=torch.long, device=o.device)
     where[place.flatten()] = torch.arange(place.numel(), device=o.device)
@@ -68,12 +90,11 @@ def _gated_delta_rule_torch(q, k, v, g, beta, cu_seqlens, initial_state, output_
     return o, torch.cat([state, *reversed(finished)])[back.to(o.device)]
 
 
-def gated_delta_rule(
+def gated_linear_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     g: torch.Tensor,
-    beta: torch.Tensor,
     cu_seqlens: torch.Tensor,
     *,
     initial_state: torch.Tensor | None = None,
@@ -81,15 +102,14 @@ def gated_delta_rule(
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Runs the gated delta rule along every segment.
+    """Runs gated linear attention along every segment.
 
-    ``S <- exp(g) S;  S <- S + k (beta (v - k^T S))^T;  o = scale q^T S``
+    ``S <- diag(exp(g)) S + k v^T;  o = scale q^T S``
 
     Args:
-        q, k: [R, H, K], unit length per head.
+        q, k: [R, H, K].
         v: [R, H, V].
-        g: [R, H] log of the decay, at most 0.
-        beta: [R, H] in [0, 1].
+        g: [R, H, K] log of every key channel's decay, finite and at most 0.
         cu_seqlens: [S + 1] int32 on the same device, from 0 to R; segments may be empty.
         initial_state: [S, H, K, V] float32; zeros when absent.
         output_final_state: also return the state after each segment.
@@ -106,15 +126,15 @@ def gated_delta_rule(
         raise ValueError(
             f"q and k must be [R, H, K] and v [R, H, V], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
         )
-    if g.shape != q.shape[:2] or beta.shape != q.shape[:2]:
-        raise ValueError(f"g and beta must be {list(q.shape[:2])}, got {list(g.shape)} and {list(beta.shape)}")
+    if g.shape != q.shape:
+        raise ValueError(f"g must be {list(q.shape)} as q is, got {list(g.shape)}")
     state_shape = (cu_seqlens.shape[0] - 1, q.shape[1], q.shape[2], v.shape[2])
     if initial_state is not None and initial_state.shape != state_shape:
         raise ValueError(f"initial_state must be {list(state_shape)}, got {list(initial_state.shape)}")
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if resolve_backend(backend, q) == "triton":
-        from mom_layers.ops.gated_delta_rule_triton import gated_delta_rule_triton
+        from mom_layers.ops.gated_linear_attention.autograd import gated_linear_attention_triton
 
-        return gated_delta_rule_triton(q, k, v, g, beta, cu_seqlens, initial_state, output_final_state, scale)
-    o, state = _gated_delta_rule_torch(q, k, v, g, beta, cu_seqlens, initial_state, output_final_state, scale)
+        return gated_linear_attention_triton(q, k, v, g, cu_seqlens, initial_state, output_final_state, scale)
+    o, state = _gated_linear_attention_torch(q, k, v, g, cu_seqlens, initial_state, output_final_state, scale)
     return o.to(v.dtype), state

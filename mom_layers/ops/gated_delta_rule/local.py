@@ -21,10 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
-from mom_layers.ops import gated_delta_rule_hopper_local as hopper_local
 from mom_layers.ops.chunk_table import CHUNK, GROUP, ChunkTable
-from mom_layers.ops.gated_delta_rule_triton_forward import PRECISION, decay_between
-from mom_layers.ops.gated_delta_rule_triton_launch import launch_for, local_gradients_launch
+from mom_layers.ops.gated_delta_rule import hopper_local
+from mom_layers.ops.gated_delta_rule.forward import PRECISION, decay_between
+from mom_layers.ops.gated_delta_rule.launch import launch_for, local_gradients_launch
 
 
 @triton.jit(do_not_specialize=["num_segments"])

@@ -29,11 +29,10 @@ import torch
 import triton
 import triton.language as tl
 
-from mom_layers.ops import gated_delta_rule_hopper as hopper
-from mom_layers.ops import gated_delta_rule_hopper_states as hopper_states
 from mom_layers.ops.chunk_table import CHUNK, GROUP, ChunkTable
-from mom_layers.ops.gated_delta_rule_triton_forward import PRECISION
-from mom_layers.ops.gated_delta_rule_triton_launch import recurrence_launch, state_gradients_launch
+from mom_layers.ops.gated_delta_rule import hopper, hopper_states
+from mom_layers.ops.gated_delta_rule.forward import PRECISION
+from mom_layers.ops.gated_delta_rule.launch import recurrence_launch, state_gradients_launch
 
 
 @triton.jit

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from mom_layers.ops.chunk_table import CHUNK, ChunkTable
-from mom_layers.ops.gated_linear_attention_triton_launch import launch_for
+from mom_layers.ops.gated_linear_attention.launch import launch_for
 
 # Rows of a block: the least that a product takes.
 BLOCK = 16

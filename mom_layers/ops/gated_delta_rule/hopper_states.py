@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from mom_layers.ops.gated_delta_rule_hopper import (
+from mom_layers.ops.gated_delta_rule.hopper import (
     _chunk_decay,
     _copy,
     _copy_layout,

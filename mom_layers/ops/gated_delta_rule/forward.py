@@ -23,9 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from mom_layers.ops import gated_delta_rule_hopper as hopper
 from mom_layers.ops.chunk_table import CHUNK, GROUP, ChunkTable
-from mom_layers.ops.gated_delta_rule_triton_launch import SOLVE_WARPS, launch_for, recurrence_launch
+from mom_layers.ops.gated_delta_rule import hopper
+from mom_layers.ops.gated_delta_rule.launch import SOLVE_WARPS, launch_for, recurrence_launch
 
 # Rows of a diagonal block that is solved by substitution; products join the blocks.
 BLOCK = 16
