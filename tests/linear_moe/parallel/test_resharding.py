@@ -71,3 +71,37 @@ def test_a_process_killed_in_mid_save_resumes_from_the_checkpoint_before(trained
     losses = launch(1, [*data, "--load", tmp_path], tmp_path, save_at=(6,))
     assert losses == {step: loss for step, loss in expected.items() if step > 3}
     assert (tmp_path / "iter_0000006/.metadata").exists()
+
+
+def die_in_fifth_step():
+    """Kills the second rank between backward and the optimizer's step of step five."""
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    step, steps = ChainedOptimizer.step, []
+
+    def step_or_die(self):
+        steps.append(1)
+        if len(steps) == 5 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self)
+
+    ChainedOptimizer.step = step_or_die
+
+
+def test_a_rank_killed_in_mid_step_resumes_from_the_checkpoint_before(trained, documents, tmp_path):
+    expected, _ = trained("TP2+SP", PACKED)
+    ranks, layout = LAYOUTS["TP2+SP"]
+    data = ["--data-path", documents, *MODELS[PACKED], *layout, "--train-iters", STEPS]
+    with pytest.raises(AssertionError, match="-9"):
+        launch(ranks, data, tmp_path, save_at=(3,), prepare=die_in_fifth_step)
+    losses = launch(ranks, [*data, "--load", tmp_path], tmp_path)
+    assert losses == {step: loss for step, loss in expected.items() if step > 3}
+
+
+def test_checkpoints_written_beside_the_training_are_the_same(trained, documents, tmp_path):
+    expected, _ = trained("TP2+SP", PACKED)
+    ranks, layout = LAYOUTS["TP2+SP"]
+    data = ["--data-path", documents, *MODELS[PACKED], *layout, "--train-iters", STEPS]
+    assert launch(ranks, [*data, "--async-save"], tmp_path, save_at=(3, 6)) == expected
+    losses = launch(ranks, [*data, "--load", tmp_path, "--ckpt-step", 3], tmp_path)
+    assert losses == {step: loss for step, loss in expected.items() if step > 3}
