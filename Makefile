@@ -20,8 +20,12 @@ test-gpu:
 	$(PYTHON) -m pytest tests/mom_layers tests/linear_moe
 
 bench:
+	mkdir -p runs
 	$(PYTHON) tools/bench_kernels.py
 	$(PYTHON) tools/bench_layers.py
+	$(PYTHON) tools/bench_layers.py --lengths --plot runs/bench_lengths.png
+	$(PYTHON) tools/bench_models.py
+	$(PYTHON) tools/bench_decode.py --plot runs/bench_decode.png
 
 lint:
 	$(PYTHON) -m ruff check .

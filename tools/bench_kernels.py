@@ -8,17 +8,13 @@ time of forward and of forward+backward, and what part the latter is of the time
 products at the speed of one large product measured here, or its tensors at the speed of a copy, whichever is longer.
 """
 
-import argparse
-import csv
-import importlib.metadata
 import importlib.util
 import os
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_layers import median_ms
+from benchmark import VERSIONS, append_csv, device_kind, median_ms, parse_options, versions
 
 from mom_layers.ops.gated_delta_rule import gated_delta_rule
 from mom_layers.ops.gated_linear_attention import gated_linear_attention
@@ -29,7 +25,7 @@ CASES = {
     "cuda": [(32, 1024, 4, 256), (32, 1024, 8, 128), (4, 8192, 4, 256), (4, 8192, 8, 128)],
     "cpu": [(4, 128, 2, 32)],
 }
-FIELDS = ("device", "torch", "triton", "kernel", "segments", "tokens", "heads", "head_dim")
+FIELDS = (*VERSIONS, "kernel", "segments", "tokens", "heads", "head_dim")
 FIELDS += ("forward_ms", "both_ms", "of_floor")
 
 
@@ -94,15 +90,10 @@ def floor_ms(rule: str, case: tuple[int, int, int, int], speed: tuple[float, flo
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, help="only the first N cases")
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
-    options = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    versions = {"device": name, "torch": torch.__version__, "triton": importlib.metadata.version("triton")}
+    options = parse_options(__doc__, argv)
+    device, about = device_kind(), versions()
     speed = speeds(device)
-    print(f"{name}: product {speed[0] / 1e12:.3g} TFLOP/s, copy {speed[1] / 1e12:.3g} TB/s")
+    print(f"{about['device']}: product {speed[0] / 1e12:.3g} TFLOP/s, copy {speed[1] / 1e12:.3g} TB/s")
     print("segments x tokens, heads, size; milliseconds of forward, of forward+backward; the latter over its floor")
     rows = []
     for case in CASES[device][: options.cases]:
@@ -122,14 +113,9 @@ def main(argv=None) -> int:
             shape = f"{case[0]}x{case[1]} H{case[2]} {case[3]}"
             print(f"{shape}  {kernel_name:14s} {forward_ms:8.3f} {both_ms:8.3f} {factor:6.1f}", flush=True)
             values = (kernel_name, *case, f"{forward_ms:.4f}", f"{both_ms:.4f}", f"{factor:.2f}")
-            rows.append(versions | dict(zip(FIELDS[3:], values, strict=True)))
-    if options.csv:
-        new = not options.csv.exists()
-        with options.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+            rows.append(about | dict(zip(FIELDS[len(VERSIONS) :], values, strict=True)))
+    if options.csv and rows:
+        append_csv(options.csv, rows)
     return 0
 
 

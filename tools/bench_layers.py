@@ -2,22 +2,29 @@
 """Times the Mixture-of-Memories layer beside what a user would pick instead, in one run.
 
     python tools/bench_layers.py [--cases N] [--csv FILE]
+    python tools/bench_layers.py --lengths [--csv FILE] [--plot FILE]
 
 Peers: softmax attention (PyTorch's), and flash-linear-attention's MomAttention and GatedDeltaNet where that package is
-installed. A row is the median time of forward and of forward+backward, and the peak memory of forward+backward.
+installed. A row is the median time of forward and of forward+backward, and the peak memory of forward+backward. With
+--lengths it is one sequence of growing length, this layer and softmax attention only: linear and quadratic cost.
 """
 
-import argparse
-import csv
-import importlib.metadata
 import importlib.util
-import statistics
 import sys
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from benchmark import (
+    VERSIONS,
+    append_csv,
+    device_kind,
+    free_memory,
+    median_ms,
+    parse_options,
+    peak_gib,
+    plot_growth,
+    versions,
+)
 
 from mom_layers import MixtureOfMemories
 
@@ -26,8 +33,12 @@ CASES = {
     "cuda": [(8, 2048, 1024), (1, 16384, 1024), (1, 65536, 1024), (8, 2048, 2048), (1, 32768, 2048)],
     "cpu": [(4, 256, 256)],
 }
+LENGTHS = {
+    "cuda": [(1, length, 1024) for length in (16384, 32768, 65536, 131072, 262144)],
+    "cpu": [(1, length, 64) for length in (256, 512, 1024)],
+}
 HEADS = {"cuda": (4, 256), "cpu": (4, 32)}  # heads and their key size
-FIELDS = ("device", "torch", "triton", "layer", "batch", "tokens", "hidden", "forward_ms", "both_ms", "peak_gib")
+FIELDS = (*VERSIONS, "layer", "batch", "tokens", "hidden", "forward_ms", "both_ms", "peak_gib")
 
 
 class SoftmaxAttention(torch.nn.Module):
@@ -44,37 +55,20 @@ class SoftmaxAttention(torch.nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
-def layers(hidden: int, device: str) -> dict[str, torch.nn.Module]:
-    """The layers to time, by name."""
+def layers(hidden: int, device: str, peers: bool) -> dict[str, torch.nn.Module]:
+    """The layers to time, by name; flash-linear-attention's too if ``peers``."""
     heads, head_dim = HEADS[device]
     found = {
         "mom": MixtureOfMemories(hidden, heads, head_dim),
         "softmax": SoftmaxAttention(hidden),
     }
-    if device == "cuda" and importlib.util.find_spec("fla"):
+    if peers and device == "cuda" and importlib.util.find_spec("fla"):
         from fla.layers import GatedDeltaNet, MomAttention
 
         shape = {"hidden_size": hidden, "head_dim": head_dim, "num_heads": heads, "expand_v": 1, "layer_idx": 0}
         found["fla-mom"] = MomAttention(num_memories=4, topk=2, shared_mem=True, **shape)
         found["fla-gdn"] = GatedDeltaNet(**shape)
     return found
-
-
-def median_ms(step, device: str) -> float:
-    """Median time of a call in milliseconds, after warming up."""
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        for _ in range(3):
-            step()
-        return do_bench(step, warmup=200, rep=400, return_mode="median")
-    step()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        step()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
 
 
 def measure(layer: torch.nn.Module, case: tuple[int, int, int], device: str) -> tuple[float, float, float]:
@@ -93,44 +87,36 @@ def measure(layer: torch.nn.Module, case: tuple[int, int, int], device: str) -> 
         x.grad = None
         forward().backward(grad)
 
-    peak = 0.0
-    if device == "cuda":
-        both()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        both()
-        torch.cuda.synchronize()
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    peak = peak_gib(both, device)
     with torch.no_grad():
         forward_ms = median_ms(forward, device)
     return forward_ms, median_ms(both, device), peak
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, help="only the first N cases")
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
-    options = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    versions = {"device": name, "torch": torch.__version__, "triton": importlib.metadata.version("triton")}
+    flags = {"--lengths": "one sequence of growing length instead of the cases"}
+    options = parse_options(__doc__, argv, plot=True, flags=flags)
+    device, about = device_kind(), versions()
+    print(f"{about['device']}: milliseconds of forward, of forward+backward; peak GiB")
     rows = []
-    print(f"{name}: milliseconds of forward, of forward+backward; peak GiB")
-    for case in CASES[device][: options.cases]:
-        for layer_name, layer in layers(case[2], device).items():
-            forward, both, peak = measure(layer, case, device)
-            print(
-                f"B{case[0]} T{case[1]} d{case[2]}  {layer_name:8s} {forward:8.2f} {both:8.2f} {peak:6.2f}", flush=True
-            )
-            values = (layer_name, *case, f"{forward:.3f}", f"{both:.3f}", f"{peak:.3f}")
-            rows.append(versions | dict(zip(FIELDS[3:], values, strict=True)))
-    if options.csv:
-        new = not options.csv.exists()
-        with options.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+    for case in (LENGTHS if options.lengths else CASES)[device][: options.cases]:
+        for name, layer in layers(case[2], device, peers=not options.lengths).items():
+            shape = f"B{case[0]} T{case[1]} d{case[2]}  {name:8s}"
+            try:
+                forward, both, peak = measure(layer, case, device)
+            except torch.OutOfMemoryError:
+                print(f"{shape} out of memory", flush=True)
+                continue
+            finally:
+                free_memory()
+            print(f"{shape} {forward:8.2f} {both:8.2f} {peak:6.2f}", flush=True)
+            values = (name, *case, f"{forward:.3f}", f"{both:.3f}", f"{peak:.3f}")
+            rows.append(about | dict(zip(FIELDS[len(VERSIONS) :], values, strict=True)))
+    if options.csv and rows:
+        append_csv(options.csv, rows)
+    if options.plot and rows:
+        panels = {"both_ms": "forward+backward, ms", "peak_gib": "peak memory, GiB"}
+        plot_growth(options.plot, rows, "tokens", panels, "layer", f"One layer, {about['device']}")
     return 0
 
 

@@ -1,0 +1,113 @@
+"""What the timing tools share: the device, medians, peak memory, rows of a CSV file, a picture."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import importlib.metadata
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+VERSIONS = ("device", "torch", "triton")
+
+
+def device_kind() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def versions() -> dict[str, str]:
+    """The device's name and the versions that a figure depends on."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"device": name, "torch": torch.__version__, "triton": importlib.metadata.version("triton")}
+
+
+def parse_options(description: str, argv=None, *, plot: bool = False, flags: dict[str, str] | None = None):
+    """The options of every timing tool; ``plot`` adds ``--plot``, and ``flags`` are {name: help} of switches."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, metavar="N", help="only the first N cases")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="append the rows to this file")
+    if plot:
+        parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows in this PNG file")
+    for name, text in (flags or {}).items():
+        parser.add_argument(name, action="store_true", help=text)
+    return parser.parse_args(argv)
+
+
+def median_ms(step: Callable[[], object], device: str, repeat_ms: int = 400) -> float:
+    """Median time of a call in milliseconds, after warming up; calls are repeated for about ``repeat_ms`` on a GPU."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        for _ in range(3):
+            step()
+        return do_bench(step, warmup=200, rep=repeat_ms, return_mode="median")
+    step()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        step()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def peak_gib(step: Callable[[], object], device: str) -> float:
+    """Memory that a call takes at most beyond what is allocated before it, in GiB; 0 on a CPU."""
+    if device != "cuda":
+        return 0.0
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def free_memory() -> None:
+    """Gives back what earlier cases held, so that the next one meets an empty device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def append_csv(path: Path, rows: list[dict]) -> None:
+    """Adds rows to a CSV file; a new one gets the rows' keys as its header."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot_growth(path: Path, rows: list[dict], x: str, panels: dict[str, str], name: str, title: str) -> None:
+    """Draws a panel for each of two quantities over x, both logarithmic, a line for every value of ``name``.
+
+    Args:
+        path: of the PNG file.
+        rows: dictionaries with the columns x, name and the panels'.
+        panels: {column: axis label}.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.5), layout="constrained")
+    for axis, (column, label) in zip(axes, panels.items(), strict=True):
+        for line in dict.fromkeys(row[name] for row in rows):
+            points = [(float(row[x]), float(row[column])) for row in rows if row[name] == line]
+            points = [(a, b) for a, b in points if b > 0]
+            if points:
+                axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=line)
+        axis.set(xscale="log", yscale="log", xlabel=x, ylabel=label)
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
