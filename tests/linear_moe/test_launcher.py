@@ -85,30 +85,10 @@ def test_letter_g_of_a_hybrid_pattern():
     assert "memories at iteration 6 | load " in run.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--spec", "some.module", "some_spec"], "does not work with --spec some.module some_spec: leave it out"),
-        (["--hybrid-layer-pattern", "M-*-"], "--hybrid-layer-pattern M-*-: write G where a MoM layer is to be"),
-        (["--multi-latent-attention"], "does not work with --multi-latent-attention"),
-        (["--context-parallel-size", 2, "--sft"], "does not work with --sft and --context-parallel-size 2"),
-        (
-            ["--context-parallel-size", 2, "--dataloader-inter-document-masking", "--linear-attention-freq", 2],
-            "--context-parallel-size 2 and softmax attention layers: these want every document cut by itself",
-        ),
-        (
-            ["--context-parallel-size", 2, "--dataloader-inter-document-masking", "--mtp-num-layers", 1],
-            "make every layer MoM, without --mtp-num-layers",
-        ),
-        (
-            ["--cuda-graph-impl", "local", "--dataloader-inter-document-masking"],
-            "does not work with CUDA graphs of packed documents",
-        ),
-    ],
-)
-def test_refuses_what_would_build_another_model(arguments, message):
-    run = launch(*COMMON, *MOM, *arguments)
-    assert run.returncode != 0 and message in run.stdout, run.stdout[-2000:]
+def test_refuses_what_would_build_another_model():
+    run = launch(*COMMON, *MOM, "--spec", "some.module", "some_spec")
+    assert run.returncode != 0
+    assert "does not work with --spec some.module some_spec: leave it out" in run.stdout, run.stdout[-2000:]
 
 
 @pytest.mark.parametrize(

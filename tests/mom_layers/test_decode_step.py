@@ -9,7 +9,7 @@ from comparison import TOLERANCE, inputs, layer, relative_error
 from mom_layers import mom
 
 
-def prefilled(batch, dtype, backend, steps=4, **settings):
+def prefilled(batch, dtype, backend, steps=2, **settings):
     """A layer, its state after 7 tokens and the tokens that follow; and the same in float64, for the general path."""
     settings = {"num_heads": 2, "num_memories": 4, "topk": 2} | settings
     module = layer(dtype, backend=backend, **settings)

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from comparison import DEVICE, TOLERANCE, draw, make_plan, relative_error
+from comparison import DEVICE, RAGGED, TOLERANCE, draw, make_plan, relative_error
 
 from mom_layers.ops.reference import segment_convolution_reference
 from mom_layers.ops.segment_convolution_triton import segment_convolution_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+# Over several programs' rows, and short of the interpreter's patience.
+LENGTHS = RAGGED if DEVICE == "cuda" else [1, 0, 2, 40, 3]
 
 
 def leaf(tensor, dtype=None):
@@ -45,12 +48,12 @@ def compare(plan, gather, channels, width, heads, with_tails, dtype=torch.float3
     "gather, heads, with_tails", [(False, None, False), (False, 2, True), (True, None, True), (True, 2, False)]
 )
 def test_matches_reference(gather, heads, with_tails):
-    compare(make_plan(), gather, 32, 4, heads, with_tails)
+    compare(make_plan(LENGTHS), gather, 32, 4, heads, with_tails)
 
 
 @pytest.mark.parametrize("gather, heads", [(True, 2), (False, None)])
 def test_bfloat16(gather, heads):
-    compare(make_plan([0, 3, 64]), gather, 32, 4, heads, True, dtype=torch.bfloat16)
+    compare(make_plan([0, 3, 35]), gather, 32, 4, heads, True, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("masked, shared, unpicked", [(True, True, 0), (True, False, 2), (False, False, 2)])
@@ -88,7 +91,7 @@ def test_no_tokens():
 
 @pytest.mark.parametrize("gather", [False, True])
 def test_nothing_crosses_segments(gather):
-    plan = make_plan()
+    plan = make_plan(LENGTHS)
     x = leaf(draw(plan.row_of_slot.shape[0] if gather else plan.num_rows, 16))
     y, _ = segment_convolution_triton(x, draw(16, 4, seed=2), plan, gather, 1)
     segment = plan.num_sequences - 1  # memory 0's part of the last sequence
