@@ -10,7 +10,7 @@ from mom_layers.ops.backend import resolve_backend
 from mom_layers.ops.routing_plan import build_routing_plan
 from mom_layers.ops.segment_convolution import UNIT_LENGTH_EPS
 from mom_layers.routing import route
-from mom_layers.rules import get_rule
+from mom_layers.rules import MemoryRule, get_rule
 from mom_layers.state import MemoryState
 
 # Up to here a step reads each token's memories' weights by itself; above, a product grouped by memory reads them once.
@@ -33,6 +33,11 @@ def check_sizes(
         )
     if not 2 <= conv_kernel <= 8:
         raise ValueError(f"conv_kernel must be between 2 and 8, got {conv_kernel}")
+
+
+def steps_in_kernels(rule: MemoryRule, backend: str, x: torch.Tensor) -> bool:
+    """Whether one token of every sequence, x [B, D], is decoded by the rule's own kernels (``rule.decode_step``)."""
+    return resolve_backend(backend, x) == "triton" and rule.decode_step is not None and x.shape[0] <= DECODE_BATCH
 
 
 def check_triton_head_sizes(rule: str, head_dim: int, value_dim: int) -> None:
@@ -219,8 +224,7 @@ class MixtureOfMemories(nn.Module):
             raise ValueError(f"x must be [B, {self.hidden_size}], got {list(x.shape)}")
         if state.recurrent.shape[0] != x.shape[0]:
             raise ValueError(f"the state holds {state.recurrent.shape[0]} sequences, the input {x.shape[0]}")
-        in_kernels = resolve_backend(self.backend, x) == "triton" and self.rule.decode_step is not None
-        if not in_kernels or x.shape[0] > DECODE_BATCH:
+        if not steps_in_kernels(self.rule, self.backend, x):
             out, new_state = self(x[:, None], state=state, output_state=True)
             state.copy_(new_state)
             return out[:, 0]

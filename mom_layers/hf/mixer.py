@@ -10,8 +10,10 @@ from mom_layers.hf.configuration_mom import MomConfig
 from mom_layers.hf.layers import RMSNorm
 from mom_layers.hf.sequence import TokenSequence
 from mom_layers.mixing import MemoryParameters, mix_memories, projection_sizes
+from mom_layers.mom import steps_in_kernels
 from mom_layers.ops.backend import compute_dtype
 from mom_layers.ops.routing_plan import build_routing_plan
+from mom_layers.ops.segment_convolution import UNIT_LENGTH_EPS
 from mom_layers.routing import route
 from mom_layers.rules import get_rule
 
@@ -71,8 +73,15 @@ class MomAttention(nn.Module):
         tokens = x.flatten(0, 1)
         backend = "torch" if x.dtype == torch.float64 else self.backend
         router_logits = self.gate(tokens)
-        weights, ids = route(router_logits, self.topk)
         mask = sequence.token_mask
+        if self._decodes(tokens, sequence, past, backend):
+            y = self.rule.decode_step(
+                tokens, self.q_proj(tokens), self.g_proj(tokens), router_logits, self.memory_parameters(x.dtype),
+                past.state, self.topk, self.shared_mem, UNIT_LENGTH_EPS,
+            )  # fmt: skip
+            past.advance(past.state, 1)
+            return self.o_proj(y)[:, None], router_logits
+        weights, ids = route(router_logits, self.topk)
         plan = build_routing_plan(
             ids,
             sequence.cu_seqlens,
@@ -96,6 +105,13 @@ class MomAttention(nn.Module):
             past.advance(state, sequence.length)
         out = self.o_proj(y).unflatten(0, x.shape[:2])
         return out if mask is None else out * mask[..., None], router_logits
+
+    def _decodes(self, tokens, sequence: TokenSequence, past: MemoryLayer | None, backend: str) -> bool:
+        """Whether the new tokens, one of every sequence, can go through the kernels that change the state in place."""
+        one_each = sequence.length == 1 and sequence.token_mask is None and past is not None and past.state is not None
+        if not one_each or torch.is_grad_enabled() or self.q_conv1d.weight.dtype != tokens.dtype:
+            return False
+        return steps_in_kernels(self.rule, backend, tokens)
 
     def memory_parameters(self, dtype: torch.dtype) -> MemoryParameters:
         return MemoryParameters(

@@ -13,7 +13,7 @@ class TokenSequence:
     Attributes:
         batch, length, past: B sequences of T new tokens each, after ``past`` earlier ones (padding included).
         cu_seqlens: [sequences + 1] int32, borders of the sequences among the B * T tokens.
-        token_mask: [B, T] bool, False at padding; None where there is none.
+        token_mask: [B, T] bool, False at padding; None where there is none among these tokens.
     """
 
     def __init__(
@@ -61,6 +61,8 @@ class TokenSequence:
             self.cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
         self.key_mask = attention_mask
         self.token_mask = None if attention_mask is None else attention_mask[:, past:]
+        if self.token_mask is not None and past and not keep_mask and self.token_mask.all():
+            self.token_mask = None  # padding in what the cache has seen only
         self._position_ids = position_ids
         self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
         self._rotations: dict[tuple[float, int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}

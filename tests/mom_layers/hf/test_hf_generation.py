@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hf_models import HYBRID, WINDOWED, random_tokens, relative_error, tiny_model
 
 from mom_layers.hf import MomCache
+from mom_layers.hf.mixer import MomAttention
 
 KINDS = [{}, {"shared_mem": False, "topk": 1}, HYBRID, WINDOWED]
 SEED = 1  # of weights for which no token's second and third memory tie within bf16's rounding
@@ -29,6 +32,34 @@ def test_prefill_and_decode_equal_one_forward(changes, dtype):
     expected = model(tokens).logits
     for prompt, end in ((1, 69), (2, 8), (3, 9), (4, 10), (63, 69), (64, 69), (65, 69)):
         assert relative_error(decode(model, tokens[:, :end], prompt), expected[:, :end]) < BOUND[dtype], prompt
+
+
+@pytest.mark.parametrize("changes", [{}, HYBRID, {"single_kv_proj": True}], ids=str)
+@torch.inference_mode()
+def test_tokens_decoded_by_the_kernels_equal_one_forward(changes, monkeypatch):
+    """Left-padded sequences too; the kernels' calls are counted, for the general path would give the same."""
+    model, tokens = tiny_model(SEED, head_dim=16, **changes), random_tokens(2, 9)
+    tokens[0, :2] = 0
+    mask = (tokens != 0).long()
+    expected = model(tokens, attention_mask=mask).logits
+    mixers = [layer.attn for layer in model.model.layers if isinstance(layer.attn, MomAttention)]
+    cache, calls = MomCache(model.config), []
+    rows = [model(tokens[:, :6], attention_mask=mask[:, :6], past_key_values=cache).logits]
+    for mixer in mixers:
+        rule = mixer.rule
+
+        def counted(*arguments, rule=rule):
+            calls.append(rule)
+            return rule.decode_step(*arguments)
+
+        monkeypatch.setattr(mixer, "backend", "triton")
+        monkeypatch.setattr(mixer, "rule", replace(rule, decode_step=counted))
+    for t in range(6, 9):
+        seen = mask[:, : t + 1]
+        rows.append(model(tokens[:, t : t + 1], attention_mask=seen, past_key_values=cache).logits)
+    got = torch.cat(rows, dim=1)
+    assert len(calls) == 3 * len(mixers)
+    assert relative_error(got[mask.bool()], expected[mask.bool()]) < 1e-5
 
 
 @torch.inference_mode()
