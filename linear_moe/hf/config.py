@@ -27,7 +27,6 @@ KEYS = (
     ("shared_mem", "mom_shared_memory"),
     ("single_kv_proj", "mom_single_kv_proj"),
     ("mom_backend", "mom_rule"),
-    ("aux_loss_scale", "mom_aux_loss_coeff"),
 )
 # What the format has besides, with the one value that means what a Megatron model computes.
 FIXED = {
@@ -102,14 +101,25 @@ def config_from_arguments(args: Namespace, attention_layers: list[int], vocab_si
                 f"the Hugging Face format cannot hold a model with --{name.replace('_', '-')} {value}: "
                 f"it needs {' or '.join(map(str, accepted))}"
             )
-    missing = [theirs for _, theirs in KEYS if not hasattr(args, theirs)]
+    missing = [theirs for theirs in (*dict(KEYS).values(), "mom_aux_loss_coeff") if not hasattr(args, theirs)]
     if missing:
         raise ConversionError(f"the checkpoint's arguments lack {', '.join(missing)}")
     config = {"architectures": ["MomForCausalLM"], "model_type": "mom", "vocab_size": vocab_size}
     config |= {ours: getattr(args, theirs) for ours, theirs in KEYS} | FIXED
+    layers = args.num_layers - len(attention_layers)
+    config["aux_loss_scale"] = _short(args.mom_aux_loss_coeff * layers / args.mom_topk)
     config["tie_word_embeddings"] = not args.untie_embeddings_and_output_weights
     config["attn"] = _attention_config(args, attention_layers) if attention_layers else None
     return config | token_ids
+
+
+def _short(coefficient: float) -> float:
+    """Without the last digits, so that there and back again gives the number that a person wrote.
+
+    The balancing loss of a balanced layer is 1 in Megatron, which adds up the layers', and k in the format, which
+    takes their mean: coefficient x layers here is scale x k there.
+    """
+    return float(f"{coefficient:.12g}")
 
 
 def _attention_config(args: Namespace, layers: list[int]) -> dict:
@@ -143,6 +153,8 @@ def arguments_from_config(config: MomConfig) -> Namespace:
         ConversionError: the model has something that Megatron's lacks.
     """
     args = Namespace(**{theirs: getattr(config, ours) for ours, theirs in KEYS})
+    layers = config.num_hidden_layers - sum(len(spec.layers) for spec in config.attention_specs())
+    args.mom_aux_loss_coeff = _short(config.aux_loss_scale * config.topk / max(1, layers))
     args.ffn_hidden_size = config.mlp_size
     args.token_mixer = "mom"
     args.untie_embeddings_and_output_weights = not config.tie_word_embeddings

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func
 from safetensors.torch import load_file
 
-from linear_moe.hf.config import arguments_from_config, layout_of, parse_config
+from linear_moe.hf.config import arguments_from_config, config_from_arguments, layout_of, parse_config
 from linear_moe.hf.files import ConversionError
 from linear_moe.hf.names import QKV, entries
 from mom_layers.hf import MomConfig, MomForCausalLM
@@ -154,3 +155,21 @@ def test_layer_pattern(layers, expected):
 def test_other_models_are_refused(settings, word):
     with pytest.raises(ConversionError, match=word):
         parse_config({"model_type": "mom"} | TINY | settings, set())
+
+
+@pytest.mark.parametrize("settings", [{"num_memories": 4, "topk": 2, "num_hidden_layers": 3}, VARIANTS["hybrid"]])
+def test_the_balancing_loss_weighs_as_much_there_as_here(settings):
+    config = MomConfig(**(TINY | settings), aux_loss_scale=0.03)
+    args = arguments_from_config(config)
+    layers = config.num_hidden_layers - sum(len(spec.layers) for spec in config.attention_specs())
+    logits = [torch.randn(50, config.num_memories, generator=torch.Generator().manual_seed(i)) for i in range(layers)]
+    theirs = config.aux_loss_scale * MomForCausalLM(config)._balancing_loss(tuple(logits), None)
+    ours = 0.0
+    for one in logits:
+        chosen = torch.zeros_like(one).scatter(1, one.topk(config.topk).indices, 1.0)
+        ours += switch_load_balancing_loss_func(
+            one.softmax(1), chosen.sum(0), len(one), config.topk, config.num_memories, args.mom_aux_loss_coeff
+        )
+    torch.testing.assert_close(ours, theirs)
+    attention = [layer for spec in config.attention_specs() for layer in spec.layers]
+    assert config_from_arguments(args, attention, config.vocab_size, {})["aux_loss_scale"] == 0.03
