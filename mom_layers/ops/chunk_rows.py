@@ -1,30 +1,76 @@
-"""Lays packed segments out in chunks for the PyTorch paths of the recurrences."""
+"""Lays packed segments out in chunks for the PyTorch paths of the recurrences, and walks them chunk by chunk.
+
+Shape legend: rows R, segments S, heads H, key size K, value size V, chunks N of C rows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 
 
-def chunk_rows(cu_seqlens: torch.Tensor, num_rows: int, chunk: int) -> tuple[torch.Tensor, list[int], list[int]]:
-    """Lays rows out in chunks, ordered by (chunk of the segment, segment from longest to shortest).
+class ChunkRows:
+    """Rows in chunks, ordered by (chunk of the segment, segment from longest to shortest).
 
     Chunks are as long as the longest segment where that is shorter than ``chunk``. Reads lengths on the host: this
     serves the CPU and comparisons.
 
-    Returns:
-        The row of every chunk place [N, C] (``num_rows`` where there is none), the number of segments that still run
-        at each step, and the segments' order.
+    Attributes:
+        place: [N, C], the row of every place in a chunk; R where there is none.
+        running: the number of segments that still run at each step.
+        order: the segments, longest first.
     """
-    edges = cu_seqlens.tolist()
-    lengths = [b - a for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    chunk = max(1, min(chunk, max(lengths)))
-    counts = [-(-length // chunk) for length in lengths]
-    order = sorted(range(len(lengths)), key=lambda s: -counts[s])
-    running = [sum(count > step for count in counts) for step in range(max(counts))]
-    start, end = [], []
-    for step, active in enumerate(running):
-        start += [edges[s] + step * chunk for s in order[:active]]
-        end += [edges[s + 1] for s in order[:active]]
-    place = torch.tensor(start, dtype=torch.long)[:, None] + torch.arange(chunk)
-    place = torch.where(place < torch.tensor(end, dtype=torch.long)[:, None], place, num_rows)
-    return place.to(cu_seqlens.device), running, order
+
+    def __init__(self, cu_seqlens: torch.Tensor, num_rows: int, chunk: int, power_of_two: bool = False):
+        """``power_of_two``: pad the chunks' length to a power of two. There must be at least one row."""
+        edges = cu_seqlens.tolist()
+        lengths = [b - a for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        chunk = max(1, min(chunk, max(lengths)))
+        counts = [-(-length // chunk) for length in lengths]
+        self.num_rows = num_rows
+        self.order = sorted(range(len(lengths)), key=lambda s: -counts[s])
+        self.running = [sum(count > step for count in counts) for step in range(max(counts))]
+        start, end = [], []
+        for step, active in enumerate(self.running):
+            start += [edges[s] + step * chunk for s in self.order[:active]]
+            end += [edges[s + 1] for s in self.order[:active]]
+        place = torch.tensor(start, dtype=torch.long)[:, None] + torch.arange(chunk)
+        place = torch.where(place < torch.tensor(end, dtype=torch.long)[:, None], place, num_rows)
+        if power_of_two:
+            place = F.pad(place, (0, (1 << (chunk - 1).bit_length()) - chunk), value=num_rows)
+        self.place = place.to(cu_seqlens.device)
+
+    def gather(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """x [R, H, *] by chunk, [N, H, C, *], zeros where a chunk has no row."""
+        padded = torch.cat([x.to(dtype), x.new_zeros(1, *x.shape[1:], dtype=dtype)])
+        return padded.index_select(0, self.place.flatten()).unflatten(0, self.place.shape).transpose(1, 2)
+
+    def walk(
+        self, step: Callable[..., tuple[torch.Tensor, torch.Tensor]], state: torch.Tensor, *chunks: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes every segment's state through its chunks, all segments' steps at once.
+
+        Args:
+            step: (state [S', H, K, V], a part [S', ...] of each of ``chunks``) -> (o [S', H, C, V], the next state).
+            state: [S, H, K, V], the segments' first.
+            chunks: [N, ...] each.
+
+        Returns:
+            o [R, H, V] and the last states [S, H, K, V].
+        """
+        order = torch.tensor(self.order, device=state.device)
+        state = state[order]
+        outputs, finished = [], []
+        for parts in zip(*(x.split(self.running) for x in chunks), strict=True):
+            active = parts[0].shape[0]
+            if active < state.shape[0]:  # segments that have ended leave the front of the list
+                finished.append(state[active:])
+                state = state[:active]
+            o, state = step(state, *parts)
+            outputs.append(o)
+        o = torch.cat(outputs).transpose(1, 2).flatten(0, 1)  # [N * C, H, V]
+        where = torch.empty(self.num_rows + 1, dtype=torch.long, device=o.device)
+        where[self.place.flatten()] = torch.arange(self.place.numel(), device=o.device)
+        return o.index_select(0, where[: self.num_rows]), torch.cat([state, *reversed(finished)])[order.argsort()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from mom_layers.ops.backend import compute_dtype, resolve_backend
-from mom_layers.ops.chunk_rows import chunk_rows
+from mom_layers.ops.chunk_rows import ChunkRows
 from mom_layers.ops.chunk_table import CHUNK
 
 
@@ -16,19 +16,15 @@ def _gated_delta_rule_torch(q, k, v, g, beta, cu_seqlens, initial_state, output_
     rows, heads, k_dim = q.shape
     v_dim = v.shape[2]
     dtype = compute_dtype(v.dtype)
-    segments = cu_seqlens.shape[0] - 1
-    state = q.new_zeros(segments, heads, k_dim, v_dim, dtype=dtype) if initial_state is None else initial_state
+    state = initial_state
+    if state is None:
+        state = q.new_zeros(cu_seqlens.shape[0] - 1, heads, k_dim, v_dim, dtype=dtype)
     if rows == 0:
         return torch.zeros_like(v), state if output_final_state else None
-    place, running, order = chunk_rows(cu_seqlens, rows, CHUNK)
-
-    def chunks(x):  # [R, H, *] -> [N, H, C, *], zeros where a chunk has no row
-        padded = torch.cat([x.to(dtype), x.new_zeros(1, *x.shape[1:], dtype=dtype)])
-        return padded.index_select(0, place.flatten()).unflatten(0, place.shape).transpose(1, 2)
-
-    q, k, v, g, beta = (chunks(x) for x in (q * scale, k, v, g, beta))
+    chunks = ChunkRows(cu_seqlens, rows, CHUNK)
+    q, k, v, g, beta = (chunks.gather(x, dtype) for x in (q * scale, k, v, g, beta))
     decay = g.cumsum(-1)  # [N, H, C]
-    causal = torch.ones(place.shape[1], place.shape[1], dtype=torch.bool, device=q.device).tril()
+    causal = torch.ones(g.shape[2], g.shape[2], dtype=torch.bool, device=q.device).tril()
     between = (decay[..., :, None] - decay[..., None, :]).masked_fill(~causal, -torch.inf).exp()
 
     # Inside a chunk: (I + strictly lower(beta k k^T decay)) [u | w] = [beta v | beta decay k]. The solver reads neither
@@ -44,27 +40,12 @@ def _gated_delta_rule_torch(q, k, v, g, beta, cu_seqlens, initial_state, output_
     k_to_end = (k * (decay[..., -1:] - decay).exp()[..., None]).transpose(-1, -2)
     chunk_decay = decay[..., -1].exp()[..., None, None]
 
-    # From chunk to chunk: every segment's step at once; segments that have ended leave the front of the list.
-    state = state.to(dtype)[torch.tensor(order, device=q.device)]
-    outputs, finished = [], []
-    steps = zip(*(x.split(running) for x in (u, w, q * from_start, scores, k_to_end, chunk_decay)), strict=True)
-    for u_i, w_i, q_i, scores_i, k_i, decay_i in steps:
-        active = u_i.shape[0]
-        if active < state.shape[0]:
-            finished.append(state[active:])
-            state = state[:active]
-        delta = u_i - w_i @ state
-        outputs.append(q_i @ state + scores_i @ delta)
-        state = decay_i * state + k_i @ delta
-    o = torch.cat(outputs).transpose(1, 2).flatten(0, 1)  # [N * C, H, V]
-    where = torch.empty(rows + 1, dtype=torch.long, device=o.device)
-    where[place.flatten()] = torch.arange(place.numel(), device=o.device)
-    o = o.index_select(0, where[:rows])
-    if not output_final_state:
-        return o, None
-    back = torch.empty(segments, dtype=torch.long)
-    back[torch.tensor(order)] = torch.arange(segments)
-    return o, torch.cat([state, *reversed(finished)])[back.to(o.device)]
+    def step(state, u, w, q_from_start, scores, k_to_end, decay):
+        delta = u - w @ state
+        return q_from_start @ state + scores @ delta, decay * state + k_to_end @ delta
+
+    o, state = chunks.walk(step, state.to(dtype), u, w, q * from_start, scores, k_to_end, chunk_decay)
+    return o, state if output_final_state else None
 
 
 def gated_delta_rule(

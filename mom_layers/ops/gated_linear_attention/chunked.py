@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mom_layers.ops.backend import compute_dtype, resolve_backend
-from mom_layers.ops.chunk_rows import chunk_rows
+from mom_layers.ops.chunk_rows import ChunkRows
 from mom_layers.ops.chunk_table import CHUNK
 
 
@@ -48,46 +48,24 @@ def _inside_chunks(q, k, v, g):
 
 def _gated_linear_attention_torch(q, k, v, g, cu_seqlens, initial_state, output_final_state, scale):
     rows, heads, k_dim = q.shape
-    v_dim = v.shape[2]
     dtype = compute_dtype(v.dtype)
-    segments = cu_seqlens.shape[0] - 1
-    state = q.new_zeros(segments, heads, k_dim, v_dim, dtype=dtype) if initial_state is None else initial_state
+    state = initial_state
+    if state is None:
+        state = q.new_zeros(cu_seqlens.shape[0] - 1, heads, k_dim, v.shape[2], dtype=dtype)
     if rows == 0:
         return torch.zeros_like(v), state if output_final_state else None
-    place, running, order = chunk_rows(cu_seqlens, rows, CHUNK)
-    length = 1 << (place.shape[1] - 1).bit_length()
-    place = F.pad(place, (0, length - place.shape[1]), value=rows)
-
-    def chunks(x):  # [R, H, *] -> [N, H, C, *], zeros where a chunk has no row
-        padded = torch.cat([x.to(dtype), x.new_zeros(1, *x.shape[1:], dtype=dtype)])
-        return padded.index_select(0, place.flatten()).unflatten(0, place.shape).transpose(1, 2)
-
-    q, k, v, g = (chunks(x) for x in (q * scale, k, v, g))
+    chunks = ChunkRows(cu_seqlens, rows, CHUNK, power_of_two=True)
+    q, k, v, g = (chunks.gather(x, dtype) for x in (q * scale, k, v, g))
     inside = _inside_chunks(q, k, v, g)
     q_from_start = q * _until(g).exp()
     k_to_end = (k * _after(g).exp()).transpose(-1, -2)
     chunk_decay = g.sum(-2).exp()[..., None]  # [N, H, K, 1]
 
-    # From chunk to chunk: every segment's step at once; segments that have ended leave the front of the list.
-    state = state.to(dtype)[torch.tensor(order, device=q.device)]
-    outputs, finished = [], []
-    steps = zip(*(x.split(running) for x in (inside, q_from_start, k_to_end, chunk_decay, v)), strict=True)
-    for inside_i, q_i, k_i, decay_i, v_i in steps:
-        active = v_i.shape[0]
-        if active < state.shape[0]:
-            finished.append(state[active:])
-            state = state[:active]
-        outputs.append(inside_i + q_i @ state)
-        state = decay_i * state + k_i @ v_i
-    o = torch.cat(outputs).transpose(1, 2).flatten(0, 1)  # [N * C, H, V]
-    where = torch.empty(rows + 1, dtype=torch.long, device=o.device)
-    where[place.flatten()] = torch.arange(place.numel(), device=o.device)
-    o = o.index_select(0, where[:rows])
-    if not output_final_state:
-        return o, None
-    back = torch.empty(segments, dtype=torch.long)
-    back[torch.tensor(order)] = torch.arange(segments)
-    return o, torch.cat([state, *reversed(finished)])[back.to(o.device)]
+    def step(state, inside, q_from_start, k_to_end, decay, v):
+        return inside + q_from_start @ state, decay * state + k_to_end @ v
+
+    o, state = chunks.walk(step, state.to(dtype), inside, q_from_start, k_to_end, chunk_decay, v)
+    return o, state if output_final_state else None
 
 
 def gated_linear_attention(

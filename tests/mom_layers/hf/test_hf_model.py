@@ -237,7 +237,7 @@ def test_autocast(changes):
 
 
 def test_what_layers_share_moves_between_devices():
-    sequence = TokenSequence(2, 3, 1, torch.device("cpu"), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]))
+    sequence = TokenSequence(2, 3, 1, torch.device("cpu"), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]))
     assert sequence.to("cpu") is sequence
     sequence.attention_mask(4, None)
     moved = sequence.to("meta", non_blocking=True)
