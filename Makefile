@@ -10,6 +10,8 @@ train:
 	bash examples/pretrain_mom_a100.sh
 
 # Tests that fork training ranks want a process that has started no threads: each of their folders gets its own.
+# Two workers on two cores: neither they nor what they start may take more threads.
+test: export OMP_NUM_THREADS = 1
 test:
 	$(PYTHON) -m pytest tests/megatron_patches
 	$(PYTHON) -m pytest tests/linear_moe/parallel

@@ -8,6 +8,8 @@ from conftest import ARGUMENTS, GLA, LAYOUTS, MODELS, PACKED, ROUTED, SAVED, STE
 from training import launch
 
 TABLE = ["1", "TP2", "PP2", "EP2", "CP2"]
+if os.environ.get("MOM_ALL_LAYOUTS"):  # 90 pairs, a quarter of an hour
+    TABLE += ["TP2+SP", "DP2", "CP2+TP2", "TP2+SP x PP2", "TP2+SP+EP2"]
 BEYOND = [("1", "TP2+SP+EP2"), ("TP2+SP+EP2", "1"), ("TP2+SP+EP2", "PP2"), ("DP2", "EP2")]
 BEYOND += [("CP2+TP2+SP", "EP2"), ("TP2+SP+EP2", "CP4")]
 
@@ -23,7 +25,8 @@ def go_on(writer, reader, model, trained, documents, folder):
 
 
 @pytest.mark.parametrize(
-    "writer,reader", [(writer, reader) for writer in TABLE for reader in TABLE if writer != reader] + BEYOND
+    "writer,reader",
+    dict.fromkeys([(writer, reader) for writer in TABLE for reader in TABLE if writer != reader] + BEYOND),
 )
 def test_continues_in_another_layout(trained, documents, tmp_path, writer, reader):
     go_on(writer, reader, PACKED, trained, documents, tmp_path)
