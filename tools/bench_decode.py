@@ -215,7 +215,8 @@ def main(argv=None) -> int:
     if options.plot and rows:
         drawn = [row | {"line": f"{row['what']}, batch {row['batch']}"} for row in rows]
         panels = {"ms_per_token": "time a token, ms", "state_bytes_per_sequence": "kept for a sequence, bytes"}
-        plot_growth(options.plot, drawn, "context", panels, "line", f"Decoding, {about['device']}")
+        title = f"Decoding one token of every sequence, {about['device']}"
+        plot_growth(options.plot, drawn, "context", panels, "line", title, "context, tokens")
     return 0
 
 
