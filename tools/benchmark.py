@@ -109,7 +109,8 @@ def plot_growth(
             points = [(a, b) for a, b in points if b > 0]
             if points:
                 width = 4 - 3 * index / len(lines)  # lines that coincide show beside each other
-                axis.plot(*zip(*sorted(points), strict=True), marker="o", linewidth=width, ms=4 + width, label=line)
+                style = {"color": f"C{index}", "linewidth": width, "marker": "o", "markersize": 4 + width}
+                axis.plot(*zip(*sorted(points), strict=True), label=line, **style)
         axis.set(xscale="log", yscale="log", xlabel=x_label or x, ylabel=label)
         axis.set_xticks(ticks, [f"{tick // 1024}k" if tick % 1024 == 0 else tick for tick in ticks])
         axis.set_xticks([], minor=True)
