@@ -84,30 +84,38 @@ def append_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def plot_growth(path: Path, rows: list[dict], x: str, panels: dict[str, str], name: str, title: str) -> None:
+def plot_growth(
+    path: Path, rows: list[dict], x: str, panels: dict[str, str], name: str, title: str, x_label: str = ""
+) -> None:
     """Draws a panel for each of two quantities over x, both logarithmic, a line for every value of ``name``.
 
     Args:
         path: of the PNG file.
         rows: dictionaries with the columns x, name and the panels'.
         panels: {column: axis label}.
+        x_label: of the axis, where the column's name is not enough.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.5), layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 5), layout="constrained")
+    lines = list(dict.fromkeys(row[name] for row in rows))
+    ticks = sorted({int(row[x]) for row in rows})
     for axis, (column, label) in zip(axes, panels.items(), strict=True):
-        for line in dict.fromkeys(row[name] for row in rows):
+        for index, line in enumerate(lines):
             points = [(float(row[x]), float(row[column])) for row in rows if row[name] == line]
             points = [(a, b) for a, b in points if b > 0]
             if points:
-                axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=line)
-        axis.set(xscale="log", yscale="log", xlabel=x, ylabel=label)
-        axis.set_xscale("log", base=2)
+                width = 4 - 3 * index / len(lines)  # lines that coincide show beside each other
+                style = {"color": f"C{index}", "linewidth": width, "marker": "o", "markersize": 4 + width}
+                axis.plot(*zip(*sorted(points), strict=True), label=line, **style)
+        axis.set(xscale="log", yscale="log", xlabel=x_label or x, ylabel=label)
+        axis.set_xticks(ticks, [f"{tick // 1024}k" if tick % 1024 == 0 else tick for tick in ticks])
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(lines), 3))
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)

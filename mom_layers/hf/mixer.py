@@ -76,8 +76,8 @@ class MomAttention(nn.Module):
         mask = sequence.token_mask
         if self._decodes(tokens, sequence, past, backend):
             y = self.rule.decode_step(
-                tokens, self.q_proj(tokens), self.g_proj(tokens), router_logits, self.memory_parameters(x.dtype),
-                past.state, self.topk, self.shared_mem, UNIT_LENGTH_EPS,
+                tokens.contiguous(), self.q_proj(tokens), self.g_proj(tokens), router_logits,
+                self.memory_parameters(x.dtype), past.state, self.topk, self.shared_mem, UNIT_LENGTH_EPS,
             )  # fmt: skip
             past.advance(past.state, 1)
             return self.o_proj(y)[:, None], router_logits

@@ -63,6 +63,20 @@ def test_tokens_decoded_by_the_kernels_equal_one_forward(changes, monkeypatch):
 
 
 @torch.inference_mode()
+def test_decoded_embeddings_may_lie_transposed_in_memory(monkeypatch):
+    model = tiny_model(SEED, head_dim=16)
+    embedded = model.model.embeddings(random_tokens(3, 7))
+    cache = MomCache(model.config)
+    expected = model(inputs_embeds=embedded).logits[:, 6]
+    model(inputs_embeds=embedded[:, :6], past_key_values=cache)
+    for layer in model.model.layers:
+        monkeypatch.setattr(layer.attn, "backend", "triton")
+    last = embedded[:, 6].t().contiguous().t()[:, None]
+    got = model(inputs_embeds=last, past_key_values=cache).logits[:, 0]
+    assert relative_error(got, expected) < 1e-5
+
+
+@torch.inference_mode()
 def test_a_long_prompt_in_chunks():
     model, tokens = tiny_model(**HYBRID), random_tokens(1, 507)
     expected = model(tokens).logits

@@ -1,0 +1,23 @@
+"""Runs a timing tool as a user does, and reads its rows."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PNG = b"\x89PNG"
+
+
+def rows_of(tool, folder, *arguments):
+    """What a tool wrote as CSV. Times are noise on a busy machine: neither do they bound each other, nor grow."""
+    out = folder / "rows.csv"
+    command = [sys.executable, ROOT / "tools" / tool, "--csv", out, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(float(row[name]) > 0 for row in rows for name in row if "ms" in name)
+    return rows
