@@ -84,26 +84,40 @@ def append_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def plot_growth(path: Path, rows: list[dict], x: str, panels: dict[str, str], name: str, title: str) -> None:
-    """Draws a panel for each of two quantities over x, both logarithmic, a line for every value of ``name``.
+def plot_growth(
+    path: Path, rows: list[dict], x: str, panels: dict[str, str], name: str, title: str, *, guide: bool = False
+) -> None:
+    """Draws a panel for each of some quantities over x, both logarithmic, a line for every value of ``name``.
+
+    A panel without a positive value (memory on a CPU) is left out.
 
     Args:
         path: of the PNG file.
         rows: dictionaries with the columns x, name and the panels'.
         panels: {column: axis label}.
+        guide: also draw, dashed, what is proportional to x and meets the first line where that ends.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.5), layout="constrained")
+    panels = {column: label for column, label in panels.items() if any(float(row[column]) > 0 for row in rows)}
+    figure, (axes,) = plt.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 4.5), layout="constrained", squeeze=False
+    )
+    all_x = sorted({float(row[x]) for row in rows})
     for axis, (column, label) in zip(axes, panels.items(), strict=True):
+        end = None
         for line in dict.fromkeys(row[name] for row in rows):
             points = [(float(row[x]), float(row[column])) for row in rows if row[name] == line]
-            points = [(a, b) for a, b in points if b > 0]
+            points = sorted((a, b) for a, b in points if b > 0)
             if points:
-                axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=line)
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=line)
+                end = end or points[-1]
+        if guide:
+            proportional = [end[1] / end[0] * a for a in all_x]
+            axis.plot(all_x, proportional, "--", color="0.6", label=f"proportional to {x}", zorder=1)
         axis.set(xscale="log", yscale="log", xlabel=x, ylabel=label)
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
