@@ -216,7 +216,7 @@ def main(argv=None) -> int:
         drawn = [row | {"line": f"{row['what']}, batch {row['batch']}"} for row in rows]
         panels = {"ms_per_token": "time a token, ms", "state_bytes_per_sequence": "kept for a sequence, bytes"}
         title = f"Decoding one token of every sequence, {about['device']}"
-        plot_growth(options.plot, drawn, "context", panels, "line", title, "context, tokens")
+        plot_growth(options.plot, drawn, "context", panels, "line", title, x_label="context, tokens")
     return 0
 
 

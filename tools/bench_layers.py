@@ -6,7 +6,8 @@
 
 Peers: softmax attention (PyTorch's), and flash-linear-attention's MomAttention and GatedDeltaNet where that package is
 installed. A row is the median time of forward and of forward+backward, and the peak memory of forward+backward. With
---lengths it is one sequence of growing length, this layer and softmax attention only: linear and quadratic cost.
+--lengths it is one sequence of 16k to 256k tokens (fewer on a CPU) instead, and --plot draws both over the tokens. What
+runs out of memory has a line that says so and no row. Rows are written as they come.
 """
 
 import importlib.util
@@ -55,14 +56,14 @@ class SoftmaxAttention(torch.nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
-def layers(hidden: int, device: str, peers: bool) -> dict[str, torch.nn.Module]:
-    """The layers to time, by name; flash-linear-attention's too if ``peers``."""
+def layers(hidden: int, device: str) -> dict[str, torch.nn.Module]:
+    """The layers to time, by name."""
     heads, head_dim = HEADS[device]
     found = {
         "mom": MixtureOfMemories(hidden, heads, head_dim),
         "softmax": SoftmaxAttention(hidden),
     }
-    if peers and device == "cuda" and importlib.util.find_spec("fla"):
+    if device == "cuda" and importlib.util.find_spec("fla"):
         from fla.layers import GatedDeltaNet, MomAttention
 
         shape = {"hidden_size": hidden, "head_dim": head_dim, "num_heads": heads, "expand_v": 1, "layer_idx": 0}
@@ -100,7 +101,7 @@ def main(argv=None) -> int:
     print(f"{about['device']}: milliseconds of forward, of forward+backward; peak GiB")
     rows = []
     for case in (LENGTHS if options.lengths else CASES)[device][: options.cases]:
-        for name, layer in layers(case[2], device, peers=not options.lengths).items():
+        for name, layer in layers(case[2], device).items():
             shape = f"B{case[0]} T{case[1]} d{case[2]}  {name:8s}"
             try:
                 forward, both, peak = measure(layer, case, device)
@@ -112,11 +113,11 @@ def main(argv=None) -> int:
             print(f"{shape} {forward:8.2f} {both:8.2f} {peak:6.2f}", flush=True)
             values = (name, *case, f"{forward:.3f}", f"{both:.3f}", f"{peak:.3f}")
             rows.append(about | dict(zip(FIELDS[len(VERSIONS) :], values, strict=True)))
-    if options.csv and rows:
-        append_csv(options.csv, rows)
+            if options.csv:
+                append_csv(options.csv, rows[-1:])
     if options.plot and rows:
         panels = {"both_ms": "forward+backward, ms", "peak_gib": "peak memory, GiB"}
-        plot_growth(options.plot, rows, "tokens", panels, "layer", f"One layer, {about['device']}")
+        plot_growth(options.plot, rows, "tokens", panels, "layer", f"One layer, {about['device']}", guide=True)
     return 0
 
 

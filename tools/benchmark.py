@@ -85,37 +85,54 @@ def append_csv(path: Path, rows: list[dict]) -> None:
 
 
 def plot_growth(
-    path: Path, rows: list[dict], x: str, panels: dict[str, str], name: str, title: str, x_label: str = ""
+    path: Path,
+    rows: list[dict],
+    x: str,
+    panels: dict[str, str],
+    name: str,
+    title: str,
+    *,
+    x_label: str = "",
+    guide: bool = False,
 ) -> None:
-    """Draws a panel for each of two quantities over x, both logarithmic, a line for every value of ``name``.
+    """Draws a panel for each of some quantities over x, both logarithmic, a line for every value of ``name``.
+
+    A panel without a positive value (memory on a CPU) is left out.
 
     Args:
         path: of the PNG file.
         rows: dictionaries with the columns x, name and the panels'.
         panels: {column: axis label}.
         x_label: of the axis, where the column's name is not enough.
+        guide: also draw, dashed, what is proportional to x and meets the first line where that ends.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 5), layout="constrained")
+    panels = {column: label for column, label in panels.items() if any(float(row[column]) > 0 for row in rows)}
+    figure, (axes,) = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 5), layout="constrained", squeeze=False)
     lines = list(dict.fromkeys(row[name] for row in rows))
     ticks = sorted({int(row[x]) for row in rows})
     for axis, (column, label) in zip(axes, panels.items(), strict=True):
+        end = None
         for index, line in enumerate(lines):
             points = [(float(row[x]), float(row[column])) for row in rows if row[name] == line]
-            points = [(a, b) for a, b in points if b > 0]
+            points = sorted((a, b) for a, b in points if b > 0)
             if points:
                 width = 4 - 3 * index / len(lines)  # lines that coincide show beside each other
                 style = {"color": f"C{index}", "linewidth": width, "marker": "o", "markersize": 4 + width}
-                axis.plot(*zip(*sorted(points), strict=True), label=line, **style)
+                axis.plot(*zip(*points, strict=True), label=line, **style)
+                end = end or points[-1]
+        if guide:
+            proportional = [end[1] / end[0] * tick for tick in ticks]
+            axis.plot(ticks, proportional, "--", color="0.6", label=f"proportional to {x}", zorder=1)
         axis.set(xscale="log", yscale="log", xlabel=x_label or x, ylabel=label)
         axis.set_xticks(ticks, [f"{tick // 1024}k" if tick % 1024 == 0 else tick for tick in ticks])
         axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(lines), 3))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,6 +1,12 @@
 """The timing tools run where there is no GPU, and write what they print."""
 
+import csv
+
+import bench_layers
+import benchmark
+import matplotlib.pyplot as plt
 import pytest
+import torch
 from timed_rows import PNG, rows_of
 
 
@@ -22,3 +28,30 @@ def test_cost_over_lengths(tmp_path):
         ("mom", "256"), ("softmax", "256"), ("mom", "512"), ("softmax", "512"),
     ]  # fmt: skip
     assert (tmp_path / "cost.png").read_bytes().startswith(PNG)
+
+
+def test_a_layer_that_runs_out_of_memory_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def measure(layer, case, device):
+        if isinstance(layer, bench_layers.SoftmaxAttention) and case[1] > 256:
+            raise torch.OutOfMemoryError
+        return 1.0, 2.0, 3.0
+
+    monkeypatch.setattr(bench_layers, "measure", measure)
+    monkeypatch.setattr(bench_layers, "device_kind", lambda: "cpu")
+    assert bench_layers.main(["--lengths", "--csv", str(tmp_path / "rows.csv"), "--plot", str(tmp_path / "p.png")]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
+    assert [line.split()[:4] for line in told] == [["B1", f"T{tokens}", "d64", "softmax"] for tokens in (512, 1024)]
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        rows = [(row["layer"], row["tokens"]) for row in csv.DictReader(file)]
+    assert rows == [("mom", "256"), ("softmax", "256"), ("mom", "512"), ("mom", "1024")]
+    assert (tmp_path / "p.png").read_bytes().startswith(PNG)
+
+
+def test_the_guide_grows_with_the_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    rows = [{"layer": "mom", "tokens": tokens, "ms": ms, "gib": 0} for tokens, ms in ((1, 3), (4, 8), (2, 5))]
+    panels = {"ms": "time", "gib": "memory"}
+    benchmark.plot_growth(tmp_path / "p.png", rows, "tokens", panels, "layer", "title", guide=True)
+    (axis,) = plt.gcf().axes  # no memory was measured
+    measured, guide = axis.lines
+    assert list(measured.get_ydata()) == [3, 5, 8] and list(guide.get_ydata()) == [2, 4, 8]
