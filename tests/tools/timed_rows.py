@@ -14,7 +14,8 @@ def rows_of(tool, folder, *arguments):
     """What a tool wrote as CSV. Times are noise on a busy machine: neither do they bound each other, nor grow."""
     out = folder / "rows.csv"
     command = [sys.executable, ROOT / "tools" / tool, "--csv", out, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     with out.open(newline="") as file:

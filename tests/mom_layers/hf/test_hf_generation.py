@@ -11,6 +11,7 @@ from mom_layers.hf.mixer import MomAttention
 KINDS = [{}, {"shared_mem": False, "topk": 1}, HYBRID, WINDOWED]
 SEED = 1  # of weights for which no token's second and third memory tie within bf16's rounding
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of kernels that run in Triton's interpreter without a GPU
 
 
 def decode(model, tokens, prompt, mask=None, chunk=1):
@@ -38,7 +39,7 @@ def test_prefill_and_decode_equal_one_forward(changes, dtype):
 @torch.inference_mode()
 def test_tokens_decoded_by_the_kernels_equal_one_forward(changes, monkeypatch):
     """Left-padded sequences too; the kernels' calls are counted, for the general path would give the same."""
-    model, tokens = tiny_model(SEED, head_dim=16, **changes), random_tokens(2, 9)
+    model, tokens = tiny_model(SEED, head_dim=16, **changes).to(DEVICE), random_tokens(2, 9).to(DEVICE)
     tokens[0, :2] = 0
     mask = (tokens != 0).long()
     expected = model(tokens, attention_mask=mask).logits
@@ -64,8 +65,8 @@ def test_tokens_decoded_by_the_kernels_equal_one_forward(changes, monkeypatch):
 
 @torch.inference_mode()
 def test_decoded_embeddings_may_lie_transposed_in_memory(monkeypatch):
-    model = tiny_model(SEED, head_dim=16)
-    embedded = model.model.embeddings(random_tokens(3, 7))
+    model = tiny_model(SEED, head_dim=16).to(DEVICE)
+    embedded = model.model.embeddings(random_tokens(3, 7).to(DEVICE))
     cache = MomCache(model.config)
     expected = model(inputs_embeds=embedded).logits[:, 6]
     model(inputs_embeds=embedded[:, :6], past_key_values=cache)
