@@ -30,25 +30,6 @@ def _scaled_factors(
     return scale * b_from_start, -b_from_start * b_beta, b_to_end * b_beta
 
 
-@gluon.jit
-def _copy_next(
-    s_a, s_b, s_q, s_k, do, d_errors, errors, q, k, rows, left, i_k,
-    H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BT: gl.constexpr, BK: gl.constexpr,
-    REVERSE: gl.constexpr, B_TOO: gl.constexpr, NW: gl.constexpr,
-):  # fmt: skip
-    """Starts the copies of what a chunk's reading products take, and of its q and k."""
-    if left > 0:
-        if REVERSE:
-            _copy(s_a, errors + rows * V, H * V, left, BT, V, NW)
-        else:
-            _copy(s_a, do + rows * V, H * V, left, BT, V, NW)
-        if B_TOO:
-            _copy(s_b, d_errors + rows * V, H * V, left, BT, V, NW)
-        _copy(s_k, k + rows * K + i_k, H * K, left, BT, BK, NW)
-        _copy(s_q, q + rows * K + i_k, H * K, left, BT, BK, NW)
-    async_copy.commit_group()
-
-
 @gluon.jit(do_not_specialize=["num_segments"])
 def state_gradients_kernel(
     q,
@@ -80,9 +61,8 @@ def state_gradients_kernel(
 ):
     """BK rows of S along one group of chunks and head, or of dS against time: what they owe to dq and dk.
 
-    Small enough in shared memory (two buffers of [BT, V], the reading products' and then the update's) that two
-    programs share a multiprocessor: one multiplies while the other waits. The update's row factors go onto q and k,
-    which are narrower here than e, y and do.
+    Each of a chunk's five tiles has a place in shared memory, and the next chunk's is copied there as soon as the last
+    product that reads it is done. The update's row factors go onto q and k, which are narrower here than e, y and do.
     """
     low: gl.constexpr = k.dtype.element_ty
     NW: gl.constexpr = num_warps
@@ -107,18 +87,36 @@ def state_gradients_kernel(
     L_d: gl.constexpr = _product_layout(BT, BK, NW)
     L_t: gl.constexpr = gl.SliceLayout(1, L_d)
     s_all_S = gl.allocate_shared_memory(low, [1, BK, V], _shared_layout(BK, V, low))
-    s_ab = gl.allocate_shared_memory(low, [2, BT, V], _shared_layout(BT, V, low))
-    s_S, s_a, s_b = s_all_S.index(0), s_ab.index(0), s_ab.index(1)
+    s_all = gl.allocate_shared_memory(low, [3, BT, V], _shared_layout(BT, V, low))
+    s_e, s_y, s_do = s_all.index(0), s_all.index(1), s_all.index(2)
     s_k = gl.allocate_shared_memory(low, [BT, BK], _shared_layout(BT, BK, low))
     s_q = gl.allocate_shared_memory(low, [BT, BK], _shared_layout(BT, BK, low))
+    s_out = gl.allocate_shared_memory(low, [BT, BK], _shared_layout(BT, BK, low))
 
     rows = i_first.to(gl.int64) * H + i_h
-    _copy_next(s_a, s_b, s_q, s_k, do, d_errors, errors, q, k, rows, num_rows, i_kb * BK,
-               H, K, V, BT, BK, REVERSE, True, NW)  # fmt: skip
+    q += i_kb * BK
+    k += i_kb * BK
+    # Groups of copies in the order in which they are waited for, the same as at the loop's end.
+    if REVERSE:
+        _copy(s_e, errors + rows * V, H * V, num_rows, BT, V, NW)
+        _copy(s_q, q + rows * K, H * K, num_rows, BT, BK, NW)
+        _copy(s_k, k + rows * K, H * K, num_rows, BT, BK, NW)
+        async_copy.commit_group()
+        _copy(s_do, do + rows * V, H * V, num_rows, BT, V, NW)
+        _copy(s_y, d_errors + rows * V, H * V, num_rows, BT, V, NW)
+        async_copy.commit_group()
+    else:
+        _copy(s_do, do + rows * V, H * V, num_rows, BT, V, NW)
+        async_copy.commit_group()
+        _copy(s_y, d_errors + rows * V, H * V, num_rows, BT, V, NW)
+        async_copy.commit_group()
+        _copy(s_q, q + rows * K, H * K, num_rows, BT, BK, NW)
+        async_copy.commit_group()
+        _copy(s_k, k + rows * K, H * K, num_rows, BT, BK, NW)
+        _copy(s_e, errors + rows * V, H * V, num_rows, BT, V, NW)
+        async_copy.commit_group()
     o_t = gl.arange(0, BT, layout=L_t)
     # Tiles of dq and dk leave by way of shared memory, so that whole cache lines are written.
-    gl.static_assert(BK == BT)
-    s_out = s_S.slice(0, BK, dim=1)
     L_out: gl.constexpr = _copy_layout(BK, NW)
     o_out = gl.arange(0, BT, layout=gl.SliceLayout(1, L_out))
     o_tk = o_out[:, None] * (H * K) + (i_kb * BK + gl.arange(0, BK, layout=gl.SliceLayout(0, L_out)))[None, :]
@@ -133,60 +131,68 @@ def state_gradients_kernel(
         # What comes after: rows left (against time every chunk but the segment's last is whole), or none.
         left = gl.where(i + 1 < num_chunks, BT if REVERSE else num_rows - BT, 0)
         next_rows = rows + step * BT * H
-        s_S.store(b_S.to(low))
-        async_copy.wait_group(0)
-        _publish()
+        # An index that the compiler cannot foresee: it would keep the addresses of all products in registers.
+        i_zero = (rows >> 62).to(gl.int32)
+        s_St = s_all_S.index(i_zero).permute((1, 0))
+        s_all_S.index(0).store(b_S.to(low))
         if REVERSE:
-            b_dk = warpgroup_mma(s_a, s_S.permute((1, 0)), zero, use_acc=False, is_async=True)
-            b_dk = warpgroup_mma_wait(0, deps=[b_dk])
-            gl.thread_barrier()
-            _copy(s_a, do + rows * V, H * V, num_rows, BT, V, NW)
-            async_copy.commit_group()
-            b_q = s_q.load(L_d).to(gl.float32)
-            s_q.store((b_start_q[:, None] * b_q).to(low))
+            async_copy.wait_group(1)
+            _publish()
+            b_dk = warpgroup_mma(s_all.index(i_zero), s_St, zero, use_acc=False, is_async=True)
+            s_q.store((b_start_q[:, None] * s_q.load(L_d).to(gl.float32)).to(low))
             b_k = s_k.load(L_d).to(gl.float32)
             s_k.store((b_start_k[:, None] * b_k).to(low))
+            b_S = chunk_decay * b_S
+            async_copy.wait_group(0)
+            _publish()
+            b_S = warpgroup_mma(s_q.permute((1, 0)), s_do, b_S, is_async=True)
+            b_S = warpgroup_mma(s_k.permute((1, 0)), s_y, b_S, is_async=True)
+            b_dk = warpgroup_mma_wait(2, deps=[b_dk])
+            gl.thread_barrier()
+            if left > 0:
+                _copy(s_e, errors + next_rows * V, H * V, left, BT, V, NW)
             b_dk = b_end[:, None] * b_dk
             b_term = gl.sum(b_k * b_dk, 1)
+            s_out.store(b_dk.to(low))
         else:
-            # An index that the compiler cannot foresee: it would keep the addresses of all products in registers.
-            i_zero = (rows >> 62).to(gl.int32)
-            s_St = s_all_S.index(i_zero).permute((1, 0))
-            b_dq = warpgroup_mma(s_ab.index(i_zero), s_St, zero, use_acc=False, is_async=True)
-            b_dq = warpgroup_mma_wait(0, deps=[b_dq])
+            async_copy.wait_group(2)
+            _publish()
+            b_dq = warpgroup_mma(s_all.index(2 + i_zero), s_St, zero, use_acc=False, is_async=True)
+            b_dk = warpgroup_mma(s_all.index(1 + i_zero), s_St, zero, use_acc=False, is_async=True)
+            b_dq = warpgroup_mma_wait(1, deps=[b_dq])
+            async_copy.wait_group(1)
             gl.thread_barrier()
-            _copy(s_a, errors + rows * V, H * V, num_rows, BT, V, NW)
+            if left > 0:
+                _copy(s_do, do + next_rows * V, H * V, left, BT, V, NW)
             async_copy.commit_group()
-            b_dk = warpgroup_mma(s_ab.index(1 + i_zero), s_St, zero, use_acc=False, is_async=True)
             b_dq = b_start_q[:, None] * b_dq
             b_term = gl.sum(s_q.load(L_d).to(gl.float32) * b_dq, 1)
             s_q.store(b_dq.to(low))
             b_dk = warpgroup_mma_wait(0, deps=[b_dk])
+            async_copy.wait_group(1)
             gl.thread_barrier()
-            _copy(s_b, d_errors + next_rows * V, H * V, left, BT, V, NW)
+            if left > 0:
+                _copy(s_y, d_errors + next_rows * V, H * V, left, BT, V, NW)
             async_copy.commit_group()
             gl.store(dq + rows * K + o_tk, s_q.load(L_out), mask=m_tk)
             b_k = s_k.load(L_d).to(gl.float32)
             s_k.store((b_end[:, None] * b_k).to(low))
             b_dk = b_start_k[:, None] * b_dk
             b_term += gl.sum(b_k * b_dk, 1)
-        s_out.store(b_dk.to(low))
-        if not REVERSE:
+            s_out.store(b_dk.to(low))
+            b_S = chunk_decay * b_S
+            _publish()
+            if left > 0:
+                _copy(s_q, q + next_rows * K, H * K, left, BT, BK, NW)
+            async_copy.commit_group()
+            b_S = warpgroup_mma(s_k.permute((1, 0)), s_e, b_S, is_async=True)
             b_dk_so_far = gl.load(dk + rows * K + o_tk, mask=m_tk, other=0.0)
         i_part = i_chunk * (K // BK) + i_kb
         gl.store(row_terms + i_part * BT + o_t, b_term)
         gl.store(totals + i_part, gl.sum(b_term, 0))
-        b_S = chunk_decay * b_S
         if REVERSE:
-            async_copy.wait_group(0)
-            _publish()
-            b_S = warpgroup_mma(s_q.permute((1, 0)), s_a, b_S, is_async=True)
-            b_S = warpgroup_mma(s_k.permute((1, 0)), s_b, b_S, is_async=True)
             gl.store(dk + rows * K + o_tk, s_out.load(L_out), mask=m_tk)
         else:
-            async_copy.wait_group(1)
-            _publish()
-            b_S = warpgroup_mma(s_k.permute((1, 0)), s_a, b_S, is_async=True)
             b_sum = s_out.load(L_out).to(gl.float32) + b_dk_so_far.to(gl.float32)
             gl.store(dk + rows * K + o_tk, b_sum.to(low), mask=m_tk)
         num_rows, rows = left, next_rows
@@ -195,5 +201,15 @@ def state_gradients_kernel(
         chunk_decay = _chunk_decay(gates, i_chunk, left, BT)
         b_S = warpgroup_mma_wait(0, deps=[b_S])
         gl.thread_barrier()
-        _copy_next(s_a, s_b, s_q, s_k, do, d_errors, errors, q, k, rows, left, i_kb * BK,
-                   H, K, V, BT, BK, REVERSE, REVERSE, NW)  # fmt: skip
+        if left > 0:
+            _copy(s_k, k + rows * K, H * K, left, BT, BK, NW)
+            if REVERSE:
+                _copy(s_q, q + rows * K, H * K, left, BT, BK, NW)
+            else:
+                _copy(s_e, errors + rows * V, H * V, left, BT, V, NW)
+        async_copy.commit_group()
+        if REVERSE:
+            if left > 0:
+                _copy(s_do, do + rows * V, H * V, left, BT, V, NW)
+                _copy(s_y, d_errors + rows * V, H * V, left, BT, V, NW)
+            async_copy.commit_group()

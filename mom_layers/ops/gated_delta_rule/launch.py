@@ -30,7 +30,7 @@ LAUNCHES = {
         "recurrence_256": Launch(64, 8, 2),
         "recurrence_128": Launch(128, 8, 2),
         "recurrence_64": Launch(64, 4, 2),
-        "state_gradients_256": Launch(64, 4, 1),
+        "state_gradients_256": Launch(128, 8, 1),
         "state_gradients_128": Launch(64, 4, 1),
         "state_gradients_64": Launch(64, 4, 1),
         "local_gradients_256": Launch(64, 8, 1, 128),
@@ -97,6 +97,8 @@ def state_gradients_launch(k: torch.Tensor, value_size: int) -> tuple[Launch, bo
     """The state gradients hold [tile, V] of the state: V decides. Returns also whether Hopper's kernels do it."""
     family = _family(k.device, k.dtype)
     launch = LAUNCHES[family][f"state_gradients_{max(64, value_size)}"]
+    if k.shape[2] < launch.tile:
+        launch = launch._replace(tile=k.shape[2], num_warps=max(4, launch.num_warps * k.shape[2] // launch.tile))
     return launch, family == "hopper" and min(k.shape[2], value_size) >= 64
 
 
