@@ -213,15 +213,16 @@ class MomTokenMixer(MegatronModule):
         def sequence_major(y):  # [s, b, *] -> [b * s, *]
             return y.transpose(0, 1).flatten(0, 1)
 
-        q, gate = sequence_major(projected).split([self.key_width, self.value_width], dim=1)
-        x, ids, weights = sequence_major(x), sequence_major(ids), sequence_major(weights)
         borders, sequence_slice = self._token_borders(packed_seq_params, batch, length, x.device)
+        # The plan wants the tokens of a sequence together. What they carry stays as it is, but where tokens are sent.
+        ids = sequence_major(ids)
         if self.splits_memories:
+            q, gate = sequence_major(projected).split([self.key_width, self.value_width], dim=1)
             y = mix_memories_over_ranks(
-                x,
+                sequence_major(x),
                 q,
                 gate,
-                weights,
+                sequence_major(weights),
                 ids,
                 borders,
                 self._memory_parameters(self.memory_proj),
@@ -233,6 +234,7 @@ class MomTokenMixer(MegatronModule):
                 sequence_slice=sequence_slice,
                 backend=self.config.mom_backend,
             )
+            y = y.unflatten(0, (batch, length)).transpose(0, 1).contiguous()
         else:
             plan = build_routing_plan(
                 ids,
@@ -241,12 +243,15 @@ class MomTokenMixer(MegatronModule):
                 shared=self.config.mom_shared_memory,
                 backend=self.config.mom_backend,
             )
-            parameters = self._memory_parameters(self.memory_proj)
+            if batch > 1:
+                plan = plan.time_major()
+            q, gate = projected.flatten(0, 1).split([self.key_width, self.value_width], dim=1)
             y, _ = mix_memories(
-                x, q, gate, weights, plan, parameters,
+                x.flatten(0, 1), q, gate, weights.flatten(0, 1), plan, self._memory_parameters(self.memory_proj),
                 sequence_slice=sequence_slice, backend=self.config.mom_backend,
             )  # fmt: skip
-        out, bias = self.out_proj(y.unflatten(0, (batch, length)).transpose(0, 1).contiguous())
+            y = y.unflatten(0, (length, batch))
+        out, bias = self.out_proj(y)
         return (out if self.order is None else self.order.to_zigzag(out)), bias
 
     def _all_tokens(self, hidden_states, weights, ids):

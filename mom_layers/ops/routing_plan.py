@@ -7,7 +7,7 @@ chosen by a token; slots = k + 1 (k without the shared memory); R = N * slots ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,6 +39,19 @@ class RoutingPlan:
     @property
     def num_segments(self) -> int:
         return self.cu_seqlens.shape[0] - 1
+
+    def time_major(self) -> RoutingPlan:
+        """The same rows for tokens that are stored time first: token t B + b where sequences of one length T had it as
+        b T + t. Lets a layer work on [T, B, D] without transposing it.
+        """
+        shape = (self.num_sequences, -1)
+        tokens = torch.arange(self.row_of_slot.shape[0], dtype=torch.int32, device=self.token_of_row.device)
+        place = tokens.unflatten(0, shape[::-1]).t().flatten()
+        return replace(
+            self,
+            token_of_row=place.index_select(0, self.token_of_row),
+            row_of_slot=self.row_of_slot.unflatten(0, shape).transpose(0, 1).flatten(0, 1),
+        )
 
     def to_segments(self, state: torch.Tensor) -> torch.Tensor:
         """Per-sequence state [B, G, ...] in segment order [S, ...]; zeros for the masked tokens' segment."""

@@ -97,3 +97,18 @@ def test_public_function_chooses_it():
 def test_too_many_memories_are_refused():
     with pytest.raises(ValueError, match="num_memories is 5000"):
         plan_triton(random_ids(8, 4, 2), offsets([8]), 5000, True, None)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_time_major_rows_read_the_same_tokens(shared):
+    sequences, length = 3, 7
+    tokens = torch.randn(sequences * length, 5, device=DEVICE)
+    by_time = tokens.unflatten(0, (sequences, length)).transpose(0, 1).flatten(0, 1)
+    plan = build_routing_plan(
+        random_ids(sequences * length, 4, 2), offsets([length] * sequences), num_memories=4, shared=shared
+    )
+    other = plan.time_major()
+    assert torch.equal(by_time[other.token_of_row], tokens[plan.token_of_row])
+    slots = plan.row_of_slot.unflatten(0, (sequences, length)).transpose(0, 1).flatten(0, 1)
+    assert torch.equal(other.row_of_slot, slots) and other.token_of_row.dtype == other.row_of_slot.dtype == torch.int32
+    assert torch.equal(other.cu_seqlens, plan.cu_seqlens)
