@@ -18,7 +18,7 @@ import torch.utils._device
 
 from megatron_patches import float32_parameters
 from megatron_patches.adam import FusedAdam
-from megatron_patches.patch import Patch, apply_all, replace, undo_all, wrap
+from megatron_patches.patch import Patch, Target, apply_all, replace, undo_all, wrap
 
 # Defaults of Megatron's parser, by argparse destination; what the command line gives still wins. The `args_defaults`
 # of parse_and_validate_args are no place for them: those count only where Megatron's own default is None.
@@ -167,6 +167,12 @@ def _type_name_on_cuda(original, tensor, *args, **kwargs):
     return name
 
 
+def _torch_norm(original):
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    return WrappedTorchNorm
+
+
 _DEVICE = Patch(
     name="cpu-device",
     reason="with no device Megatron sets up neither process groups nor seeds, and it asks for the device's version",
@@ -272,6 +278,15 @@ PATCHES = (
                 lambda original, state, device=-1, graph_safe=False: torch.set_rng_state(state),
             ),
             replace("megatron.core.tensor_parallel.random", "CudaRNGStatesTracker.fork", _fork),
+        ),
+    ),
+    Patch(
+        name="cpu-transformer-engine",
+        reason="the router's product and a plain model's last norm go to Transformer Engine wherever that is installed",
+        removed_when="both look at --transformer-impl",
+        targets=(
+            replace("megatron.core.transformer.moe.moe_utils", "te_general_gemm", None),
+            Target("megatron.core.transformer.transformer_block", "LayerNormImpl", _torch_norm),
         ),
     ),
     _STREAMS,

@@ -16,8 +16,9 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-# 16 bits: the fastest of a few that were timed on an H200 with heads of 256; rows of other sizes follow what the compiler
-# reports (registers, spills, shared memory). float32 runs outside the tensor cores and is meant for comparisons. A recurrence's row goes by K, the state gradients' by V.
+# 16 bits: the fastest of a few that were timed on an H200 with heads of 256; rows of other sizes follow what the
+# compiler reports (registers, spills, shared memory). float32 runs outside the tensor cores and is meant for
+# comparisons. A recurrence's row goes by K, the state gradients' by V.
 LAUNCHES = {
     "16 bits": {
         "decayed_rows": Launch(64, 4, 1),
