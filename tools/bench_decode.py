@@ -21,7 +21,17 @@ from collections.abc import Callable
 import psutil
 import torch
 import torch.nn.functional as F
-from benchmark import VERSIONS, append_csv, device_kind, free_memory, median_ms, parse_options, plot_growth, versions
+from benchmark import (
+    VERSIONS,
+    append_csv,
+    device_kind,
+    free_memory,
+    graphed,
+    median_ms,
+    parse_options,
+    plot_growth,
+    versions,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import DynamicLayer
 
@@ -143,20 +153,6 @@ def key_bytes(what: str, batch: int, context: int, device: str) -> int:
 def free_bytes(device: str) -> int:
     """Memory that nothing holds."""
     return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-
-
-def graphed(step: Callable) -> Callable:
-    """The same call as a CUDA graph's replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def eager_ms(step: Callable, device: str, calls: int = 50) -> float:

@@ -5,12 +5,14 @@
     python tools/bench_layers.py --lengths [--csv FILE] [--plot FILE]
 
 Peers: softmax attention (PyTorch's), and flash-linear-attention's MomAttention and GatedDeltaNet where that package is
-installed. A row is the median time of forward and of forward+backward, and the peak memory of forward+backward. With
---lengths it is one sequence of 16k to 256k tokens (fewer on a CPU) instead, and --plot draws both over the tokens. What
-runs out of memory has a line that says so and no row. Rows are written as they come.
+installed. A row is the median time of forward and of forward+backward as the host issues them, of the latter as a CUDA
+graph (NaN for MomAttention, which waits for the GPU; on a CPU both are the former), and the peak memory of
+forward+backward. With --lengths it is one sequence of 16k to 256k tokens (fewer on a CPU) instead, and --plot draws
+both over the tokens. What runs out of memory has a line that says so and no row. Rows are written as they come.
 """
 
 import importlib.util
+import math
 import sys
 
 import torch
@@ -20,6 +22,7 @@ from benchmark import (
     append_csv,
     device_kind,
     free_memory,
+    graphed,
     median_ms,
     parse_options,
     peak_gib,
@@ -39,7 +42,7 @@ LENGTHS = {
     "cpu": [(1, length, 64) for length in (256, 512, 1024)],
 }
 HEADS = {"cuda": (4, 256), "cpu": (4, 32)}  # heads and their key size
-FIELDS = (*VERSIONS, "layer", "batch", "tokens", "hidden", "forward_ms", "both_ms", "peak_gib")
+FIELDS = (*VERSIONS, "layer", "batch", "tokens", "hidden", "forward_ms", "both_ms", "both_graph_ms", "peak_gib")
 
 
 class SoftmaxAttention(torch.nn.Module):
@@ -72,8 +75,8 @@ def layers(hidden: int, device: str) -> dict[str, torch.nn.Module]:
     return found
 
 
-def measure(layer: torch.nn.Module, case: tuple[int, int, int], device: str) -> tuple[float, float, float]:
-    """Forward and forward+backward in milliseconds, and the peak memory of the latter in GiB (0 on a CPU)."""
+def measure(layer: torch.nn.Module, case: tuple[int, int, int], device: str, graph: bool) -> tuple[float, ...]:
+    """Milliseconds of forward, of forward+backward, and of that as a CUDA graph (NaN without ``graph``); peak GiB."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     layer = layer.to(device, dtype).train()
     x = torch.randn(*case, device=device, dtype=dtype, requires_grad=True)
@@ -91,27 +94,30 @@ def measure(layer: torch.nn.Module, case: tuple[int, int, int], device: str) -> 
     peak = peak_gib(both, device)
     with torch.no_grad():
         forward_ms = median_ms(forward, device)
-    return forward_ms, median_ms(both, device), peak
+    both_ms = graph_ms = median_ms(both, device)
+    if device == "cuda":
+        graph_ms = median_ms(graphed(both), device) if graph else math.nan
+    return forward_ms, both_ms, graph_ms, peak
 
 
 def main(argv=None) -> int:
     flags = {"--lengths": "one sequence of growing length instead of the cases"}
     options = parse_options(__doc__, argv, plot=True, flags=flags)
     device, about = device_kind(), versions()
-    print(f"{about['device']}: milliseconds of forward, of forward+backward; peak GiB")
+    print(f"{about['device']}: milliseconds of forward, of forward+backward, of that as a CUDA graph; peak GiB")
     rows = []
     for case in (LENGTHS if options.lengths else CASES)[device][: options.cases]:
         for name, layer in layers(case[2], device).items():
             shape = f"B{case[0]} T{case[1]} d{case[2]}  {name:8s}"
             try:
-                forward, both, peak = measure(layer, case, device)
+                times = measure(layer, case, device, graph=name != "fla-mom")
             except torch.OutOfMemoryError:
                 print(f"{shape} out of memory", flush=True)
                 continue
             finally:
                 free_memory()
-            print(f"{shape} {forward:8.2f} {both:8.2f} {peak:6.2f}", flush=True)
-            values = (name, *case, f"{forward:.3f}", f"{both:.3f}", f"{peak:.3f}")
+            print(shape, *(f"{value:8.2f}" for value in times), flush=True)
+            values = (name, *case, *(f"{value:.3f}" for value in times))
             rows.append(about | dict(zip(FIELDS[len(VERSIONS) :], values, strict=True)))
             if options.csv:
                 append_csv(options.csv, rows[-1:])

@@ -55,6 +55,20 @@ def median_ms(step: Callable[[], object], device: str, repeat_ms: int = 400) -> 
     return statistics.median(times)
 
 
+def graphed(step: Callable[[], object]) -> Callable[[], None]:
+    """The same call as a CUDA graph's replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def peak_gib(step: Callable[[], object], device: str) -> float:
     """Memory that a call takes at most beyond what is allocated before it, in GiB; 0 on a CPU."""
     if device != "cuda":
