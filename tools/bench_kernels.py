@@ -14,7 +14,15 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from benchmark import VERSIONS, append_csv, device_kind, median_ms, parse_options, versions
+from benchmark import (
+    VERSIONS,
+    append_csv,
+    compile_configurations_together,
+    device_kind,
+    median_ms,
+    parse_options,
+    versions,
+)
 
 from mom_layers.ops.gated_delta_rule import gated_delta_rule
 from mom_layers.ops.gated_linear_attention import gated_linear_attention
@@ -92,6 +100,7 @@ def floor_ms(rule: str, case: tuple[int, int, int, int], speed: tuple[float, flo
 def main(argv=None) -> int:
     options = parse_options(__doc__, argv)
     device, about = device_kind(), versions()
+    compile_configurations_together()
     speed = speeds(device)
     print(f"{about['device']}: product {speed[0] / 1e12:.3g} TFLOP/s, copy {speed[1] / 1e12:.3g} TB/s")
     print("segments x tokens, heads, size; milliseconds of forward, of forward+backward; the latter over its floor")

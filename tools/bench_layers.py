@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from benchmark import (
     VERSIONS,
     append_csv,
+    compile_configurations_together,
     device_kind,
     free_memory,
     graphed,
@@ -104,6 +105,7 @@ def main(argv=None) -> int:
     flags = {"--lengths": "one sequence of growing length instead of the cases"}
     options = parse_options(__doc__, argv, plot=True, flags=flags)
     device, about = device_kind(), versions()
+    compile_configurations_together()
     print(f"{about['device']}: milliseconds of forward, of forward+backward, of that as a CUDA graph; peak GiB")
     rows = []
     for case in (LENGTHS if options.lengths else CASES)[device][: options.cases]:

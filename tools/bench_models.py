@@ -18,7 +18,17 @@ import tempfile
 import time
 
 import torch
-from benchmark import VERSIONS, append_csv, device_kind, free_memory, median_ms, parse_options, peak_gib, versions
+from benchmark import (
+    VERSIONS,
+    append_csv,
+    compile_configurations_together,
+    device_kind,
+    free_memory,
+    median_ms,
+    parse_options,
+    peak_gib,
+    versions,
+)
 
 # what both configurations take
 SIZES = {
@@ -72,6 +82,7 @@ def measure(build, device: str) -> tuple[int, float, float, float]:
 def main(argv=None) -> int:
     options = parse_options(__doc__, argv)
     device, about = device_kind(), versions()
+    compile_configurations_together()
     batch, length = BATCH[device]
     print(
         f"{about['device']}: {batch} x {length} tokens; milliseconds a step, tokens/s, peak GiB, first step in seconds"

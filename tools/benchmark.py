@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import gc
 import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from triton import AsyncCompileMode
 
 VERSIONS = ("device", "torch", "triton")
 
@@ -53,6 +56,28 @@ def median_ms(step: Callable[[], object], device: str, repeat_ms: int = 400) -> 
         step()
         times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times)
+
+
+def compile_configurations_together() -> None:
+    """From now on Triton's autotuner compiles all configurations of a kernel at once, on all cores, before it times
+    them one after another as ever. The peers have dozens a kernel, which takes minutes otherwise.
+    """
+    from triton.runtime.autotuner import Autotuner
+
+    prune_configs = Autotuner.prune_configs
+    if hasattr(prune_configs, "compiles_together"):
+        return
+
+    def prune_and_compile(self, kwargs):
+        configs = prune_configs(self, kwargs)
+        with ThreadPoolExecutor() as executor, AsyncCompileMode(executor, ignore_errors=True):
+            for config in configs:  # those that fail here fail again when timed, and are left out there
+                with contextlib.suppress(Exception):
+                    self.fn.run(**{**self.nargs, **kwargs, **config.all_kwargs(), "warmup": True})
+        return configs
+
+    prune_and_compile.compiles_together = True
+    Autotuner.prune_configs = prune_and_compile
 
 
 def graphed(step: Callable[[], object]) -> Callable[[], None]:

@@ -1,6 +1,10 @@
 """The timing tools run where there is no GPU, and write what they print."""
 
 import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import bench_layers
 import benchmark
@@ -55,3 +59,43 @@ def test_the_guide_grows_with_the_tokens(tmp_path, monkeypatch):
     (axis,) = plt.gcf().axes  # no memory was measured
     measured, guide = axis.lines
     assert list(measured.get_ydata()) == [3, 5, 8] and list(guide.get_ydata()) == [2, 4, 8]
+
+
+TUNED = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import benchmark, torch, triton, triton.language as tl
+from compile_only import compile_only
+
+benchmark.compile_configurations_together()
+compiled, seen = compile_only(90), []
+
+def time_it(call, quantiles):
+    seen.append(len(compiled))
+    call()
+    return [float(len(seen))] * 3
+
+@triton.autotune([triton.Config({"B": b}) for b in (16, 32, 64)], key=["n"], do_bench=time_it)
+@triton.jit
+def double(x, n, B: tl.constexpr):
+    o = tl.arange(0, B)
+    tl.static_assert(B != 32)
+    tl.store(x + o, 2 * tl.load(x + o, mask=o < n), mask=o < n)
+
+double[(1,)](torch.zeros(64), 64)
+assert seen == [3, 4, 4] and double.best_config.kwargs == {"B": 16}, (seen, double.best_config)
+"""
+
+
+def test_a_peers_configurations_are_compiled_before_they_are_timed(tmp_path):
+    """All three: one does not compile, and is left out when they are timed."""
+    (tmp_path / "tuned.py").write_text(TUNED)
+    tests = Path(__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, tmp_path / "tuned.py", tests.parent / "tools", tests / "mom_layers"],
+        env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
