@@ -13,9 +13,6 @@ from mom_layers.routing import route
 from mom_layers.rules import MemoryRule, get_rule
 from mom_layers.state import MemoryState
 
-# Up to here a step reads each token's memories' weights by itself; above, a product grouped by memory reads them once.
-DECODE_BATCH = 16
-
 
 def check_sizes(
     *, rule: str, num_heads: int, head_dim: int, expand_v: float, num_memories: int, topk: int, conv_kernel: int
@@ -37,7 +34,7 @@ def check_sizes(
 
 def steps_in_kernels(rule: MemoryRule, backend: str, x: torch.Tensor) -> bool:
     """Whether one token of every sequence, x [B, D], is decoded by the rule's own kernels (``rule.decode_step``)."""
-    return resolve_backend(backend, x) == "triton" and rule.decode_step is not None and x.shape[0] <= DECODE_BATCH
+    return resolve_backend(backend, x) == "triton" and rule.decode_step is not None
 
 
 def check_triton_head_sizes(rule: str, head_dim: int, value_dim: int) -> None:

@@ -1,12 +1,14 @@
 """One token of every sequence in Triton, for the gated delta rule: the state is changed in place, and only the memories
 that the token goes to are touched.
 
-Three launches: project the token for its memories, update their states and read them, mix what was read and move the
-convolutions' tails on. Each chooses the memories from the router's logits by itself. Nothing is read on the host and
-nothing is allocated twice, so a CUDA graph can hold the step.
+Project the token, update the states of its memories and read them, mix what was read and move the convolutions' tails
+on. A few tokens read the weights of their own memories only; from where they would read as much, one matrix product
+projects every token for all memories, which reads every weight once. Each kernel chooses the memories from the router's
+logits by itself. Nothing is read on the host and nothing is allocated twice, so a CUDA graph can hold the step.
 
-Shape legend: sequences B, memories M, groups G (M and the shared one), slots (k and the shared one), heads H, key size
-K, value size V, convolution width W, hidden size D.
+Shape legend: sequences B, memories M, groups G (M and the shared one), slots (k and the shared one), projections P of
+a token (its slots, all groups, or one where all memories share it), heads H, key size K, value size V, convolution
+width W, hidden size D.
 """
 
 from __future__ import annotations
@@ -48,10 +50,10 @@ def _choose(logits, i_b, M: tl.constexpr, TOPK: tl.constexpr, SHARED: tl.constex
 
 @triton.jit
 def _project_kernel(
-    x, logits, projection, projected, stride_projection, WIDTH: tl.constexpr, D: tl.constexpr,
+    x, logits, projection, projected, WIDTH: tl.constexpr, D: tl.constexpr,
     M: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """projected[b, slot] = projection[memory of the slot] x[b]; a stride of 0 is one projection for all memories."""
+    """projected[b, slot] = projection[memory of the slot] x[b]."""
     i_b, i_slot = tl.program_id(0) // SLOTS, tl.program_id(0) % SLOTS
     ids, _ = _choose(logits, i_b, M, TOPK, SLOTS > TOPK, BM)
     i_m = ids[0]
@@ -59,7 +61,7 @@ def _project_kernel(
         i_m = tl.where(i_slot == i, ids[i], i_m)
     b_n = tl.program_id(1) * BN + tl.arange(0, BN)
     b_sum = tl.zeros([BN, BD], tl.float32)
-    p_weight = projection + i_m.to(tl.int64) * stride_projection + b_n[:, None] * D
+    p_weight = projection + i_m.to(tl.int64) * (WIDTH * D) + b_n[:, None] * D
     for i in range(0, D, BD):
         b_d = i + tl.arange(0, BD)
         b_x = tl.load(x + i_b * D + b_d, mask=b_d < D, other=0.0).to(tl.float32)
@@ -67,6 +69,15 @@ def _project_kernel(
         b_sum += tl.load(p_weight + b_d[None, :], mask=m_tile, other=0.0).to(tl.float32) * b_x[None, :]
     p_out = projected + tl.program_id(0) * WIDTH + b_n
     tl.store(p_out, tl.sum(b_sum, axis=1).to(projected.dtype.element_ty), mask=b_n < WIDTH)
+
+
+@triton.jit
+def _projected_row(
+    projected, i_b, i_slot: tl.constexpr, i_m, P: tl.constexpr, BY_MEMORY: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Where a token's projection for the memory of a slot begins."""
+    i_p = 0 if P == 1 else i_m if BY_MEMORY else i_slot
+    return projected + (i_b.to(tl.int64) * P + i_p) * WIDTH
 
 
 @triton.jit
@@ -84,7 +95,8 @@ def _update_kernel(
     q, projected, logits, q_conv, k_conv, v_conv, A_log, dt_bias, recurrent, q_tail, k_tail, v_tail,
     mixed, scale, eps, step_b, step_g,
     WIDTH: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
-    M: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr,
+    M: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, P: tl.constexpr,
+    BY_MEMORY: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """S <- exp(g) S;  S <- S + k (beta (v - k^T S))^T;  mixed += weight * (scale q)^T S, for BV columns of one head."""
     i_b, i_h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -97,7 +109,7 @@ def _update_kernel(
     b_mixed = tl.zeros([BV], tl.float32)
     for i in tl.static_range(SLOTS):
         i_memory = i_b.to(tl.int64) * step_b + ids[i] * step_g
-        p_row = projected + (i_b * SLOTS + i) * WIDTH
+        p_row = _projected_row(projected, i_b, i, ids[i], P, BY_MEMORY, WIDTH)
         b_q = _convolved(q_tail, i_memory, q + i_b * H * K, q_conv, i_h * K + b_k, H * K, W)
         b_key = _convolved(k_tail, i_memory, p_row, k_conv, i_h * K + b_k, H * K, W)
         b_q = (b_q * tl.rsqrt(tl.sum(b_q * b_q, axis=0) + eps)).to(low).to(tl.float32)
@@ -128,7 +140,8 @@ def _move_on(tail, i_tail, newest, b_c, m_c, C: tl.constexpr, W: tl.constexpr):
 def _finish_kernel(
     q, projected, logits, gate, norm_weight, mixed, y, q_tail, k_tail, v_tail, norm_eps, step_b, step_g,
     WIDTH: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
-    M: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr,
+    M: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, P: tl.constexpr,
+    BY_MEMORY: tl.constexpr,
 ):  # fmt: skip
     """y = RMSNorm(mixed) * SiLU(gate) of one head, whose part of the tails moves on now that all have read them."""
     i_b, i_h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -142,7 +155,7 @@ def _finish_kernel(
         ids, _ = _choose(logits, i_b, M, TOPK, SLOTS > TOPK, BM)
         for i in tl.static_range(SLOTS):
             i_memory = i_b.to(tl.int64) * step_b + ids[i] * step_g
-            p_row = projected + (i_b * SLOTS + i) * WIDTH
+            p_row = _projected_row(projected, i_b, i, ids[i], P, BY_MEMORY, WIDTH)
             _move_on(q_tail, i_memory, q + i_b * H * K, b_k, b_k < H * K, H * K, W)
             _move_on(k_tail, i_memory, p_row, b_k, b_k < H * K, H * K, W)
             _move_on(v_tail, i_memory, p_row + H * K, b_v, b_v < H * V, H * V, W)
@@ -183,24 +196,29 @@ def decode_step_triton(x, q, gate, logits, parameters, state, topk: int, shared:
     keys, width = parameters.q_conv.shape
     values = parameters.v_conv.shape[0]
     projection = parameters.projection
-    BN, BD = PROJECTION_TILE
-    projected = torch.empty(batch, slots, projection.shape[1], dtype=x.dtype, device=x.device)
+    groups, row_width, _ = projection.shape
     mixed = torch.empty(batch, values, dtype=torch.float32, device=x.device)
     y = torch.empty(batch, values, dtype=x.dtype, device=x.device)
     choice = dict(logits=logits, M=memories, TOPK=topk, SLOTS=slots, BM=triton.next_power_of_2(memories))
-    _project_kernel[(batch * slots, triton.cdiv(projection.shape[1], BN))](
-        x=x,
-        projection=projection,
-        projected=projected,
-        stride_projection=projection.stride(0) if projection.shape[0] > 1 else 0,
-        WIDTH=projection.shape[1],
-        D=hidden,
-        BN=BN,
-        BD=BD,
-        num_warps=4,
-        **choice,
-    )
-    sizes = dict(WIDTH=projection.shape[1], H=heads, K=keys // heads, V=values // heads, W=width, **choice)
+    by_memory = batch * slots >= groups
+    if by_memory:
+        projected = torch.nn.functional.linear(x, projection.flatten(0, 1))
+    else:
+        projected = torch.empty(batch, slots, row_width, dtype=x.dtype, device=x.device)
+        BN, BD = PROJECTION_TILE
+        _project_kernel[(batch * slots, triton.cdiv(row_width, BN))](
+            x=x,
+            projection=projection,
+            projected=projected,
+            WIDTH=row_width,
+            D=hidden,
+            BN=BN,
+            BD=BD,
+            num_warps=4,
+            **choice,
+        )
+    choice |= dict(WIDTH=row_width, P=groups if by_memory else slots, BY_MEMORY=by_memory)
+    sizes = dict(H=heads, K=keys // heads, V=values // heads, W=width, **choice)
     step_b, step_g = _steps(state)
     tails = dict(q_tail=state.q_tail, k_tail=state.k_tail, v_tail=state.v_tail, step_b=step_b, step_g=step_g)
     BV = min(VALUE_TILE, values // heads)

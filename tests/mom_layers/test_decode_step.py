@@ -29,7 +29,7 @@ def prefilled(batch, dtype, backend, steps=2, **settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {}, {"shared_memory": False}, {"topk": 1}, {"num_memories": 1, "topk": 1}, {"num_memories": 8, "topk": 3},
+        {}, {"shared_memory": False}, {"topk": 1}, {"num_memories": 1, "topk": 1}, {"num_memories": 12, "topk": 3},
         {"single_kv_proj": True}, {"expand_v": 2.0}, {"conv_kernel": 2}, {"rule": "gla"},
     ],
     ids=str,
@@ -46,10 +46,9 @@ def test_steps_agree(settings, dtype):
         assert relative_error(getattr(state, name), getattr(exact_state, name)) <= TOLERANCE[dtype], name
 
 
-@pytest.mark.parametrize("backend,limit", [("torch", 16), ("triton", 2)])
-def test_the_general_path_steps_in_place_too(backend, limit, monkeypatch):
-    monkeypatch.setattr(mom, "DECODE_BATCH", limit)
-    module, state, exact, exact_state, tokens = prefilled(3, torch.float32, backend, steps=1)
+@pytest.mark.parametrize("backend,rule", [("torch", "gated_deltanet"), ("triton", "gla")])
+def test_the_general_path_steps_in_place_too(backend, rule):
+    module, state, exact, exact_state, tokens = prefilled(3, torch.float32, backend, steps=1, rule=rule)
     places = [getattr(state, name).data_ptr() for name in ("recurrent", "q_tail", "k_tail", "v_tail")]
     got = module.step(tokens[:, 0], state)
     expected, exact_state = exact(tokens.double(), state=exact_state, output_state=True)
