@@ -34,7 +34,8 @@ class _ConvolveProjected(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dq, dk, dv, dgates, dq_tail, dk_tail, dv_tail):
-        from mom_layers.ops.segment_convolution_triton import run_backward
+        from mom_layers.ops.rows_triton import sum_parts
+        from mom_layers.ops.segment_convolution_triton import run_backward, weight_gradient_parts
 
         q, projected, q_conv, k_conv, v_conv, q_tail, k_tail, v_tail = ctx.saved_tensors
         plan, unit_heads, needs = ctx.plan, ctx.unit_heads, ctx.needs_input_grad
@@ -43,16 +44,18 @@ class _ConvolveProjected(torch.autograd.Function):
         dprojected = torch.empty_like(projected)
         k, v, _ = projected.split(sizes, dim=1)
         dk_in, dv_in, dgates_in = dprojected.split(sizes, dim=1)
+        # The three weights' gradients as one, so that they are summed up in one launch.
+        channels = (keys, keys, values)
+        parts = weight_gradient_parts(q_conv, plan, sum(channels))
+        q_parts, k_parts, v_parts = parts.split(channels, dim=2)
         eps = UNIT_LENGTH_EPS
-        dq, dq_conv, dq_tail = run_backward(
-            q, q_conv, q_tail, plan, True, unit_heads, eps, dq, dq_tail, q_tail is not None and needs[5]
+        needs = [tail is not None and needs[i] for i, tail in ((5, q_tail), (6, k_tail), (7, v_tail))]
+        dq, dq_tail = run_backward(q, q_conv, q_tail, plan, True, unit_heads, eps, dq, dq_tail, needs[0], q_parts)
+        _, dk_tail = run_backward(
+            k, k_conv, k_tail, plan, False, unit_heads, eps, dk, dk_tail, needs[1], k_parts, dk_in
         )
-        _, dk_conv, dk_tail = run_backward(
-            k, k_conv, k_tail, plan, False, unit_heads, eps, dk, dk_tail, k_tail is not None and needs[6], dk_in
-        )
-        _, dv_conv, dv_tail = run_backward(
-            v, v_conv, v_tail, plan, False, None, eps, dv, dv_tail, v_tail is not None and needs[7], dv_in
-        )
+        _, dv_tail = run_backward(v, v_conv, v_tail, plan, False, None, eps, dv, dv_tail, needs[2], v_parts, dv_in)
+        dq_conv, dk_conv, dv_conv = sum_parts(parts, q_conv.dtype, transpose=True).split(channels)
         dgates_in.zero_() if dgates is None else dgates_in.copy_(dgates)
         return dq, dprojected, dq_conv, dk_conv, dv_conv, dq_tail, dk_tail, dv_tail, None, None, None
 

@@ -38,22 +38,34 @@ def sum_slots(rows: torch.Tensor, row_of_slot: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit(do_not_specialize=["num_parts"])
-def _sum_parts_kernel(parts, out, num_parts, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
-    """out[n] = sum over p of parts[p, n]."""
+def _sum_parts_kernel(
+    parts, out, num_parts, N: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSE: tl.constexpr,
+    BP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """out[n] = sum over p of parts[p, n]; or the transpose of out [N / COLUMNS, COLUMNS]."""
     b_n = tl.program_id(0) * BN + tl.arange(0, BN)
     b_p = tl.arange(0, BP)
     b_sum = tl.zeros([BP, BN], dtype=tl.float32)
     for i in range(0, num_parts, BP):
         m_tile = (i + b_p < num_parts)[:, None] & (b_n < N)[None, :]
         b_sum += tl.load(parts + (i + b_p).to(tl.int64)[:, None] * N + b_n[None, :], mask=m_tile, other=0.0)
-    tl.store(out + b_n, tl.sum(b_sum, axis=0).to(out.dtype.element_ty), mask=b_n < N)
+    p_out = out + (b_n % COLUMNS * (N // COLUMNS) + b_n // COLUMNS if TRANSPOSE else b_n)
+    tl.store(p_out, tl.sum(b_sum, axis=0).to(out.dtype.element_ty), mask=b_n < N)
 
 
-def sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float32 parts [P, ...] to their sum [...], in a fixed order."""
-    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+def sum_parts(parts: torch.Tensor, dtype: torch.dtype, transpose: bool = False) -> torch.Tensor:
+    """float32 parts [P, ...] to their sum [...], in a fixed order; of [P, A, B] also to [B, A]."""
+    out = torch.empty(parts.shape[:0:-1] if transpose else parts.shape[1:], dtype=dtype, device=parts.device)
     BP, BN = PARTS_TILE
     _sum_parts_kernel[(triton.cdiv(out.numel(), BN),)](
-        parts=parts, out=out, num_parts=parts.shape[0], N=out.numel(), BP=BP, BN=BN, num_warps=8
+        parts=parts,
+        out=out,
+        num_parts=parts.shape[0],
+        N=out.numel(),
+        COLUMNS=parts.shape[-1],
+        TRANSPOSE=transpose,
+        BP=BP,
+        BN=BN,
+        num_warps=8,
     )
     return out

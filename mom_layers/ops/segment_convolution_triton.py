@@ -76,38 +76,48 @@ def run_forward(x, weight, initial_tail, plan, gather, unit_length_heads, output
     return y, tail
 
 
-def run_backward(x, weight, initial_tail, plan, gather, unit_length_heads, eps, dy, dtail, needs_initial, dx=None):
-    """Gradients of x (written to ``dx`` if given), of the weight, and of the initial tail where it is needed."""
+def weight_gradient_parts(weight, plan, channels=None):
+    """Where :func:`run_backward` puts every run's share of weights' gradients: [runs, W, C] float32."""
+    shape = (triton.cdiv(plan.num_rows, BACKWARD_RUN), weight.shape[1], channels or weight.shape[0])
+    return torch.empty(shape, dtype=torch.float32, device=weight.device)
+
+
+def run_backward(
+    x, weight, initial_tail, plan, gather, unit_length_heads, eps, dy, dtail, needs_initial, parts, dx=None
+):
+    """Gradients of x (written to ``dx`` if given), and of the initial tail where it is needed.
+
+    Fills ``parts`` [runs, W, C], which may be some channels of a wider tensor: their sum is the weight's gradient,
+    transposed.
+    """
     (channels, width), rows = weight.shape, plan.num_rows
     dy = x.new_zeros(rows, channels) if dy is None else dy if dy.stride(1) == 1 else dy.contiguous()
     dtail = None if dtail is None else dtail.contiguous()
     blocks, arguments = _walk(x, weight, initial_tail, plan, gather, unit_length_heads, eps)
-    runs = triton.cdiv(rows, BACKWARD_RUN)
     if dx is None:
         dx = torch.empty(rows, channels, dtype=x.dtype, device=x.device)
     du = torch.empty(rows, channels, dtype=x.dtype, device=x.device) if needs_initial else None
-    dweight = torch.empty(runs, width, channels, dtype=torch.float32, device=x.device)
-    _backward_kernel[(runs, blocks)](
+    _backward_kernel[(parts.shape[0], blocks)](
         dy=dy,
         dtail=dtail,
         dx=dx,
         du=du,
-        dweight=dweight,
+        dweight_parts=parts,
         cu_seqlens=plan.cu_seqlens,
         stride_dy=dy.stride(0),
         stride_dx=dx.stride(0),
+        stride_parts=parts.stride(1),
         RUN=BACKWARD_RUN,
         **arguments,
     )
-    dweight = sum_parts(dweight, weight.dtype).t().contiguous()
     if gather:
         dx = sum_slots(dx, plan.row_of_slot)
     if not needs_initial:
-        return dx, dweight, None
+        return dx, None
     dinitial_tail = torch.empty_like(initial_tail)
     grid, segments = _segment_arguments(plan, channels, width)
     _backward_initial_tail_kernel[grid](du=du, weight=weight, dtail=dtail, dinitial_tail=dinitial_tail, **segments)
-    return dx, dweight, dinitial_tail
+    return dx, dinitial_tail
 
 
 class SegmentConvolution(torch.autograd.Function):
@@ -121,8 +131,11 @@ class SegmentConvolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dtail):
-        grads = run_backward(*ctx.saved_tensors, *ctx.options, dy, dtail, ctx.needs_input_grad[2])
-        return *grads, None, None, None, None, None
+        weight, plan = ctx.saved_tensors[1], ctx.options[0]
+        parts = weight_gradient_parts(weight, plan)
+        needs_initial = ctx.needs_input_grad[2]
+        dx, dinitial_tail = run_backward(*ctx.saved_tensors, *ctx.options, dy, dtail, needs_initial, parts)
+        return dx, sum_parts(parts, weight.dtype, transpose=True), dinitial_tail, None, None, None, None, None
 
 
 def check_arguments(x, weight, plan, gather, unit_length_heads, initial_tail):

@@ -159,10 +159,10 @@ def _tail_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
-    x, weight, initial_tail, dy, dtail, dx, du, dweight, token_of_row, position_of_row, segment_of_row, cu_seqlens,
-    num_rows, eps, stride_x: tl.constexpr, stride_dy: tl.constexpr, stride_dx: tl.constexpr,
-    C: tl.constexpr, W: tl.constexpr, UNIT_LENGTH: tl.constexpr, RUN: tl.constexpr, AHEAD: tl.constexpr,
-    BC: tl.constexpr,
+    x, weight, initial_tail, dy, dtail, dx, du, dweight_parts, token_of_row, position_of_row, segment_of_row,
+    cu_seqlens, num_rows, eps, stride_x: tl.constexpr, stride_dy: tl.constexpr, stride_dx: tl.constexpr,
+    stride_parts: tl.constexpr, C: tl.constexpr, W: tl.constexpr, UNIT_LENGTH: tl.constexpr, RUN: tl.constexpr,
+    AHEAD: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """dx of every row (not yet summed over a token's rows), this run's share [W, C] of the weight's gradient, and du,
     the gradient before SiLU, where somebody asks for it."""
@@ -249,7 +249,7 @@ def _backward_kernel(
         b_new_dy = b_next_dy
         i_positions = i_next_positions
     for j in tl.static_range(W):
-        tl.store(dweight + (i_run * W + W - 1 - j).to(tl.int64) * C + b_c, b_dw[j], mask=m_c)
+        tl.store(dweight_parts + (i_run * W + W - 1 - j).to(tl.int64) * stride_parts + b_c, b_dw[j], mask=m_c)
 
 
 @triton.jit(do_not_specialize=["num_segments"])
