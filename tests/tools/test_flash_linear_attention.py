@@ -1,4 +1,7 @@
-"""Exports load in flash-linear-attention, and its models in ours: on a GPU where that package is installed."""
+"""Exports load in flash-linear-attention, and its models in ours: on a GPU where that package is installed.
+
+Not on a CPU: there its version 0.6.0 mixes up the order of a memory's tokens, which it sorts with an unstable sort.
+"""
 
 import importlib.util
 
@@ -29,59 +32,51 @@ VARIANTS = [
     {"num_memories": 8, "topk": 1},
     {"tie_word_embeddings": True},
 ]
+# In bf16 with as many memories as choices: its router rounds its logits, and a token that changes memory changes all
+# later tokens of both.
+CASES = [(variant, torch.float32) for variant in VARIANTS] + [({"num_memories": 2, "topk": 2}, torch.bfloat16)]
 
 
-def in_bf16(model):
-    """On the GPU. The rule's own parameters stay in float32, which ours sees to and the other model does not."""
+def logits(model, tokens, dtype):
+    """In evaluation mode and without a cache, where flash-linear-attention computes what it means to.
+
+    The rule's own parameters stay in float32, which ours sees to and the other model does not.
+    """
     own = {name: p.data for name, p in model.named_parameters() if name.endswith(("A_log", "dt_bias"))}
-    model.to("cuda", torch.bfloat16)
+    model.to("cuda", dtype).eval()
     for name, parameter in model.named_parameters():
         if name in own:
             parameter.data = own[name].cuda()
-    return model
-
-
-def logits_and_loss(model, tokens):
-    """In evaluation mode and without a cache, where flash-linear-attention computes what it means to."""
     with torch.no_grad():
-        output = in_bf16(model).eval()(input_ids=tokens, labels=tokens, use_cache=False)
-    return output.logits.double(), output.loss.item()
+        return model(input_ids=tokens, use_cache=False).logits.double()
 
 
-def assert_same(ours, theirs):
-    """bf16 through three layers; a token whose second choice of memory hangs on rounding may differ by more."""
-    (logits, loss), (their_logits, their_loss) = ours, theirs
-    error = (logits - their_logits).norm(dim=-1) / their_logits.norm(dim=-1)
-    assert error.median() <= 2e-2 and (error > 5e-2).double().mean() <= 0.05
-    assert loss == pytest.approx(their_loss, rel=1e-2)
+def assert_same(ours, theirs, dtype):
+    """Up to 64 tokens its recurrence runs token by token and in float32 too; its chunked one is for bf16 alone."""
+    length, bound = (60, 1e-3) if dtype is torch.float32 else (200, 0.1)
+    tokens = torch.randint(SIZES["vocab_size"], (2, length), device="cuda")
+    y, their_y = logits(ours, tokens, dtype), logits(theirs, tokens, dtype)
+    error = (y - their_y).norm(dim=-1) / their_y.norm(dim=-1)
+    assert error.max() <= bound, f"relative errors {error.median():.2e} (median) to {error.max():.2e}"
 
 
-@torch.no_grad()
-def decided(model):
-    """With larger logits: those of new weights are so small that the loss is the vocabulary's logarithm."""
-    model.lm_head.weight.mul_(10)
-    return model
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_an_export_computes_the_same_there(variant, tmp_path):
+@pytest.mark.parametrize(("variant", "dtype"), CASES)
+def test_an_export_computes_the_same_there(variant, dtype, tmp_path):
     import fla.models
 
     torch.manual_seed(0)
-    ours = decided(MomForCausalLM(MomConfig(**SIZES, **variant)))
+    ours = MomForCausalLM(MomConfig(**SIZES, **variant))
     ours.save_pretrained(tmp_path)
     theirs = fla.models.MomForCausalLM.from_pretrained(tmp_path)
-    tokens = torch.randint(SIZES["vocab_size"], (2, 200), device="cuda")
-    assert_same(logits_and_loss(ours, tokens), logits_and_loss(theirs, tokens))
+    assert_same(ours, theirs, dtype)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_its_own_model_computes_the_same_here(variant, tmp_path):
+@pytest.mark.parametrize(("variant", "dtype"), CASES)
+def test_its_own_model_computes_the_same_here(variant, dtype, tmp_path):
     import fla.models
 
     torch.manual_seed(0)
-    theirs = decided(fla.models.MomForCausalLM(fla.models.MomConfig(**SIZES, **variant)))
+    theirs = fla.models.MomForCausalLM(fla.models.MomConfig(**SIZES, **variant))
     theirs.save_pretrained(tmp_path)
     ours = MomForCausalLM.from_pretrained(tmp_path)
-    tokens = torch.randint(SIZES["vocab_size"], (2, 200), device="cuda")
-    assert_same(logits_and_loss(ours, tokens), logits_and_loss(theirs, tokens))
+    assert_same(ours, theirs, dtype)
