@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from mom_layers.ops.activations_triton import sigmoid
 from mom_layers.ops.rows_triton import sum_parts
 
 FORWARD_TILE_ELEMENTS = 4096  # of a [BN, V] tile: 32 values a thread with 4 warps; not tuned
@@ -57,7 +58,7 @@ def _forward_kernel(
     p_gate = gate + (b_n * stride_gate_n + i_h * stride_gate_h)[:, None] + b_v[None, :]
     b_gate = tl.load(p_gate, mask=m_n[:, None], other=0.0).to(tl.float32)  # [BN, V]
     b_norm = tl.load(norm_weight + b_v).to(tl.float32)  # [V]
-    b_y = b_mixed * b_rstd[:, None] * b_norm[None, :] * b_gate * tl.sigmoid(b_gate)
+    b_y = b_mixed * b_rstd[:, None] * b_norm[None, :] * b_gate * sigmoid(b_gate)
     p_y = y + (b_n * H + i_h)[:, None] * V + b_v[None, :]
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_n[:, None])
 
@@ -86,7 +87,7 @@ def _backward_kernel(
             p_dy = dy + (b_n * H + i_h)[:, None] * V + b_v[None, :]
             b_dy = tl.load(p_dy, mask=m_n[:, None], other=0.0).to(tl.float32)  # [BN, V]
 
-            b_sigmoid = tl.sigmoid(b_gate)
+            b_sigmoid = sigmoid(b_gate)
             b_dgate = b_dy * b_unit * b_norm[None, :] * b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid))
             p_dgate = dgate + (b_n * H + i_h)[:, None] * V + b_v[None, :]
             tl.store(p_dgate, b_dgate.to(dgate.dtype.element_ty), mask=m_n[:, None])

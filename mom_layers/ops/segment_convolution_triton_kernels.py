@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mom_layers.ops.activations_triton import sigmoid
+
 
 @triton.jit
 def _input(
@@ -96,6 +98,39 @@ def _taps(weight, b_c, m_c, W: tl.constexpr):
     return b_w
 
 
+@triton.jit
+def _add_taps(b_sum, b_w, b_rows, i_position, W: tl.constexpr):
+    """b_sum and the products of taps 1, 2, ... with their rows, as far as the segment has them.
+
+    In branches for all channels, where a choice would cost an instruction for each; mostly one branch.
+    """
+    if i_position >= W - 1:
+        for j in tl.static_range(1, W):
+            b_sum += b_w[j] * b_rows[j]
+    else:
+        for j in tl.static_range(1, W):
+            if i_position >= j:
+                b_sum += b_w[j] * b_rows[j]
+    return b_sum
+
+
+@triton.jit
+def _add_products(b_sums, b_du, b_rows, i_position, W: tl.constexpr):
+    """Every tap's sum and the product of du with the tap's row, as far as the segment has it; none at position -1."""
+    if i_position >= W - 1:
+        b_new = ()
+        for j in tl.static_range(W):
+            b_new = b_new + (b_sums[j] + b_du * b_rows[j],)
+    else:
+        b_new = ()
+        for j in tl.static_range(W):
+            b_sum = b_sums[j]
+            if i_position >= j:
+                b_sum += b_du * b_rows[j]
+            b_new = b_new + (b_sum,)
+    return b_new
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     x, weight, initial_tail, y, token_of_row, position_of_row, segment_of_row, num_rows, eps, stride_x: tl.constexpr,
@@ -122,16 +157,15 @@ def _forward_kernel(
             b_u = b_w[0] * b_inputs[0]
             if initial_tail is not None:
                 i_segment = tl.load(segment_of_row + i_row, mask=i_row < num_rows, other=0)
-            for j in tl.static_range(1, W):
-                if i_position >= j:  # a branch for all channels, where a choice would cost an instruction for each
-                    b_u += b_w[j] * b_inputs[j]
-                if initial_tail is not None:
+            b_u = _add_taps(b_u, b_w, b_inputs, i_position, W)
+            if initial_tail is not None:
+                for j in tl.static_range(1, W):
                     needed = (i_position < j) & (i_row < num_rows)
                     b_u += b_w[j] * _tail_row(initial_tail, i_segment, W - 1 + i_position - j, needed, b_c, m_c, C, W)
             b_earlier = ()
             for j in tl.static_range(W - 1):
                 b_earlier = b_earlier + (b_inputs[j],)
-            b_y = b_u * tl.sigmoid(b_u)
+            b_y = b_u * sigmoid(b_u)
             if UNIT_LENGTH:
                 b_y *= tl.rsqrt(tl.sum(b_y * b_y, axis=0) + eps)
             tl.store(y + i_row.to(tl.int64) * C + b_c, b_y.to(y.dtype.element_ty), mask=(i_row < num_rows) & m_c)
@@ -176,14 +210,13 @@ def _backward_kernel(
     for _ in tl.static_range(W):
         b_dw = b_dw + (tl.zeros([BC], tl.float32),)
     b_window = ()  # inputs of the row at hand and of those before it, whatever their segment
-    b_later = ()  # du of the rows after it, and those rows' positions
-    i_later = ()
+    b_later = ()  # du of the rows after it, of which i_after belong to its segment
+    i_after = i_run * 0
     for j in tl.static_range(W - 1):
         i_row = i_top - j
         inside = (i_row >= 0) & (i_row < num_rows)
         b_window = b_window + (_row_of(x, stride_x, token_of_row, i_row, inside, b_c, m_c).to(tl.float32),)
         b_later = b_later + (tl.zeros([BC], tl.float32),)
-        i_later = i_later + (i_run * 0,)
     b_new, b_new_dy, i_positions = _rows_back(
         x, stride_x, dy, stride_dy, token_of_row, position_of_row, i_top, num_rows, b_c, m_c, W, AHEAD
     )
@@ -199,52 +232,44 @@ def _backward_kernel(
             i_segment = tl.load(segment_of_row + i_row, mask=exists, other=0)
             b_inputs = b_window + (b_new[n].to(tl.float32),)
             b_u = b_w[0] * b_inputs[0]
-            for j in tl.static_range(1, W):
-                if i_position >= j:  # a branch for all channels, where a choice would cost an instruction for each
-                    b_u += b_w[j] * b_inputs[j]
-                if initial_tail is not None:
+            b_u = _add_taps(b_u, b_w, b_inputs, i_position, W)
+            if initial_tail is not None:
+                for j in tl.static_range(1, W):
                     needed = exists & (i_position < j)
                     b_u += b_w[j] * _tail_row(initial_tail, i_segment, W - 1 + i_position - j, needed, b_c, m_c, C, W)
             b_dy = b_new_dy[n].to(tl.float32)
-            b_sigmoid = tl.sigmoid(b_u)
+            b_sigmoid = sigmoid(b_u)
+            b_y = b_u * b_sigmoid
             if UNIT_LENGTH:
-                b_y = b_u * b_sigmoid
                 scale = tl.rsqrt(tl.sum(b_y * b_y, axis=0) + eps)
                 along = tl.sum(b_dy * b_y, axis=0) * scale * scale
                 b_dy = (b_dy - b_y * along) * scale
-            b_du = b_dy * b_sigmoid * (1.0 + b_u * (1.0 - b_sigmoid))
-            b_dx = b_w[0] * b_du
-            for j in tl.static_range(1, W):
-                if i_later[j - 1] >= j:
-                    b_dx += b_w[j] * b_later[j - 1]
+            b_du = b_dy * (b_sigmoid + b_y * (1.0 - b_sigmoid))
+            b_dx = _add_taps(b_w[0] * b_du, b_w, (b_du,) + b_later, i_after, W)
             if dtail is not None:
-                i_after = tl.load(cu_seqlens + i_segment + 1, mask=exists, other=0) - 1 - i_row
-                b_dx += _tail_row(dtail, i_segment, W - 2 - i_after, mine & (i_after < W - 1), b_c, m_c, C, W)
+                i_left = tl.load(cu_seqlens + i_segment + 1, mask=exists, other=0) - 1 - i_row
+                b_dx += _tail_row(dtail, i_segment, W - 2 - i_left, mine & (i_left < W - 1), b_c, m_c, C, W)
             tl.store(dx + i_row.to(tl.int64) * stride_dx + b_c, b_dx.to(dx.dtype.element_ty), mask=mine & m_c)
             if du is not None:
                 tl.store(du + i_row.to(tl.int64) * C + b_c, b_du.to(du.dtype.element_ty), mask=mine & m_c)
-            b_sums = ()
-            for j in tl.static_range(W):
-                b_sum = b_dw[j]
-                if mine & (i_position >= j):
-                    b_sum += b_du * b_inputs[j]
-                if initial_tail is not None:
+            b_dw = _add_products(b_dw, b_du, b_inputs, tl.where(mine, i_position, -1), W)
+            if initial_tail is not None:
+                b_sums = (b_dw[0],)
+                for j in tl.static_range(1, W):
                     needed = mine & (i_position < j)
-                    b_sum += b_du * _tail_row(initial_tail, i_segment, W - 1 + i_position - j, needed, b_c, m_c, C, W)
-                b_sums = b_sums + (b_sum,)
-            b_dw = b_sums
+                    b_tail = _tail_row(initial_tail, i_segment, W - 1 + i_position - j, needed, b_c, m_c, C, W)
+                    b_sums = b_sums + (b_dw[j] + b_du * b_tail,)
+                b_dw = b_sums
             # One row earlier.
             b_moved = ()
             b_shifted = (b_du,)
-            i_shifted = (i_position,)
             for j in tl.static_range(1, W):
                 b_moved = b_moved + (b_inputs[j],)
                 if j < W - 1:
                     b_shifted = b_shifted + (b_later[j - 1],)
-                    i_shifted = i_shifted + (i_later[j - 1],)
             b_window = b_moved
             b_later = b_shifted
-            i_later = i_shifted
+            i_after = tl.where(i_position > 0, i_after + 1, 0)
         b_new = b_next
         b_new_dy = b_next_dy
         i_positions = i_next_positions

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mom_layers.ops.activations_triton import exp
 from mom_layers.ops.chunk_table import CHUNK, ChunkTable
 from mom_layers.ops.gated_linear_attention.forward import GROUP, PRECISION
 from mom_layers.ops.gated_linear_attention.launch import launch_for
@@ -171,9 +172,9 @@ def _state_gradients_kernel(
         b_do = tl.load(do + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
         b_v = tl.load(v + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
         b_dq = tl.dot(b_do, tl.trans(b_S.to(low)), input_precision=PRECISION)
-        b_dq = scale * tl.exp(tl.cumsum(b_g, 0)) * b_dq
+        b_dq = scale * exp(tl.cumsum(b_g, 0)) * b_dq
         b_dk = tl.dot(b_v, tl.trans(b_dS.to(low)), input_precision=PRECISION)
-        b_dk = tl.exp(tl.cumsum(b_next, 0, reverse=True)) * b_dk
+        b_dk = exp(tl.cumsum(b_next, 0, reverse=True)) * b_dk
         tl.store(dq + p_tk, b_dq.to(low), mask=m_t[:, None])
         tl.store(dk + p_tk, b_dk.to(low), mask=m_t[:, None])
 

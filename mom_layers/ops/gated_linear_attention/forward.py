@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mom_layers.ops.activations_triton import exp
 from mom_layers.ops.chunk_table import CHUNK, ChunkTable
 from mom_layers.ops.gated_linear_attention.launch import launch_for
 
@@ -46,7 +47,7 @@ def keys_until(k, g, rows, o_t, o_k, first, last, H: tl.constexpr, K: tl.constex
     o_tk = o_t[:, None] * (H * K) + o_k[None, :]
     b_k = tl.load(k + rows * K + o_tk, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BK]
     b_next = tl.load(g + rows * K + H * K + o_tk, mask=m_next[:, None], other=0.0).to(tl.float32)  # [BT, BK]
-    return b_k * tl.exp(tl.cumsum(b_next, 0, reverse=True))
+    return b_k * exp(tl.cumsum(b_next, 0, reverse=True))
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -84,11 +85,11 @@ def _decayed_rows_kernel(
 
     b_q = tl.load(q + p_tk, mask=m_tk, other=0.0).to(tl.float32)  # [BT, BK]
     b_g = tl.load(g + p_tk, mask=m_tk, other=0.0).to(tl.float32)  # [BT, BK]
-    b_q = scale * b_q * tl.exp(tl.cumsum(b_g, 0))
+    b_q = scale * b_q * exp(tl.cumsum(b_g, 0))
     b_k = keys_until(k, g, rows, o_t, o_k, BT, last, H, K)
     tl.store(q_decayed + p_tk, b_q.to(q_decayed.dtype.element_ty), mask=m_tk)
     tl.store(k_decayed + p_tk, b_k.to(k_decayed.dtype.element_ty), mask=m_tk)
-    tl.store(chunk_decay + (i_c.to(tl.int64) * H + i_h) * K + o_k, tl.exp(tl.sum(b_g, 0)))
+    tl.store(chunk_decay + (i_c.to(tl.int64) * H + i_h) * K + o_k, exp(tl.sum(b_g, 0)))
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -133,7 +134,7 @@ def _scores_kernel(
         b_q = tl.load(q + p_rk, mask=m_r, other=0.0).to(tl.float32)  # [BC, BK]
         b_g = tl.load(g + p_rk, mask=m_r, other=0.0).to(tl.float32)  # [BC, BK]
         b_k = keys_until(k, g, rows, o_t, o_k, first, last, H, K).to(low)  # [BT, BK]
-        b_q_low = (b_q * tl.exp(tl.cumsum(b_g, 0))).to(low)
+        b_q_low = (b_q * exp(tl.cumsum(b_g, 0))).to(low)
         b_P += tl.dot(b_q_low, tl.trans(b_k), input_precision=PRECISION)
 
         # Column after column of the block, the last one first: b_A is g(j, i].
@@ -143,7 +144,7 @@ def _scores_kernel(
             p_j = rows * K + (first + j) * (H * K) + o_k
             b_kj = tl.load(k + p_j).to(tl.float32)  # [BK]
             b_gj = tl.load(g + p_j).to(tl.float32)  # [BK]
-            b_column = tl.sum(b_q * b_kj[None, :] * tl.exp(b_A), 1)  # [BC]
+            b_column = tl.sum(b_q * b_kj[None, :] * exp(b_A), 1)  # [BC]
             b_D += tl.where((o_r[None, :] == j) & (o_r[:, None] >= j), b_column[:, None], 0.0)
             b_A += tl.where(o_r[:, None] >= j, b_gj[None, :], 0.0)
 

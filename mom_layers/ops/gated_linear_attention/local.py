@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mom_layers.ops.activations_triton import exp
 from mom_layers.ops.chunk_table import CHUNK, ChunkTable
 from mom_layers.ops.gated_linear_attention.forward import BLOCK, PRECISION, keys_until
 from mom_layers.ops.gated_linear_attention.launch import launch_for
@@ -64,7 +65,7 @@ def _queries_from(q, g, rows, o_t, o_k, first, last, H: tl.constexpr, K: tl.cons
     o_tk = o_t[:, None] * (H * K) + o_k[None, :]
     b_q = tl.load(q + rows * K + o_tk, mask=m_t, other=0.0).to(tl.float32)  # [BT, BK]
     b_g = tl.load(g + rows * K + o_tk, mask=m_t, other=0.0).to(tl.float32)  # [BT, BK]
-    return b_q * tl.exp(tl.cumsum(b_g, 0))
+    return b_q * exp(tl.cumsum(b_g, 0))
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -117,11 +118,11 @@ def _query_key_gradients_kernel(
 
         b_dP = tl.load(p_dP + (first + o_r)[:, None] * BT + o_t[None, :])  # [BC, BT]
         b_earlier = keys_until(k, g, rows, o_t, o_k, first, last, H, K).to(low)  # [BT, BK]
-        b_dq = tl.exp(tl.cumsum(b_g, 0)) * tl.dot(b_dP, b_earlier, input_precision=PRECISION)
+        b_dq = exp(tl.cumsum(b_g, 0)) * tl.dot(b_dP, b_earlier, input_precision=PRECISION)
         b_dP = tl.load(p_dP + (first + o_r)[:, None] + o_t[None, :] * BT)  # [BC, BT], transposed
         b_later_q = _queries_from(q, g, rows, o_t, o_k, first + BC, last, H, K).to(low)  # [BT, BK]
         b_dk = tl.dot(b_dP, b_later_q, input_precision=PRECISION)
-        b_dk = tl.exp(tl.cumsum(b_next, 0, reverse=True)) * b_dk
+        b_dk = exp(tl.cumsum(b_next, 0, reverse=True)) * b_dk
 
         # Row after row of the block: from its end as the key, b_A is g(j, i] of the rows i after it; from its start as
         # the query, g(j, i] of the rows j before it.
@@ -132,7 +133,7 @@ def _query_key_gradients_kernel(
             b_kj = tl.load(k + p_j).to(tl.float32)  # [BK]
             b_gj = tl.load(g + p_j).to(tl.float32)  # [BK]
             b_column = tl.load(p_dP + (first + o_r) * BT + first + j).to(tl.float32)  # [BC]
-            b_dq += tl.where((o_r > j)[:, None], b_column[:, None] * b_kj[None, :] * tl.exp(b_A), 0.0)
+            b_dq += tl.where((o_r > j)[:, None], b_column[:, None] * b_kj[None, :] * exp(b_A), 0.0)
             b_A += tl.where((o_r >= j)[:, None], b_gj[None, :], 0.0)
         b_A = tl.zeros([BC, BK], tl.float32)
         for i in range(0, num_rows):
@@ -141,7 +142,7 @@ def _query_key_gradients_kernel(
             b_gi = tl.load(g + p_i).to(tl.float32)  # [BK]
             b_row = tl.load(p_dP + (first + i) * BT + first + o_r).to(tl.float32)  # [BC]
             b_A += tl.where((o_r < i)[:, None], b_gi[None, :], 0.0)
-            b_dk += tl.where((o_r < i)[:, None], b_row[:, None] * b_qi[None, :] * tl.exp(b_A), 0.0)
+            b_dk += tl.where((o_r < i)[:, None], b_row[:, None] * b_qi[None, :] * exp(b_A), 0.0)
 
         b_exponent = b_q * b_dq - b_k * b_dk
         b_dg = tl.cumsum(b_exponent, 0, reverse=True) + b_later[None, :]
