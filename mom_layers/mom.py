@@ -177,7 +177,7 @@ class MixtureOfMemories(nn.Module):
             raise ValueError(f"token_mask must be {[batch, length]}, got {list(token_mask.shape)}")
 
         tokens = x.flatten(0, 1)
-        weights, ids = route(self.router(tokens), self.topk)
+        weights, ids = route(self.router(tokens), self.topk, backend=self.backend)
         plan = build_routing_plan(
             ids,
             cu_seqlens,

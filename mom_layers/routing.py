@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from mom_layers.ops.backend import compute_dtype, resolve_backend
 
-def route(logits: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+
+def route(logits: torch.Tensor, topk: int, *, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
     """Top-k of softmax, renormalised (MoM, eq. 5 and 6).
 
     Args:
@@ -15,7 +17,11 @@ def route(logits: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         weights [N, k], which sum to 1, and memory ids [N, k].
     """
-    kept, ids = logits.to(torch.promote_types(logits.dtype, torch.float32)).topk(topk, dim=-1)
+    if resolve_backend(backend, logits) == "triton" and logits.dtype != torch.float64:
+        from mom_layers.ops.top_k_routing_triton import top_k_routing_triton
+
+        return top_k_routing_triton(logits, topk)
+    kept, ids = logits.to(compute_dtype(logits.dtype)).topk(topk, dim=-1)
     return torch.softmax(kept, dim=-1), ids
 
 
@@ -25,7 +31,7 @@ def load_balancing_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor
     logits [N, M], ids [N, k]. Returns a scalar that is differentiable through the probabilities.
     """
     memories = logits.shape[-1]
-    probabilities = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+    probabilities = torch.softmax(logits.to(compute_dtype(logits.dtype)), dim=-1)
     share = torch.zeros(memories, dtype=probabilities.dtype, device=logits.device)
     share.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten(), dtype=share.dtype))
     return memories * (share / ids.numel() * probabilities.mean(0)).sum()

@@ -81,7 +81,7 @@ class MomAttention(nn.Module):
             )  # fmt: skip
             past.advance(past.state, 1)
             return self.o_proj(y)[:, None], router_logits
-        weights, ids = route(router_logits, self.topk)
+        weights, ids = route(router_logits, self.topk, backend=backend)
         plan = build_routing_plan(
             ids,
             sequence.cu_seqlens,
