@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from benchmark import (
     VERSIONS,
     append_csv,
-    compile_configurations_together,
     device_kind,
     median_ms,
     parse_options,
+    tune_quickly,
     versions,
 )
 
@@ -100,7 +100,7 @@ def floor_ms(rule: str, case: tuple[int, int, int, int], speed: tuple[float, flo
 def main(argv=None) -> int:
     options = parse_options(__doc__, argv)
     device, about = device_kind(), versions()
-    compile_configurations_together()
+    tune_quickly()
     speed = speeds(device)
     print(f"{about['device']}: product {speed[0] / 1e12:.3g} TFLOP/s, copy {speed[1] / 1e12:.3g} TB/s")
     print("segments x tokens, heads, size; milliseconds of forward, of forward+backward; the latter over its floor")

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from benchmark import (
     VERSIONS,
     append_csv,
-    compile_configurations_together,
     device_kind,
     free_memory,
     graphed,
@@ -28,6 +27,7 @@ from benchmark import (
     parse_options,
     peak_gib,
     plot_growth,
+    tune_quickly,
     versions,
 )
 
@@ -105,7 +105,7 @@ def main(argv=None) -> int:
     flags = {"--lengths": "one sequence of growing length instead of the cases"}
     options = parse_options(__doc__, argv, plot=True, flags=flags)
     device, about = device_kind(), versions()
-    compile_configurations_together()
+    tune_quickly()
     print(f"{about['device']}: milliseconds of forward, of forward+backward, of that as a CUDA graph; peak GiB")
     rows = []
     for case in (LENGTHS if options.lengths else CASES)[device][: options.cases]:

@@ -21,12 +21,12 @@ import torch
 from benchmark import (
     VERSIONS,
     append_csv,
-    compile_configurations_together,
     device_kind,
     free_memory,
     median_ms,
     parse_options,
     peak_gib,
+    tune_quickly,
     versions,
 )
 
@@ -82,7 +82,7 @@ def measure(build, device: str) -> tuple[int, float, float, float]:
 def main(argv=None) -> int:
     options = parse_options(__doc__, argv)
     device, about = device_kind(), versions()
-    compile_configurations_together()
+    tune_quickly()
     batch, length = BATCH[device]
     print(
         f"{about['device']}: {batch} x {length} tokens; milliseconds a step, tokens/s, peak GiB, first step in seconds"
