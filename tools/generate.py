@@ -29,6 +29,7 @@ from transformers.utils import logging
 from linear_moe.hf.config import DTYPES
 from linear_moe.hf.files import ConversionError, load_tokenizer, read_json, run_tool, tokenizer_files
 from mom_layers.hf import MomForCausalLM
+from mom_layers.hf.cache import CACHE_NAME
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,7 +114,7 @@ def generate(args: argparse.Namespace) -> None:
             tokens = end if args.skip_prompt else start + end
             print(f"[{index}] {tokenizer.decode(tokens, skip_special_tokens=True)}")
     read, written = sum(map(len, encoded)), sum(map(len, added))
-    print(streamer.report(read, written, len(prompts), output.past_key_values.nbytes), file=sys.stderr)
+    print(streamer.report(read, written, len(prompts), output[CACHE_NAME].nbytes), file=sys.stderr)
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

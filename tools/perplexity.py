@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import mom_layers.hf  # noqa: F401  registers the model type
+from mom_layers.hf.cache import CACHE_NAME  # importing the package registers the model type
 
 matplotlib.use("Agg")
 
@@ -180,8 +180,8 @@ def stream_losses(
     for position in range(0, tokens.shape[1] - 1, chunk_size):
         targets = tokens[:, position + 1 : position + 1 + chunk_size]
         inputs = tokens[:, position : position + targets.shape[1]]
-        out = model(inputs, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(inputs, use_cache=True, **{CACHE_NAME: cache})
+        cache = out[CACHE_NAME]
         yield position, F.cross_entropy(out.logits.float().transpose(1, 2), targets, reduction="none"), cache
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from mom_layers.hf.configuration_mom import MomConfig
 from mom_layers.state import MemoryState
+
+#: What transformers calls the cache in a model's arguments and outputs: "cache" from 5.24 on.
+CACHE_NAME = next(f.name for f in fields(MoeModelOutputWithPast) if f.name in ("cache", "past_key_values"))
 
 
 class MemoryLayer(CacheLayerMixin):
@@ -17,6 +23,7 @@ class MemoryLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    is_croppable = False
     supports_early_init = False
 
     def __init__(self):
@@ -105,3 +112,17 @@ class MomCache(Cache):
             elif layer.is_initialized:
                 total += layer.keys.nbytes + layer.values.nbytes
         return total
+
+
+def one_cache(past_key_values: MomCache | None, cache: MomCache | None) -> MomCache | None:
+    """The cache a caller has passed under one of transformers' two names.
+
+    Raises:
+        ValueError: two caches, or not one of a MoM model.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("pass either cache or past_key_values: they are one argument")
+    chosen = past_key_values if cache is None else cache
+    if chosen is not None and not isinstance(chosen, MomCache):
+        raise ValueError(f"past_key_values must be a MomCache, got {type(chosen).__name__}")
+    return chosen

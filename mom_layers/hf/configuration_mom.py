@@ -39,7 +39,7 @@ class MomConfig(PretrainedConfig):
     """
 
     model_type = "mom"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from mom_layers.hf.cache import MomCache
+from mom_layers.hf.cache import CACHE_NAME, MomCache, one_cache
 from mom_layers.hf.configuration_mom import MomConfig
 from mom_layers.hf.layers import Attention, GatedMLP, RMSNorm
 from mom_layers.hf.mixer import MomAttention
@@ -35,10 +35,10 @@ class MomBlock(GradientCheckpointingLayer):
         self.mlp = GatedMLP(config.hidden_size, config.mlp_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, sequence: TokenSequence, past_key_values: MomCache | None = None
+        self, hidden_states: torch.Tensor, sequence: TokenSequence, cache: MomCache | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states [B, T, D]. Returns them after this layer, and the router's logits [B * T, M] of a MoM layer."""
-        past = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        past = None if cache is None else cache.layers[self.layer_idx]
         mixed, router_logits = self.attn(self.attn_norm(hidden_states), sequence, past)
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.mlp_norm(hidden_states)), router_logits
@@ -49,7 +49,7 @@ class MomPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MomBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _input_embed_layer = "embeddings"
     _is_stateful = True
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
@@ -100,6 +100,7 @@ class MomModel(MomPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        cache: MomCache | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
         """
@@ -108,6 +109,7 @@ class MomModel(MomPreTrainedModel):
             attention_mask: [B, tokens in the cache + T], 0 at padding, which reaches no memory and no softmax.
             position_ids: [B, T] for the softmax layers; counted from the mask when absent.
             past_key_values: of an earlier call over the same sequences, to continue from; it is changed in place.
+                Also taken as ``cache``, its name from transformers 5.24 on.
             use_cache: return a cache; the configuration's choice when absent, never while training.
             output_hidden_states, output_router_logits: return them; router logits by default while training.
             cu_seqlens: [documents + 1], for documents packed into one sequence (B = 1): nothing crosses their
@@ -124,18 +126,17 @@ class MomModel(MomPreTrainedModel):
             inputs_embeds = self.embeddings(input_ids)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if past_key_values is not None and not isinstance(past_key_values, MomCache):
-            raise ValueError(f"past_key_values must be a MomCache, got {type(past_key_values).__name__}")
+        cache = one_cache(past_key_values, cache)
         cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
-        if use_cache and past_key_values is None and cu_seqlens is None:
-            past_key_values = MomCache(self.config)
+        if use_cache and cache is None and cu_seqlens is None:
+            cache = MomCache(self.config)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_router_logits is None:
             output_router_logits = self.training
 
         batch, length = inputs_embeds.shape[:2]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if cache is None else cache.get_seq_length()
         sequence = TokenSequence(
             batch, length, past, inputs_embeds.device, attention_mask, position_ids, cu_seqlens, self.training
         )
@@ -143,16 +144,16 @@ class MomModel(MomPreTrainedModel):
         all_hidden_states, all_router_logits = [], []
         for layer in self.layers:
             all_hidden_states.append(hidden_states)
-            hidden_states, router_logits = layer(hidden_states, sequence=sequence, past_key_values=past_key_values)
+            hidden_states, router_logits = layer(hidden_states, sequence=sequence, cache=cache)
             if router_logits is not None:
                 all_router_logits.append(router_logits)
         hidden_states = self.norm(hidden_states)
         all_hidden_states.append(hidden_states)
         return MoeModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             router_logits=tuple(all_router_logits) if output_router_logits else None,
+            **{CACHE_NAME: cache},
         )
 
 
@@ -194,6 +195,7 @@ class MomForCausalLM(MomPreTrainedModel, GenerationMixin):
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cu_seqlens: torch.Tensor | None = None,
+        cache: MomCache | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         """
@@ -213,6 +215,7 @@ class MomForCausalLM(MomPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -240,9 +243,9 @@ class MomForCausalLM(MomPreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             router_logits=outputs.router_logits,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def _balancing_loss(self, router_logits: tuple[torch.Tensor, ...], mask: torch.Tensor | None) -> torch.Tensor:
@@ -265,5 +268,5 @@ class MomForCausalLM(MomPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = MomCache(self.config)
+        if generation_config.use_cache and model_kwargs.get(CACHE_NAME) is None:
+            model_kwargs[CACHE_NAME] = MomCache(self.config)

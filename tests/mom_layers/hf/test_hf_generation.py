@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hf_models import HYBRID, WINDOWED, random_tokens, relative_error, tiny_model
 
 from mom_layers.hf import MomCache
+from mom_layers.hf.cache import CACHE_NAME
 from mom_layers.hf.mixer import MomAttention
 
 KINDS = [{}, {"shared_mem": False, "topk": 1}, HYBRID, WINDOWED]
@@ -100,6 +101,22 @@ def test_mixed_lengths_equal_single_sequences(changes, dtype):
         assert relative_error(row[-sequence.shape[1] :], model(sequence).logits[0]) < BOUND[dtype]
 
 
+@torch.inference_mode()
+def test_the_cache_has_two_names():
+    """Transformers 5.24 calls it ``cache``; a call under the other name must not begin anew in silence."""
+    model, tokens = tiny_model(), random_tokens(2, 9)
+    expected, got = model(tokens).logits[:, 8:], []
+    for name in ("past_key_values", "cache"):
+        cache = MomCache(model.config)
+        model(tokens[:, :8], **{name: cache})
+        out = model(tokens[:, 8:], **{name: cache})
+        assert out[CACHE_NAME] is cache and cache.get_seq_length() == 9
+        got.append(out.logits)
+    assert torch.equal(*got) and relative_error(got[0], expected) < 1e-5
+    with pytest.raises(ValueError, match="pass either cache or past_key_values"):
+        model(tokens, cache=cache, past_key_values=cache)
+
+
 def greedy_loop(model, tokens, new_tokens):
     for _ in range(new_tokens):
         tokens = torch.cat([tokens, model(tokens, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
@@ -113,13 +130,13 @@ def test_greedy_generation(changes):
     expected = greedy_loop(model, tokens, 12)
     out = model.generate(tokens, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
     assert torch.equal(out.sequences, expected)
-    assert isinstance(out.past_key_values, MomCache) and out.past_key_values.get_seq_length() == 22
+    assert isinstance(out[CACHE_NAME], MomCache) and out[CACHE_NAME].get_seq_length() == 22
     assert torch.equal(model.generate(tokens, max_new_tokens=12, do_sample=False, prefill_chunk_size=4), expected)
     assert torch.equal(model.generate(tokens, max_new_tokens=12, do_sample=False, use_cache=False), expected)
 
     longer = torch.cat([out.sequences, random_tokens(3, 4, seed=9)], dim=1)
     expected = greedy_loop(model, longer, 5)
-    continued = model.generate(longer, past_key_values=out.past_key_values, max_new_tokens=5, do_sample=False)
+    continued = model.generate(longer, max_new_tokens=5, do_sample=False, **{CACHE_NAME: out[CACHE_NAME]})
     assert torch.equal(continued, expected)
 
 
