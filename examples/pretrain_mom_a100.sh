@@ -11,8 +11,7 @@ export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 
 : "${GPUS:=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}"
 # On a CPU two processes of one thread are faster than one of two.
-PROCESSES=$GPUS
-if [ "$GPUS" = 0 ]; then PROCESSES=$(($(nproc) > 1 ? 2 : 1)); fi
+if [ "$GPUS" = 0 ]; then : "${PROCESSES:=$(($(nproc) > 1 ? 2 : 1))}"; else PROCESSES=$GPUS; fi
 if [ "${DEMO:-0}" != 0 ] || [ "$GPUS" = 0 ]; then
     : "${OUT:=$here/runs/demo}" "${LAYERS:=4}" "${HIDDEN:=256}" "${FFN:=512}" "${HEADS:=2}" "${HEAD_DIM:=64}"
     : "${SEQ_LENGTH:=256}" "${MICRO_BATCH:=$((PROCESSES < 8 ? 8 / PROCESSES : 1))}" "${LR:=2e-3}" "${TRAIN_ITERS:=200}"
@@ -24,20 +23,20 @@ else
     if [ -z "${MICRO_BATCH:-}" ]; then # 9 GB and 3.9 GB a sequence of 2048: 4 fit in 40 GB, 8 in 80 GB
         MICRO_BATCH=$("$PYTHON" -c 'import torch; gb = torch.cuda.get_device_properties(0).total_memory / 1e9
 print(16 if gb > 120 else 8 if gb > 60 else 4)')
-        replicas=$((GPUS * ${NNODES:-1} / (${TP:-1} * ${PP:-1})))
+        replicas=$((GPUS * ${NNODES:-1} / (${TP:-1} * ${PP:-1} * ${CP:-1})))
         while [ "$MICRO_BATCH" -gt 1 ] && [ $((GLOBAL_BATCH % (MICRO_BATCH * replicas))) != 0 ]; do MICRO_BATCH=$((MICRO_BATCH / 2)); done
     fi
     : "${TRAIN_ITERS:=$((15000000000 / (GLOBAL_BATCH * SEQ_LENGTH)))}"             # 15B tokens
     : "${VOCAB:=32000}" "${PRECISION:=bf16}" "${LOG_INTERVAL:=10}" "${EVAL_INTERVAL:=500}" "${SAVE_INTERVAL:=1000}"
 fi
 : "${TOKEN_MIXER:=mom}" "${MEMORIES:=4}" "${TOPK:=2}" "${ATTENTION_HEADS:=$((HIDDEN / 64))}" "${WARMUP_FRACTION:=0.01}"
-: "${TP:=1}" "${PP:=1}" "${EP:=1}" "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29531}"
-: "${DATA_PATH:=}" "${TOKENIZER:=}" "${WANDB_PROJECT:=}"
+: "${TP:=1}" "${PP:=1}" "${EP:=1}" "${CP:=1}" "${SP:=$((TP > 1))}" "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29531}"
+: "${DATA_PATH:=}" "${TOKENIZER:=}" "${WANDB_PROJECT:=}" "${CHECKPOINTS=$OUT/checkpoints}" # empty: none are kept
 
 echo "settings:"
-for name in PYTHON OUT GPUS PROCESSES NNODES NODE_RANK MASTER_ADDR MASTER_PORT TP PP EP TOKEN_MIXER LAYERS HIDDEN FFN HEADS HEAD_DIM \
+for name in PYTHON OUT GPUS PROCESSES NNODES NODE_RANK MASTER_ADDR MASTER_PORT TP SP PP EP CP TOKEN_MIXER LAYERS HIDDEN FFN HEADS HEAD_DIM \
     MEMORIES TOPK ATTENTION_HEADS SEQ_LENGTH MICRO_BATCH GLOBAL_BATCH TRAIN_ITERS LR WARMUP_FRACTION PRECISION \
-    LOG_INTERVAL EVAL_INTERVAL SAVE_INTERVAL DATA_PATH TOKENIZER VOCAB WANDB_PROJECT; do
+    LOG_INTERVAL EVAL_INTERVAL SAVE_INTERVAL CHECKPOINTS DATA_PATH TOKENIZER VOCAB WANDB_PROJECT; do
     echo "  $name=${!name}"
 done
 mkdir -p "$OUT"
@@ -82,13 +81,18 @@ case "$PRECISION" in
     fp32) ;;
     *) echo "error: PRECISION=$PRECISION: use bf16 or fp32" >&2; exit 2 ;;
 esac
-parallel=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --expert-model-parallel-size "$EP")
-if [ "$TP" != 1 ]; then parallel+=(--sequence-parallel); fi
+parallel=(
+    --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --expert-model-parallel-size "$EP"
+    --context-parallel-size "$CP"
+)
+if [ "$SP" != 0 ]; then parallel+=(--sequence-parallel); fi
 watching=(
     --log-interval "$LOG_INTERVAL" --tensorboard-dir "$OUT/tensorboard" --tensorboard-log-interval "$LOG_INTERVAL"
-    --eval-interval "$EVAL_INTERVAL" --eval-iters 8 --save "$OUT/checkpoints" --load "$OUT/checkpoints"
-    --save-interval "$SAVE_INTERVAL" --exit-signal-handler --dist-ckpt-optim-fully-reshardable
+    --eval-interval "$EVAL_INTERVAL" --eval-iters 8 --exit-signal-handler
 )
+if [ -n "$CHECKPOINTS" ]; then
+    watching+=(--save "$CHECKPOINTS" --load "$CHECKPOINTS" --save-interval "$SAVE_INTERVAL" --dist-ckpt-optim-fully-reshardable)
+fi
 if [ -n "$WANDB_PROJECT" ]; then
     watching+=(--wandb-project "$WANDB_PROJECT" --wandb-exp-name "$(basename "$OUT")" --wandb-save-dir "$OUT")
 fi
@@ -103,7 +107,9 @@ if [ "$GPUS" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) /
 
 if [ "$NODE_RANK" = 0 ]; then
     "$PYTHON" "$here/tools/plot_run.py" --tensorboard-dir "$OUT/tensorboard" --output "$OUT" ${reference[@]+"${reference[@]}"}
-    echo "checkpoint  $OUT/checkpoints"
     echo "pictures    $(ls "$OUT"/*.png | tr '\n' ' ')"
-    echo "next:       $PYTHON $here/tools/convert_to_hf.py --load $OUT/checkpoints --save $OUT/hf"
+    if [ -n "$CHECKPOINTS" ]; then
+        echo "checkpoint  $CHECKPOINTS"
+        echo "next:       $PYTHON $here/tools/convert_to_hf.py --load $CHECKPOINTS --save $OUT/hf"
+    fi
 fi

@@ -50,7 +50,8 @@ class RowExchange:
     def dispatch(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [R, C] in this rank's order to the rows that arrive [A, C], in order of arrival."""
         arrived = all_to_all(self.group, rows, self.arriving, self.sent)
-        return F.pad(arrived, (0, 0, 0, self.plan.num_rows - arrived.shape[0]))
+        missing = self.plan.num_rows - arrived.shape[0]
+        return F.pad(arrived, (0, 0, 0, missing)) if missing else arrived
 
     def give_back(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [A, C] in the plan's order to [R, C] in the order in which their ranks sent them."""

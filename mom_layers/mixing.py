@@ -112,7 +112,7 @@ def read_memories(
             raise ValueError(f"a slice of longer sequences gets its state from those who hold the rest: got {given}")
         width = parameters.q_conv.shape[1]
         (q, projected), (q_tail, tail) = sequence_slice.tails(plan, (q, projected), (True, one_projection), width)
-        tails = (q_tail, *tail.split((sizes[0], sizes[1], sum(sizes[2:])), dim=-1)[:2])
+        tails = (q_tail, *tail.tensor_split((sizes[0], sizes[0] + sizes[1]), dim=-1)[:2])
 
     if one_projection:
         k, v, raw = projected.split((sizes[0], sizes[1], sum(sizes[2:])), dim=1)
@@ -130,7 +130,7 @@ def read_memories(
             q, projected, parameters.q_conv, parameters.k_conv, parameters.v_conv, plan,
             unit_length_heads=unit, tails=tails, output_tail=output_state, backend=backend,
         )  # fmt: skip
-    raw_gates = raw.split(sizes[2:], dim=1)
+    raw_gates = raw[:, : sum(sizes[2:])].split(sizes[2:], dim=1)
     gates = rule.gates(dict(zip(rule.gate_widths, raw_gates, strict=True)), parameters.rule_parameters, backend)
     q, k, v = (rows.unflatten(1, (heads, -1)) for rows in (q, k, v))
     if sequence_slice is not None:

@@ -10,15 +10,16 @@ from mom_layers.ops.backend import resolve_backend
 from mom_layers.ops.routing_plan import RoutingPlan
 from mom_layers.ops.rows import gather_rows
 
+ALIGNMENT = 8  # numbers of 16 bits: the rows of PyTorch's grouped product are multiples of 16 bytes
+
 
 def has_device_grouped_mm(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether PyTorch's grouped product keeps its offsets on the device: bf16, Hopper or newer, rows of 16 bytes."""
+    """Whether PyTorch's grouped product keeps its offsets on the device: bf16, Hopper or newer, aligned tokens."""
     return (
         x.is_cuda
         and x.dtype == weight.dtype == torch.bfloat16
         and torch.cuda.get_device_capability(x.device) >= (9, 0)
-        and weight.shape[1] % 8 == 0
-        and weight.shape[2] % 8 == 0
+        and weight.shape[2] % ALIGNMENT == 0
     )
 
 
@@ -27,6 +28,8 @@ class _GroupedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, plan):
+        ctx.columns = weight.shape[1]
+        weight = F.pad(weight, (0, 0, 0, -ctx.columns % ALIGNMENT)) if ctx.columns % ALIGNMENT else weight
         ctx.save_for_backward(x, weight)
         ctx.plan = plan
         rows = x.index_select(0, plan.token_of_row)
@@ -41,7 +44,7 @@ class _GroupedProduct(torch.autograd.Function):
         dx = dweight = None
         if ctx.needs_input_grad[1]:
             rows = x.index_select(0, plan.token_of_row)
-            dweight = F.grouped_mm(dy.t(), rows, offs=plan.memory_offsets)
+            dweight = F.grouped_mm(dy.t(), rows, offs=plan.memory_offsets)[:, : ctx.columns]
             del rows
         if ctx.needs_input_grad[0]:
             dx = sum_slots(F.grouped_mm(dy, weight, offs=plan.memory_offsets), plan.row_of_slot)
@@ -68,7 +71,7 @@ def grouped_projection(
         plan: the rows.
 
     Returns:
-        rows [R, O].
+        rows [R, O], or a few more columns of zeros where a product wants its rows aligned.
 
     Raises:
         ValueError: shapes that do not fit together.

@@ -258,3 +258,22 @@ def test_gated_delta_rule_triton_never_waits_for_the_device():
         run(leaves, cu_seqlens, weights=weights)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [32768, 65536])  # times K V, the first is below 0 and the second 0 in 32 bits
+def test_gated_delta_rule_triton_knows_a_long_segments_final_state(rows):
+    """The end of a segment has the gradients that it has on its own, from the state before it."""
+    leaves, whole = inputs([rows], 1, 256, 256, torch.bfloat16)
+    do, d_last = output_weights(leaves)
+    got = run(leaves, whole, weights=(do, d_last))
+    start = rows - 1024
+    with torch.no_grad():
+        before = (leaves[n][:start] for n in NAMES[:5])
+        state = gated_delta_rule_triton(*before, whole.clamp(max=start), leaves["initial_state"], True)[1]
+    end = {n: leaf.detach()[start:].clone().requires_grad_() for n, leaf in leaves.items() if n != "initial_state"}
+    end["initial_state"] = state.requires_grad_()
+    own = run(end, whole.clamp(max=1024), weights=(do[start:], d_last))
+    for name in ("o", "final_state", *(f"d{n}" for n in NAMES[:5])):
+        part = got[name] if name == "final_state" else got[name][start:]
+        assert relative_error(part, own[name]) < TOLERANCE[torch.bfloat16], name

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from comparison import DEVICE, TOLERANCE, draw, make_plan, relative_error
+from comparison import DEVICE, TOLERANCE, draw, inputs, layer, make_plan, relative_error
 
+from mom_layers.ops import grouped_projection
 from mom_layers.ops import grouped_projection_triton as module
 from mom_layers.ops.grouped_projection_triton import grouped_projection_triton
 from mom_layers.ops.routing_plan import build_routing_plan
@@ -17,10 +18,10 @@ def reference(x, weight, plan):
     return torch.cat([rows[a:b] @ w.t() for a, b, w in zip([0, *ends[:-1]], ends, weight, strict=True)])
 
 
-def compare(plan, inputs, outputs, dtype=torch.float32, slice_of=None):
-    wide = draw(plan.row_of_slot.shape[0], slice_of or inputs, dtype=dtype)
-    x = wide[:, wide.shape[1] - inputs :].requires_grad_()
-    weight = draw(plan.num_groups, outputs, inputs, dtype=dtype, seed=2).requires_grad_()
+def compare(plan, width, outputs, dtype=torch.float32, slice_of=None):
+    wide = draw(plan.row_of_slot.shape[0], slice_of or width, dtype=dtype)
+    x = wide[:, wide.shape[1] - width :].requires_grad_()
+    weight = draw(plan.num_groups, outputs, width, dtype=dtype, seed=2).requires_grad_()
     x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
     rows, rows64 = grouped_projection_triton(x, weight, plan), reference(x64, weight64, plan)
     drows = draw(*rows.shape, dtype=dtype, seed=3)
@@ -33,10 +34,10 @@ def compare(plan, inputs, outputs, dtype=torch.float32, slice_of=None):
 
 
 @pytest.mark.parametrize(
-    "dtype, inputs, outputs", [(torch.float32, 24, 72), (torch.bfloat16, 72, 136), (torch.float16, 136, 24)]
+    "dtype, width, outputs", [(torch.float32, 24, 72), (torch.bfloat16, 72, 136), (torch.float16, 136, 24)]
 )
-def test_matches_reference(dtype, inputs, outputs):
-    compare(make_plan(), inputs, outputs, dtype)
+def test_matches_reference(dtype, width, outputs):
+    compare(make_plan(), width, outputs, dtype)
 
 
 @pytest.mark.parametrize("masked, shared, topk", [(True, True, 2), (False, False, 2), (True, False, 1)])
@@ -114,3 +115,35 @@ def test_bad_inputs_are_refused():
     for message, bad_x, bad_weight in cases:
         with pytest.raises(ValueError, match=message):
             grouped_projection_triton(bad_x, bad_weight, plan)
+
+
+def test_columns_that_are_not_aligned_are_padded(monkeypatch):
+    """PyTorch's grouped product, where rows are no multiple of 16 bytes: a tensor-parallel rank's few heads."""
+    monkeypatch.setattr(grouped_projection, "has_device_grouped_mm", lambda x, weight: True)
+    plan, columns = make_plan([9, 30]), 10
+    x = draw(39, 16, dtype=torch.bfloat16).requires_grad_()
+    weight = draw(plan.num_groups, columns, 16, dtype=torch.bfloat16, seed=2).requires_grad_()
+    rows = grouped_projection.grouped_projection(x, weight, plan)
+    assert rows.shape == (plan.num_rows, 16) and (rows[:, columns:] == 0).all()
+    doubles = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected = reference(*doubles, plan)
+    drows = draw(*expected.shape, dtype=torch.bfloat16, seed=3)
+    got = [rows[:, :columns], *torch.autograd.grad(rows[:, :columns], [x, weight], drows)]
+    wanted = [expected, *torch.autograd.grad(expected, doubles, drows.double())]
+    for a, b in zip(got, wanted, strict=True):
+        assert a.shape == b.shape and relative_error(a, b) <= 1e-2
+
+
+def test_a_layer_takes_padded_columns(monkeypatch):
+    """Keys, values and gates lie where they lay, in both passes."""
+    mixer = layer(torch.bfloat16, backend="triton")  # 34 columns a memory
+    x = inputs(2, 9, dtype=torch.bfloat16)
+
+    def run():
+        y = mixer(x)[0]
+        return [y, *torch.autograd.grad(y, [x, *mixer.parameters()], torch.ones_like(y))]
+
+    expected = run()
+    monkeypatch.setattr(grouped_projection, "has_device_grouped_mm", lambda x, weight: True)
+    for a, b in zip(run(), expected, strict=True):
+        assert relative_error(a, b) <= 2e-2

@@ -279,7 +279,7 @@ def reverse_recurrence_kernel(
 
     if HAS_D_FINAL_STATE:
         b_dS = gl.load(d_final_state + i_state + o_kv)
-        b_decayed = gl.load(decayed_state + i_state + o_kv, mask=o_kv < num_rows * (K * V), other=0.0)
+        b_decayed = gl.load(decayed_state + i_state + o_kv, mask=(o_kv >= 0) & (num_rows > 0), other=0.0)
         product = gl.sum(gl.sum(b_decayed.to(gl.float32) * b_dS, 1), 0)
     else:
         b_dS = gl.zeros([K, BV], gl.float32, layout=L_S)
@@ -315,7 +315,7 @@ def reverse_recurrence_kernel(
         zero = gl.zeros([BT, BV], gl.float32, layout=L_r)
         b_kdS = warpgroup_mma(s_k.index(i_buffer), s_S, zero, use_acc=False, is_async=True)
         b_Pdo = warpgroup_mma(s_P.index(i_buffer).permute((1, 0)), s_do, zero, use_acc=False, is_async=True)
-        b_next_do = gl.load(do + (rows - BT * H) * V + o_tv, mask=o_tv >= (1 - i_t) * (H * V * BT), other=0.0)
+        b_next_do = gl.load(do + (rows - BT * H) * V + o_tv, mask=(o_tv >= 0) & (i_t > 0), other=0.0)
         next_beta, next_from_start, next_to_end = _row_factors(
             beta, gates, rows - BT * H, i_chunk - H, gl.where(i_t > 0, BT, 0), H, BT, L_t
         )

@@ -1,0 +1,233 @@
+#!/usr/bin/env python
+"""Trains the paper's 380M model on one GPU and in every layout of two, and compares losses, speed, memory and volume.
+
+    python tools/bench_layouts.py --output DIR [--layouts NAME ...] [--steps N]
+    python tools/bench_layouts.py --output DIR --long [--layouts NAME ...]
+
+Each layout is a run of examples/pretrain_mom_a100.sh of its own, with the same data, seed and global batch; a last step
+is profiled on rank 0, for the bytes that it sent. With --long it is one sequence of 128k tokens on one GPU and over the
+context-parallel ranks, with full recomputation. In DIR: layouts.csv (a row a layout), exchanges.csv (a row for each
+process group and collective: bytes sent a step, measured and by the formulas of the README), losses.csv (a row a step)
+and losses.png. Runs that are in DIR already are not run again. Without a GPU a tiny model on two CPU processes shows
+that the tool runs.
+"""
+
+import argparse
+import csv
+import gzip
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from benchmark import VERSIONS, append_csv, device_kind, versions
+
+from linear_moe.plots import read_scalars
+
+ROOT = Path(__file__).parents[1]
+# GPUs, and settings of the script
+LAYOUTS = {
+    "one": (1, {}),
+    "DP2": (2, {}),
+    "TP2": (2, {"TP": 2, "SP": 0}),
+    "TP2+SP": (2, {"TP": 2}),
+    "EP2": (2, {"EP": 2}),
+    "PP2": (2, {"PP": 2}),
+    "CP2": (2, {"CP": 2}),
+}
+LONG_LAYOUTS = ("one", "CP2")
+BATCHES = {  # settings of the script; micro-batches as large as the memory allows and the layout divides
+    "cuda": {"GLOBAL_BATCH": 32, "MICRO_BATCH": 16},
+    "cpu": {
+        "GLOBAL_BATCH": 4,
+        "MICRO_BATCH": 2,
+        "LAYERS": 2,
+        "HIDDEN": 64,
+        "FFN": 128,
+        "HEAD_DIM": 16,
+        "VOCAB": 512,
+        "ATTENTION_HEADS": 2,
+    },
+}
+LONG_BATCHES = {
+    "cuda": {"SEQ_LENGTH": 131072, "GLOBAL_BATCH": 1, "MICRO_BATCH": 1},
+    "cpu": BATCHES["cpu"] | {"SEQ_LENGTH": 1024, "GLOBAL_BATCH": 1, "MICRO_BATCH": 1},
+}
+RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+WARM_UP = 3  # steps that are not timed
+BYTES = {"BFloat16": 2, "Half": 2, "Float": 4, "Int": 4, "Long": 8, "Byte": 1, "Bool": 1, "Double": 8}
+FIELDS = (*VERSIONS, "layout", "gpus", "sequence", "global_batch", "micro_batch", "steps", "tokens_per_second")
+FIELDS += ("of_one", "peak_gib", "first_loss", "last_loss", "largest_difference")
+
+
+def train(layout: str, folder: Path, steps: int, device: str, long: bool, timeout: float) -> None:
+    """Runs the script for one layout; its output goes to ``folder/log.txt``. Raises CalledProcessError."""
+    gpus, settings = LAYOUTS[layout]
+    settings = (LONG_BATCHES if long else BATCHES)[device] | settings
+    if layout == "PP2" and device == "cuda":
+        settings["MICRO_BATCH"] = 8  # two stages idle less over more micro-batches
+    arguments = ["--eval-iters", "0", "--log-memory-to-tensorboard", *(RECOMPUTE if long else [])]
+    profiled = steps + 1
+    if device == "cuda":
+        arguments += ["--profile", "--use-pytorch-profiler", "--profile-step-start", str(steps)]
+        arguments += ["--profile-step-end", str(profiled)]
+    environment = os.environ | {name: str(value) for name, value in settings.items()}
+    environment |= {"OUT": str(folder), "CHECKPOINTS": "", "TRAIN_ITERS": str(profiled), "LOG_INTERVAL": "1"}
+    environment |= {"EVAL_INTERVAL": str(10 * profiled), "MOM_PYTHON": sys.executable}
+    environment["GPUS" if device == "cuda" else "PROCESSES"] = str(gpus)
+    if device == "cuda":
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["bash", str(ROOT / "examples" / "pretrain_mom_a100.sh"), *arguments]
+    with (folder / "log.txt").open("w") as log:
+        subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=timeout, check=True)
+    (folder / "settings.json").write_text(json.dumps(settings))
+
+
+def sent_bytes(trace: Path) -> dict[tuple[str, str], tuple[int, int]]:
+    """{(process group, collective): (calls, bytes that rank 0 sent)} of a profiler's trace.
+
+    Counted as rings send: an all-gather its part to all others, a reduce-scatter all parts but its own, an all-reduce
+    both; an all-to-all an equal share to each rank.
+    """
+    with gzip.open(trace, "rt") as file:
+        events = json.load(file)["traceEvents"]
+    calls, sent = Counter(), Counter()
+    for event in events:
+        about = event.get("args", {})
+        ranks, name = about.get("Group size", 1), about.get("Collective name")
+        if event.get("cat") != "kernel" or name is None or ranks < 2:
+            continue
+        size = BYTES[about["dtype"]] * about["In msg nelems"]
+        others = ranks - 1
+        if "all_gather" in name or "allgather" in name:
+            volume = size * others
+        elif "reduce_scatter" in name or "all_to_all" in name:
+            volume = size * others / ranks
+        elif "allreduce" in name:
+            volume = 2 * size * others / ranks
+        elif "recv" in name:
+            volume = 0
+        else:  # send, broadcast
+            volume = size
+        group = about.get("Process Group Description") or about.get("Process Group Name", "")
+        calls[group, name] += 1
+        sent[group, name] += int(volume)
+    return {key: (calls[key], sent[key]) for key in sorted(calls)}
+
+
+def result(folder: Path, warm_up: int) -> dict:
+    """Losses by step, median tokens a second and peak memory of a finished run."""
+    scalars = read_scalars(folder / "tensorboard")
+    losses = scalars["lm loss"]
+    last = max(losses) - 1  # the last step is the profiled one
+    speeds = [value for step, value in scalars["tokens-per-second"].items() if warm_up < step <= last]
+    return {
+        "settings": json.loads((folder / "settings.json").read_text()),
+        "losses": {step: value for step, value in losses.items() if step <= last},
+        "tokens_per_second": statistics.median(speeds),
+        "peak_gib": max(scalars.get("mem-max-allocated-bytes", {0: 0}).values()) / 2**30,
+    }
+
+
+def row_of(layout: str, run: dict, one: dict | None, about: dict[str, str]) -> dict:
+    """A line of layouts.csv."""
+    losses, settings = run["losses"], run["settings"]
+    row = about | {"layout": layout, "gpus": LAYOUTS[layout][0], "sequence": settings.get("SEQ_LENGTH", 2048)}
+    row |= {"global_batch": settings["GLOBAL_BATCH"], "micro_batch": settings["MICRO_BATCH"], "steps": len(losses)}
+    row |= {"tokens_per_second": f"{run['tokens_per_second']:.0f}", "peak_gib": f"{run['peak_gib']:.2f}"}
+    row |= {"first_loss": f"{losses[min(losses)]:.4f}", "last_loss": f"{losses[max(losses)]:.4f}"}
+    row |= {"of_one": "", "largest_difference": ""}
+    if one is not None:
+        steps = losses.keys() & one["losses"].keys()
+        difference = max(abs(losses[s] / one["losses"][s] - 1) for s in steps)
+        row["of_one"] = f"{run['tokens_per_second'] / one['tokens_per_second']:.2f}"
+        row["largest_difference"] = f"{difference:.4f}"
+    return {name: row[name] for name in FIELDS}
+
+
+def draw(path: Path, runs: dict[str, dict], title: str) -> None:
+    """The losses of all layouts over the steps, and what parts them from one GPU's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(9, 8), height_ratios=(2, 1), sharex=True, layout="constrained")
+    one = runs.get("one", {}).get("losses", {})
+    for index, (layout, run) in enumerate(runs.items()):
+        steps, losses = zip(*run["losses"].items(), strict=True)
+        width = 5 - 4 * index / len(runs)  # lines that coincide show beside each other
+        upper.plot(steps, losses, color=f"C{index}", linewidth=width, label=layout)
+        both = [step for step in steps if step in one]
+        if layout != "one" and both:
+            apart = [100 * (run["losses"][step] / one[step] - 1) for step in both]
+            lower.plot(both, apart, color=f"C{index}", label=layout)
+    upper.set(ylabel="loss, nats per token", title=title)
+    lower.set(xlabel="training step", ylabel="apart from one GPU, %")
+    for axis in (upper, lower):
+        axis.grid(alpha=0.3)
+    upper.legend(ncols=2)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the runs and tables")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="all if left out")
+    parser.add_argument("--steps", type=int, help="training steps of a run; 50, or 8 with --long")
+    parser.add_argument("--long", action="store_true", help="one sequence of 128k tokens")
+    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a run may take")
+    options = parser.parse_args(argv)
+    device, about = device_kind(), versions()
+    steps = options.steps or (8 if options.long else 50)
+    if steps <= WARM_UP:
+        parser.error(f"--steps {steps}: the first {WARM_UP} are not timed, take more")
+    names = options.layouts or (LONG_LAYOUTS if options.long else tuple(LAYOUTS))
+    options.output.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for layout in names:
+        folder, start = options.output / layout, time.monotonic()
+        if (folder / "settings.json").exists():
+            continue
+        try:
+            train(layout, folder, steps, device, options.long, options.timeout)
+        except subprocess.SubprocessError as error:
+            failed.append(layout)
+            print(f"{layout}: {error}; the end of {folder / 'log.txt'}:")
+            print("\n".join((folder / "log.txt").read_text().splitlines()[-12:]))
+        print(f"{layout}: {time.monotonic() - start:.0f} s", flush=True)
+
+    for name in ("layouts.csv", "exchanges.csv", "losses.csv"):
+        (options.output / name).unlink(missing_ok=True)
+    runs = {}
+    for layout in (name for name in names if name not in failed):
+        runs[layout] = result(options.output / layout, WARM_UP)
+        row = row_of(layout, runs[layout], runs.get("one"), about)
+        append_csv(options.output / "layouts.csv", [row])
+        shown = ("layout", "tokens_per_second", "of_one", "peak_gib", "first_loss", "last_loss", "largest_difference")
+        print(*(f"{name} {row[name]}" for name in shown), flush=True)
+        for trace in (options.output / layout / "torch_profile").glob("rank-0.json.gz"):
+            for (group, collective), (calls, sent) in sent_bytes(trace).items():
+                exchange = {"layout": layout, "group": group, "collective": collective, "calls": calls, "bytes": sent}
+                append_csv(options.output / "exchanges.csv", [exchange])
+                print("   ", *exchange.values(), flush=True)
+    if runs:
+        with (options.output / "losses.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["step", *runs])
+            for step in next(iter(runs.values()))["losses"]:
+                writer.writerow([step, *(f"{run['losses'].get(step, float('nan')):.5f}" for run in runs.values())])
+        draw(options.output / "losses.png", runs, f"380M in {len(runs)} layouts, {about['device']}")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
