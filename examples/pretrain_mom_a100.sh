@@ -86,6 +86,9 @@ parallel=(
     --context-parallel-size "$CP"
 )
 if [ "$SP" != 0 ]; then parallel+=(--sequence-parallel); fi
+if [ "$GPUS" != 0 ] && [ $((GPUS * NNODES)) -gt $((TP * PP * CP)) ]; then # several replicas: hide what they exchange
+    parallel+=(--overlap-grad-reduce --overlap-param-gather)
+fi
 watching=(
     --log-interval "$LOG_INTERVAL" --tensorboard-dir "$OUT/tensorboard" --tensorboard-log-interval "$LOG_INTERVAL"
     --eval-interval "$EVAL_INTERVAL" --eval-iters 8 --exit-signal-handler
@@ -97,7 +100,8 @@ if [ -n "$WANDB_PROJECT" ]; then
     watching+=(--wandb-project "$WANDB_PROJECT" --wandb-exp-name "$(basename "$OUT")" --wandb-save-dir "$OUT")
 fi
 
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# Megatron insists on one hardware queue for TP and CP; with several, other exchanges run beside the computation.
+if [ $((TP * CP)) -gt 1 ]; then export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}; fi
 if [ "$GPUS" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / PROCESSES))}; fi
 "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" \
     --nproc-per-node "$PROCESSES" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \

@@ -226,14 +226,10 @@ class _FromLaterRanks(torch.autograd.Function):
         here, plan, rule, backend, gate_names = ctx.options
         transition, q, k, *gates = (saved.detach() for saved in ctx.saved_tensors)
         incoming = here.incoming(plan)
-        states = incoming.cu_seqlens.shape[0] - 1, *k.shape[1:], do.shape[2]
-        start = k.new_zeros(states, dtype=transition.dtype)
+        start = k.new_zeros(incoming.cu_seqlens.shape[0] - 1, *k.shape[1:], do.shape[2], dtype=transition.dtype)
         if here.rank > 0:
-            with torch.enable_grad():
-                # The outputs are linear in the state, so that no value of v changes this gradient.
-                gates = dict(zip(gate_names, gates, strict=True))
-                o, _ = rule.recur(q, k, do, incoming.cu_seqlens, gates, start.requires_grad_(), False, backend)
-                (start,) = torch.autograd.grad(o, start, do)
+            gates = dict(zip(gate_names, gates, strict=True))
+            start = rule.initial_state_gradient(q, k, do, incoming.cu_seqlens, gates, backend)
         gradient = _where(incoming.crosses, start[incoming.places])
         transitions, gradients = here._exchange(transition, gradient)
         d_final_state = None

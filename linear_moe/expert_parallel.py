@@ -55,8 +55,22 @@ class RowExchange:
 
     def give_back(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [A, C] in the plan's order to [R, C] in the order in which their ranks sent them."""
-        arrived = rows.index_select(0, self.plan.row_of_slot.flatten())[: sum(self.arriving)]
-        return all_to_all(self.group, arrived, self.sent, self.arriving)
+        arrived = _Permute.apply(rows, self.plan.row_of_slot.flatten(), self.plan.token_of_row)
+        return all_to_all(self.group, arrived[: sum(self.arriving)], self.sent, self.arriving)
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order. PyTorch's own gradient of a selection adds with atomics."""
+
+    @staticmethod
+    def forward(ctx, rows, order, inverse):
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
 
 
 def plan_arrivals(counts: torch.Tensor, num_rows: int, context_size: int = 1) -> RoutingPlan:
@@ -142,6 +156,7 @@ def mix_memories_over_ranks(
     num_memories: int,
     group: torch.distributed.ProcessGroup,
     ragged: bool,
+    time_major: bool = False,
     context_size: int = 1,
     sequence_slice: SequenceSlice | None = None,
     backend: str = "auto",
@@ -153,13 +168,15 @@ def mix_memories_over_ranks(
 
     Args:
         x: [N, D]. q: [N, H K] before convolution. gate: [N, H V] before SiLU.
-        weights, ids: [N, k] the router's.
+        weights: [N, k] the router's.
+        ids: [N, k] the router's, sequence by sequence whatever ``time_major`` says.
         token_borders: [B + 1] int32, first token of every sequence, then N.
         routed: parameters of the memories that live here, M / E of them (or one projection for all).
         shared: parameters of the shared memory, None where there is none.
         num_memories: M, of all ranks.
         group: the expert-parallel group.
         ragged: ranks may hold different numbers of sequences.
+        time_major: x, q, gate, weights and y are stored time first, [T, B] flattened.
         context_size: P, which divides the group's size.
         sequence_slice: of this rank, where P > 1: for the shared memory.
 
@@ -174,10 +191,12 @@ def mix_memories_over_ranks(
         everyone = build_routing_plan(
             torch.zeros_like(ids[:, :1]), token_borders, num_memories=1, shared=False, backend=backend
         )
+        everyone = everyone.time_major() if time_major else everyone
         o, _ = read_memories(x, q, everyone, shared, sequence_slice=sequence_slice, backend=backend)
         outputs.append(o)
     with nullcontext() if stream is None else torch.cuda.stream(stream):
         plan = build_routing_plan(ids, token_borders, num_memories=num_memories, shared=False, backend=backend)
+        plan = plan.time_major() if time_major else plan
         exchange = plan_exchange(plan, group, ragged, context_size)
         arrived = exchange.dispatch(gather_rows(torch.cat([x, q], dim=1), plan))
     if stream is not None:

@@ -209,32 +209,29 @@ class MomTokenMixer(MegatronModule):
         projected, _ = self.in_proj(hidden_states)
         x, weights, ids = self._all_tokens(hidden_states, weights, ids)
         length, batch = x.shape[:2]
-
-        def sequence_major(y):  # [s, b, *] -> [b * s, *]
-            return y.transpose(0, 1).flatten(0, 1)
-
         borders, sequence_slice = self._token_borders(packed_seq_params, batch, length, x.device)
         # The plan wants the tokens of a sequence together. What they carry stays as it is, but where tokens are sent.
-        ids = sequence_major(ids)
+        ids = ids.transpose(0, 1).flatten(0, 1)
+        q, gate = projected.flatten(0, 1).split([self.key_width, self.value_width], dim=1)
+        routed = self._memory_parameters(self.memory_proj)
         if self.splits_memories:
-            q, gate = sequence_major(projected).split([self.key_width, self.value_width], dim=1)
             y = mix_memories_over_ranks(
-                sequence_major(x),
+                x.flatten(0, 1),
                 q,
                 gate,
-                sequence_major(weights),
+                weights.flatten(0, 1),
                 ids,
                 borders,
-                self._memory_parameters(self.memory_proj),
+                routed,
                 self._shared_parameters(),
                 num_memories=self.config.mom_num_memories,
                 group=self.ep_group,
                 ragged=packed_seq_params is not None,
+                time_major=batch > 1,
                 context_size=self.cp_group.size(),
                 sequence_slice=sequence_slice,
                 backend=self.config.mom_backend,
             )
-            y = y.unflatten(0, (batch, length)).transpose(0, 1).contiguous()
         else:
             plan = build_routing_plan(
                 ids,
@@ -245,12 +242,11 @@ class MomTokenMixer(MegatronModule):
             )
             if batch > 1:
                 plan = plan.time_major()
-            q, gate = projected.flatten(0, 1).split([self.key_width, self.value_width], dim=1)
             y, _ = mix_memories(
-                x.flatten(0, 1), q, gate, weights.flatten(0, 1), plan, self._memory_parameters(self.memory_proj),
+                x.flatten(0, 1), q, gate, weights.flatten(0, 1), plan, routed,
                 sequence_slice=sequence_slice, backend=self.config.mom_backend,
             )  # fmt: skip
-            y = y.unflatten(0, (length, batch))
+        y = y.unflatten(0, (length, batch))
         out, bias = self.out_proj(y)
         return (out if self.order is None else self.order.to_zigzag(out)), bias
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from mom_layers.ops.backend import compute_dtype, resolve_backend
 from mom_layers.ops.chunk_table import CHUNK
 from mom_layers.ops.gated_delta_rule import gated_delta_rule
-from mom_layers.rules.registry import MemoryRule
+from mom_layers.rules.registry import MemoryRule, differentiate_initial_state
 
 # The range of time steps that Mamba2 and Gated DeltaNet start from.
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -60,6 +60,14 @@ def transition(k, cu_seqlens, gates, backend):
     return recur(k, k, torch.zeros_like(k), cu_seqlens, gates, identity, True, backend)[1]
 
 
+def initial_state_gradient(q, k, do, cu_seqlens, gates, backend):
+    if resolve_backend(backend, q) == "triton":
+        from mom_layers.ops.gated_delta_rule.autograd import initial_state_gradient_triton
+
+        return initial_state_gradient_triton(q, k, gates["g"], gates["beta"], do, cu_seqlens)
+    return differentiate_initial_state(recur)(q, k, do, cu_seqlens, gates, backend)
+
+
 def decode_step(*arguments):
     from mom_layers.ops.decode_step_triton import decode_step_triton
 
@@ -84,6 +92,7 @@ RULE = MemoryRule(
     gates=gates,
     recur=recur,
     transition=transition,
+    initial_state_gradient=initial_state_gradient,
     diagonal_transition=False,
     unit_length_keys=True,
     head_sizes=(16, 32, 64, 128, 256),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from mom_layers.ops.backend import compute_dtype
 from mom_layers.ops.chunk_table import CHUNK
 from mom_layers.ops.gated_linear_attention import gated_linear_attention
-from mom_layers.rules.registry import MemoryRule
+from mom_layers.rules.registry import MemoryRule, differentiate_initial_state
 
 RANK = 16
 NORMALIZER = 16.0
@@ -81,6 +81,7 @@ RULE = MemoryRule(
     gates=gates,
     recur=recur,
     transition=transition,
+    initial_state_gradient=differentiate_initial_state(recur),
     diagonal_transition=True,
     unit_length_keys=False,
     head_sizes=(16, 32, 64, 128, 256),

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mom_layers.ops.backend import compute_dtype
+
 
 @dataclass(frozen=True)
 class MemoryRule:
@@ -28,6 +30,9 @@ class MemoryRule:
             (o [R, H, V], final state [S, H, K, V] or None).
         transition: (k [R, H, K], cu_seqlens, gates, backend) -> the matrix that a segment multiplies its initial state
             by, [S, H, K, K] in float32 (float64 for float64 keys); [S, H, K] where it is diagonal.
+        initial_state_gradient: (q, k [R, H, K], do [R, H, V], cu_seqlens, gates, backend) -> the gradient of the
+            initial state, [S, H, K, V], through the outputs alone, whose gradient is do. They are linear in the state,
+            so that no values are needed.
         diagonal_transition: it is.
         decode_step: the arguments of :func:`mom_layers.ops.decode_step_triton.decode_step_triton`, and what it returns;
             None where a step of one token takes the general path.
@@ -43,6 +48,7 @@ class MemoryRule:
     gates: Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor], str], dict[str, torch.Tensor]]
     recur: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     transition: Callable[..., torch.Tensor]
+    initial_state_gradient: Callable[..., torch.Tensor]
     diagonal_transition: bool
     unit_length_keys: bool
     head_sizes: tuple[int, ...]
@@ -53,6 +59,19 @@ class MemoryRule:
     def parameter_names(self) -> tuple[str, ...]:
         """Of the rule's parameters."""
         return tuple(self.parameter_shapes(1))
+
+
+def differentiate_initial_state(recur: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]):
+    """``initial_state_gradient`` of a rule that has no shorter way to it than the gradient of its recurrence."""
+
+    def initial_state_gradient(q, k, do, cu_seqlens, gates, backend):
+        shape = (cu_seqlens.shape[0] - 1, *k.shape[1:], do.shape[2])
+        state = torch.zeros(shape, dtype=compute_dtype(k.dtype), device=k.device, requires_grad=True)
+        with torch.enable_grad():
+            o, _ = recur(q, k, do, cu_seqlens, gates, state, False, backend)
+            return torch.autograd.grad(o, state, do)[0]
+
+    return initial_state_gradient
 
 
 _RULES: dict[str, MemoryRule] = {}

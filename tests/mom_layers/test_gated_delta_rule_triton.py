@@ -277,3 +277,13 @@ def test_gated_delta_rule_triton_knows_a_long_segments_final_state(rows):
     for name in ("o", "final_state", *(f"d{n}" for n in NAMES[:5])):
         part = got[name] if name == "final_state" else got[name][start:]
         assert relative_error(part, own[name]) < TOLERANCE[torch.bfloat16], name
+
+
+def test_gated_delta_rule_triton_initial_states_gradient_alone():
+    """What the whole backward pass gives, without the rest of it; empty segments too."""
+    leaves, cu_seqlens = inputs(RAGGED, 2, 64, 32)
+    do, d_last = output_weights(leaves)
+    want = expected(leaves, cu_seqlens, True, True, (do, torch.zeros_like(d_last)))["dinitial_state"]
+    q, k, _, g, beta, _ = (leaf.detach() for leaf in leaves.values())
+    got = entry.initial_state_gradient_triton(q, k, g, beta, do, cu_seqlens)
+    assert relative_error(got, want) < TOLERANCE[torch.float32]

@@ -142,3 +142,40 @@ def gated_delta_rule_triton(
     differentiable = (x for x in (q, k, v, g, beta, initial_state) if x is not None)
     for_backward = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
     return _GatedDeltaRule.apply(q, k, v, g, beta, cu_seqlens, initial_state, output_final_state, scale, for_backward)
+
+
+@torch.no_grad()
+def initial_state_gradient_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    do: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """The gradient of :func:`gated_delta_rule_triton`'s initial state through o alone: one walk against time.
+
+    Args:
+        q, k, g, beta, cu_seqlens, scale: as there.
+        do: [R, H, V], the gradient of o.
+
+    Returns:
+        [S, H, K, V] float32; zeros for empty segments.
+
+    Raises:
+        ValueError: as there.
+    """
+    _check(q, k, do, g, beta, cu_seqlens, None)
+    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    q, k, g, beta, do, cu_seqlens = (x.contiguous() for x in (q, k, g, beta, do, cu_seqlens))
+    table = chunk_table(cu_seqlens, q.shape[0], backend="triton")
+    groups = chunk_table(cu_seqlens, q.shape[0], GROUP * CHUNK, backend="triton")
+    gates, solved, scores = chunk_local(q, k, g, beta, cu_seqlens, table)
+    gradient = q.new_empty(cu_seqlens.shape[0] - 1, *q.shape[1:], do.shape[2], dtype=torch.float32)
+    # The walk multiplies dS with the states of the forward pass too, for dg: nobody asks for that here.
+    no_states = q.new_zeros(groups.segment.shape[0], *q.shape[1:], do.shape[2])
+    run_reverse_recurrence(
+        q, k, beta, gates, solved, scores, do, cu_seqlens, table, groups, scale, no_states, None, None, gradient
+    )
+    return gradient
