@@ -62,6 +62,9 @@ class MomTransformerConfig(TransformerConfig):
     mom_backend: str = "auto"
     """Implementation of the mixer's operations: "auto" (Triton on GPUs, PyTorch elsewhere), "torch" or "triton"."""
 
+    contiguous_context_slices: bool = False
+    """Under context parallelism every rank's tokens are one stretch of time, and not two as Megatron cuts batches."""
+
     def __post_init__(self) -> None:
         size = self.expert_model_parallel_size
         if self.token_mixer == "mom" and self.num_moe_experts is None:

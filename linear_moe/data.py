@@ -24,6 +24,8 @@ from megatron.training import get_args, get_timers
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from linear_moe.config import MomTransformerConfig
+
 FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids", "cu_seqlens", "cu_seqlens_padded",
           "max_seqlen", "local_cp_size", "hybrid_cp_group")  # fmt: skip
 """What a batch holds."""
@@ -118,6 +120,16 @@ def provide_datasets(train_valid_test_num_samples, vp_stage=None):
 provide_datasets.is_distributed = True
 
 
+def cuts_contiguously(args) -> bool:
+    """Whether a context-parallel rank gets one stretch of time: where every layer wants that, none has to reorder.
+
+    Softmax attention wants Megatron's zigzag, which costs every rank the same; multi-token prediction has such a layer.
+    """
+    if args.context_parallel_size == 1 or args.token_mixer != "mom" or args.mtp_num_layers:
+        return False
+    return all(MomTransformerConfig.mom_layer_pattern(args)) and args.seq_length % args.context_parallel_size == 0
+
+
 def get_batch(data_iterator, vp_stage=None) -> dict[str, torch.Tensor | None]:
     """This rank's part of the next batch; every field of FIELDS, None where the rank's stage has no use for it."""
     args = get_args()
@@ -148,6 +160,10 @@ def get_batch(data_iterator, vp_stage=None) -> dict[str, torch.Tensor | None]:
     batch = flatten_batch_for_packed_sequences(batch)
     if not _needs_batch(args, vp_stage):
         return batch
+    if cuts_contiguously(args):
+        ranks, rank = args.context_parallel_size, mpu.get_context_parallel_rank()
+        cut = ("tokens", "labels", "loss_mask", "position_ids")
+        return batch | {name: batch[name].chunk(ranks, 1)[rank] for name in cut if batch[name] is not None}
     return get_batch_on_this_cp_rank(
         batch,
         is_hybrid_cp=False,

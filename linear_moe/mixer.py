@@ -51,7 +51,8 @@ class MomTokenMixer(MegatronModule):
     rule's parameters by head; the router and the per-head norm are whole on every rank. Memories are sharded over the
     expert-parallel group: ``memory_proj`` then holds this rank's, and ``shared_proj`` the shared memory's. Without
     expert parallelism ``memory_proj`` holds them all, for one grouped product. Sequences lie over the context-parallel
-    group in Megatron's order, and inside the mixer in the order of time.
+    group in Megatron's order (or, with ``contiguous_context_slices``, in that of time), and inside the mixer in the
+    order of time.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class MomTokenMixer(MegatronModule):
         self.cp_group = pg_collection.cp
         self.splits_memories = config.expert_model_parallel_size > 1
         self.order = None
-        if self.cp_group.size() > 1:
+        if self.cp_group.size() > 1 and not config.contiguous_context_slices:
             group = pg_collection.tp_cp if config.sequence_parallel else self.cp_group
             self.order = SequenceOrder(group, self.cp_group.size())
         self.rule = get_rule(config.mom_rule)

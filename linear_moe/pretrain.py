@@ -26,23 +26,22 @@ def main() -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 
-    from linear_moe import arguments
+    from linear_moe import arguments, data
     from linear_moe.config import MomTransformerConfig
     from linear_moe.console import install as install_console
-    from linear_moe.data import check_data_paths, forward_step, provide_datasets
     from linear_moe.layer_specs import gpt_layer_spec
 
     arguments.PATCH.apply()
     install_console()
     announce()
     args = parse_and_validate_args(extra_args_provider=add_machine_defaults)
-    check_data_paths(args)
+    data.check_data_paths(args)
+    args.contiguous_context_slices = data.cuts_contiguously(args)
     config = core_transformer_config_from_args(args, MomTransformerConfig)
     model = gpt_config_from_args(args, config=config)
     model.transformer_layer_spec = gpt_layer_spec
-    pretrain(
-        pretrain_cfg_container_from_args(args, model), provide_datasets, ModelType.encoder_or_decoder, forward_step
-    )
+    container = pretrain_cfg_container_from_args(args, model)
+    pretrain(container, data.provide_datasets, ModelType.encoder_or_decoder, data.forward_step)
 
 
 def _explain(error: BaseException) -> str:

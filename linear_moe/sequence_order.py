@@ -5,7 +5,8 @@ every rank the same. A recurrence costs the same anywhere, and wants each rank t
 all-to-all of hidden states on the way into a MoM layer and one on the way out do it: D numbers a token each, of which
 1 / P stay where they are, and that is the least of what a layer could exchange, for its queries, keys, values and gates
 are wider. It is done in every layer, and not once for a run of them, because the residual stream that a MoM layer's
-output is added to is not the layer's to reorder.
+output is added to is not the layer's to reorder. Where all layers are MoM layers, our own entry cuts batches in the
+order of time to begin with (``contiguous_context_slices``), and none of this is needed.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import GLA, LAYOUTS, MODELS, ROUTED, STEPS
-from training import gradients_of_first_step, parameters
+from training import CP2, gradients_of_first_step, launch, parameters
 
 RTOL = 1e-5
 
@@ -37,3 +37,18 @@ def test_replicated_parameters_get_the_gradient_of_all_heads(trained, layout, na
     expected = gradients_of_first_step(trained("1", ROUTED)[1])[name]
     assert expected.norm() > 1e-4
     assert (got - expected).norm() <= RTOL * expected.norm()
+
+
+def test_batches_in_megatrons_order_train_the_same(documents, trained, tmp_path):
+    """What models with softmax layers, and Megatron-LM's own scripts, hand to context-parallel ranks."""
+    expected, expected_folder = trained("1", ROUTED)
+
+    def prepare():
+        from linear_moe import data
+
+        data.cuts_contiguously = lambda args: False
+
+    data = ["--data-path", documents, "--train-iters", STEPS]
+    losses = launch(2, [*MODELS[ROUTED], *data, *CP2], tmp_path, save_at=(1,), prepare=prepare)
+    assert losses == pytest.approx(expected, rel=RTOL)
+    assert_same(gradients_of_first_step(tmp_path), gradients_of_first_step(expected_folder))
