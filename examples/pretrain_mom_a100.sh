@@ -9,7 +9,12 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=$(bash "$here/tools/environment.sh")
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 
+: "${TP:=1}" "${PP:=1}" "${EP:=1}" "${CP:=1}" "${SP:=$((TP > 1))}" "${NNODES:=1}"
 : "${GPUS:=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}"
+if [ "$GPUS" != 0 ] && [ $((GPUS * NNODES % (TP * PP * CP))) != 0 ]; then
+    echo "error: TP=$TP x PP=$PP x CP=$CP does not divide GPUS=$GPUS x NNODES=$NNODES" >&2
+    exit 2
+fi
 # On a CPU two processes of one thread are faster than one of two.
 if [ "$GPUS" = 0 ]; then : "${PROCESSES:=$(($(nproc) > 1 ? 2 : 1))}"; else PROCESSES=$GPUS; fi
 if [ "${DEMO:-0}" != 0 ] || [ "$GPUS" = 0 ]; then
@@ -23,14 +28,14 @@ else
     if [ -z "${MICRO_BATCH:-}" ]; then # 9 GB and 3.9 GB a sequence of 2048: 4 fit in 40 GB, 8 in 80 GB
         MICRO_BATCH=$("$PYTHON" -c 'import torch; gb = torch.cuda.get_device_properties(0).total_memory / 1e9
 print(16 if gb > 120 else 8 if gb > 60 else 4)')
-        replicas=$((GPUS * ${NNODES:-1} / (${TP:-1} * ${PP:-1} * ${CP:-1})))
+        replicas=$((GPUS * NNODES / (TP * PP * CP)))
         while [ "$MICRO_BATCH" -gt 1 ] && [ $((GLOBAL_BATCH % (MICRO_BATCH * replicas))) != 0 ]; do MICRO_BATCH=$((MICRO_BATCH / 2)); done
     fi
     : "${TRAIN_ITERS:=$((15000000000 / (GLOBAL_BATCH * SEQ_LENGTH)))}"             # 15B tokens
     : "${VOCAB:=32000}" "${PRECISION:=bf16}" "${LOG_INTERVAL:=10}" "${EVAL_INTERVAL:=500}" "${SAVE_INTERVAL:=1000}"
 fi
 : "${TOKEN_MIXER:=mom}" "${MEMORIES:=4}" "${TOPK:=2}" "${ATTENTION_HEADS:=$((HIDDEN / 64))}" "${WARMUP_FRACTION:=0.01}"
-: "${TP:=1}" "${PP:=1}" "${EP:=1}" "${CP:=1}" "${SP:=$((TP > 1))}" "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29531}"
+: "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29531}"
 : "${DATA_PATH:=}" "${TOKENIZER:=}" "${WANDB_PROJECT:=}" "${CHECKPOINTS=$OUT/checkpoints}" # empty: none are kept
 
 echo "settings:"

@@ -90,6 +90,12 @@ def check_model(args: argparse.Namespace) -> None:
         (spec and not args.hybrid_layer_pattern and spec != OUR_SPEC, f"--spec {spec}", f"leave it out, or {OUR_SPEC}"),
         (args.hybrid_layer_pattern and "G" not in args.hybrid_layer_pattern,
          f"--hybrid-layer-pattern {args.hybrid_layer_pattern}", "write G where a MoM layer is to be"),
+        ((args.reset_attention_mask or args.reset_position_ids) and not packed,
+         "--reset-attention-mask" if args.reset_attention_mask else "--reset-position-ids",
+         "memories know documents by --dataloader-inter-document-masking"),
+        (packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size not in (None, 1),
+         f"packed documents, --pipeline-model-parallel-size {args.pipeline_model_parallel_size} and "
+         f"--micro-batch-size {args.micro_batch_size}", "stages take packed rows one by one: --micro-batch-size 1"),
         (packed and graphs, "CUDA graphs of packed documents",
          "their number changes from batch to batch: leave out one of the two"),
     ]:  # fmt: skip

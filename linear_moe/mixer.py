@@ -33,7 +33,7 @@ from linear_moe.router import MemoryRouter
 from linear_moe.sequence_order import SequenceOrder
 from mom_layers.mixing import MemoryParameters, mix_memories, projection_sizes
 from mom_layers.ops.routing_plan import build_routing_plan
-from mom_layers.rules import get_rule
+from mom_layers.rules import get_rule, kept_exact
 
 
 @dataclass
@@ -143,7 +143,7 @@ class MomTokenMixer(MegatronModule):
         self.v_conv = parameter(self.value_width, width, sharded_dim=0)
         self.norm_weight = parameter(config.mom_value_dim)
         for gate, shape in self.rule.parameter_shapes(config.mom_head_dim).items():
-            # float32 whatever the model's type: see _apply
+            # float32 whatever the model's type
             self.register_parameter(gate, parameter(self.num_heads, *shape, dtype=torch.float32, sharded_dim=0))
         if config.perform_initialization:
             self.reset_parameters()
@@ -309,14 +309,8 @@ class MomTokenMixer(MegatronModule):
         return self._memory_parameters(self.memory_proj if self.shared_proj is None else self.shared_proj)
 
     def _apply(self, fn, recurse=True):
-        """Keeps the rule's parameters in float32 when the model is cast: decay rates do not survive bf16."""
-        exact = {name: getattr(self, name).data for name in self.rule.parameter_names}
-        super()._apply(fn, recurse)
-        for name, value in exact.items():
-            parameter = getattr(self, name)
-            if parameter.dtype != torch.float32:
-                parameter.data = value.to(parameter.device)
-        return self
+        with kept_exact(getattr(self, name) for name in self.rule.parameter_names):
+            return super()._apply(fn, recurse)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, tp_group=None):
         """Parameters for a distributed checkpoint, each piece of a fused one under its own name, so that it can be

@@ -35,6 +35,7 @@ def main() -> None:
     install_console()
     announce()
     args = parse_and_validate_args(extra_args_provider=add_machine_defaults)
+    check_entry(args)
     data.check_data_paths(args)
     args.contiguous_context_slices = data.cuts_contiguously(args)
     config = core_transformer_config_from_args(args, MomTransformerConfig)
@@ -42,6 +43,22 @@ def main() -> None:
     model.transformer_layer_spec = gpt_layer_spec
     container = pretrain_cfg_container_from_args(args, model)
     pretrain(container, data.provide_datasets, ModelType.encoder_or_decoder, data.forward_step)
+
+
+def check_entry(args) -> None:
+    """Raises ValueError for what Megatron-LM's scripts know and this entry does not: another model, or other data."""
+    spec = None if args.spec is None else " ".join(args.spec)
+    hybrid, variant = args.hybrid_layer_pattern, args.experimental_attention_variant
+    launcher = "run Megatron-LM's own script: python -m linear_moe path/to/"
+    for present, what, instead in [
+        (hybrid, f"--hybrid-layer-pattern {hybrid}", launcher + "pretrain_hybrid.py"),
+        (spec, f"--spec {spec}", "leave it out"),
+        (args.sft, "--sft", launcher + "pretrain_gpt.py"),
+        (args.fim_data, "--fim-data", launcher + "pretrain_gpt.py"),
+        (variant, f"--experimental-attention-variant {variant}", launcher + "pretrain_gpt.py"),
+    ]:
+        if present:
+            raise ValueError(f"linear_moe.pretrain does not take {what}: {instead}")
 
 
 def _explain(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from mom_layers.ops.backend import resolve_backend
 from mom_layers.ops.routing_plan import build_routing_plan
 from mom_layers.ops.segment_convolution import UNIT_LENGTH_EPS
 from mom_layers.routing import route
-from mom_layers.rules import MemoryRule, get_rule
+from mom_layers.rules import MemoryRule, get_rule, kept_exact
 from mom_layers.state import MemoryState
 
 
@@ -136,6 +136,10 @@ class MixtureOfMemories(nn.Module):
         for name, value in self.rule.init_parameters(self.num_heads, self.head_dim).items():
             self.rule_parameters[name].copy_(value)
         nn.init.ones_(self.norm_weight)
+
+    def _apply(self, fn, recurse=True):
+        with kept_exact(self.rule_parameters.values()):
+            return super()._apply(fn, recurse)
 
     def forward(
         self,

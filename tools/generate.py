@@ -121,7 +121,11 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of the command line, of files, or of standard input."""
     if args.prompt:
         return args.prompt
-    texts = [path.read_text(encoding="utf-8") for path in args.prompt_file] if args.prompt_file else [sys.stdin.read()]
+    try:
+        files = args.prompt_file or []
+        texts = [path.read_text(encoding="utf-8") for path in files] if files else [sys.stdin.read()]
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"the prompt is not UTF-8: {error}") from error
     if args.lines:
         texts = [line for text in texts for line in text.splitlines() if line.strip()]
         if not texts:

@@ -227,7 +227,10 @@ def draw(measurement: Measurement, train_length: int, name: str, path: Path) -> 
 
 
 def _encode(tokenizer, path: Path, vocab_size: int) -> torch.Tensor:
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PerplexityError(f"--text {path} is not UTF-8: {error}") from error
     tokens = torch.tensor(tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=torch.long)
     if len(tokens) and tokens.max() >= vocab_size:
         raise PerplexityError(f"the tokenizer gives token {tokens.max()}, the model has {vocab_size} of them")

@@ -11,11 +11,10 @@ from mom_layers.hf.layers import RMSNorm
 from mom_layers.hf.sequence import TokenSequence
 from mom_layers.mixing import MemoryParameters, mix_memories, projection_sizes
 from mom_layers.mom import steps_in_kernels
-from mom_layers.ops.backend import compute_dtype
 from mom_layers.ops.routing_plan import build_routing_plan
 from mom_layers.ops.segment_convolution import UNIT_LENGTH_EPS
 from mom_layers.routing import route
-from mom_layers.rules import get_rule
+from mom_layers.rules import get_rule, kept_exact
 
 # The format's letter for a gate of the rule: gate "beta" is projected by b_proj.M and shared_b.
 GATE_LETTERS = {"beta": "b"}
@@ -177,15 +176,8 @@ class MomAttention(nn.Module):
                 parameter.copy_(value)
 
     def _apply(self, fn, recurse=True):
-        """Moves and casts; the rule's own parameters stay in float32, for a rounded decay rate is another model."""
-        kept = {name: getattr(self, name).data for name in self.rule.parameter_names}
-        super()._apply(fn, recurse)
-        for name, value in kept.items():
-            parameter = getattr(self, name)
-            if parameter.dtype != compute_dtype(parameter.dtype):
-                parameter.data = value.to(device=parameter.device, dtype=torch.float32)
-                parameter.grad = None
-        return self
+        with kept_exact(getattr(self, name) for name in self.rule.parameter_names):
+            return super()._apply(fn, recurse)
 
 
 def _lie_in_a_row(weights: list[torch.Tensor]) -> bool:

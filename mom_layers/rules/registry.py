@@ -7,7 +7,8 @@ convolution, mixing) is the same for every rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,17 @@ class MemoryRule:
     def parameter_names(self) -> tuple[str, ...]:
         """Of the rule's parameters."""
         return tuple(self.parameter_shapes(1))
+
+
+@contextmanager
+def kept_exact(parameters: Iterable[torch.nn.Parameter]):
+    """Around a module's cast: a rule's own parameters stay in float32, for a rounded decay rate is another model."""
+    kept = [(parameter, parameter.data) for parameter in parameters]
+    yield
+    for parameter, value in kept:
+        if parameter.dtype != compute_dtype(parameter.dtype):
+            parameter.data = value.to(device=parameter.device, dtype=torch.float32)
+            parameter.grad = None
 
 
 def differentiate_initial_state(recur: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]):

@@ -32,6 +32,12 @@ def check(*arguments):
             ["--context-parallel-size", 2, "--dataloader-inter-document-masking", "--mtp-num-layers", 1],
             "make every layer MoM, without --mtp-num-layers",
         ),
+        (["--reset-position-ids"], "does not work with --reset-position-ids: memories know documents by"),
+        (["--reset-attention-mask"], "does not work with --reset-attention-mask: memories know documents by"),
+        (
+            ["--dataloader-inter-document-masking", "--pipeline-model-parallel-size", 2, "--micro-batch-size", 2],
+            "stages take packed rows one by one: --micro-batch-size 1",
+        ),
         (
             ["--cuda-graph-impl", "local", "--dataloader-inter-document-masking"],
             "does not work with CUDA graphs of packed documents",
@@ -51,6 +57,8 @@ def test_refuses(arguments, message):
         ["--context-parallel-size", 2, "--linear-attention-freq", 2],
         ["--cuda-graph-impl", "full_iteration"],
         ["--hybrid-layer-pattern", "G-*-"],
+        ["--reset-position-ids", "--dataloader-inter-document-masking"],
+        ["--dataloader-inter-document-masking", "--pipeline-model-parallel-size", 2, "--micro-batch-size", 1],
     ],
 )
 def test_takes(arguments):
