@@ -11,36 +11,59 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from mom_layers.ops.activations_triton import sigmoid
+from mom_layers.ops.activations_triton import tanh
 from mom_layers.ops.rows_triton import sum_parts
 
-FORWARD_TILE_ELEMENTS = 4096  # of a [BN, V] tile: 32 values a thread with 4 warps; not tuned
-BACKWARD_TILE_ELEMENTS = 1024  # six such tiles live at once; not tuned
-GRADIENT_PROGRAMS = 1024  # at most so many share the norm weight's gradient: 8 a multiprocessor of an H200; not tuned
+FORWARD_TILE_ELEMENTS = 2048  # of a [BN, V] tile: 16 values a thread with 4 warps; not tuned
+BACKWARD_TILE_ELEMENTS = 1024  # a row of 256 values a warp; not tuned
+GRADIENT_PROGRAMS = 2048  # at most so many share the norm weight's gradient: 15 a multiprocessor of an H200; not tuned
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_SIZES = (16, 32, 64, 128, 256)
 
 
 @triton.jit
-def _row_and_weight(weights, row_of_slot, b_n, m_n, i_slot, TOPK: tl.constexpr, SLOTS: tl.constexpr):
-    b_row = tl.load(row_of_slot + b_n * SLOTS + i_slot, mask=m_n, other=0).to(tl.int64)  # [BN]
-    b_w = tl.load(weights + b_n * TOPK + i_slot, mask=m_n & (i_slot < TOPK), other=1.0)  # [BN]
-    return b_row, b_w
+def _rows_and_weights(weights, row_of_slot, b_n, m_n, TOPK: tl.constexpr, SLOTS: tl.constexpr):
+    """Every slot's row [BN], and the router's weights [BN] of the first TOPK."""
+    b_rows = ()
+    b_w = ()
+    for i_slot in tl.static_range(SLOTS):
+        b_rows = b_rows + (tl.load(row_of_slot + b_n * SLOTS + i_slot, mask=m_n, other=0).to(tl.int64),)
+        if i_slot < TOPK:
+            b_w = b_w + (tl.load(weights + b_n * TOPK + i_slot, mask=m_n, other=0.0),)
+    return b_rows, b_w
 
 
 @triton.jit
-def _mix(
-    o, weights, row_of_slot, b_n, m_n, i_h,
-    H: tl.constexpr, V: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """[BN, V] weighted sum of every token's rows, head i_h."""
+def _weigh(b_w, b_x, i_slot: tl.constexpr, TOPK: tl.constexpr):
+    """b_x [BN, V] times the slot's weight, which is 1 for the shared memory."""
+    if i_slot < TOPK:
+        return b_w[i_slot][:, None] * b_x
+    else:
+        return b_x
+
+
+@triton.jit
+def _load_and_mix(o, b_rows, b_w, m_n, i_h, H: tl.constexpr, V: tl.constexpr, TOPK: tl.constexpr):
+    """Every slot's [BN, V] of head i_h in float32, and their weighted sum."""
     b_v = tl.arange(0, V)
-    b_mixed = tl.zeros([BN, V], dtype=tl.float32)
-    for i_slot in tl.static_range(SLOTS):
-        b_row, b_w = _row_and_weight(weights, row_of_slot, b_n, m_n, i_slot, TOPK, SLOTS)
-        p_o = o + (b_row * H + i_h)[:, None] * V + b_v[None, :]
-        b_mixed += b_w[:, None] * tl.load(p_o, mask=m_n[:, None], other=0.0).to(tl.float32)  # [BN, V]
-    return b_mixed
+    b_o = ()
+    for i_slot in tl.static_range(len(b_rows)):
+        p_o = o + (b_rows[i_slot] * H + i_h)[:, None] * V + b_v[None, :]
+        b_o = b_o + (tl.load(p_o, mask=m_n[:, None], other=0.0),)
+    b_floats = (b_o[0].to(tl.float32),)
+    b_mixed = _weigh(b_w, b_floats[0], 0, TOPK)
+    for i_slot in tl.static_range(1, len(b_rows)):
+        b_floats = b_floats + (b_o[i_slot].to(tl.float32),)
+        b_mixed += _weigh(b_w, b_floats[i_slot], i_slot, TOPK)
+    return b_floats, b_mixed
+
+
+@triton.jit
+def _silu(b_gate):
+    """t = tanh(gate / 2) and SiLU(gate), in float32."""
+    b_half = 0.5 * b_gate.to(tl.float32)
+    b_t = tanh(b_half, b_gate.dtype)
+    return b_t, b_half + b_half * b_t
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -53,12 +76,14 @@ def _forward_kernel(
     b_n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     m_n = b_n < num_tokens
     b_v = tl.arange(0, V)
-    b_mixed = _mix(o, weights, row_of_slot, b_n, m_n, i_h, H, V, TOPK, SLOTS, BN)
-    b_rstd = tl.rsqrt(tl.sum(b_mixed * b_mixed, axis=1) / V + eps)
+    b_rows, b_w = _rows_and_weights(weights, row_of_slot, b_n, m_n, TOPK, SLOTS)
     p_gate = gate + (b_n * stride_gate_n + i_h * stride_gate_h)[:, None] + b_v[None, :]
-    b_gate = tl.load(p_gate, mask=m_n[:, None], other=0.0).to(tl.float32)  # [BN, V]
+    b_gate = tl.load(p_gate, mask=m_n[:, None], other=0.0)  # [BN, V]
+    _, b_mixed = _load_and_mix(o, b_rows, b_w, m_n, i_h, H, V, TOPK)
+    b_rstd = tl.rsqrt(tl.sum(b_mixed * b_mixed, axis=1) / V + eps)
     b_norm = tl.load(norm_weight + b_v).to(tl.float32)  # [V]
-    b_y = b_mixed * b_rstd[:, None] * b_norm[None, :] * b_gate * sigmoid(b_gate)
+    _, b_silu = _silu(b_gate)
+    b_y = b_mixed * b_rstd[:, None] * b_norm[None, :] * b_silu
     p_y = y + (b_n * H + i_h)[:, None] * V + b_v[None, :]
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_n[:, None])
 
@@ -69,6 +94,8 @@ def _backward_kernel(
     num_tokens, eps, stride_gate_n: tl.constexpr, stride_gate_h: tl.constexpr, BLOCKS: tl.constexpr,
     H: tl.constexpr, V: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    """All sums over a head are of products with the rows as they are, before the division by their length, so that none
+    waits for another."""
     i_program = tl.program_id(0)
     b_v = tl.arange(0, V)
     b_k = tl.arange(0, BK)
@@ -77,32 +104,36 @@ def _backward_kernel(
     for i in range(BLOCKS):
         b_n = ((i_program * BLOCKS + i) * BN + tl.arange(0, BN)).to(tl.int64)
         m_n = b_n < num_tokens
+        b_rows, b_w = _rows_and_weights(weights, row_of_slot, b_n, m_n, TOPK, SLOTS)
         b_dw = tl.zeros([BN, BK], dtype=tl.float32)
         for i_h in range(H):
-            b_mixed = _mix(o, weights, row_of_slot, b_n, m_n, i_h, H, V, TOPK, SLOTS, BN)
-            b_rstd = tl.rsqrt(tl.sum(b_mixed * b_mixed, axis=1) / V + eps)
-            b_unit = b_mixed * b_rstd[:, None]
             p_gate = gate + (b_n * stride_gate_n + i_h * stride_gate_h)[:, None] + b_v[None, :]
-            b_gate = tl.load(p_gate, mask=m_n[:, None], other=0.0).to(tl.float32)  # [BN, V]
-            p_dy = dy + (b_n * H + i_h)[:, None] * V + b_v[None, :]
-            b_dy = tl.load(p_dy, mask=m_n[:, None], other=0.0).to(tl.float32)  # [BN, V]
+            b_gate = tl.load(p_gate, mask=m_n[:, None], other=0.0)  # [BN, V]
+            b_at = (b_n * H + i_h)[:, None] * V + b_v[None, :]
+            b_dy = tl.load(dy + b_at, mask=m_n[:, None], other=0.0)  # [BN, V]
+            b_o, b_mixed = _load_and_mix(o, b_rows, b_w, m_n, i_h, H, V, TOPK)
 
-            b_sigmoid = sigmoid(b_gate)
-            b_dgate = b_dy * b_unit * b_norm[None, :] * b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid))
-            p_dgate = dgate + (b_n * H + i_h)[:, None] * V + b_v[None, :]
-            tl.store(p_dgate, b_dgate.to(dgate.dtype.element_ty), mask=m_n[:, None])
-
-            b_dnormed = b_dy * b_gate * b_sigmoid
-            b_dnorm += b_dnormed * b_unit
+            b_t, b_silu = _silu(b_gate)
+            b_dy = b_dy.to(tl.float32)
+            b_dnormed = b_dy * b_silu
             b_dunit = b_dnormed * b_norm[None, :]
-            b_along = tl.sum(b_dunit * b_unit, axis=1) / V
-            b_dmixed = (b_dunit - b_unit * b_along[:, None]) * b_rstd[:, None]
+            b_rstd = tl.rsqrt(tl.sum(b_mixed * b_mixed, axis=1) / V + eps)
+            b_along = tl.sum(b_dunit * b_mixed, axis=1) * b_rstd * b_rstd * b_rstd / V
+            for i_slot in tl.static_range(TOPK):
+                b_d = tl.sum(b_dunit * b_o[i_slot], axis=1) * b_rstd - tl.sum(b_mixed * b_o[i_slot], axis=1) * b_along
+                b_dw += tl.where(b_k == i_slot, 1.0, 0.0)[None, :] * b_d[:, None]
+
+            b_unit = b_mixed * b_rstd[:, None]
+            b_dnorm += b_dnormed * b_unit
+            b_rest = 1.0 - b_silu
+            b_slope = 1.0 - 0.5 * (b_rest - b_rest * b_t)  # SiLU's, at the gate
+            b_dgate = b_dy * b_norm[None, :] * b_unit * b_slope
+            tl.store(dgate + b_at, b_dgate.to(dgate.dtype.element_ty), mask=m_n[:, None])
+            b_dmixed = b_dunit * b_rstd[:, None] - b_mixed * b_along[:, None]
             for i_slot in tl.static_range(SLOTS):
-                b_row, b_w = _row_and_weight(weights, row_of_slot, b_n, m_n, i_slot, TOPK, SLOTS)
-                b_at = (b_row * H + i_h)[:, None] * V + b_v[None, :]
-                b_o = tl.load(o + b_at, mask=m_n[:, None], other=0.0).to(tl.float32)  # [BN, V]
-                b_dw += tl.where(b_k == i_slot, 1.0, 0.0)[None, :] * tl.sum(b_dmixed * b_o, axis=1)[:, None]
-                tl.store(do + b_at, (b_w[:, None] * b_dmixed).to(do.dtype.element_ty), mask=m_n[:, None])
+                p_do = do + (b_rows[i_slot] * H + i_h)[:, None] * V + b_v[None, :]
+                b_do = _weigh(b_w, b_dmixed, i_slot, TOPK)
+                tl.store(p_do, b_do.to(do.dtype.element_ty), mask=m_n[:, None])
         p_dw = dweights + b_n[:, None] * TOPK + b_k[None, :]
         tl.store(p_dw, b_dw, mask=m_n[:, None] & (b_k < TOPK)[None, :])
     tl.store(dnorm_weight + i_program * V + b_v, tl.sum(b_dnorm, axis=0))

@@ -20,44 +20,48 @@ class _ConvolveProjected(torch.autograd.Function):
     def forward(ctx, q, projected, q_conv, k_conv, v_conv, q_tail, k_tail, v_tail, plan, unit_heads, output_tail):
         from mom_layers.ops.segment_convolution_triton import run_forward
 
-        ctx.save_for_backward(q, projected, q_conv, k_conv, v_conv, q_tail, k_tail, v_tail)
+        inputs = (q, projected, q_conv, k_conv, v_conv, q_tail, k_tail, v_tail)
+        ctx.save_for_backward(*inputs)
         ctx.plan, ctx.unit_heads = plan, unit_heads
         ctx.set_materialize_grads(False)
-        keys, values = k_conv.shape[0], v_conv.shape[0]
-        k, v, gates = projected.split((keys, values, projected.shape[1] - keys - values), dim=1)
-        eps = UNIT_LENGTH_EPS
-        q, q_tail = run_forward(q, q_conv, q_tail, plan, True, unit_heads, output_tail, eps)
-        k, k_tail = run_forward(k, k_conv, k_tail, plan, False, unit_heads, output_tail, eps)
-        v, v_tail = run_forward(v, v_conv, v_tail, plan, False, None, output_tail, eps)
-        return q, k, v, gates.contiguous(), q_tail, k_tail, v_tail
+        convolutions, gates = _parts(*inputs, unit_heads)
+        (q, k, v), tails, gates = run_forward(convolutions, plan, output_tail, UNIT_LENGTH_EPS, copied=gates)
+        if gates is None:
+            gates = projected.new_empty(plan.num_rows, 0)
+        return q, k, v, gates, *tails
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq, dk, dv, dgates, dq_tail, dk_tail, dv_tail):
-        from mom_layers.ops.rows_triton import sum_parts
-        from mom_layers.ops.segment_convolution_triton import run_backward, weight_gradient_parts
+        from mom_layers.ops.segment_convolution_triton import run_backward
 
-        q, projected, q_conv, k_conv, v_conv, q_tail, k_tail, v_tail = ctx.saved_tensors
-        plan, unit_heads, needs = ctx.plan, ctx.unit_heads, ctx.needs_input_grad
-        keys, values = k_conv.shape[0], v_conv.shape[0]
-        sizes = (keys, values, projected.shape[1] - keys - values)
+        _, projected, _, k_conv, v_conv, *tails = ctx.saved_tensors
+        convolutions, gates = _parts(*ctx.saved_tensors, ctx.unit_heads)
         dprojected = torch.empty_like(projected)
-        k, v, _ = projected.split(sizes, dim=1)
+        sizes = (k_conv.shape[0], v_conv.shape[0], gates.shape[1])
         dk_in, dv_in, dgates_in = dprojected.split(sizes, dim=1)
-        # The three weights' gradients as one, so that they are summed up in one launch.
-        channels = (keys, keys, values)
-        parts = weight_gradient_parts(q_conv, plan, sum(channels))
-        q_parts, k_parts, v_parts = parts.split(channels, dim=2)
-        eps = UNIT_LENGTH_EPS
-        needs = [tail is not None and needs[i] for i, tail in ((5, q_tail), (6, k_tail), (7, v_tail))]
-        dq, dq_tail = run_backward(q, q_conv, q_tail, plan, True, unit_heads, eps, dq, dq_tail, needs[0], q_parts)
-        _, dk_tail = run_backward(
-            k, k_conv, k_tail, plan, False, unit_heads, eps, dk, dk_tail, needs[1], k_parts, dk_in
-        )
-        _, dv_tail = run_backward(v, v_conv, v_tail, plan, False, None, eps, dv, dv_tail, needs[2], v_parts, dv_in)
-        dq_conv, dk_conv, dv_conv = sum_parts(parts, q_conv.dtype, transpose=True).split(channels)
-        dgates_in.zero_() if dgates is None else dgates_in.copy_(dgates)
-        return dq, dprojected, dq_conv, dk_conv, dv_conv, dq_tail, dk_tail, dv_tail, None, None, None
+        if dgates is None:
+            dgates_in.zero_()
+        needed = [tail is not None and needs for tail, needs in zip(tails, ctx.needs_input_grad[5:8], strict=True)]
+        (dq, *_), dweights, dtails = run_backward(
+            convolutions, ctx.plan, UNIT_LENGTH_EPS, (dq, dk, dv), (dq_tail, dk_tail, dv_tail), needed,
+            (None, dk_in, dv_in), copied=dgates, copy=dgates_in,
+        )  # fmt: skip
+        return dq, dprojected, *dweights, *dtails, None, None, None
+
+
+def _parts(q, projected, q_conv, k_conv, v_conv, q_tail, k_tail, v_tail, unit_heads):
+    """The three convolutions, and the gates' columns."""
+    from mom_layers.ops.segment_convolution_triton import Convolution
+
+    keys, values = k_conv.shape[0], v_conv.shape[0]
+    k, v, gates = projected.split((keys, values, projected.shape[1] - keys - values), dim=1)
+    convolutions = (
+        Convolution(q, q_conv, q_tail, True, unit_heads),
+        Convolution(k, k_conv, k_tail, False, unit_heads),
+        Convolution(v, v_conv, v_tail, False, None),
+    )
+    return convolutions, gates
 
 
 def convolve_memories(
@@ -93,6 +97,9 @@ def convolve_memories(
     keys, values = k_conv.shape[0], v_conv.shape[0]
     if projected.dim() != 2 or projected.shape[0] != plan.num_rows or projected.shape[1] < keys + values:
         raise ValueError(f"projected must be [{plan.num_rows}, at least {keys + values}], got {list(projected.shape)}")
+    widths = [weight.shape[-1] for weight in (q_conv, k_conv, v_conv)]
+    if len(set(widths)) > 1:
+        raise ValueError(f"the convolutions must be equally wide, got {widths}")
     if resolve_backend(backend, q) == "triton":
         from mom_layers.ops.segment_convolution_triton import check_arguments
 

@@ -5,19 +5,18 @@ Shape legend: R rows, N tokens, C channels, H heads, S segments, W taps.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch.autograd.function import once_differentiable
 
 from mom_layers.ops.rows_triton import sum_parts, sum_slots
-from mom_layers.ops.segment_convolution_triton_kernels import (
-    _backward_initial_tail_kernel,
-    _backward_kernel,
-    _forward_kernel,
-    _tail_kernel,
-)
+from mom_layers.ops.segment_convolution_tails_triton import _backward_initial_tail_kernel, _tail_kernel
+from mom_layers.ops.segment_convolution_triton_kernels import _backward_kernel, _forward_kernel
 
-# Rows a walk. A backward walk computes W - 1 rows twice, and leaves W x C sums of the weight's gradient behind.
+# Rows a walk, powers of two. A backward walk computes W - 1 rows twice, and leaves W x C sums of the weight's gradient
+# behind.
 FORWARD_RUN = 32
 BACKWARD_RUN = 64
 AHEAD = 4  # rows whose loads are under way together
@@ -25,25 +24,43 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_SIZES = (16, 32, 64, 128, 256)
 
 
-def _walk(x, weight, initial_tail, plan, gather, unit_length_heads, eps):
+class Convolution(NamedTuple):
+    """One of several convolutions over the same rows, all of one width W."""
+
+    x: torch.Tensor  # [R, C], or [N, C] if gathered
+    weight: torch.Tensor  # [C, W]
+    initial_tail: torch.Tensor | None  # [S, W - 1, C]
+    gather: bool
+    unit_length_heads: int | None
+
+
+def _walks(convolutions, plan, eps, columns):
     """Grid's second axis, and what the two kernels that walk along rows share."""
-    channels, width = weight.shape
-    block = channels // unit_length_heads if unit_length_heads else min(256, max(16, triton.next_power_of_2(channels)))
-    return triton.cdiv(channels, block), dict(
-        x=x,
-        weight=weight,
-        initial_tail=initial_tail,
-        token_of_row=plan.token_of_row if gather else None,
-        position_of_row=plan.position_of_row,
+    first, blocks = [0], []
+    for convolution in convolutions:
+        channels, heads = convolution.weight.shape[0], convolution.unit_length_heads
+        block = channels // heads if heads else min(256, max(16, triton.next_power_of_2(channels)))
+        blocks.append(block)
+        first.append(first[-1] + triton.cdiv(channels, block))
+    xs, weights, tails, gathers, heads = (tuple(part) for part in zip(*convolutions, strict=True))
+    return first[-1] + bool(columns), dict(
+        x=xs,
+        weight=weights,
+        initial_tail=tails,
+        token_of_row=tuple(plan.token_of_row if gather else None for gather in gathers),
         segment_of_row=plan.segment_of_row,
-        stride_x=x.stride(0),
+        cu_seqlens=plan.cu_seqlens,
         num_rows=plan.num_rows,
         eps=eps,
-        C=channels,
-        W=width,
-        UNIT_LENGTH=unit_length_heads is not None,
+        STRIDE_X=tuple(x.stride(0) for x in xs),
+        C=tuple(weight.shape[0] for weight in weights),
+        W=weights[0].shape[1],
+        UNIT_LENGTH=tuple(count is not None for count in heads),
+        BC=tuple(blocks),
+        FIRST=tuple(first),
+        COLUMNS=columns,
+        BG=triton.next_power_of_2(max(1, columns)),
         AHEAD=AHEAD,
-        BC=block,
         num_warps=1,
     )
 
@@ -55,87 +72,116 @@ def _segment_arguments(plan, channels, width):
     return grid, dict(segments, C=channels, W=width, BS=16, BC=128, num_warps=4)
 
 
-def run_forward(x, weight, initial_tail, plan, gather, unit_length_heads, output_tail, eps):
-    """y [R, C], and the tail [S, W - 1, C] or None."""
-    (channels, width), rows = weight.shape, plan.num_rows
-    blocks, arguments = _walk(x, weight, initial_tail, plan, gather, unit_length_heads, eps)
-    y = torch.empty(rows, channels, dtype=x.dtype, device=x.device)
-    _forward_kernel[(triton.cdiv(rows, FORWARD_RUN), blocks)](y=y, RUN=FORWARD_RUN, **arguments)
-    if not output_tail:
-        return y, None
-    tail = torch.empty(plan.num_segments, width - 1, channels, dtype=x.dtype, device=x.device)
+def run_forward(convolutions, plan, output_tail, eps, copied=None):
+    """The outputs [R, C], the tails [S, W - 1, C] or None, and a contiguous copy of ``copied`` [R, columns], whose
+    columns are adjacent, or None."""
+    rows = plan.num_rows
+    ys = tuple(x.new_empty(rows, weight.shape[0]) for x, weight, *_ in convolutions)
+    columns = 0 if copied is None else copied.shape[1]
+    copy = copied.new_empty(copied.shape) if columns else None
+    blocks, arguments = _walks(convolutions, plan, eps, columns)
+    _forward_kernel[(triton.cdiv(rows, FORWARD_RUN), blocks)](
+        y=ys,
+        copied=copied if columns else None,
+        copy=copy,
+        STRIDE_COPIED=copied.stride(0) if columns else 0,
+        RUN=FORWARD_RUN,
+        **arguments,
+    )
+    tails = tuple(_final_tail(convolution, plan) if output_tail else None for convolution in convolutions)
+    return ys, tails, copy
+
+
+def _final_tail(convolution, plan):
+    x, (channels, width) = convolution.x, convolution.weight.shape
+    tail = x.new_empty(plan.num_segments, width - 1, channels)
     grid, segments = _segment_arguments(plan, channels, width)
     _tail_kernel[grid](
         x=x,
-        initial_tail=initial_tail,
+        initial_tail=convolution.initial_tail,
         tail=tail,
-        token_of_row=arguments["token_of_row"],
+        token_of_row=plan.token_of_row if convolution.gather else None,
         stride_x=x.stride(0),
         **segments,
     )
-    return y, tail
+    return tail
 
 
-def weight_gradient_parts(weight, plan, channels=None):
-    """Where :func:`run_backward` puts every run's share of weights' gradients: [runs, W, C] float32."""
-    shape = (triton.cdiv(plan.num_rows, BACKWARD_RUN), weight.shape[1], channels or weight.shape[0])
-    return torch.empty(shape, dtype=torch.float32, device=weight.device)
-
-
-def run_backward(
-    x, weight, initial_tail, plan, gather, unit_length_heads, eps, dy, dtail, needs_initial, parts, dx=None
-):
-    """Gradients of x (written to ``dx`` if given), and of the initial tail where it is needed.
-
-    Fills ``parts`` [runs, W, C], which may be some channels of a wider tensor: their sum is the weight's gradient,
-    transposed.
-    """
-    (channels, width), rows = weight.shape, plan.num_rows
-    dy = x.new_zeros(rows, channels) if dy is None else dy if dy.stride(1) == 1 else dy.contiguous()
-    dtail = None if dtail is None else dtail.contiguous()
-    blocks, arguments = _walk(x, weight, initial_tail, plan, gather, unit_length_heads, eps)
-    if dx is None:
-        dx = torch.empty(rows, channels, dtype=x.dtype, device=x.device)
-    du = torch.empty(rows, channels, dtype=x.dtype, device=x.device) if needs_initial else None
-    _backward_kernel[(parts.shape[0], blocks)](
-        dy=dy,
-        dtail=dtail,
-        dx=dx,
-        du=du,
-        dweight_parts=parts,
-        cu_seqlens=plan.cu_seqlens,
-        stride_dy=dy.stride(0),
-        stride_dx=dx.stride(0),
-        stride_parts=parts.stride(1),
+def run_backward(convolutions, plan, eps, dys, dtails, needs_initial, dxs, copied=None, copy=None):
+    """Gradients of the inputs (written to ``dxs`` where one is given), of the weights, and of the initial tails where
+    they are needed; three tuples. Also copies ``copied`` [R, columns] to ``copy``, whose columns are adjacent."""
+    rows, width = plan.num_rows, convolutions[0].weight.shape[1]
+    sizes = [weight.shape[0] for _, weight, *_ in convolutions]
+    dys = tuple(
+        x.new_zeros(rows, size) if dy is None else dy if dy.stride(1) == 1 else dy.contiguous()
+        for (x, *_), size, dy in zip(convolutions, sizes, dys, strict=True)
+    )
+    dtails = tuple(None if dtail is None else dtail.contiguous() for dtail in dtails)
+    dxs = tuple(
+        x.new_empty(rows, size) if dx is None else dx
+        for (x, *_), size, dx in zip(convolutions, sizes, dxs, strict=True)
+    )
+    dus = tuple(
+        x.new_empty(rows, size) if needed else None
+        for (x, *_), size, needed in zip(convolutions, sizes, needs_initial, strict=True)
+    )
+    # All weights' gradients as one, so that they are summed up in one launch.
+    shape = (triton.cdiv(rows, BACKWARD_RUN), width, sum(sizes))
+    parts = torch.empty(shape, dtype=torch.float32, device=plan.token_of_row.device)
+    columns = 0 if copied is None else copied.shape[1]
+    blocks, arguments = _walks(convolutions, plan, eps, columns)
+    _backward_kernel[(shape[0], blocks)](
+        dy=dys,
+        dtail=dtails,
+        dx=dxs,
+        du=dus,
+        dweight_parts=parts.split(sizes, dim=2),
+        copied=copied.contiguous() if columns else None,
+        copy=copy if columns else None,
+        STRIDE_DY=tuple(dy.stride(0) for dy in dys),
+        STRIDE_DX=tuple(dx.stride(0) for dx in dxs),
+        STRIDE_PARTS=parts.stride(1),
+        STRIDE_COPY=copy.stride(0) if columns else 0,
         RUN=BACKWARD_RUN,
         **arguments,
     )
-    if gather:
-        dx = sum_slots(dx, plan.row_of_slot)
-    if not needs_initial:
-        return dx, None
-    dinitial_tail = torch.empty_like(initial_tail)
-    grid, segments = _segment_arguments(plan, channels, width)
+    dweights = sum_parts(parts, convolutions[0].weight.dtype, transpose=True).split(sizes)
+    dinitial_tails = tuple(
+        _initial_tail_gradient(convolution, plan, du, dtail) if needed else None
+        for convolution, du, dtail, needed in zip(convolutions, dus, dtails, needs_initial, strict=True)
+    )
+    dxs = tuple(
+        sum_slots(dx, plan.row_of_slot) if convolution.gather else dx
+        for convolution, dx in zip(convolutions, dxs, strict=True)
+    )
+    return dxs, dweights, dinitial_tails
+
+
+def _initial_tail_gradient(convolution, plan, du, dtail):
+    weight, dinitial_tail = convolution.weight, torch.empty_like(convolution.initial_tail)
+    grid, segments = _segment_arguments(plan, *weight.shape)
     _backward_initial_tail_kernel[grid](du=du, weight=weight, dtail=dtail, dinitial_tail=dinitial_tail, **segments)
-    return dx, dinitial_tail
+    return dinitial_tail
 
 
 class SegmentConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, initial_tail, plan, gather, unit_length_heads, output_tail, eps):
         ctx.save_for_backward(x, weight, initial_tail)
-        ctx.options = plan, gather, unit_length_heads, eps
+        ctx.plan, ctx.options, ctx.eps = plan, (gather, unit_length_heads), eps
         ctx.set_materialize_grads(False)
-        return run_forward(x, weight, initial_tail, plan, gather, unit_length_heads, output_tail, eps)
+        convolution = Convolution(x, weight, initial_tail, gather, unit_length_heads)
+        (y,), (tail,), _ = run_forward((convolution,), plan, output_tail, eps)
+        return y, tail
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dtail):
-        weight, plan = ctx.saved_tensors[1], ctx.options[0]
-        parts = weight_gradient_parts(weight, plan)
-        needs_initial = ctx.needs_input_grad[2]
-        dx, dinitial_tail = run_backward(*ctx.saved_tensors, *ctx.options, dy, dtail, needs_initial, parts)
-        return dx, sum_parts(parts, weight.dtype, transpose=True), dinitial_tail, None, None, None, None, None
+        convolution = Convolution(*ctx.saved_tensors, *ctx.options)
+        (dx,), (dweight,), (dinitial_tail,) = run_backward(
+            (convolution,), ctx.plan, ctx.eps, (dy,), (dtail,), (ctx.needs_input_grad[2],), (None,)
+        )
+        return dx, dweight, dinitial_tail, None, None, None, None, None
 
 
 def check_arguments(x, weight, plan, gather, unit_length_heads, initial_tail):

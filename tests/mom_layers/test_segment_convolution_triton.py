@@ -4,6 +4,7 @@ import pytest
 import torch
 from comparison import DEVICE, RAGGED, TOLERANCE, draw, make_plan, relative_error
 
+from mom_layers.ops.memory_convolution import convolve_memories
 from mom_layers.ops.reference import segment_convolution_reference
 from mom_layers.ops.segment_convolution_triton import segment_convolution_triton
 
@@ -127,3 +128,32 @@ def test_bad_inputs_are_refused():
     for message, change in cases:
         with pytest.raises(ValueError, match=message):
             segment_convolution_triton(**(dict(x=x, weight=weight, plan=plan, gather=False) | change))
+
+
+@pytest.mark.parametrize("with_tails, gates_have_gradient", [(True, True), (False, False)])
+def test_three_convolutions_in_one_launch(with_tails, gates_have_gradient):
+    plan, channels, columns = make_plan([2, 0, 39], masked=True), (32, 32, 48), 6
+    shapes = [(plan.row_of_slot.shape[0], 32), (plan.num_rows, 32 + 48 + columns), *((c, 4) for c in channels)]
+    shapes += [(plan.num_segments, 3, c) for c in channels] if with_tails else []
+    leaves = [leaf(draw(*shape, seed=i)) for i, shape in enumerate(shapes)]
+
+    def convolve(backend):
+        tails = leaves[5:] if with_tails else (None,) * 3
+        *rows, new_tails = convolve_memories(
+            *leaves[:5], plan, unit_length_heads=2, tails=tails, output_tail=with_tails, backend=backend
+        )
+        outputs = [*rows, *(new_tails if with_tails else ())]
+        used = [out for i, out in enumerate(outputs) if gates_have_gradient or i != 3]
+        grads = [draw(*out.shape, seed=20 + i) for i, out in enumerate(used)]
+        return [*outputs, *torch.autograd.grad(used, leaves, grads)]
+
+    for i, (a, b) in enumerate(zip(convolve("triton"), convolve("torch"), strict=True)):
+        assert a.shape == b.shape and relative_error(a, b) <= TOLERANCE[torch.float32], i
+
+
+def test_convolutions_of_one_launch_must_be_equally_wide():
+    plan = make_plan([3])
+    with pytest.raises(ValueError, match=r"equally wide, got \[4, 3, 4\]"):
+        convolve_memories(
+            draw(3, 16), draw(plan.num_rows, 32), draw(16, 4), draw(16, 3), draw(16, 4), plan, unit_length_heads=1
+        )
