@@ -47,8 +47,7 @@ def launch(world_size: int, arguments: list[str], folder: Path, timeout: float =
 
     What rank i prints is in `folder/rank_i.txt`, and the end of it in the error when the run fails.
     """
-    for module in ("megatron.training", "megatron.core.tokenizers.text.libraries"):
-        importlib.import_module(module)
+    importlib.import_module("warm_imports")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

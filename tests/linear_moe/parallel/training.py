@@ -57,7 +57,7 @@ def launch(
         save_at: iterations after which a checkpoint goes to ``folder``, besides the last one.
         prepare: called on every rank before it trains.
     """
-    for module in ("megatron.training", "megatron.core.tokenizers.text.libraries", "linear_moe.layer_specs"):
+    for module in ("warm_imports", "linear_moe.layer_specs"):
         importlib.import_module(module)
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
