@@ -20,7 +20,7 @@ ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 @cache
-def _server():
+def server():
     """A context of multiprocessing whose processes are forks of one that has imported warm_imports."""
     before = dict(os.environ)
     os.environ |= ENVIRONMENT | {"TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -41,7 +41,7 @@ def run(*words, folder: Path, environment: dict[str, str], timeout: float, ranks
     words = list(map(str, words))
     with tempfile.NamedTemporaryFile("r") as output:
         processes = [
-            _server().Process(target=_become, args=(words, str(folder), environment | place, output.name))
+            server().Process(target=_become, args=(words, str(folder), environment | place, output.name))
             for place in _places(ranks)
         ]
         for process in processes:
