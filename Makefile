@@ -9,13 +9,12 @@ setup:
 train:
 	bash examples/pretrain_mom_a100.sh
 
-# Tests that fork training ranks want a process that has started no threads: each of their folders gets its own.
-# Two workers on two cores: neither they nor what they start may take more threads.
+# Two workers on two cores: neither they nor what they start may take more threads. Tests of the parallel layouts share
+# training runs and go to whoever is free; elsewhere a file's tests share fixtures and stay together.
 test: export OMP_NUM_THREADS = 1
 test:
-	"$(PYTHON)" -m pytest tests/megatron_patches
-	"$(PYTHON)" -m pytest tests/linear_moe/parallel
-	"$(PYTHON)" -m pytest -n 2 --dist loadfile --ignore tests/megatron_patches --ignore tests/linear_moe/parallel
+	"$(PYTHON)" -m pytest -n 2 --dist worksteal tests/linear_moe/parallel
+	"$(PYTHON)" -m pytest -n 2 --dist loadfile --ignore tests/linear_moe/parallel
 
 # The kernels' and layers' tests, one after the other, on a machine with a GPU.
 test-gpu:

@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
     import interpreter
 
     interpreter.repair()
+    interpreter.hasten()
 torch.set_num_threads(1)  # tests run side by side, and their tensors are small
 
 

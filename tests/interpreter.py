@@ -1,8 +1,11 @@
-"""Repairs Triton 3.6's interpreter, which runs the kernels where there is no GPU."""
+"""Repairs Triton 3.6's interpreter, which runs the kernels where there is no GPU, and spares it idle work."""
+
+from functools import cache
 
 import numpy as np
 import torch
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -31,3 +34,45 @@ def repair() -> None:
     builder.cast_impl = cast_impl
     builder.create_fp_to_fp = lambda self, source, dtype, rounding_mode: cast_impl(self, source, dtype)
     builder.create_dot = create_dot
+
+
+def hasten() -> None:
+    """Leaves out two thirds of its time, and nothing that a kernel or a test could see."""
+    # The language's functions are exchanged for the interpreter's again at every call of one kernel from another.
+    patch_lang = interpreter._patch_lang
+
+    def patch_lang_once(fn):
+        languages = [module for module in (tl, tl.core) if any(module is value for value in fn.__globals__.values())]
+        if languages and not any(tl.core.is_builtin(language.load) for language in languages):
+            return interpreter._LangPatchScope()
+        return patch_lang(fn)
+
+    interpreter._patch_lang = patch_lang_once
+    # Integers are added a second time in 64 bits and compared, for an assertion that exists only in debug mode.
+    options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    assert not options.debug
+    interpreter.interpreter_builder.options = options
+    # A tensor's shape and its NumPy type are worked out anew for every result, and shapes compared that are the same.
+    numpy_type, broadcast = interpreter._get_np_dtype, TritonSemantic.broadcast_impl_value
+    numpy_types = {}
+
+    def numpy_type_once(dtype):
+        if dtype.name not in numpy_types:
+            numpy_types[dtype.name] = numpy_type(dtype)
+        return numpy_types[dtype.name]
+
+    @cache
+    def shape_of(*sizes):
+        return tl.core.tuple([tl.constexpr(size) for size in sizes])
+
+    def init(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape = shape_of(*type.shape.values) if type.is_block() else shape_of()
+        self.numel = tl.constexpr(type.numel if type.is_block() else 1)
+
+    def broadcast_unless_same(self, left, right):
+        return (left, right) if left.shape is right.shape else broadcast(self, left, right)
+
+    interpreter._get_np_dtype = numpy_type_once
+    tl.core.tensor.__init__ = init
+    TritonSemantic.broadcast_impl_value = broadcast_unless_same

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import warm_python
+
 ROOT = Path(__file__).parents[2]
 
 TINY = (
@@ -18,23 +20,30 @@ TINY = (
 MOM = "--token-mixer mom --mom-num-heads 2 --mom-head-dim 16".split()
 
 
-def pretrain(*arguments, processes=1, timeout=200) -> subprocess.CompletedProcess:
+def pretrain(*arguments, **options) -> subprocess.CompletedProcess:
     """Runs linear_moe.pretrain to its end; stdout and stderr come back as one text."""
-    return run_python("-m", "linear_moe.pretrain", *arguments, processes=processes, timeout=timeout)
+    return run_python("-m", "linear_moe.pretrain", *arguments, **options)
 
 
-def run_python(*words, processes=1, timeout=200, environment=None) -> subprocess.CompletedProcess:
-    """Runs a module (`-m name`) or a script with its arguments, under torchrun where there are several processes."""
+def run_python(
+    *words, processes=1, environment=None, new_interpreter=False, timeout=200
+) -> subprocess.CompletedProcess:
+    """Runs a module (`-m name`) or a script with its arguments, under torchrun where there are several processes.
+
+    new_interpreter: whether as from a shell, and not in a fork of a process that has imported Megatron.
+    """
+    environment = os.environ | warm_python.ENVIRONMENT | (environment or {})
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment.pop("TRITON_INTERPRET", None)
+    if processes == 1 and not new_interpreter:
+        return warm_python.run(*words, folder=ROOT, environment=environment, timeout=timeout)
     command = [sys.executable, "-W", "ignore"]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += map(str, words)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | (environment or {})
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment.pop("TRITON_INTERPRET", None)
     return subprocess.run(
-        command, cwd=ROOT, env=environment, timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        [*command, *map(str, words)],
+        cwd=ROOT, env=environment, timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
 
 def losses(run: subprocess.CompletedProcess) -> dict[int, str]:

@@ -13,7 +13,7 @@ if importlib.util.find_spec("transformer_engine"):
 
 def train(*arguments):
     words = ["-m", "linear_moe.pretrain", *TINY, *MOM, *BF16, "--mock-data", "--train-iters", 8, "--eval-interval", 6]
-    run = run_python(*words, *arguments, environment={"CUDA_VISIBLE_DEVICES": "0"})
+    run = run_python(*words, *arguments, environment={"CUDA_VISIBLE_DEVICES": "0"}, new_interpreter=True)
     assert run.returncode == 0, run.stdout[-3000:]
     return {step: float(loss) for step, loss in losses(run).items()}
 

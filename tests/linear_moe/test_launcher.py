@@ -33,7 +33,7 @@ def losses(run) -> dict[int, str]:
 def trained(tmp_path_factory):
     """Six iterations with memories, a checkpoint after three and six."""
     checkpoints = tmp_path_factory.mktemp("launcher") / "checkpoints"
-    return launch(*COMMON, *MOM, "--save", checkpoints, "--save-interval", 3), checkpoints
+    return launch(*COMMON, *MOM, "--save", checkpoints, "--save-interval", 3, new_interpreter=True), checkpoints
 
 
 def test_loss_falls_under_megatrons_own_lines_and_ours(trained):
@@ -65,7 +65,7 @@ def test_spec_without_launcher_gives_the_same_losses(trained, tmp_path):
     (tmp_path / "mom.yaml").write_text("mom_num_heads: 2\nmom-head-dim: 32\n")
     environment = {"MOM_CONFIG": str(tmp_path / "mom.yaml"), "MOM_HEAD_DIM": "16"}
     load = ["--load", trained[1], "--train-iters", 8]
-    run = without_launcher(*COMMON, *SPEC, environment=environment)
+    run = without_launcher(*COMMON, *SPEC, environment=environment, new_interpreter=True)
     assert losses(run) == losses(trained[0])
     assert "memories at iteration 6" in run.stdout
     other = without_launcher(*COMMON, *SPEC, *load, environment=environment | {"MOM_NUM_MEMORIES": "2"})
@@ -73,7 +73,7 @@ def test_spec_without_launcher_gives_the_same_losses(trained, tmp_path):
 
 
 def test_without_the_word_or_undone_the_losses_are_those_of_the_script_alone():
-    alone = losses(without_launcher(*COMMON))
+    alone = losses(without_launcher(*COMMON, new_interpreter=True))
     assert losses(launch(*COMMON)) == alone
     assert losses(without_launcher(*COMMON, before=["--apply-and-undo"])) == alone
 
@@ -96,5 +96,5 @@ def test_refuses_what_would_build_another_model():
     [(["nowhere.py"], "there is no script 'nowhere.py'"), ([SCRIPT, "--yaml-cfg", "x.yaml"], "ignores all arguments")],
 )
 def test_refuses_before_anything_is_imported(words, message):
-    run = run_python("-m", "linear_moe", *words, "--token-mixer", "mom")
+    run = run_python("-m", "linear_moe", *words, "--token-mixer", "mom", new_interpreter=True)
     assert run.returncode == 2 and message in run.stdout

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import warm_python
 from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func
 
 from linear_moe.metrics import MemoryMetrics, memory_metrics, scalars, summarize, write
@@ -177,9 +178,10 @@ def two_processes(rank, store):
         dist.destroy_process_group()
 
 
-def test_collect_over_two_processes(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # gloo: everything on the CPU
-    context = mp.start_processes(two_processes, (str(tmp_path / "store"),), nprocs=2, join=False, start_method="spawn")
+def test_collect_over_two_processes(tmp_path):
+    warm_python.server()  # from now on it makes multiprocessing's forks: everything on the CPU, for gloo
+    arguments = (str(tmp_path / "store"),)
+    context = mp.start_processes(two_processes, arguments, nprocs=2, join=False, start_method="forkserver")
     deadline = time.monotonic() + 150
     try:
         while not context.join(timeout=1):  # raises what a worker raised

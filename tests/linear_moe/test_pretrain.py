@@ -11,7 +11,8 @@ from pretraining_runs import MOM, TINY, losses, pretrain
 def trained(tmp_path_factory):
     """Six steps on random tokens, a checkpoint at three and at six."""
     checkpoints = tmp_path_factory.mktemp("run") / "checkpoints"
-    run = pretrain(*TINY, *MOM, "--mock-data", "--train-iters", 6, "--save", checkpoints, "--save-interval", 3)
+    save = ["--save", checkpoints, "--save-interval", 3]
+    run = pretrain(*TINY, *MOM, "--mock-data", "--train-iters", 6, *save, new_interpreter=True)
     assert run.returncode == 0, run.stdout[-3000:]
     return run, checkpoints
 

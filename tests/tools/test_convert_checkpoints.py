@@ -3,9 +3,6 @@
 import filecmp
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import convert_from_hf
@@ -13,6 +10,7 @@ import convert_to_hf
 import pytest
 import torch
 import torch.nn.functional as F
+import warm_python
 from test_convert_names import VARIANTS, random_model, read_weights, same
 
 from linear_moe.hf.checkpoint import MegatronCheckpoint, find_checkpoint
@@ -34,19 +32,11 @@ NULL_TOKENIZER = "--tokenizer-type NullTokenizer --vocab-size 127".split()
 
 def pretrain(save: Path, *options: str, processes: int = 1) -> Path:
     """Trains for two steps in processes of its own, and returns the folder of checkpoints."""
-    command = [sys.executable, "-m", "linear_moe.pretrain"]
-    if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command[2:2] = ["torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}", "-m"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        [*command, *TRAINING, *options, "--save", str(save)],
-        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    environment |= warm_python.ENVIRONMENT
+    words = ["-m", "linear_moe.pretrain", *TRAINING, *options, "--save", save]
+    result = warm_python.run(*words, folder=REPOSITORY, environment=environment, timeout=280, ranks=processes)
+    assert result.returncode == 0, result.stdout[-5000:]
     return save
 
 

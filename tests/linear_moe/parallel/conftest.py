@@ -1,3 +1,6 @@
+import fcntl
+import json
+import os
 from functools import cache
 from pathlib import Path
 
@@ -49,6 +52,17 @@ def documents(tmp_path_factory):
     return training.write_documents(tmp_path_factory.mktemp("documents") / "data")
 
 
+def once(folder, train, *arguments):
+    """train(folder, *arguments) -> losses, by the first worker that asks for it; the others wait. With the folder."""
+    folder.mkdir(exist_ok=True)
+    result = folder / "losses.json"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not result.exists():
+            result.write_text(json.dumps(list(train(folder, *arguments).items())))
+    return dict(json.loads(result.read_text())), folder
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, documents):
     """trained(layout, model) -> losses of ten steps, and the folder of checkpoints after one, eight and ten.
@@ -56,22 +70,28 @@ def trained(tmp_path_factory, documents):
     Pipeline stages draw their weights from seeds of their own, so those runs start from the weights of one process.
     """
 
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # every worker's
+
     @cache
     def initial_weights(model):
-        folder = tmp_path_factory.mktemp("initial")
+        return once(shared / f"initial {list(ARGUMENTS).index(model)}", train_initial, model)[1]
+
+    def train_initial(folder, model):
         data = ["--data-path", documents, "--train-iters", 1]
-        training.launch(1, [*ARGUMENTS[model], *data, "--lr", 0], folder, save_at=(1,))
-        return folder
+        return training.launch(1, [*ARGUMENTS[model], *data, "--lr", 0], folder, save_at=(1,))
 
     @cache
     def run(layout, model):
+        return once(shared / f"{layout} {list(ARGUMENTS).index(model)}", train, layout, model)
+
+    def train(folder, layout, model):
         ranks, arguments = LAYOUTS[layout]
         start = []
         if "PP" in layout:
             start = ["--load", initial_weights(model), "--finetune", "--no-load-optim", "--no-load-rng"]
-        folder = tmp_path_factory.mktemp("run")
         data = ["--data-path", documents, "--train-iters", STEPS]
-        losses = training.launch(ranks, [*ARGUMENTS[model], *data, *arguments, *start], folder, save_at=(1, SAVED))
-        return losses, folder
+        return training.launch(ranks, [*ARGUMENTS[model], *data, *arguments, *start], folder, save_at=(1, SAVED))
 
     return run

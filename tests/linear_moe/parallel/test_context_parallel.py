@@ -1,12 +1,12 @@
 """Sequences over ranks: a layer's slices equal the whole, in float64; the order of Megatron's batches; the volume."""
 
-import multiprocessing
 import socket
 import traceback
 from dataclasses import replace
 
 import pytest
 import torch
+import warm_python
 from torch.utils.checkpoint import checkpoint
 
 from linear_moe.sequence_order import contiguous_layout, plan_exchange, zigzag_layout
@@ -156,7 +156,7 @@ def ranks():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    context = warm_python.server()
     pipes = [context.Pipe(duplex=False) for _ in range(RANKS)]
     processes = [context.Process(target=run_rank, args=(rank, port, pipes[rank][1])) for rank in range(RANKS)]
     for process in processes:

@@ -1,12 +1,12 @@
 """Memories over ranks: the exchange of rows by itself, beside a real mixture of experts, and what is refused."""
 
-import multiprocessing
 import socket
 import traceback
 from types import SimpleNamespace
 
 import pytest
 import torch
+import warm_python
 from training import EP2, launch
 
 from linear_moe.config import MomTransformerConfig
@@ -110,7 +110,7 @@ def exchanged():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    context = warm_python.server()
     pipes = [context.Pipe(duplex=False) for _ in range(2)]
     ranks = [context.Process(target=on_two_ranks, args=(rank, port, cases, pipes[rank][1])) for rank in range(2)]
     for rank in ranks:

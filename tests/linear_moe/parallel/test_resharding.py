@@ -8,7 +8,7 @@ from conftest import ARGUMENTS, GLA, LAYOUTS, MODELS, PACKED, ROUTED, SAVED, STE
 from training import launch
 
 TABLE = ["1", "TP2", "PP2", "EP2", "CP2"]
-if os.environ.get("MOM_ALL_LAYOUTS"):  # 90 pairs, a quarter of an hour
+if os.environ.get("MOM_ALL_LAYOUTS"):  # 90 pairs
     TABLE += ["TP2+SP", "DP2", "CP2+TP2", "TP2+SP x PP2", "TP2+SP+EP2"]
 BEYOND = [("1", "TP2+SP+EP2"), ("TP2+SP+EP2", "1"), ("TP2+SP+EP2", "PP2"), ("DP2", "EP2")]
 BEYOND += [("CP2+TP2+SP", "EP2"), ("TP2+SP+EP2", "CP4")]
