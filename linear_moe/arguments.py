@@ -82,7 +82,7 @@ def check_model(args: argparse.Namespace) -> None:
     documents.
     """
     spec = None if args.spec is None else " ".join(args.spec)
-    packed = args.sft or args.dataloader_inter_document_masking
+    packed = args.sft or getattr(args, "dataloader_inter_document_masking", False)  # not in core_v0.18
     graphs = args.cuda_graph_impl != "none" or args.enable_cuda_graph or args.external_cuda_graph
     for present, what, instead in [
         (args.multi_latent_attention, "--multi-latent-attention", "use plain or grouped-query attention layers"),

@@ -39,16 +39,17 @@ def test_replicated_parameters_get_the_gradient_of_all_heads(trained, layout, na
     assert (got - expected).norm() <= RTOL * expected.norm()
 
 
+def cut_as_megatron_does():
+    from linear_moe import data
+
+    data.cuts_contiguously = lambda args: False
+
+
 def test_batches_in_megatrons_order_train_the_same(documents, trained, tmp_path):
     """What models with softmax layers, and Megatron-LM's own scripts, hand to context-parallel ranks."""
     expected, expected_folder = trained("1", ROUTED)
 
-    def prepare():
-        from linear_moe import data
-
-        data.cuts_contiguously = lambda args: False
-
     data = ["--data-path", documents, "--train-iters", STEPS]
-    losses = launch(2, [*MODELS[ROUTED], *data, *CP2], tmp_path, save_at=(1,), prepare=prepare)
+    losses = launch(2, [*MODELS[ROUTED], *data, *CP2], tmp_path, save_at=(1,), prepare=cut_as_megatron_does)
     assert losses == pytest.approx(expected, rel=RTOL)
     assert_same(gradients_of_first_step(tmp_path), gradients_of_first_step(expected_folder))

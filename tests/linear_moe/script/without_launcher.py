@@ -24,6 +24,7 @@ def main() -> None:
 
         machine.start()
         plugin.install(mom=True)
+        plugin.uninstall()
         undo_all(applied())
         assert not applied()
     cpu.apply()
