@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Trains the paper's 380M model on one GPU and in every layout of two, and compares losses, speed, memory and volume.
 
-    python tools/bench_layouts.py --output DIR [--layouts NAME ...] [--steps N]
+    python tools/bench_layouts.py --output DIR [--layouts NAME ...] [--steps N] [--global-batch N]
     python tools/bench_layouts.py --output DIR --long [--layouts NAME ...]
 
 Each layout is a run of examples/pretrain_mom_a100.sh of its own, with the same data, seed and global batch; a last step
@@ -64,10 +64,12 @@ FIELDS = (*VERSIONS, "layout", "gpus", "sequence", "global_batch", "micro_batch"
 FIELDS += ("of_one", "peak_gib", "first_loss", "last_loss", "largest_difference")
 
 
-def train(layout: str, folder: Path, steps: int, device: str, long: bool, timeout: float) -> None:
+def train(layout: str, folder: Path, steps: int, device: str, long: bool, batch: int | None, timeout: float) -> None:
     """Runs the script for one layout; its output goes to ``folder/log.txt``. Raises CalledProcessError."""
     gpus, settings = LAYOUTS[layout]
     settings = (LONG_BATCHES if long else BATCHES)[device] | settings
+    if batch is not None:
+        settings["GLOBAL_BATCH"] = batch
     if layout == "PP2" and device == "cuda":
         settings["MICRO_BATCH"] = 8  # two stages idle less over more micro-batches
     arguments = ["--eval-iters", "0", "--log-memory-to-tensorboard", *(RECOMPUTE if long else [])]
@@ -182,6 +184,7 @@ def main(argv=None) -> int:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="all if left out")
     parser.add_argument("--steps", type=int, help="training steps of a run; 50, or 8 with --long")
     parser.add_argument("--long", action="store_true", help="one sequence of 128k tokens")
+    parser.add_argument("--global-batch", type=int, metavar="N", help="sequences a step; 32, the recipe has 256")
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a run may take")
     options = parser.parse_args(argv)
     device, about = device_kind(), versions()
@@ -196,7 +199,7 @@ def main(argv=None) -> int:
         if (folder / "settings.json").exists():
             continue
         try:
-            train(layout, folder, steps, device, options.long, options.timeout)
+            train(layout, folder, steps, device, options.long, options.global_batch, options.timeout)
         except subprocess.SubprocessError as error:
             failed.append(layout)
             print(f"{layout}: {error}; the end of {folder / 'log.txt'}:")
