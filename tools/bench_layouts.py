@@ -13,10 +13,12 @@ that the tool runs.
 """
 
 import argparse
+import contextlib
 import csv
 import gzip
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -58,23 +60,23 @@ LONG_BATCHES = {
     "cpu": BATCHES["cpu"] | {"SEQ_LENGTH": 1024, "GLOBAL_BATCH": 1, "MICRO_BATCH": 1},
 }
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
-WARM_UP = 3  # steps that are not timed
+WARM_UP = 2  # steps that are not timed
 BYTES = {"BFloat16": 2, "Half": 2, "Float": 4, "Int": 4, "Long": 8, "Byte": 1, "Bool": 1, "Double": 8}
 FIELDS = (*VERSIONS, "layout", "gpus", "sequence", "global_batch", "micro_batch", "steps", "tokens_per_second")
 FIELDS += ("of_one", "peak_gib", "first_loss", "last_loss", "largest_difference")
 
 
-def train(layout: str, folder: Path, steps: int, device: str, long: bool, batch: int | None, timeout: float) -> None:
+def train(layout: str, folder: Path, steps: int, device: str, options: argparse.Namespace) -> None:
     """Runs the script for one layout; its output goes to ``folder/log.txt``. Raises CalledProcessError."""
     gpus, settings = LAYOUTS[layout]
-    settings = (LONG_BATCHES if long else BATCHES)[device] | settings
-    if batch is not None:
-        settings["GLOBAL_BATCH"] = batch
+    settings = (LONG_BATCHES if options.long else BATCHES)[device] | settings
+    if options.global_batch is not None:
+        settings["GLOBAL_BATCH"] = options.global_batch
     if layout == "PP2" and device == "cuda":
         settings["MICRO_BATCH"] = 8  # two stages idle less over more micro-batches
-    arguments = ["--eval-iters", "0", "--log-memory-to-tensorboard", *(RECOMPUTE if long else [])]
+    arguments = ["--eval-iters", "0", "--log-memory-to-tensorboard", *(RECOMPUTE if options.long else [])]
     profiled = steps + 1
-    if device == "cuda":
+    if device == "cuda" and not options.no_profile:
         arguments += ["--profile", "--use-pytorch-profiler", "--profile-step-start", str(steps)]
         arguments += ["--profile-step-end", str(profiled)]
     environment = os.environ | {name: str(value) for name, value in settings.items()}
@@ -86,7 +88,15 @@ def train(layout: str, folder: Path, steps: int, device: str, long: bool, batch:
     folder.mkdir(parents=True, exist_ok=True)
     command = ["bash", str(ROOT / "examples" / "pretrain_mom_a100.sh"), *arguments]
     with (folder / "log.txt").open("w") as log:
-        subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=timeout, check=True)
+        output = {"stdout": log, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(command, env=environment, start_new_session=True, **output) as run:
+            try:
+                status = run.wait(options.timeout)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(run.pid, signal.SIGKILL)  # its ranks too
+    if status:
+        raise subprocess.CalledProcessError(status, command)
     (folder / "settings.json").write_text(json.dumps(settings))
 
 
@@ -185,6 +195,7 @@ def main(argv=None) -> int:
     parser.add_argument("--steps", type=int, help="training steps of a run; 50, or 8 with --long")
     parser.add_argument("--long", action="store_true", help="one sequence of 128k tokens")
     parser.add_argument("--global-batch", type=int, metavar="N", help="sequences a step; 32, the recipe has 256")
+    parser.add_argument("--no-profile", action="store_true", help="time only, for runs of few steps")
     parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a run may take")
     options = parser.parse_args(argv)
     device, about = device_kind(), versions()
@@ -199,7 +210,7 @@ def main(argv=None) -> int:
         if (folder / "settings.json").exists():
             continue
         try:
-            train(layout, folder, steps, device, options.long, options.global_batch, options.timeout)
+            train(layout, folder, steps, device, options)
         except subprocess.SubprocessError as error:
             failed.append(layout)
             print(f"{layout}: {error}; the end of {folder / 'log.txt'}:")
