@@ -6,7 +6,7 @@ hidden size D, convolution width W.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -145,7 +145,7 @@ def read_memories(
 def mix_memories(
     x: torch.Tensor,
     q: torch.Tensor,
-    gate: torch.Tensor,
+    gate: torch.Tensor | Callable[[], torch.Tensor],
     weights: torch.Tensor,
     plan: RoutingPlan,
     parameters: MemoryParameters,
@@ -160,7 +160,8 @@ def mix_memories(
     Args:
         x: [N, D] tokens, in the plan's order.
         q: [N, H K] queries before convolution, one per token for all its memories.
-        gate: [N, H V] output gate before SiLU.
+        gate: [N, H V] output gate before SiLU; or a function that gives it, called after the recurrence, so that
+            backward is done with it, and has freed it, when the recurrence's begins.
         weights: [N, k] the router's.
         plan: where each (token, memory) row lies.
         parameters: weights of the heads that are here.
@@ -175,6 +176,7 @@ def mix_memories(
         x, q, plan, parameters,
         state=state, output_state=output_state, sequence_slice=sequence_slice, backend=backend,
     )  # fmt: skip
+    gate = gate() if callable(gate) else gate
     y = combine(
         o, weights, plan.row_of_slot, gate.unflatten(1, o.shape[1:]), parameters.norm_weight,
         eps=parameters.norm_eps, backend=backend,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn as nn
 
@@ -193,7 +195,7 @@ class MixtureOfMemories(nn.Module):
         y, new_state = mix_memories(
             tokens,
             self.q_proj(tokens),
-            self.gate_proj(tokens),
+            partial(self.gate_proj, tokens),
             weights,
             plan,
             self.memory_parameters(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn as nn
 
@@ -92,7 +94,7 @@ class MomAttention(nn.Module):
         y, state = mix_memories(
             tokens,
             self.q_proj(tokens),
-            self.g_proj(tokens),
+            partial(self.g_proj, tokens),
             weights,
             plan,
             self.memory_parameters(x.dtype),

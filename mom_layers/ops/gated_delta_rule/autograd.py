@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from mom_layers.ops.chunk_table import CHUNK, GROUP, ChunkTable, chunk_table
-from mom_layers.ops.gated_delta_rule.backward import run_reverse_recurrence, run_state_gradients
+from mom_layers.ops.gated_delta_rule.backward import StateGradientSums, run_reverse_recurrence, run_state_gradients
 from mom_layers.ops.gated_delta_rule.forward import chunk_local, run_recurrence
 from mom_layers.ops.gated_delta_rule.local import run_local_gradients
 
@@ -79,6 +79,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         q, k, g, beta, cu_seqlens, *tables, gates, solved, scores, errors, checkpoints, decayed_state = (
             ctx.saved_tensors
         )
+        ctx.maybe_clear_saved_tensors()  # unless the graph is kept: a layer's backward pass holds most in here
         table, groups = ChunkTable(*tables[:3]), ChunkTable(*tables[3:])
         do = torch.zeros_like(errors) if do is None else do.contiguous()
         d_final_state = None if d_final_state is None else d_final_state.contiguous()
@@ -89,12 +90,17 @@ class _GatedDeltaRule(torch.autograd.Function):
             q, k, beta, gates, solved, scores, do, cu_seqlens, table, groups, ctx.scale,
             checkpoints, decayed_state, d_final_state, d_initial_state,
         )  # fmt: skip
-        dq, dk, row_terms, totals = run_state_gradients(
-            q, k, beta, gates, errors, d_errors, do, checkpoints, d_checkpoints, cu_seqlens, table, groups, ctx.scale
-        )
+        del solved, decayed_state
+        dk, sums = torch.empty_like(k), StateGradientSums.empty(k, do.shape[2], table)
+        run_state_gradients(q, k, beta, gates, errors, d_errors, do, d_checkpoints, cu_seqlens, table, groups,
+                            ctx.scale, None, dk, sums)  # fmt: skip
         del d_checkpoints
+        dq = torch.empty_like(q)
+        run_state_gradients(q, k, beta, gates, errors, d_errors, do, checkpoints, cu_seqlens, table, groups,
+                            ctx.scale, dq, dk, sums)  # fmt: skip
+        del checkpoints
         dg, dbeta = run_local_gradients(
-            q, k, g, beta, scores, errors, d_errors, do, dq, dk, row_terms, totals, boundary,
+            q, k, g, beta, scores, errors, d_errors, do, dq, dk, *sums, boundary,
             cu_seqlens, table, groups, ctx.scale, ctx.from_zero,
         )  # fmt: skip
         dv = d_errors

@@ -25,6 +25,8 @@ is taken: the rest would have to cancel.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -264,50 +266,64 @@ def run_reverse_recurrence(q, k, beta, gates, solved, scores, do, cu_seqlens, ta
     return d_errors, d_checkpoints, boundary
 
 
-def run_state_gradients(q, k, beta, gates, errors, d_errors, do, checkpoints, d_checkpoints, cu_seqlens,
-                        table: ChunkTable, groups: ChunkTable, scale):  # fmt: skip
+class StateGradientSums(NamedTuple):
+    """What g's gradient needs of the walks along the states: sums over parts of K, from the state before a chunk (0:
+    q * dq + k * dk) and from the state after it (1: k * dk).
+
+    Attributes:
+        row_terms: [2, N, H, parts, BT] float32, a token's.
+        totals: [2, N, H, parts] float32, a chunk's.
+    """
+
+    row_terms: torch.Tensor
+    totals: torch.Tensor
+
+    @classmethod
+    def empty(cls, k: torch.Tensor, value_size: int, table: ChunkTable) -> StateGradientSums:
+        parts = k.shape[2] // min(state_gradients_launch(k, value_size)[0].tile, k.shape[2])
+        shape = 2, table.segment.shape[0], k.shape[1], parts
+        like = {"dtype": torch.float32, "device": k.device}
+        return cls(torch.empty(*shape, CHUNK, **like), torch.empty(shape, **like))
+
+
+def run_state_gradients(q, k, beta, gates, errors, d_errors, do, states, cu_seqlens, table: ChunkTable,
+                        groups: ChunkTable, scale, dq, dk, sums: StateGradientSums):  # fmt: skip
     """What the states owe to dq and dk [R, H, K], and to the gradient of g.
 
-    Returns dq, dk, row terms [2, N, H, parts, BT] and totals [2, N, H, parts] float32: the sums over a part of K of
-    q * dq + k * dk as they stem from the state before a chunk (0) and of k * dk from the state after it (1).
+    Called twice: without dq, states are dS after every group, and dk is filled; with dq to fill, they are S before
+    every group, and dk is added to.
     """
     (_, heads, key_size), value_size = k.shape, do.shape[2]
     launch, on_hopper = state_gradients_launch(k, value_size)
     kernel = hopper_states.state_gradients_kernel if on_hopper else _state_gradients_kernel
-    block = min(launch.tile, key_size)
-    parts = key_size // block
-    dq, dk = torch.empty_like(q), torch.empty_like(k)
-    row_terms = torch.empty(2, table.segment.shape[0], heads, parts, CHUNK, dtype=torch.float32, device=k.device)
-    totals = torch.empty(row_terms.shape[:4], dtype=torch.float32, device=k.device)
-    for reverse, states in ((True, d_checkpoints), (False, checkpoints)):
-        kernel[(groups.segment.shape[0] * heads * parts,)](
-            q=q,
-            k=k,
-            beta=beta,
-            gates=gates,
-            errors=errors,
-            d_errors=d_errors,
-            do=do,
-            states=states,
-            cu_seqlens=cu_seqlens,
-            chunk_offsets=table.offsets,
-            group_segment=groups.segment,
-            group_index=groups.index,
-            dq=dq,
-            dk=dk,
-            row_terms=row_terms[int(reverse)],
-            totals=totals[int(reverse)],
-            scale=scale,
-            num_segments=cu_seqlens.shape[0] - 1,
-            H=heads,
-            K=key_size,
-            V=value_size,
-            BT=CHUNK,
-            BK=block,
-            GROUP=GROUP,
-            REVERSE=reverse,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            maxnreg=launch.registers,
-        )
-    return dq, dk, row_terms, totals
+    reverse, parts = dq is None, sums.totals.shape[3]
+    kernel[(groups.segment.shape[0] * heads * parts,)](
+        q=q,
+        k=k,
+        beta=beta,
+        gates=gates,
+        errors=errors,
+        d_errors=d_errors,
+        do=do,
+        states=states,
+        cu_seqlens=cu_seqlens,
+        chunk_offsets=table.offsets,
+        group_segment=groups.segment,
+        group_index=groups.index,
+        dq=dq,
+        dk=dk,
+        row_terms=sums.row_terms[int(reverse)],
+        totals=sums.totals[int(reverse)],
+        scale=scale,
+        num_segments=cu_seqlens.shape[0] - 1,
+        H=heads,
+        K=key_size,
+        V=value_size,
+        BT=CHUNK,
+        BK=key_size // parts,
+        GROUP=GROUP,
+        REVERSE=reverse,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        maxnreg=launch.registers,
+    )
