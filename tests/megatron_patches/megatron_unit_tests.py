@@ -1,0 +1,85 @@
+"""A pytest plugin for Megatron's own unit tests, run with our patches in effect, on a GPU or without one.
+
+    cd path/to/Megatron-LM && PYTHONPATH=.:path/to/this/repository:path/to/this/folder WORLD_SIZE=1 LOCAL_RANK=0 \\
+        python -m pytest -p megatron_unit_tests tests/unit_tests/transformer/test_transformer_layer.py
+
+With `WITHOUT_PATCHES=1` in the environment nothing of ours is applied, to compare with; on a machine without a GPU the
+`cpu-*` patches stay, for without them nothing starts. There the tests run over gloo, and those marked as in need of
+CUDA run too: what they need it for is what these patches stand in for. Whoever reads the results judges the failures.
+"""
+
+import contextlib
+import gc
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from linear_moe import machine, plugin
+from megatron_patches.patch import Patch, applied, wrap
+
+os.environ.setdefault("RANK", os.environ.get("LOCAL_RANK", "0"))
+if not torch.cuda.is_available():
+    Patch(
+        name="unit-tests-gloo",
+        reason="the unit tests name nccl",
+        removed_when="they ask for the device's backend",
+        targets=(
+            wrap(
+                "torch.distributed",
+                "init_process_group",
+                lambda original, *args, **keywords: original(*args, **{**keywords, "backend": "gloo"}),
+            ),
+        ),
+    ).apply()
+
+
+def _free_groups(destroy_model_parallel):
+    """Megatron only forgets its groups. Those of gloo hold threads: a few hundred tests later there are thousands."""
+    destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        world = torch.distributed.distributed_c10d._world
+        for group in list(world.pg_map):
+            if group is not world.default_pg:
+                torch.distributed.destroy_process_group(group)
+    gc.collect()
+
+
+machine.start()
+if not torch.cuda.is_available():
+    Patch(
+        name="unit-tests-groups",
+        reason="groups of gloo hold threads",
+        removed_when="destroy_model_parallel destroys the groups",
+        targets=(wrap("megatron.core.parallel_state", "destroy_model_parallel", _free_groups),),
+    ).apply()
+if "WITHOUT_PATCHES" not in os.environ:
+    plugin.install(mom=True)
+
+
+def pytest_report_header():
+    return f"patches in effect: {', '.join(patch.name for patch in applied())}"
+
+
+@contextlib.contextmanager
+def _cuda_to_see():
+    available, torch.cuda.is_available = torch.cuda.is_available, lambda: True
+    try:
+        yield
+    finally:
+        torch.cuda.is_available = available
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makemodule(module_path: Path):
+    """Marks such as skipif(not torch.cuda.is_available()) are evaluated while a test file is imported."""
+    module = yield
+    collect = module._getobj
+
+    def import_file():
+        with _cuda_to_see():
+            return collect()
+
+    module._getobj = import_file
+    return module
