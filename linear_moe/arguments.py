@@ -8,6 +8,7 @@ import copy
 import io
 from dataclasses import fields
 
+from linear_moe import core_v018
 from linear_moe.config import TOKEN_MIXERS, MomTransformerConfig
 from megatron_patches.patch import Patch, wrap
 from mom_layers.ops.backend import BACKENDS
@@ -82,7 +83,7 @@ def check_model(args: argparse.Namespace) -> None:
     documents.
     """
     spec = None if args.spec is None else " ".join(args.spec)
-    packed = args.sft or args.dataloader_inter_document_masking
+    packed = args.sft or getattr(args, "dataloader_inter_document_masking", False)  # not in core_v0.18
     graphs = args.cuda_graph_impl != "none" or args.enable_cuda_graph or args.external_cuda_graph
     for present, what, instead in [
         (args.multi_latent_attention, "--multi-latent-attention", "use plain or grouped-query attention layers"),
@@ -90,6 +91,12 @@ def check_model(args: argparse.Namespace) -> None:
         (spec and not args.hybrid_layer_pattern and spec != OUR_SPEC, f"--spec {spec}", f"leave it out, or {OUR_SPEC}"),
         (args.hybrid_layer_pattern and "G" not in args.hybrid_layer_pattern,
          f"--hybrid-layer-pattern {args.hybrid_layer_pattern}", "write G where a MoM layer is to be"),
+        (args.hybrid_layer_pattern and core_v018.is_running(),
+         f"--hybrid-layer-pattern {args.hybrid_layer_pattern} in core_v0.18",
+         "use pretrain_gpt.py with --linear-attention-freq, or core_v0.19"),
+        (args.moe_router_enable_expert_bias and core_v018.is_running(),
+         "--moe-router-enable-expert-bias in core_v0.18",
+         "it would count the memories among the experts there: leave it out, or use core_v0.19"),
         (packed and graphs, "CUDA graphs of packed documents",
          "their number changes from batch to batch: leave out one of the two"),
     ]:  # fmt: skip

@@ -11,6 +11,7 @@ from mom_layers.mom import check_sizes, check_triton_head_sizes
 from mom_layers.ops.backend import BACKENDS
 
 TOKEN_MIXERS = ("attention", "mom")
+LOSS_SCALE_HOOK = "experimental_attention_variant_loss_scale_func"
 
 
 @dataclass
@@ -88,9 +89,10 @@ class MomTransformerConfig(TransformerConfig):
             raise ValueError(f"--token-mixer must be one of {', '.join(TOKEN_MIXERS)}, got {self.token_mixer!r}")
         if self.token_mixer == "mom":
             self._check_mom()
-            if self.num_moe_experts is None and self.experimental_attention_variant_loss_scale_func is None:
-                # Without experts nobody tells the router's losses the main loss's scale; this hook is always called.
-                self.experimental_attention_variant_loss_scale_func = MoEAuxLossAutoScaler.set_loss_scale
+            if self.num_moe_experts is None and getattr(self, LOSS_SCALE_HOOK, None) is None:
+                # Without experts nobody tells the router's losses the main loss's scale; this hook is always called
+                # (core_v0.18 has none: see linear_moe.core_v018).
+                setattr(self, LOSS_SCALE_HOOK, MoEAuxLossAutoScaler.set_loss_scale)
 
     @property
     def mom_value_dim(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linear_moe import arguments, machine
+from linear_moe import arguments, core_v018, machine
 from megatron_patches import float32_parameters, reshardable_optimizer
 from megatron_patches.patch import Patch, apply_all, undo_all, wrap
 
@@ -34,16 +34,19 @@ def _choose_hybrid_layers(hybrid_config_from_args, args, *positional, **keywords
     return model_config
 
 
-MODEL = Patch(
-    name="model",
-    reason="the class of the configuration and the layers of a GPT or hybrid model are chosen from fixed lists",
-    removed_when="megatron.training has a registry of token mixers, each with its configuration and layer spec",
-    targets=(
-        wrap("megatron.training.argument_utils", "core_transformer_config_from_args", _configure),
-        wrap("megatron.training.argument_utils", "hybrid_config_from_args", _choose_hybrid_layers),
-        wrap("megatron.training.models.gpt", "default_layer_spec", _choose_layers),
-    ),
-)
+def model_patch() -> Patch:
+    """Gives the model its configuration's class and its layers."""
+    default_layers = wrap("megatron.training.models.gpt", "default_layer_spec", _choose_layers)
+    return Patch(
+        name="model",
+        reason="the class of the configuration and the layers of a GPT or hybrid model are chosen from fixed lists",
+        removed_when="megatron.training has a registry of token mixers, each with its configuration and layer spec",
+        targets=(
+            wrap("megatron.training.argument_utils", "core_transformer_config_from_args", _configure),
+            wrap("megatron.training.argument_utils", "hybrid_config_from_args", _choose_hybrid_layers),
+            *(core_v018.targets(_configure) if core_v018.is_running() else [default_layers]),
+        ),
+    )
 
 
 def training_patches() -> tuple[Patch, ...]:
@@ -55,7 +58,7 @@ def training_patches() -> tuple[Patch, ...]:
 
 def patches() -> tuple[Patch, ...]:
     """Every patch of a run that the launcher starts with --token-mixer mom on a machine with GPUs."""
-    return (arguments.PATCH, MODEL, *training_patches())
+    return (arguments.PATCH, model_patch(), *training_patches())
 
 
 def install(*, mom: bool) -> None:
