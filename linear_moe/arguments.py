@@ -8,6 +8,7 @@ import copy
 import io
 from dataclasses import fields
 
+from linear_moe import core_v018
 from linear_moe.config import TOKEN_MIXERS, MomTransformerConfig
 from megatron_patches.patch import Patch, wrap
 from mom_layers.ops.backend import BACKENDS
@@ -96,6 +97,12 @@ def check_model(args: argparse.Namespace) -> None:
         (packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size not in (None, 1),
          f"packed documents, --pipeline-model-parallel-size {args.pipeline_model_parallel_size} and "
          f"--micro-batch-size {args.micro_batch_size}", "stages take packed rows one by one: --micro-batch-size 1"),
+        (args.hybrid_layer_pattern and core_v018.is_running(),
+         f"--hybrid-layer-pattern {args.hybrid_layer_pattern} in core_v0.18",
+         "use pretrain_gpt.py with --linear-attention-freq, or core_v0.19"),
+        (args.moe_router_enable_expert_bias and core_v018.is_running(),
+         "--moe-router-enable-expert-bias in core_v0.18",
+         "it would count the memories among the experts there: leave it out, or use core_v0.19"),
         (packed and graphs, "CUDA graphs of packed documents",
          "their number changes from batch to batch: leave out one of the two"),
     ]:  # fmt: skip

@@ -5,6 +5,7 @@ routers' losses the main loss's scale in models with experts only. To be deleted
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from importlib.util import find_spec
 
 from megatron_patches.patch import Target, wrap
@@ -30,8 +31,15 @@ def _scale_router_losses(calculate_loss, model, output_tensor, loss_func, config
     return calculate_loss(model, output_tensor, loss_func, config, *positional, **keywords)
 
 
-TARGETS: tuple[Target, ...] = (
-    wrap("gpt_builders", "GPTModel", _choose_layers),
-    wrap("megatron.core.pipeline_parallel.schedules", "forward_step_calc_loss", _scale_router_losses),
-)
-"""In the place of `megatron.training.models.gpt.default_layer_spec`."""
+def targets(configure: Callable) -> tuple[Target, ...]:
+    """In the place of `megatron.training.models.gpt.default_layer_spec`.
+
+    Args:
+        configure: what the model patch puts around `core_transformer_config_from_args`, which the builders have
+            imported by name before that is in place.
+    """
+    return (
+        wrap("gpt_builders", "core_transformer_config_from_args", configure),
+        wrap("gpt_builders", "GPTModel", _choose_layers),
+        wrap("megatron.core.pipeline_parallel.schedules", "forward_step_calc_loss", _scale_router_losses),
+    )

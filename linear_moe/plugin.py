@@ -44,7 +44,7 @@ def model_patch() -> Patch:
         targets=(
             wrap("megatron.training.argument_utils", "core_transformer_config_from_args", _configure),
             wrap("megatron.training.argument_utils", "hybrid_config_from_args", _choose_hybrid_layers),
-            *(core_v018.TARGETS if core_v018.is_running() else [default_layers]),
+            *(core_v018.targets(_configure) if core_v018.is_running() else [default_layers]),
         ),
     )
 

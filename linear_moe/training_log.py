@@ -31,6 +31,8 @@ def _log(training_log, *args, **kwargs):
         return result
     layers = settings.num_layers + (settings.mtp_num_layers or 0)
     report = summarize(memory_metrics().collect(layers, settings.mom_num_memories))
+    if not report["load"]:
+        raise RuntimeError("--token-mixer mom: no layer of the model that this script built has memories")
     training.print_rank_last(memory_line(iteration, report))
     write(scalars(report), iteration, training.get_tensorboard_writer(), training.get_wandb_writer())
     return result

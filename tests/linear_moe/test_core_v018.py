@@ -1,8 +1,12 @@
 """Where core_v0.18 chooses the layers and scales the routers' losses, on stand-ins for its functions."""
 
+import argparse
 from types import SimpleNamespace
 
-from linear_moe import core_v018, plugin
+import pytest
+from megatron.training.arguments import add_megatron_arguments
+
+from linear_moe import arguments, core_v018, plugin
 
 
 def config(token_mixer="mom", experts=None):
@@ -35,4 +39,21 @@ def test_this_megatron_has_its_own_place(monkeypatch):
     here = {str(target) for target in plugin.model_patch().targets}
     monkeypatch.setattr(core_v018, "is_running", lambda: True)
     there = {str(target) for target in plugin.model_patch().targets}
-    assert there - here == {str(target) for target in core_v018.TARGETS}
+    assert there - here == {str(target) for target in core_v018.targets(None)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("hybrid_layer_pattern", "G-", "--hybrid-layer-pattern G- in core_v0.18: .*core_v0.19"),
+        ("moe_router_enable_expert_bias", True, "--moe-router-enable-expert-bias in core_v0.18: .*core_v0.19"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(monkeypatch, name, value, message):
+    args = add_megatron_arguments(argparse.ArgumentParser()).parse_args([])
+    args.token_mixer = "mom"
+    setattr(args, name, value)
+    arguments.check_model(args)
+    monkeypatch.setattr(core_v018, "is_running", lambda: True)
+    with pytest.raises(ValueError, match=message):
+        arguments.check_model(args)
