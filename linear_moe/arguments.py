@@ -103,6 +103,11 @@ def check_model(args: argparse.Namespace) -> None:
         (args.moe_router_enable_expert_bias and core_v018.is_running(),
          "--moe-router-enable-expert-bias in core_v0.18",
          "it would count the memories among the experts there: leave it out, or use core_v0.19"),
+        # Seen failing on GPUs, in the middle of start-up.
+        (args.use_megatron_fsdp, "--use-megatron-fsdp", "use --use-distributed-optimizer"),
+        (args.use_torch_fsdp2, "--use-torch-fsdp2", "use --use-distributed-optimizer"),
+        (getattr(args, "cpu_offloading_num_layers", 0), "--cpu-offloading-num-layers",
+         "use --fine-grained-activation-offloading"),
         (packed and graphs, "CUDA graphs of packed documents",
          "their number changes from batch to batch: leave out one of the two"),
     ]:  # fmt: skip
