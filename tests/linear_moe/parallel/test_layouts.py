@@ -16,8 +16,7 @@ def assert_same(got, expected):
 
 @pytest.mark.parametrize(
     "layout,model",
-    [(layout, model) for layout in LAYOUTS if layout != "1" for model in MODELS]
-    + [(layout, GLA) for layout in ("TP2+SP", "EP2", "CP2", "CP4")],
+    [(layout, model) for layout in LAYOUTS if layout != "1" for model in (*MODELS, GLA)],
 )
 def test_ten_steps_equal_one_process(trained, layout, model):
     expected, expected_folder = trained("1", model)

@@ -1,0 +1,91 @@
+"""The comparison of layouts: what it reads from runs and traces, and what it writes."""
+
+import csv
+import gzip
+import json
+
+import bench_layouts
+import pytest
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from timed_rows import PNG
+
+
+def write_run(folder, losses, tokens_per_second, settings):
+    """What a run of the script leaves, as far as the tool reads it."""
+    writer = EventFileWriter(str(folder / "tensorboard"))
+    for step, loss in enumerate(losses, start=1):
+        values = {"lm loss": loss, "tokens-per-second": tokens_per_second, "mem-max-allocated-bytes": 2**30 * step}
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        writer.add_event(Event(step=step, wall_time=step, summary=summary))
+    writer.close()
+    (folder / "settings.json").write_text(json.dumps(settings))
+
+
+def write_trace(folder, events):
+    (folder / "torch_profile").mkdir(parents=True)
+    with gzip.open(folder / "torch_profile" / "rank-0.json.gz", "wt") as file:
+        json.dump({"traceEvents": events}, file)
+
+
+def kernel(name, elements, ranks=2, dtype="BFloat16", group="TP"):
+    about = {"Collective name": name, "In msg nelems": elements, "Group size": ranks, "dtype": dtype}
+    return {"cat": "kernel", "args": about | {"Process Group Description": group}}
+
+
+def test_bytes_that_a_rank_sent(tmp_path):
+    events = [
+        kernel("_allgather_base", 10, ranks=4),  # its 20 bytes to three others
+        kernel("_allgather_base", 10, ranks=4),
+        kernel("_reduce_scatter_base", 40, ranks=4, dtype="Float"),  # three of four parts
+        kernel("allreduce", 40, ranks=4),  # both, of all
+        kernel("all_to_allv", 40, group="EP"),
+        kernel("send", 8, group="PP"),
+        kernel("recv", 8, group="PP"),
+        kernel("allreduce", 40, ranks=1),  # nobody else is there
+        {"cat": "cpu_op", "args": {"Collective name": "allreduce", "Group size": 4}},
+        {"cat": "kernel", "args": {}},
+    ]
+    write_trace(tmp_path, events)
+    assert bench_layouts.sent_bytes(tmp_path / "torch_profile" / "rank-0.json.gz") == {
+        ("EP", "all_to_allv"): (1, 40),
+        ("PP", "recv"): (1, 0),
+        ("PP", "send"): (1, 16),
+        ("TP", "_allgather_base"): (2, 120),
+        ("TP", "_reduce_scatter_base"): (1, 120),
+        ("TP", "allreduce"): (1, 120),
+    }
+
+
+def test_tables_and_picture_of_runs(tmp_path, monkeypatch, capsys):
+    """The last step is the profiled one and counts for nothing; a layout that fails is named, and the status is 1."""
+
+    def train(layout, folder, steps, device, options):
+        if layout == "PP2":
+            (folder).mkdir()
+            (folder / "log.txt").write_text("error: no such stage\n")
+            raise bench_layouts.subprocess.CalledProcessError(1, "pretrain")
+        losses = [6.0, 5.0, 4.0, 3.0, 99.0]
+        write_run(folder, [loss * (1.0 if layout == "one" else 1.01) for loss in losses],
+                  1000.0 if layout == "one" else 1900.0, {"GLOBAL_BATCH": 4, "MICRO_BATCH": 2})  # fmt: skip
+        write_trace(folder, [kernel("allreduce", 100, dtype="Float", group="DP")])
+
+    monkeypatch.setattr(bench_layouts, "train", train)
+    status = bench_layouts.main(["--output", str(tmp_path), "--layouts", "one", "DP2", "PP2", "--steps", "4"])
+    told = capsys.readouterr()
+    assert status == 1 and "failed: PP2" in told.err and "error: no such stage" in told.out
+    with (tmp_path / "layouts.csv").open(newline="") as file:
+        one, two = csv.DictReader(file)
+    assert (one["layout"], one["of_one"], one["steps"], one["last_loss"]) == ("one", "1.00", "4", "3.0000")
+    assert (two["layout"], two["of_one"], two["largest_difference"]) == ("DP2", "1.90", "0.0100")
+    assert float(two["peak_gib"]) == 5
+    assert "DP2,DP,allreduce,1,400" in (tmp_path / "exchanges.csv").read_text()
+    assert (tmp_path / "losses.csv").read_text().splitlines()[1] == "1,6.00000,6.06000"
+    assert (tmp_path / "losses.png").read_bytes().startswith(PNG)
+
+
+def test_too_few_steps_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bench_layouts.main(["--output", str(tmp_path), "--steps", "2"])
+    assert "--steps 2: the first 2 are not timed" in capsys.readouterr().err
