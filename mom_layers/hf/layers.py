@@ -13,7 +13,7 @@ from mom_layers.ops.backend import compute_dtype
 
 
 class RMSNorm(nn.Module):
-    """``x / rms(x) * weight`` over the last dimension, in float32 (float64 for float64 inputs)."""
+    """``x / rms(x) * weight`` over the last dimension, computed in float32 at least."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -21,10 +21,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = compute_dtype(x.dtype)
-        y = x.to(dtype)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight.to(dtype)).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
 class GatedMLP(nn.Module):
