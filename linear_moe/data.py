@@ -178,15 +178,14 @@ def _packed_seq_params(batch, seq_length) -> PackedSeqParams | None:
     borders = batch["cu_seqlens"].squeeze(0)
     padded = None if batch["cu_seqlens_padded"] is None else batch["cu_seqlens_padded"].squeeze(0)
     update_seqlen_stats_from_cu_seqlens(borders)
-    longest = int(batch["max_seqlen"].item())
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=borders if padded is None else padded,
         cu_seqlens_kv=borders if padded is None else padded,
         cu_seqlens_q_padded=padded,
         cu_seqlens_kv_padded=padded,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        max_seqlen_q=seq_length,  # a bound is enough, and asking for the longest waits for the GPU
+        max_seqlen_kv=seq_length,
         tokens_per_sample=seq_length,
     )
 
