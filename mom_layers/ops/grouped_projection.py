@@ -63,7 +63,8 @@ def _projection_torch(x, weight, plan):
 def grouped_projection(
     x: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, *, backend: str = "auto"
 ) -> torch.Tensor:
-    """``rows[r] = weight[memory of r] @ x[token of r]``: the keys, values and gates of every row in one product.
+    """``rows[r] = weight[memory of r] @ x[token of r]``: the keys, values and gates of every row in one product, in
+    autocast's type where that is on.
 
     Args:
         x: [N, D] tokens.
@@ -80,6 +81,9 @@ def grouped_projection(
         raise ValueError(f"x must be [{plan.row_of_slot.shape[0]}, D], got {list(x.shape)}")
     if weight.dim() != 3 or weight.shape[0] != plan.num_groups or weight.shape[2] != x.shape[1]:
         raise ValueError(f"weight must be [{plan.num_groups}, O, {x.shape[1]}], got {list(weight.shape)}")
+    if torch.is_autocast_enabled(x.device.type):  # a product as any other
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
     if resolve_backend(backend, x) == "triton" and not has_device_grouped_mm(x, weight):
         from mom_layers.ops.grouped_projection_triton import grouped_projection_triton
 

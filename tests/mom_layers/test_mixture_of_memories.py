@@ -204,6 +204,30 @@ def test_bf16_stays_close_to_the_reference(rule):
     assert relative_error(module(x)[0], expected) <= 2e-2  # the projections around the mixer round to bf16 too
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@EVERY_RULE
+def test_autocast_runs_products_in_bf16(rule, backend):
+    """As Hugging Face's Trainer trains in bf16: float32 weights and inputs; decoding too."""
+    # Every memory is chosen, so that rounding sends no token elsewhere.
+    module = layer(torch.float32, rule=rule, backend=backend, num_memories=2, topk=2)
+    x = inputs(2, 9, dtype=torch.float32)
+
+    def run():
+        y, _ = module(x)
+        grads = torch.autograd.grad(y.float().square().sum(), [x, *module.parameters()])
+        with torch.no_grad():
+            _, state = module(x, output_state=True)
+            return y, module.step(x[:, 0], state), *grads
+
+    expected = run()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        got = run()
+    assert got[0].dtype == got[1].dtype == torch.bfloat16
+    for mine, exact in zip(got[:2], expected[:2], strict=True):
+        assert relative_error(mine, exact) <= 3e-2
+    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in got[2:])
+
+
 @pytest.mark.parametrize(
     "sizes,message",
     [
