@@ -108,17 +108,14 @@ def plan_arrivals(counts: torch.Tensor, num_rows: int, context_size: int = 1) ->
     )
 
 
-def plan_exchange(
-    routed: RoutingPlan, group: torch.distributed.ProcessGroup, ragged: bool, context_size: int = 1
-) -> RowExchange:
-    """Gathers how many rows of every sequence go to every memory. The host waits for the numbers.
+def gather_counts(routed: RoutingPlan, group: torch.distributed.ProcessGroup, ragged: bool) -> torch.Tensor:
+    """How many rows of every sequence go to every memory: [source, owner, M here, B], on the device.
 
     Args:
         routed: this rank's rows, without the shared memory.
-        ragged: ranks may hold different numbers of sequences (packed documents).
-        context_size: P.
+        ragged: ranks may hold different numbers of sequences (packed documents); then the host waits for the largest.
     """
-    ranks, rank = group.size(), group.rank()
+    ranks = group.size()
     counts = routed.cu_seqlens.diff().view(routed.num_groups, routed.num_sequences)
     if ragged:
         most = torch.tensor([routed.num_sequences], device=counts.device)
@@ -126,7 +123,17 @@ def plan_exchange(
         counts = F.pad(counts, (0, most.item() - routed.num_sequences))
     gathered = counts.new_empty(ranks * counts.shape[0], counts.shape[1])
     torch.distributed.all_gather_into_tensor(gathered, counts.contiguous(), group=group)
-    gathered = gathered.unflatten(0, (ranks, ranks, -1))  # [source, owner, M here, B]
+    return gathered.unflatten(0, (ranks, ranks, -1))
+
+
+def plan_exchange(gathered: torch.Tensor, group: torch.distributed.ProcessGroup, context_size: int = 1) -> RowExchange:
+    """The exchange of rows that :func:`gather_counts` counted. The host waits for its sizes.
+
+    Args:
+        gathered: [source, owner, M here, B].
+        context_size: P.
+    """
+    ranks, rank = group.size(), group.rank()
     here = gathered[:, rank]
     sent, arriving = torch.stack([gathered[rank].sum((1, 2)), here.sum((1, 2))]).tolist()
     if not sum(arriving):  # one row of zeros keeps this rank in step with the others, backward too
@@ -186,6 +193,14 @@ def mix_memories_over_ranks(
     stream = _second_stream(x.device)
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream())
+
+    def beside():
+        return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+    with beside():  # before the shared memory's kernels fill the GPU, so that the host gets the sizes while they run
+        plan = build_routing_plan(ids, token_borders, num_memories=num_memories, shared=False, backend=backend)
+        plan = plan.time_major() if time_major else plan
+        counts = None if ragged else gather_counts(plan, group, ragged)
     outputs = []
     if shared is not None:
         everyone = build_routing_plan(
@@ -194,10 +209,9 @@ def mix_memories_over_ranks(
         everyone = everyone.time_major() if time_major else everyone
         o, _ = read_memories(x, q, everyone, shared, sequence_slice=sequence_slice, backend=backend)
         outputs.append(o)
-    with nullcontext() if stream is None else torch.cuda.stream(stream):
-        plan = build_routing_plan(ids, token_borders, num_memories=num_memories, shared=False, backend=backend)
-        plan = plan.time_major() if time_major else plan
-        exchange = plan_exchange(plan, group, ragged, context_size)
+    with beside():
+        counts = gather_counts(plan, group, ragged) if counts is None else counts
+        exchange = plan_exchange(counts, group, context_size)
         arrived = exchange.dispatch(gather_rows(torch.cat([x, q], dim=1), plan))
     if stream is not None:
         main = torch.cuda.current_stream()
