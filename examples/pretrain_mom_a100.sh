@@ -35,11 +35,11 @@ print(16 if gb > 120 else 8 if gb > 60 else 4)')
     : "${VOCAB:=32000}" "${PRECISION:=bf16}" "${LOG_INTERVAL:=10}" "${EVAL_INTERVAL:=500}" "${SAVE_INTERVAL:=1000}"
 fi
 : "${TOKEN_MIXER:=mom}" "${MEMORIES:=4}" "${TOPK:=2}" "${ATTENTION_HEADS:=$((HIDDEN / 64))}" "${WARMUP_FRACTION:=0.01}"
-: "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29531}"
+: "${OVERLAP:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29531}"
 : "${DATA_PATH:=}" "${TOKENIZER:=}" "${WANDB_PROJECT:=}" "${CHECKPOINTS=$OUT/checkpoints}" # empty: none are kept
 
 echo "settings:"
-for name in PYTHON OUT GPUS PROCESSES NNODES NODE_RANK MASTER_ADDR MASTER_PORT TP SP PP EP CP TOKEN_MIXER LAYERS HIDDEN FFN HEADS HEAD_DIM \
+for name in PYTHON OUT GPUS PROCESSES NNODES NODE_RANK MASTER_ADDR MASTER_PORT TP SP PP EP CP OVERLAP TOKEN_MIXER LAYERS HIDDEN FFN HEADS HEAD_DIM \
     MEMORIES TOPK ATTENTION_HEADS SEQ_LENGTH MICRO_BATCH GLOBAL_BATCH TRAIN_ITERS LR WARMUP_FRACTION PRECISION \
     LOG_INTERVAL EVAL_INTERVAL SAVE_INTERVAL CHECKPOINTS DATA_PATH TOKENIZER VOCAB WANDB_PROJECT; do
     echo "  $name=${!name}"
@@ -91,7 +91,7 @@ parallel=(
     --context-parallel-size "$CP"
 )
 if [ "$SP" != 0 ]; then parallel+=(--sequence-parallel); fi
-if [ "$GPUS" != 0 ] && [ $((GPUS * NNODES)) -gt $((TP * PP * CP)) ]; then # several replicas: hide what they exchange
+if [ "$OVERLAP" != 0 ] && [ "$GPUS" != 0 ] && [ $((GPUS * NNODES)) -gt $((TP * PP * CP)) ]; then # several replicas: hide what they exchange
     parallel+=(--overlap-grad-reduce --overlap-param-gather)
 fi
 watching=(
@@ -106,7 +106,9 @@ if [ -n "$WANDB_PROJECT" ]; then
 fi
 
 # Megatron insists on one hardware queue for TP and CP; with several, other exchanges run beside the computation.
-if [ $((TP * CP)) -gt 1 ]; then export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}; fi
+if [ $((TP * CP)) -gt 1 ] || [[ " $* " == *--tensor-model-parallel-size* || " $* " == *--context-parallel-size* ]]; then
+    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+fi
 if [ "$GPUS" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / PROCESSES))}; fi
 "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" \
     --nproc-per-node "$PROCESSES" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \

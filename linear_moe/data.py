@@ -160,7 +160,7 @@ def get_batch(data_iterator, vp_stage=None) -> dict[str, torch.Tensor | None]:
     batch = flatten_batch_for_packed_sequences(batch)
     if not _needs_batch(args, vp_stage):
         return batch
-    if cuts_contiguously(args):
+    if getattr(args, "contiguous_context_slices", False):  # the layers were built for that
         ranks, rank = args.context_parallel_size, mpu.get_context_parallel_rank()
         cut = ("tokens", "labels", "loss_mask", "position_ids")
         return batch | {name: batch[name].chunk(ranks, 1)[rank] for name in cut if batch[name] is not None}

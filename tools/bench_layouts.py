@@ -7,7 +7,7 @@
 Each layout is a run of examples/pretrain_mom_a100.sh of its own, with the same data, seed and global batch; a last step
 is profiled on rank 0, for the bytes that it sent. With --long it is one sequence of 128k tokens on one GPU and over the
 context-parallel ranks, with full recomputation. In DIR: layouts.csv (a row a layout), exchanges.csv (a row for each
-process group and collective: bytes sent a step, measured and by the formulas of the README), losses.csv (a row a step)
+process group and collective: bytes sent in a step), losses.csv (a row a step)
 and losses.png. Runs that are in DIR already are not run again. Without a GPU a tiny model on two CPU processes shows
 that the tool runs.
 """

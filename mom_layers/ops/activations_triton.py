@@ -28,7 +28,7 @@ def sigmoid(x):
 @triton.jit
 def tanh(x, dtype: tl.constexpr):
     """tanh for values that are stored as dtype: for bfloat16 the GPU's own, one instruction with a relative error of
-    2^-11; an absolute error of 1e-7 for wider types."""
+    2^-11; an absolute error of 1e-7 for wider types. SiLU as h + h tanh(h) then errs by up to 2^-11 h, absolutely."""
     if dtype == tl.bfloat16 and not INTERPRETED:
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:

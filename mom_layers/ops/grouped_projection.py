@@ -81,7 +81,7 @@ def grouped_projection(
         raise ValueError(f"x must be [{plan.row_of_slot.shape[0]}, D], got {list(x.shape)}")
     if weight.dim() != 3 or weight.shape[0] != plan.num_groups or weight.shape[2] != x.shape[1]:
         raise ValueError(f"weight must be [{plan.num_groups}, O, {x.shape[1]}], got {list(weight.shape)}")
-    if torch.is_autocast_enabled(x.device.type):  # a product as any other
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # a product as any other
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     if resolve_backend(backend, x) == "triton" and not has_device_grouped_mm(x, weight):
