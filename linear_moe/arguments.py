@@ -9,7 +9,7 @@ import io
 from dataclasses import fields
 
 from linear_moe import core_v018
-from linear_moe.config import TOKEN_MIXERS, MomTransformerConfig
+from linear_moe.config import MOM_REFUSES, TOKEN_MIXERS, MomTransformerConfig, refuse
 from megatron_patches.patch import Patch, wrap
 from mom_layers.ops.backend import BACKENDS
 from mom_layers.rules import rule_names
@@ -85,7 +85,7 @@ def check_model(args: argparse.Namespace) -> None:
     spec = None if args.spec is None else " ".join(args.spec)
     packed = args.sft or getattr(args, "dataloader_inter_document_masking", False)  # not in core_v0.18
     graphs = args.cuda_graph_impl != "none" or args.enable_cuda_graph or args.external_cuda_graph
-    for present, what, instead in [
+    refuse(MOM_REFUSES, [
         (args.multi_latent_attention, "--multi-latent-attention", "use plain or grouped-query attention layers"),
         (args.heterogeneous_layers_config_path, "--heterogeneous-layers-config-path", "use --linear-attention-freq"),
         (spec and not args.hybrid_layer_pattern and spec != OUR_SPEC, f"--spec {spec}", f"leave it out, or {OUR_SPEC}"),
@@ -110,9 +110,7 @@ def check_model(args: argparse.Namespace) -> None:
          "use --fine-grained-activation-offloading"),
         (packed and graphs, "CUDA graphs of packed documents",
          "their number changes from batch to batch: leave out one of the two"),
-    ]:  # fmt: skip
-        if present:
-            raise ValueError(f"--token-mixer mom does not work with {what}: {instead}")
+    ])  # fmt: skip
 
 
 def check_context_parallel(args: argparse.Namespace) -> None:
@@ -126,15 +124,13 @@ def check_context_parallel(args: argparse.Namespace) -> None:
     freq = args.linear_attention_freq
     softmax = "*" in (args.hybrid_layer_pattern or "") or not (freq is None or (isinstance(freq, list) and all(freq)))
     softmax = softmax or bool(getattr(args, "mtp_num_layers", None))
-    for present, what, instead in [
+    refuse(MOM_REFUSES, [
         (getattr(args, "sft", False), f"--sft and {split}",
          "every document is cut by itself there: use another layout"),
         (packed and softmax, f"--dataloader-inter-document-masking, {split} and softmax attention layers",
          "these want every document cut by itself: make every layer MoM, without --mtp-num-layers, or leave out one "
          "of the two"),
-    ]:  # fmt: skip
-        if present:
-            raise ValueError(f"--token-mixer mom does not work with {what}: {instead}")
+    ])  # fmt: skip
 
 
 def compare_with_checkpoint(args: argparse.Namespace, saved: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -11,7 +12,15 @@ from mom_layers.mom import check_sizes, check_triton_head_sizes
 from mom_layers.ops.backend import BACKENDS
 
 TOKEN_MIXERS = ("attention", "mom")
+MOM_REFUSES = "--token-mixer mom does not work with"
 LOSS_SCALE_HOOK = "experimental_attention_variant_loss_scale_func"
+
+
+def refuse(refusal: str, cases: Iterable[tuple[object, str, str]]) -> None:
+    """Raises ValueError "refusal what: instead" for the first of (present, what, instead) that is present."""
+    for present, what, instead in cases:
+        if present:
+            raise ValueError(f"{refusal} {what}: {instead}")
 
 
 @dataclass
@@ -157,16 +166,13 @@ class MomTransformerConfig(TransformerConfig):
             )
         variant = self.experimental_attention_variant
         inference = self.transformer_impl == "inference_optimized"
-        refused = [
+        refuse(MOM_REFUSES, [
             (self.hybrid_context_parallel, "--hybrid-context-parallel", "use --context-parallel-size alone"),
             (self.multi_latent_attention, "--multi-latent-attention", "use plain or grouped-query attention layers"),
             (variant is not None, f"--experimental-attention-variant {variant}", "choose one of the two mixers"),
             (self.heterogeneous_block_specs, "--heterogeneous-layers-config-path", "use --linear-attention-freq"),
             (inference, "--transformer-impl inference_optimized", "use local or transformer_engine"),
-        ]
-        for present, what, instead in refused:
-            if present:
-                raise ValueError(f"--token-mixer mom does not work with {what}: {instead}")
+        ])  # fmt: skip
 
     def _check_context_parallel(self) -> None:
         size, experts = self.context_parallel_size, self.expert_model_parallel_size

@@ -226,10 +226,11 @@ class _FromLaterRanks(torch.autograd.Function):
         here, plan, rule, backend, gate_names = ctx.options
         transition, q, k, *gates = (saved.detach() for saved in ctx.saved_tensors)
         incoming = here.incoming(plan)
-        start = k.new_zeros(incoming.cu_seqlens.shape[0] - 1, *k.shape[1:], do.shape[2], dtype=transition.dtype)
         if here.rank > 0:
             gates = dict(zip(gate_names, gates, strict=True))
             start = rule.initial_state_gradient(q, k, do, incoming.cu_seqlens, gates, backend)
+        else:
+            start = k.new_zeros(incoming.cu_seqlens.shape[0] - 1, *k.shape[1:], do.shape[2], dtype=transition.dtype)
         gradient = _where(incoming.crosses, start[incoming.places])
         transitions, gradients = here._exchange(transition, gradient)
         d_final_state = None

@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel.mappings import all_to_all
 from mom_layers.mixing import MemoryParameters, SequenceSlice, read_memories
 from mom_layers.ops.combine import combine
 from mom_layers.ops.routing_plan import RoutingPlan, build_routing_plan
-from mom_layers.ops.rows import gather_rows
+from mom_layers.ops.rows import gather_rows, rows_of_tokens
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -55,22 +55,8 @@ class RowExchange:
 
     def give_back(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [A, C] in the plan's order to [R, C] in the order in which their ranks sent them."""
-        arrived = _Permute.apply(rows, self.plan.row_of_slot.flatten(), self.plan.token_of_row)
+        arrived = rows_of_tokens(rows, self.plan)
         return all_to_all(self.group, arrived[: sum(self.arriving)], self.sent, self.arriving)
-
-
-class _Permute(torch.autograd.Function):
-    """Rows in another order. PyTorch's own gradient of a selection adds with atomics."""
-
-    @staticmethod
-    def forward(ctx, rows, order, inverse):
-        ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
 
 
 def plan_arrivals(counts: torch.Tensor, num_rows: int, context_size: int = 1) -> RoutingPlan:

@@ -48,19 +48,18 @@ def main() -> None:
 def check_entry(args) -> None:
     """Raises ValueError for what Megatron-LM's scripts know and this entry does not: another model, or other data."""
     from linear_moe.arguments import OUR_SPEC
+    from linear_moe.config import refuse
 
     spec = None if args.spec is None else " ".join(args.spec)
     hybrid, variant = args.hybrid_layer_pattern, args.experimental_attention_variant
     launcher = "run Megatron-LM's own script: python -m linear_moe path/to/"
-    for present, what, instead in [
+    refuse("linear_moe.pretrain does not take", [
         (hybrid, f"--hybrid-layer-pattern {hybrid}", launcher + "pretrain_hybrid.py"),
         (spec and spec != OUR_SPEC, f"--spec {spec}", "leave it out"),
         (args.sft, "--sft", launcher + "pretrain_gpt.py"),
         (args.fim_data, "--fim-data", launcher + "pretrain_gpt.py"),
         (variant, f"--experimental-attention-variant {variant}", launcher + "pretrain_gpt.py"),
-    ]:
-        if present:
-            raise ValueError(f"linear_moe.pretrain does not take {what}: {instead}")
+    ])  # fmt: skip
 
 
 def _explain(error: BaseException) -> str:

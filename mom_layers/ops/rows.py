@@ -1,4 +1,4 @@
-"""Tokens to rows: every token's vector copied to the rows that the routing plan gives it."""
+"""Tokens to rows: every token's vector copied to the rows that the routing plan gives it; and back."""
 
 from __future__ import annotations
 
@@ -29,3 +29,8 @@ class _GatherRows(torch.autograd.Function):
 def gather_rows(x: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     """x [N, C] to rows [R, C]: ``rows[r] = x[plan.token_of_row[r]]``. Deterministic in both directions."""
     return _GatherRows.apply(x, plan.token_of_row, plan.row_of_slot)
+
+
+def rows_of_tokens(rows: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+    """The inverse of :func:`gather_rows` where every token has one row: rows [R, C] in the order of their tokens."""
+    return _GatherRows.apply(rows, plan.row_of_slot.flatten(), plan.token_of_row[:, None])
