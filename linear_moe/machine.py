@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import logging
 import os
-import socket
 from importlib.metadata import version
 
 import torch
@@ -29,10 +28,8 @@ def prepare_machine() -> None:
 def start() -> None:
     """Lets Megatron start here: alone where torchrun did not start this process, without a GPU, from its wheel."""
     if "RANK" not in os.environ:  # not started by torchrun: a world of one process
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        # Port 0 is any free one: nobody else has to know it.
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
         os.environ.update({name: str(value) for name, value in alone.items()})
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

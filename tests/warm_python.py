@@ -7,7 +7,6 @@ environment and output.
 import multiprocessing
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,8 @@ import time
 from functools import cache, partial
 from multiprocessing import connection, forkserver
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
@@ -39,10 +40,11 @@ def run(*words, folder: Path, environment: dict[str, str], timeout: float, ranks
     """Runs a module (`-m name`) or a script with its arguments to its end, in `folder`. stdout and stderr come back as
     one text, that of several ranks too; these get the places in the world that torchrun gives them."""
     words = list(map(str, words))
+    store, places = meeting_place(ranks) if ranks > 1 else (None, [{}])
     with tempfile.NamedTemporaryFile("r") as output:
         processes = [
             server().Process(target=_become, args=(words, str(folder), environment | place, output.name))
-            for place in _places(ranks)
+            for place in places
         ]
         for process in processes:
             process.start()
@@ -55,17 +57,20 @@ def run(*words, folder: Path, environment: dict[str, str], timeout: float, ranks
         finally:
             for process in processes:
                 process.kill()
+            del store
         status = next((process.exitcode for process in processes if process.exitcode), 0)
         return subprocess.CompletedProcess(words, status, output.read())
 
 
-def _places(ranks: int) -> list[dict[str, str]]:
-    if ranks == 1:
-        return [{}]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+def meeting_place(ranks: int) -> tuple[TCPStore, list[dict[str, str]]]:
+    """The store where ranks find each other, to be kept while they run, and the environment of each.
+
+    This process hosts it, as torchrun does: a port that is only looked up can be another's before rank 0 takes it.
+    """
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    world["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    return store, [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def _become(words: list[str], folder: str, environment: dict[str, str], output: str) -> None:

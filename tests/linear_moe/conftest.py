@@ -1,5 +1,4 @@
 import os
-import socket
 
 import pytest
 import torch
@@ -16,9 +15,7 @@ def megatron():
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any free one: nobody else has to know it
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)

@@ -5,7 +5,6 @@ seconds, a short run one.
 """
 
 import os
-import socket
 import sys
 import traceback
 from functools import partial
@@ -46,14 +45,12 @@ def launch(world_size: int, arguments: list[str], folder: Path, timeout: float =
 
     What rank i prints is in `folder/rank_i.txt`, and the end of it in the error when the run fails.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    store, places = warm_python.meeting_place(world_size)
     context = warm_python.server()
     receiver, sender = context.Pipe(duplex=False)
     ranks = [
-        context.Process(target=_train, args=(rank, world_size, port, arguments, folder, sender))
-        for rank in range(world_size)
+        context.Process(target=_train, args=(rank, place, arguments, folder, sender))
+        for rank, place in enumerate(places)
     ]
     for rank in ranks:
         rank.start()
@@ -71,23 +68,23 @@ def launch(world_size: int, arguments: list[str], folder: Path, timeout: float =
     finally:
         for rank in ranks:
             rank.kill()
+        del store
 
 
 def _last_lines(folder: Path) -> str:
     return "".join(f"\n{log.name}:\n{log.read_text()[-3000:]}" for log in sorted(folder.glob("rank_*.txt")))
 
 
-def _train(rank: int, world_size: int, port: int, arguments: list[str], folder: Path, sender) -> None:
+def _train(rank: int, place: dict[str, str], arguments: list[str], folder: Path, sender) -> None:
     log = os.open(folder / f"rank_{rank}.txt", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= place
     sys.argv = ["stock_gpt.py", *arguments]
     torch.set_num_threads(1)
     try:
         losses = main()
-        if rank == world_size - 1:
+        if rank == int(place["WORLD_SIZE"]) - 1:
             sender.send(losses)
     except BaseException:
         traceback.print_exc()

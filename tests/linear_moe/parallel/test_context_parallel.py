@@ -1,6 +1,6 @@
 """Sequences over ranks: a layer's slices equal the whole, in float64; the order of Megatron's batches; the volume."""
 
-import socket
+import os
 import traceback
 from dataclasses import replace
 
@@ -137,12 +137,13 @@ def volume(rank):
     return found
 
 
-def run_rank(rank, port, sender):
+def run_rank(rank, place, sender):
     from megatron_patches import cpu
 
     cpu.apply()
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=RANKS)
+    os.environ |= place
+    torch.distributed.init_process_group("gloo")
     try:
         sender.send({case: work(rank, *case) for case in CASES} | {"order": reorder(rank), "volume": volume(rank)})
     except BaseException:
@@ -153,12 +154,10 @@ def run_rank(rank, port, sender):
 @pytest.fixture(scope="module")
 def ranks():
     """What every rank found: {case: its tensors}."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    store, places = warm_python.meeting_place(RANKS)
     context = warm_python.server()
     pipes = [context.Pipe(duplex=False) for _ in range(RANKS)]
-    processes = [context.Process(target=run_rank, args=(rank, port, pipes[rank][1])) for rank in range(RANKS)]
+    processes = [context.Process(target=run_rank, args=(rank, places[rank], pipes[rank][1])) for rank in range(RANKS)]
     for process in processes:
         process.start()
     try:
@@ -168,6 +167,7 @@ def ranks():
     finally:
         for process in processes:
             process.kill()
+        del store
     return results
 
 

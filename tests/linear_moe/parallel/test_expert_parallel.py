@@ -1,6 +1,6 @@
 """Memories over ranks: the exchange of rows by itself, beside a real mixture of experts, and what is refused."""
 
-import socket
+import os
 import traceback
 from types import SimpleNamespace
 
@@ -76,14 +76,15 @@ def on_one_rank(data, shared):
     return gradients(mix_memories(data.x, data.q, data.gate, data.mix, plan, parameters)[0], data, parameters)
 
 
-def on_two_ranks(rank, port, cases, sender):
+def on_two_ranks(rank, place, cases, sender):
     from megatron_patches import cpu
 
     cpu.apply()
     from linear_moe.expert_parallel import mix_memories_over_ranks
 
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
+    os.environ |= place
+    torch.distributed.init_process_group("gloo")
     try:
         for shared, crowded in cases:
             parameters, data = weights(shared), inputs(rank, crowded)
@@ -107,12 +108,12 @@ def on_two_ranks(rank, port, cases, sender):
 def exchanged():
     """Output and gradients of two ranks: {(shared, crowded): [rank 0's, rank 1's]}."""
     cases = [(shared, crowded) for shared in (True, False) for crowded in (False, True)]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    store, places = warm_python.meeting_place(2)
     context = warm_python.server()
     pipes = [context.Pipe(duplex=False) for _ in range(2)]
-    ranks = [context.Process(target=on_two_ranks, args=(rank, port, cases, pipes[rank][1])) for rank in range(2)]
+    ranks = [
+        context.Process(target=on_two_ranks, args=(rank, places[rank], cases, pipes[rank][1])) for rank in range(2)
+    ]
     for rank in ranks:
         rank.start()
     results = {}
@@ -124,6 +125,7 @@ def exchanged():
     finally:
         for rank in ranks:
             rank.kill()
+        del store
     return results
 
 

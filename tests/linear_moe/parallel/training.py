@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -58,15 +57,13 @@ def launch(
         prepare: a function of a module, called on every rank before it trains.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    store, places = warm_python.meeting_place(world_size)
     context = warm_python.server()
     receiver, sender = context.Pipe(duplex=False)
     command = [*TINY, *map(str, arguments), *(["--save", str(folder)] if save_at else [])]
     ranks = [
-        context.Process(target=_train, args=(rank, world_size, port, command, folder, save_at, prepare, sender))
-        for rank in range(world_size)
+        context.Process(target=_train, args=(rank, place, command, folder, save_at, prepare, sender))
+        for rank, place in enumerate(places)
     ]
     for rank in ranks:
         rank.start()
@@ -86,26 +83,26 @@ def launch(
             rank.kill()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(rank.pid, signal.SIGKILL)  # its checkpoint writers too
+        del store
 
 
 def _last_lines(folder: Path) -> str:
     return "".join(f"\n{log.name}:\n{log.read_text()[-3000:]}" for log in sorted(folder.glob("rank_*.txt")))
 
 
-def _train(rank, world_size, port, arguments, folder, save_at, prepare, sender) -> None:
+def _train(rank, place, arguments, folder, save_at, prepare, sender) -> None:
     os.setsid()
     log = os.open(folder / f"rank_{rank}.txt", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= place
     sys.argv = ["pretrain", *arguments]
     torch.set_num_threads(1)
     try:
         if prepare:
             prepare()
         losses = _pretrain(save_at)
-        if rank == world_size - 1:
+        if rank == int(place["WORLD_SIZE"]) - 1:
             sender.send(losses)
         torch.distributed.destroy_process_group()
     except BaseException:

@@ -5,7 +5,6 @@ python without_launcher.py [--apply-and-undo] script arguments...
 
 import os
 import runpy
-import socket
 import sys
 from pathlib import Path
 
@@ -14,9 +13,8 @@ from megatron_patches.patch import applied, undo_all
 
 
 def main() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "RANK": "0", "WORLD_SIZE": "1"}
+    # Port 0 is any free one: nobody else has to know it.
+    alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     os.environ |= alone | {"LOCAL_RANK": "0", "TORCHDYNAMO_DISABLE": "1"}
     if sys.argv[1] == "--apply-and-undo":
         del sys.argv[1]
