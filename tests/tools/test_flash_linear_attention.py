@@ -5,9 +5,12 @@ Not on a CPU: there its version 0.6.0 mixes up the order of a memory's tokens, w
 
 import importlib.util
 
+import convert_from_hf
 import pytest
 import torch
 
+from linear_moe.hf.checkpoint import find_checkpoint
+from linear_moe.hf.verify import compare, megatron_logits
 from mom_layers.hf.configuration_mom import MomConfig
 from mom_layers.hf.modeling_mom import MomForCausalLM
 
@@ -57,6 +60,7 @@ def assert_same(ours, theirs, dtype):
     tokens = torch.randint(SIZES["vocab_size"], (2, length), device="cuda")
     y, their_y = logits(ours, tokens, dtype), logits(theirs, tokens, dtype)
     error = (y - their_y).norm(dim=-1) / their_y.norm(dim=-1)
+    print(f"relative errors of a token's logits: {error.median():.2e} (median) to {error.max():.2e}")
     assert error.max() <= bound, f"relative errors {error.median():.2e} (median) to {error.max():.2e}"
 
 
@@ -80,3 +84,21 @@ def test_its_own_model_computes_the_same_here(variant, dtype, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = MomForCausalLM.from_pretrained(tmp_path)
     assert_same(ours, theirs, dtype)
+
+
+@pytest.mark.parametrize("variant", [{}, {"shared_mem": False}, {"num_memories": 8, "topk": 1}])
+def test_its_own_model_has_the_same_loss_in_megatron(variant, tmp_path):
+    """Megatron computes in float32 on the CPU, hence the bound of its 60 tokens on the GPU."""
+    import fla.models
+
+    torch.manual_seed(0)
+    theirs = fla.models.MomForCausalLM(fla.models.MomConfig(**SIZES, **variant))
+    theirs.save_pretrained(tmp_path / "theirs")
+    release = tmp_path / "release"
+    assert convert_from_hf.main(["--load", str(tmp_path / "theirs"), "--save", str(release)]) == 0
+    tokens = torch.randint(SIZES["vocab_size"], (2, 60))
+    expected = logits(theirs, tokens.cuda(), torch.float32).cpu()
+    got = megatron_logits(find_checkpoint(release, None), tokens, torch.float32)[..., : SIZES["vocab_size"]]
+    difference = compare(got, expected, tokens)
+    print(f"against Megatron: {difference}")
+    assert difference.relative < 1e-3 and difference.loss < 1e-4
