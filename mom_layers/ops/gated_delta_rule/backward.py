@@ -232,6 +232,9 @@ def run_reverse_recurrence(q, k, beta, gates, solved, scores, do, cu_seqlens, ta
     d_errors, d_checkpoints = torch.empty_like(do), torch.empty_like(checkpoints)
     parts = value_size // launch.tile
     boundary = torch.empty(*checkpoints.shape[:2], parts, dtype=torch.float32, device=k.device)
+    if on_hopper:
+        q, k, do = hopper.tiles(q, key_size), hopper.tiles(k, key_size), hopper.tiles(do, launch.tile)
+        solved, scores = hopper.tiles(solved, CHUNK), hopper.tiles(scores, CHUNK)
     kernel = hopper.reverse_recurrence_kernel if on_hopper else _reverse_recurrence_kernel
     kernel[((cu_seqlens.shape[0] - 1) * heads * (value_size // launch.tile),)](
         q=q,
@@ -262,6 +265,7 @@ def run_reverse_recurrence(q, k, beta, gates, solved, scores, do, cu_seqlens, ta
         STORE_D_INITIAL_STATE=d_initial_state is not None,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        maxnreg=launch.registers,
     )
     return d_errors, d_checkpoints, boundary
 

@@ -335,6 +335,14 @@ def run_recurrence(q, k, v, beta, gates, solved, scores, cu_seqlens, table: Chun
     """
     (_, heads, key_size), value_size = k.shape, v.shape[2]
     launch, on_hopper = recurrence_launch(k, value_size, cu_seqlens.shape[0] - 1)
+    outputs = {}
+    if on_hopper:
+        q, k, v = hopper.tiles(q, key_size), hopper.tiles(k, key_size), hopper.tiles(v, launch.tile)
+        solved, scores = hopper.tiles(solved, CHUNK), hopper.tiles(scores, CHUNK)
+        outputs = {
+            "o_tiles": hopper.tiles(o, launch.tile),
+            "error_tiles": None if errors is None else hopper.tiles(errors, launch.tile),
+        }
     kernel = hopper.recurrence_kernel if on_hopper else _recurrence_kernel
     kernel[((cu_seqlens.shape[0] - 1) * heads * (value_size // launch.tile),)](
         q=q,
@@ -365,4 +373,6 @@ def run_recurrence(q, k, v, beta, gates, solved, scores, cu_seqlens, table: Chun
         FOR_BACKWARD=checkpoints is not None,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        maxnreg=launch.registers,
+        **outputs,
     )

@@ -27,7 +27,7 @@ class Launch(NamedTuple):
 LAUNCHES = {
     "hopper": {
         "chunk_scores": Launch(64, 4, 3),
-        "recurrence_256": Launch(64, 8, 2),
+        "recurrence_256": Launch(128, 8, 2),
         "recurrence_128": Launch(128, 8, 2),
         "recurrence_64": Launch(64, 4, 2),
         "state_gradients_256": Launch(128, 8, 1),
@@ -88,9 +88,10 @@ def recurrence_launch(k: torch.Tensor, value_size: int, num_segments: int) -> tu
     family, key_size = _family(k.device, k.dtype), k.shape[2]
     launch = LAUNCHES[family][f"recurrence_{max(64, key_size)}"]
     on_hopper = family == "hopper" and min(key_size, value_size) >= 64
-    if on_hopper and num_segments * k.shape[1] * (value_size // launch.tile) <= FEW_PROGRAMS and launch.tile > 32:
-        launch = launch._replace(tile=32)
-    return launch._replace(tile=min(launch.tile, value_size)), on_hopper
+    launch = launch._replace(tile=min(launch.tile, value_size))
+    while on_hopper and launch.tile > 32 and num_segments * k.shape[1] * (value_size // launch.tile) <= FEW_PROGRAMS:
+        launch = launch._replace(tile=launch.tile // 2)
+    return launch, on_hopper
 
 
 def state_gradients_launch(k: torch.Tensor, value_size: int) -> tuple[Launch, bool]:
