@@ -232,7 +232,9 @@ def run_reverse_recurrence(q, k, beta, gates, solved, scores, do, cu_seqlens, ta
     d_errors, d_checkpoints = torch.empty_like(do), torch.empty_like(checkpoints)
     parts = value_size // launch.tile
     boundary = torch.empty(*checkpoints.shape[:2], parts, dtype=torch.float32, device=k.device)
+    on_hopper_only = {}
     if on_hopper:
+        on_hopper_only = {"STAGES": launch.num_stages}
         q, k, do = hopper.tiles(q, key_size), hopper.tiles(k, key_size), hopper.tiles(do, launch.tile)
         solved, scores = hopper.tiles(solved, CHUNK), hopper.tiles(scores, CHUNK)
     kernel = hopper.reverse_recurrence_kernel if on_hopper else _reverse_recurrence_kernel
@@ -266,6 +268,7 @@ def run_reverse_recurrence(q, k, beta, gates, solved, scores, do, cu_seqlens, ta
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         maxnreg=launch.registers,
+        **on_hopper_only,
     )
     return d_errors, d_checkpoints, boundary
 
@@ -301,6 +304,14 @@ def run_state_gradients(q, k, beta, gates, errors, d_errors, do, states, cu_seql
     launch, on_hopper = state_gradients_launch(k, value_size)
     kernel = hopper_states.state_gradients_kernel if on_hopper else _state_gradients_kernel
     reverse, parts = dq is None, sums.totals.shape[3]
+    on_hopper_only = {}
+    if on_hopper:
+        q, k = hopper.tiles(q, key_size // parts), hopper.tiles(k, key_size // parts)
+        errors, d_errors, do = (hopper.tiles(x, value_size) for x in (errors, d_errors, do))
+        on_hopper_only = {
+            "dq_tiles": None if reverse else hopper.tiles(dq, key_size // parts),
+            "dk_tiles": None if reverse else hopper.tiles(dk, key_size // parts),
+        }
     kernel[(groups.segment.shape[0] * heads * parts,)](
         q=q,
         k=k,
@@ -330,4 +341,5 @@ def run_state_gradients(q, k, beta, gates, errors, d_errors, do, states, cu_seql
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         maxnreg=launch.registers,
+        **on_hopper_only,
     )

@@ -117,6 +117,7 @@ def _chunk_solve_kernel(
     H: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    SOLVE_PRECISION: tl.constexpr,
 ):
     """X of one chunk and head, in float32: the four diagonal blocks by substitution, the six below by products."""
     i_c, i_h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -164,21 +165,21 @@ def _chunk_solve_kernel(
     b_A20, b_A21 = b_N20 * b_beta0, b_N21 * b_beta1
     b_A30, b_A31, b_A32 = b_N30 * b_beta0, b_N31 * b_beta1, b_N32 * b_beta2
 
-    b_X10 = tl.dot(b_I1, b_N10 - tl.dot(b_N10 * b_beta0, b_X00, input_precision=PRECISION), input_precision=PRECISION)
-    b_right = b_N21 - tl.dot(b_A21, b_X11, input_precision=PRECISION)
-    b_X21 = tl.dot(b_I2, b_right, input_precision=PRECISION)
-    b_right = b_N32 - tl.dot(b_A32, b_X22, input_precision=PRECISION)
-    b_X32 = tl.dot(b_I3, b_right, input_precision=PRECISION)
-    b_right = b_N20 - tl.dot(b_A20, b_X00, input_precision=PRECISION)
-    b_right -= tl.dot(b_A21, b_X10, input_precision=PRECISION)
-    b_X20 = tl.dot(b_I2, b_right, input_precision=PRECISION)
-    b_right = b_N31 - tl.dot(b_A31, b_X11, input_precision=PRECISION)
-    b_right -= tl.dot(b_A32, b_X21, input_precision=PRECISION)
-    b_X31 = tl.dot(b_I3, b_right, input_precision=PRECISION)
-    b_right = b_N30 - tl.dot(b_A30, b_X00, input_precision=PRECISION)
-    b_right -= tl.dot(b_A31, b_X10, input_precision=PRECISION)
-    b_right -= tl.dot(b_A32, b_X20, input_precision=PRECISION)
-    b_X30 = tl.dot(b_I3, b_right, input_precision=PRECISION)
+    b_X10 = tl.dot(b_I1, b_N10 - tl.dot(b_N10 * b_beta0, b_X00, input_precision=SOLVE_PRECISION), input_precision=SOLVE_PRECISION)
+    b_right = b_N21 - tl.dot(b_A21, b_X11, input_precision=SOLVE_PRECISION)
+    b_X21 = tl.dot(b_I2, b_right, input_precision=SOLVE_PRECISION)
+    b_right = b_N32 - tl.dot(b_A32, b_X22, input_precision=SOLVE_PRECISION)
+    b_X32 = tl.dot(b_I3, b_right, input_precision=SOLVE_PRECISION)
+    b_right = b_N20 - tl.dot(b_A20, b_X00, input_precision=SOLVE_PRECISION)
+    b_right -= tl.dot(b_A21, b_X10, input_precision=SOLVE_PRECISION)
+    b_X20 = tl.dot(b_I2, b_right, input_precision=SOLVE_PRECISION)
+    b_right = b_N31 - tl.dot(b_A31, b_X11, input_precision=SOLVE_PRECISION)
+    b_right -= tl.dot(b_A32, b_X21, input_precision=SOLVE_PRECISION)
+    b_X31 = tl.dot(b_I3, b_right, input_precision=SOLVE_PRECISION)
+    b_right = b_N30 - tl.dot(b_A30, b_X00, input_precision=SOLVE_PRECISION)
+    b_right -= tl.dot(b_A31, b_X10, input_precision=SOLVE_PRECISION)
+    b_right -= tl.dot(b_A32, b_X20, input_precision=SOLVE_PRECISION)
+    b_X30 = tl.dot(b_I3, b_right, input_precision=SOLVE_PRECISION)
 
     tl.store(p_X + 1 * BC * BT + 0 * BC + p_block, b_X10.to(X_type))
     tl.store(p_X + 2 * BC * BT + 0 * BC + p_block, b_X20.to(X_type))
@@ -320,6 +321,7 @@ def chunk_local(q, k, g, beta, cu_seqlens, table: ChunkTable):
         H=heads,
         BT=CHUNK,
         BC=BLOCK,
+        SOLVE_PRECISION="ieee" if q.dtype == torch.float32 else "tf32x3",
         num_warps=SOLVE_WARPS,
     )
     return gates, solved, scores
@@ -335,11 +337,12 @@ def run_recurrence(q, k, v, beta, gates, solved, scores, cu_seqlens, table: Chun
     """
     (_, heads, key_size), value_size = k.shape, v.shape[2]
     launch, on_hopper = recurrence_launch(k, value_size, cu_seqlens.shape[0] - 1)
-    outputs = {}
+    on_hopper_only = {}
     if on_hopper:
         q, k, v = hopper.tiles(q, key_size), hopper.tiles(k, key_size), hopper.tiles(v, launch.tile)
         solved, scores = hopper.tiles(solved, CHUNK), hopper.tiles(scores, CHUNK)
-        outputs = {
+        on_hopper_only = {
+            "STAGES": launch.num_stages,
             "o_tiles": hopper.tiles(o, launch.tile),
             "error_tiles": None if errors is None else hopper.tiles(errors, launch.tile),
         }
@@ -374,5 +377,5 @@ def run_recurrence(q, k, v, beta, gates, solved, scores, cu_seqlens, table: Chun
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         maxnreg=launch.registers,
-        **outputs,
+        **on_hopper_only,
     )

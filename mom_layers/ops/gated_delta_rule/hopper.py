@@ -81,6 +81,21 @@ def _fetch_two(shared, tiles, row, column, other_shared, other_tiles, other_row,
 
 
 @gluon.jit
+def _fetch_chunk(
+    s_k, k, s_q, q, s_v, v, s_X, solved, s_P, scores, row, i_key, i_value, i_chunk_row, arrived
+):  # fmt: skip
+    """The same for all that a chunk needs; v stands for v or do."""
+    mbarrier.expect(
+        arrived, 2 * k.block_type.nbytes + v.block_type.nbytes + 2 * solved.block_type.nbytes
+    )
+    tma.async_copy_global_to_shared(k, [row, i_key], arrived, s_k)
+    tma.async_copy_global_to_shared(q, [row, i_key], arrived, s_q)
+    tma.async_copy_global_to_shared(v, [row, i_value], arrived, s_v)
+    tma.async_copy_global_to_shared(solved, [i_chunk_row, 0], arrived, s_X)
+    tma.async_copy_global_to_shared(scores, [i_chunk_row, 0], arrived, s_P)
+
+
+@gluon.jit
 def _clear_rows(shared, valid, ROWS: gl.constexpr, COLUMNS: gl.constexpr, NW: gl.constexpr):
     """Zeroes the rows from `valid` on of a tile [ROWS, COLUMNS]: they belong to another segment."""
     SLICE: gl.constexpr = 16
@@ -170,6 +185,7 @@ def recurrence_kernel(
     BT: gl.constexpr,
     BV: gl.constexpr,
     GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
     HAS_INITIAL_STATE: gl.constexpr,
     STORE_FINAL_STATE: gl.constexpr,
     FOR_BACKWARD: gl.constexpr,
@@ -191,15 +207,20 @@ def recurrence_kernel(
     L_r: gl.constexpr = _product_layout(BT, BV, NW)
     L_S: gl.constexpr = _product_layout(K, BV, NW)
     L_t: gl.constexpr = gl.SliceLayout(1, L_r)
+    AHEAD: gl.constexpr = STAGES > 1
     SLICE: gl.constexpr = gl.constexpr(min(K, 32))
     s_k = gl.allocate_shared_memory(low, [2, BT, K], _shared_layout(BT, K, low))
-    s_q_one = gl.allocate_shared_memory(low, [1, BT, K], _shared_layout(BT, K, low))
-    s_X_one = gl.allocate_shared_memory(low, [1, BT, BT], _shared_layout(BT, BT, low))
-    s_P_one = gl.allocate_shared_memory(low, [1, BT, BT], _shared_layout(BT, BT, low))
+    s_q_all = gl.allocate_shared_memory(low, [STAGES, BT, K], _shared_layout(BT, K, low))
+    s_X_all = gl.allocate_shared_memory(low, [STAGES, BT, BT], _shared_layout(BT, BT, low))
+    s_P_all = gl.allocate_shared_memory(low, [STAGES, BT, BT], _shared_layout(BT, BT, low))
     s_S_one = gl.allocate_shared_memory(low, [1, K, BV], _shared_layout(K, BV, low))
-    # Two places that swap after every chunk: one is for v, -beta r and e in turn, the other for what goes to the state
-    # and then for the next v. o follows u. They pass through here so that whole cache lines are read and written.
+    # Two places that swap after every chunk: one is for v (unless it comes a chunk ahead), -beta r and e in turn, the
+    # other for what goes to the state and then for the next v. o follows u.
     s_turns = gl.allocate_shared_memory(low, [2, BT, BV], _shared_layout(BT, BV, low))
+    if AHEAD:
+        s_v_all = gl.allocate_shared_memory(low, [2, BT, BV], _shared_layout(BT, BV, low))
+    else:
+        s_v_all = s_turns
     s_u_one = gl.allocate_shared_memory(low, [1, BT, BV], _shared_layout(BT, BV, low))
 
     o_k = gl.arange(0, K, layout=gl.SliceLayout(1, L_S))
@@ -214,43 +235,68 @@ def recurrence_kernel(
     for i in gl.static_range(4):
         mbarrier.init(arrived.index(i), count=1)
     qX_arrived, vP_arrived = arrived.index(2), arrived.index(3)
+    i_key, i_value = i_h * K, i_h * V + i_v * BV
     if num_chunks > 0:
-        _fetch(s_k.index(0), k, i_first, i_h * K, arrived.index(0))
-        _fetch_two(s_q_one.index(0), q, i_first, i_h * K, s_X_one.index(0), solved, i_chunk * BT, 0, qX_arrived)
-        _fetch_two(
-            s_turns.index(0), v, i_first, i_h * V + i_v * BV, s_P_one.index(0), scores, i_chunk * BT, 0, vP_arrived
-        )
+        if AHEAD:
+            _fetch_chunk(
+                s_k.index(0), k, s_q_all.index(0), q, s_v_all.index(0), v, s_X_all.index(0), solved,
+                s_P_all.index(0), scores, i_first, i_key, i_value, i_chunk * BT, arrived.index(0),
+            )  # fmt: skip
+        else:
+            _fetch(s_k.index(0), k, i_first, i_key, arrived.index(0))
+            _fetch_two(s_q_all.index(0), q, i_first, i_key, s_X_all.index(0), solved, i_chunk * BT, 0, qX_arrived)
+            _fetch_two(s_v_all.index(0), v, i_first, i_value, s_P_all.index(0), scores, i_chunk * BT, 0, vP_arrived)
+    if AHEAD:
+        b_beta, b_from_start, b_to_end = _row_factors(beta, gates, rows, i_chunk.to(gl.int64), num_rows, H, BT, L_t)
+        chunk_decay = _chunk_decay(gates, i_chunk.to(gl.int64), num_rows, BT)
     for i_t in range(num_chunks):
         left = num_rows - i_t * BT
         i_buffer = i_t & 1
         m_t = gl.arange(0, BT, layout=L_t) < left
         i_zero = (rows >> 62).to(gl.int32)
-        s_q, s_X, s_P, s_S = s_q_one.index(i_zero), s_X_one.index(i_zero), s_P_one.index(i_zero), s_S_one.index(i_zero)
+        i_stage = i_buffer if AHEAD else i_zero
+        s_q, s_X, s_P = s_q_all.index(i_stage), s_X_all.index(i_stage), s_P_all.index(i_stage)
+        s_S = s_S_one.index(i_zero)
         s_u = s_u_one.index(i_zero)
         s_r, s_end = s_turns.index(i_buffer), s_turns.index(1 - i_buffer)
         s_S.store(b_S.to(low))
         mbarrier.wait(arrived.index(i_buffer), (i_t >> 1) & 1)
-        mbarrier.wait(qX_arrived, i_buffer)
         if left < BT:
             _clear_rows(s_k.index(i_buffer), left, BT, K, NW)
         _publish()
         if left > BT:
-            _fetch(s_k.index(1 - i_buffer), k, i_first + BT, i_h * K, arrived.index(1 - i_buffer))
+            if AHEAD:
+                _fetch_chunk(
+                    s_k.index(1 - i_buffer), k, s_q_all.index(1 - i_buffer), q, s_v_all.index(1 - i_buffer), v,
+                    s_X_all.index(1 - i_buffer), solved, s_P_all.index(1 - i_buffer), scores,
+                    i_first + BT, i_key, i_value, (i_chunk + H) * BT, arrived.index(1 - i_buffer),
+                )  # fmt: skip
+            else:
+                _fetch(s_k.index(1 - i_buffer), k, i_first + BT, i_key, arrived.index(1 - i_buffer))
         if i_t > 0:
-            tma.async_copy_shared_to_global(o_tiles, [i_first - BT, i_h * V + i_v * BV], s_u)
+            tma.async_copy_shared_to_global(o_tiles, [i_first - BT, i_value], s_u)
             if FOR_BACKWARD:
-                tma.async_copy_shared_to_global(error_tiles, [i_first - BT, i_h * V + i_v * BV], s_end)
+                tma.async_copy_shared_to_global(error_tiles, [i_first - BT, i_value], s_end)
         if FOR_BACKWARD:
             if i_t % GROUP == 0:
                 i_point = (i_group + i_t // GROUP).to(gl.int64) * H + i_h
                 _store_state(checkpoints + i_point * K * V + i_v * BV, s_S, K, V, BV, SLICE, NW)
         zero = gl.zeros([BT, BV], gl.float32, layout=L_r)
         b_kS = warpgroup_mma(s_k.index(i_buffer), s_S, zero, use_acc=False, is_async=True)
+        if not AHEAD:
+            mbarrier.wait(qX_arrived, i_buffer)
         b_qS = warpgroup_mma(s_q, s_S, zero, use_acc=False, is_async=True)
-        b_beta, b_from_start, b_to_end = _row_factors(beta, gates, rows, i_chunk.to(gl.int64), left, H, BT, L_t)
-        chunk_decay = _chunk_decay(gates, i_chunk.to(gl.int64), left, BT)
-        mbarrier.wait(vP_arrived, i_buffer)
-        b_v = gl.where(m_t[:, None], s_r.load(L_r).to(gl.float32), 0.0)
+        if AHEAD:
+            next_beta, next_from_start, next_to_end = _row_factors(
+                beta, gates, rows + BT * H, (i_chunk + H).to(gl.int64), left - BT, H, BT, L_t
+            )
+            next_decay = _chunk_decay(gates, (i_chunk + H).to(gl.int64), left - BT, BT)
+        else:
+            b_beta, b_from_start, b_to_end = _row_factors(beta, gates, rows, i_chunk.to(gl.int64), left, H, BT, L_t)
+            chunk_decay = _chunk_decay(gates, i_chunk.to(gl.int64), left, BT)
+        if not AHEAD:
+            mbarrier.wait(vP_arrived, i_buffer)
+        b_v = gl.where(m_t[:, None], s_v_all.index(i_buffer).load(L_r).to(gl.float32), 0.0)
         b_kS = warpgroup_mma_wait(1, deps=[b_kS])
         b_r = b_v - b_from_start[:, None] * b_kS
         s_r.store((-b_beta[:, None] * b_r).to(low))
@@ -268,17 +314,20 @@ def recurrence_kernel(
         _publish()
         b_S_next = warpgroup_mma(s_k.index(i_buffer).permute((1, 0)), s_end, b_S, is_async=True)
         b_o = warpgroup_mma(s_P, s_u, b_from_start[:, None] * b_qS, is_async=True)
-        if left > BT:
-            _fetch_two(s_q, q, i_first + BT, i_h * K, s_X, solved, (i_chunk + H) * BT, 0, qX_arrived)
+        if not AHEAD:
+            if left > BT:
+                _fetch_two(s_q, q, i_first + BT, i_key, s_X, solved, (i_chunk + H) * BT, 0, qX_arrived)
         if FOR_BACKWARD:
             s_r.store(b_e.to(low))
         b_S, b_o = warpgroup_mma_wait(0, deps=[b_S_next, b_o])
         gl.thread_barrier()
-        if left > BT:
-            _fetch_two(
-                s_end, v, i_first + BT, i_h * V + i_v * BV, s_P, scores, (i_chunk + H) * BT, 0, vP_arrived
-            )
+        if not AHEAD:
+            if left > BT:
+                _fetch_two(s_end, v, i_first + BT, i_value, s_P, scores, (i_chunk + H) * BT, 0, vP_arrived)
         s_u.store((scale * b_o).to(low))
+        if AHEAD:
+            chunk_decay = next_decay
+            b_beta, b_from_start, b_to_end = next_beta, next_from_start, next_to_end
         rows += BT * H
         i_first += BT
         i_chunk += H
@@ -325,6 +374,7 @@ def reverse_recurrence_kernel(
     BT: gl.constexpr,
     BV: gl.constexpr,
     GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
     HAS_D_FINAL_STATE: gl.constexpr,
     STORE_D_INITIAL_STATE: gl.constexpr,
     num_warps: gl.constexpr,
@@ -347,15 +397,20 @@ def reverse_recurrence_kernel(
     L_r: gl.constexpr = _product_layout(BT, BV, NW)
     L_S: gl.constexpr = _product_layout(K, BV, NW)
     L_t: gl.constexpr = gl.SliceLayout(1, L_r)
+    AHEAD: gl.constexpr = STAGES > 1
     SLICE: gl.constexpr = gl.constexpr(min(K, 32))
     s_k = gl.allocate_shared_memory(low, [2, BT, K], _shared_layout(BT, K, low))
-    s_q_one = gl.allocate_shared_memory(low, [1, BT, K], _shared_layout(BT, K, low))
-    s_X_one = gl.allocate_shared_memory(low, [1, BT, BT], _shared_layout(BT, BT, low))
-    s_P_one = gl.allocate_shared_memory(low, [1, BT, BT], _shared_layout(BT, BT, low))
+    s_q_all = gl.allocate_shared_memory(low, [STAGES, BT, K], _shared_layout(BT, K, low))
+    s_X_all = gl.allocate_shared_memory(low, [STAGES, BT, BT], _shared_layout(BT, BT, low))
+    s_P_all = gl.allocate_shared_memory(low, [STAGES, BT, BT], _shared_layout(BT, BT, low))
     s_S_one = gl.allocate_shared_memory(low, [1, K, BV], _shared_layout(K, BV, low))
-    # Two places that swap after every chunk: one is for do and then for what y takes from the state, the other for what
-    # do adds to the state and then for the next do.
+    # Two places that swap after every chunk: one is for do (unless it comes a chunk ahead) and then for what y takes
+    # from the state, the other for what do adds to the state and then for the next do.
     s_turns = gl.allocate_shared_memory(low, [2, BT, BV], _shared_layout(BT, BV, low))
+    if AHEAD:
+        s_do_all = gl.allocate_shared_memory(low, [2, BT, BV], _shared_layout(BT, BV, low))
+    else:
+        s_do_all = s_turns
     s_z = gl.allocate_shared_memory(low, [BT, BV], _shared_layout(BT, BV, low))  # then y
 
     L_io: gl.constexpr = _copy_layout(BV, NW)
@@ -378,41 +433,58 @@ def reverse_recurrence_kernel(
         mbarrier.init(arrived.index(i), count=1)
     P_arrived, X_arrived, ends_arrived = arrived.index(2), arrived.index(3), arrived.index(4)
     left = gl.where(num_chunks > 0, num_rows - (num_chunks - 1) * BT, 0)
+    i_key, i_value = i_h * K, i_h * V + i_v * BV
     if num_chunks > 0:
-        _fetch(s_k.index(0), k, i_row, i_h * K, arrived.index(0))
-        _fetch_two(
-            s_q_one.index(0), q, i_row, i_h * K, s_turns.index(0), do, i_row, i_h * V + i_v * BV, ends_arrived
-        )
-        _fetch(s_P_one.index(0), scores, i_chunk * BT, 0, P_arrived)
-        _fetch(s_X_one.index(0), solved, i_chunk * BT, 0, X_arrived)
+        if AHEAD:
+            _fetch_chunk(
+                s_k.index(0), k, s_q_all.index(0), q, s_do_all.index(0), do, s_X_all.index(0), solved,
+                s_P_all.index(0), scores, i_row, i_key, i_value, i_chunk * BT, arrived.index(0),
+            )  # fmt: skip
+        else:
+            _fetch(s_k.index(0), k, i_row, i_key, arrived.index(0))
+            _fetch_two(s_q_all.index(0), q, i_row, i_key, s_do_all.index(0), do, i_row, i_value, ends_arrived)
+            _fetch(s_P_all.index(0), scores, i_chunk * BT, 0, P_arrived)
+            _fetch(s_X_all.index(0), solved, i_chunk * BT, 0, X_arrived)
         gl.store(boundary + ((i_group + (num_chunks - 1) // GROUP).to(gl.int64) * H + i_h) * (V // BV) + i_v, product)
         if left < BT:
             mbarrier.wait(arrived.index(0), 0)
-            mbarrier.wait(ends_arrived, 0)
+            if not AHEAD:
+                mbarrier.wait(ends_arrived, 0)
             _clear_rows(s_k.index(0), left, BT, K, NW)
-            _clear_rows(s_q_one.index(0), left, BT, K, NW)
-            _clear_rows(s_turns.index(0), left, BT, BV, NW)
+            _clear_rows(s_q_all.index(0), left, BT, K, NW)
+            _clear_rows(s_do_all.index(0), left, BT, BV, NW)
             gl.thread_barrier()
+    b_beta, b_from_start, b_to_end = _row_factors(beta, gates, rows, i_chunk.to(gl.int64), left, H, BT, L_t)
+    chunk_decay = _chunk_decay(gates, i_chunk.to(gl.int64), left, BT)
     for i_back in range(num_chunks):
         i_t = num_chunks - 1 - i_back
         m_t = o_t < num_rows - i_t * BT
         i_buffer = i_back & 1
-        s_do, s_start = s_turns.index(i_buffer), s_turns.index(1 - i_buffer)
+        s_do, s_y, s_start = s_do_all.index(i_buffer), s_turns.index(i_buffer), s_turns.index(1 - i_buffer)
         i_zero = (rows >> 62).to(gl.int32)
-        s_q, s_X, s_P, s_S = s_q_one.index(i_zero), s_X_one.index(i_zero), s_P_one.index(i_zero), s_S_one.index(i_zero)
+        i_stage = i_buffer if AHEAD else i_zero
+        s_q, s_X, s_P = s_q_all.index(i_stage), s_X_all.index(i_stage), s_P_all.index(i_stage)
+        s_S = s_S_one.index(i_zero)
         s_S.store(b_dS.to(low))
-        b_beta, b_from_start, b_to_end = _row_factors(
-            beta, gates, rows, i_chunk.to(gl.int64), num_rows - i_t * BT, H, BT, L_t
-        )
-        chunk_decay = _chunk_decay(gates, i_chunk.to(gl.int64), num_rows - i_t * BT, BT)
-        mbarrier.wait(ends_arrived, i_buffer)
+        if AHEAD:
+            mbarrier.wait(arrived.index(i_buffer), (i_back >> 1) & 1)
+        else:
+            mbarrier.wait(ends_arrived, i_buffer)
         b_do = s_do.load(L_r).to(gl.float32)
         s_start.store(((scale * b_from_start)[:, None] * b_do).to(low))
-        mbarrier.wait(arrived.index(i_buffer), (i_back >> 1) & 1)
-        mbarrier.wait(P_arrived, i_buffer)
+        if not AHEAD:
+            mbarrier.wait(arrived.index(i_buffer), (i_back >> 1) & 1)
+            mbarrier.wait(P_arrived, i_buffer)
         _publish()
         if i_t > 0:
-            _fetch(s_k.index(1 - i_buffer), k, i_row - BT, i_h * K, arrived.index(1 - i_buffer))
+            if AHEAD:
+                _fetch_chunk(
+                    s_k.index(1 - i_buffer), k, s_q_all.index(1 - i_buffer), q, s_do_all.index(1 - i_buffer), do,
+                    s_X_all.index(1 - i_buffer), solved, s_P_all.index(1 - i_buffer), scores,
+                    i_row - BT, i_key, i_value, (i_chunk - H) * BT, arrived.index(1 - i_buffer),
+                )  # fmt: skip
+            else:
+                _fetch(s_k.index(1 - i_buffer), k, i_row - BT, i_key, arrived.index(1 - i_buffer))
         if (i_t % GROUP == GROUP - 1) | (i_back == 0):
             i_point = (i_group + i_t // GROUP).to(gl.int64) * H + i_h
             _store_state(d_checkpoints + i_point * K * V + i_v * BV, s_S, K, V, BV, SLICE, NW)
@@ -422,28 +494,38 @@ def reverse_recurrence_kernel(
         zero = gl.zeros([BT, BV], gl.float32, layout=L_r)
         b_kdS = warpgroup_mma(s_k.index(i_buffer), s_S, zero, use_acc=False, is_async=True)
         b_Pdo = warpgroup_mma(s_P.permute((1, 0)), s_do, zero, use_acc=False, is_async=True)
+        next_beta, next_from_start, next_to_end = _row_factors(
+            beta, gates, rows - BT * H, (i_chunk - H).to(gl.int64), gl.where(i_t > 0, BT, 0), H, BT, L_t
+        )
+        next_decay = _chunk_decay(gates, (i_chunk - H).to(gl.int64), i_t, BT)
         b_kdS, b_Pdo = warpgroup_mma_wait(0, deps=[b_kdS, b_Pdo])
         b_z = scale * b_Pdo + b_to_end[:, None] * b_kdS
         s_z.store((-b_beta[:, None] * b_z).to(low))
         b_dS = chunk_decay * b_dS
-        mbarrier.wait(X_arrived, i_buffer)
+        if not AHEAD:
+            mbarrier.wait(X_arrived, i_buffer)
         _publish()
-        if i_t > 0:
-            _fetch(s_P, scores, (i_chunk - H) * BT, 0, P_arrived)
+        if not AHEAD:
+            if i_t > 0:
+                _fetch(s_P, scores, (i_chunk - H) * BT, 0, P_arrived)
         b_y = warpgroup_mma(s_X.permute((1, 0)), s_z, b_z, is_async=True)
         b_dS_next = warpgroup_mma(s_q.permute((1, 0)), s_start, b_dS, is_async=True)
         b_y = warpgroup_mma_wait(1, deps=[b_y])
-        s_do.store(((-b_from_start * b_beta)[:, None] * b_y).to(low))
+        s_y.store(((-b_from_start * b_beta)[:, None] * b_y).to(low))
         _publish()
-        if i_t > 0:
-            _fetch(s_X, solved, (i_chunk - H) * BT, 0, X_arrived)
-        b_dS_next = warpgroup_mma(s_k.index(i_buffer).permute((1, 0)), s_do, b_dS_next, is_async=True)
+        if not AHEAD:
+            if i_t > 0:
+                _fetch(s_X, solved, (i_chunk - H) * BT, 0, X_arrived)
+        b_dS_next = warpgroup_mma(s_k.index(i_buffer).permute((1, 0)), s_y, b_dS_next, is_async=True)
         s_z.store(b_y.to(low))
         b_dS = warpgroup_mma_wait(0, deps=[b_dS_next])
         gl.thread_barrier()
-        if i_t > 0:
-            _fetch_two(s_q, q, i_row - BT, i_h * K, s_start, do, i_row - BT, i_h * V + i_v * BV, ends_arrived)
+        if not AHEAD:
+            if i_t > 0:
+                _fetch_two(s_q, q, i_row - BT, i_key, s_start, do, i_row - BT, i_value, ends_arrived)
         gl.store(d_errors + rows * V + o_tv, s_z.load(L_io), mask=m_t[:, None])
+        chunk_decay = next_decay
+        b_beta, b_from_start, b_to_end = next_beta, next_from_start, next_to_end
         rows -= BT * H
         i_row -= BT
         i_chunk -= H

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from mom_layers.ops.gated_delta_rule.hopper import (
     _chunk_decay,
-    _copy,
+    _clear_rows,
     _copy_layout,
+    _fetch,
+    _fetch_two,
     _product_layout,
     _publish,
     _row_factors,
@@ -46,6 +47,8 @@ def state_gradients_kernel(
     group_index,
     dq,
     dk,
+    dq_tiles,
+    dk_tiles,
     row_terms,
     totals,
     scale,
@@ -64,7 +67,7 @@ def state_gradients_kernel(
     Each of a chunk's five tiles has a place in shared memory, and the next chunk's is copied there as soon as the last
     product that reads it is done. The update's row factors go onto q and k, which are narrower here than e, y and do.
     """
-    low: gl.constexpr = k.dtype.element_ty
+    low: gl.constexpr = k.dtype
     NW: gl.constexpr = num_warps
     i_kb = gl.program_id(0) % (K // BK)
     i_h = gl.program_id(0) // (K // BK) % H
@@ -94,27 +97,29 @@ def state_gradients_kernel(
     s_out = gl.allocate_shared_memory(low, [BT, BK], _shared_layout(BT, BK, low))
 
     rows = i_first.to(gl.int64) * H + i_h
-    q += i_kb * BK
-    k += i_kb * BK
-    # Groups of copies in the order in which they are waited for, the same as at the loop's end.
+    i_key, i_value = i_h * K + i_kb * BK, i_h * V
+    arrived = gl.allocate_shared_memory(gl.int64, [5, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(5):
+        mbarrier.init(arrived.index(i), count=1)
+    e_arrived, do_y_arrived = arrived.index(0), arrived.index(1)
+    k_arrived, q_arrived, dk_arrived = arrived.index(2), arrived.index(3), arrived.index(4)
     if REVERSE:
-        _copy(s_e, errors + rows * V, H * V, num_rows, BT, V, NW)
-        _copy(s_q, q + rows * K, H * K, num_rows, BT, BK, NW)
-        _copy(s_k, k + rows * K, H * K, num_rows, BT, BK, NW)
-        async_copy.commit_group()
-        _copy(s_do, do + rows * V, H * V, num_rows, BT, V, NW)
-        _copy(s_y, d_errors + rows * V, H * V, num_rows, BT, V, NW)
-        async_copy.commit_group()
+        _fetch(s_e, errors, i_first, i_value, e_arrived)
+        _fetch_two(s_q, q, i_first, i_key, s_k, k, i_first, i_key, k_arrived)
+        _fetch_two(s_do, do, i_first, i_value, s_y, d_errors, i_first, i_value, do_y_arrived)
+        if num_rows < BT:
+            mbarrier.wait(k_arrived, 0)
+            mbarrier.wait(do_y_arrived, 0)
+            _clear_rows(s_q, num_rows, BT, BK, NW)
+            _clear_rows(s_k, num_rows, BT, BK, NW)
+            _clear_rows(s_do, num_rows, BT, V, NW)
+            _clear_rows(s_y, num_rows, BT, V, NW)
+            gl.thread_barrier()
     else:
-        _copy(s_do, do + rows * V, H * V, num_rows, BT, V, NW)
-        async_copy.commit_group()
-        _copy(s_y, d_errors + rows * V, H * V, num_rows, BT, V, NW)
-        async_copy.commit_group()
-        _copy(s_q, q + rows * K, H * K, num_rows, BT, BK, NW)
-        async_copy.commit_group()
-        _copy(s_k, k + rows * K, H * K, num_rows, BT, BK, NW)
-        _copy(s_e, errors + rows * V, H * V, num_rows, BT, V, NW)
-        async_copy.commit_group()
+        _fetch_two(s_do, do, i_first, i_value, s_y, d_errors, i_first, i_value, do_y_arrived)
+        _fetch(s_q, q, i_first, i_key, q_arrived)
+        _fetch_two(s_k, k, i_first, i_key, s_e, errors, i_first, i_value, k_arrived)
+        _fetch(s_out, dk_tiles, i_first, i_key, dk_arrived)
     o_t = gl.arange(0, BT, layout=L_t)
     # Tiles of dq and dk leave by way of shared memory, so that whole cache lines are written.
     L_out: gl.constexpr = _copy_layout(BK, NW)
@@ -127,89 +132,88 @@ def state_gradients_kernel(
     b_start_q, b_start_k, b_end = _scaled_factors(beta, gates, rows, i_chunk, num_rows, scale, H, BT, L_t)
     chunk_decay = _chunk_decay(gates, i_chunk, num_rows, BT)
     for i in range(num_chunks):
-        m_tk = (o_out < num_rows)[:, None]
+        phase = i & 1
         # What comes after: rows left (against time every chunk but the segment's last is whole), or none.
         left = gl.where(i + 1 < num_chunks, BT if REVERSE else num_rows - BT, 0)
+        i_next = i_first + step * BT
         next_rows = rows + step * BT * H
         # An index that the compiler cannot foresee: it would keep the addresses of all products in registers.
         i_zero = (rows >> 62).to(gl.int32)
         s_St = s_all_S.index(i_zero).permute((1, 0))
         s_all_S.index(0).store(b_S.to(low))
         if REVERSE:
-            async_copy.wait_group(1)
+            mbarrier.wait(e_arrived, phase)
             _publish()
             b_dk = warpgroup_mma(s_all.index(i_zero), s_St, zero, use_acc=False, is_async=True)
+            mbarrier.wait(k_arrived, phase)
             s_q.store((b_start_q[:, None] * s_q.load(L_d).to(gl.float32)).to(low))
             b_k = s_k.load(L_d).to(gl.float32)
             s_k.store((b_start_k[:, None] * b_k).to(low))
             b_S = chunk_decay * b_S
-            async_copy.wait_group(0)
+            mbarrier.wait(do_y_arrived, phase)
             _publish()
             b_S = warpgroup_mma(s_q.permute((1, 0)), s_do, b_S, is_async=True)
             b_S = warpgroup_mma(s_k.permute((1, 0)), s_y, b_S, is_async=True)
             b_dk = warpgroup_mma_wait(2, deps=[b_dk])
             gl.thread_barrier()
             if left > 0:
-                _copy(s_e, errors + next_rows * V, H * V, left, BT, V, NW)
+                _fetch(s_e, errors, i_next, i_value, e_arrived)
             b_dk = b_end[:, None] * b_dk
             b_term = gl.sum(b_k * b_dk, 1)
             s_out.store(b_dk.to(low))
         else:
-            async_copy.wait_group(2)
+            mbarrier.wait(do_y_arrived, phase)
             _publish()
             b_dq = warpgroup_mma(s_all.index(2 + i_zero), s_St, zero, use_acc=False, is_async=True)
             b_dk = warpgroup_mma(s_all.index(1 + i_zero), s_St, zero, use_acc=False, is_async=True)
             b_dq = warpgroup_mma_wait(1, deps=[b_dq])
-            async_copy.wait_group(1)
-            gl.thread_barrier()
-            if left > 0:
-                _copy(s_do, do + next_rows * V, H * V, left, BT, V, NW)
-            async_copy.commit_group()
+            mbarrier.wait(q_arrived, phase)
             b_dq = b_start_q[:, None] * b_dq
             b_term = gl.sum(s_q.load(L_d).to(gl.float32) * b_dq, 1)
             s_q.store(b_dq.to(low))
             b_dk = warpgroup_mma_wait(0, deps=[b_dk])
-            async_copy.wait_group(1)
-            gl.thread_barrier()
+            mbarrier.wait(k_arrived, phase)
+            _publish()
             if left > 0:
-                _copy(s_y, d_errors + next_rows * V, H * V, left, BT, V, NW)
-            async_copy.commit_group()
-            gl.store(dq + rows * K + o_tk, s_q.load(L_out), mask=m_tk)
+                tma.async_copy_shared_to_global(dq_tiles, [i_first, i_key], s_q)
+                _fetch_two(s_do, do, i_next, i_value, s_y, d_errors, i_next, i_value, do_y_arrived)
             b_k = s_k.load(L_d).to(gl.float32)
             s_k.store((b_end[:, None] * b_k).to(low))
             b_dk = b_start_k[:, None] * b_dk
             b_term += gl.sum(b_k * b_dk, 1)
-            s_out.store(b_dk.to(low))
+            mbarrier.wait(dk_arrived, phase)
+            s_out.store((s_out.load(L_d).to(gl.float32) + b_dk).to(low))
             b_S = chunk_decay * b_S
+            tma.store_wait(pendings=0)
             _publish()
-            if left > 0:
-                _copy(s_q, q + next_rows * K, H * K, left, BT, BK, NW)
-            async_copy.commit_group()
             b_S = warpgroup_mma(s_k.permute((1, 0)), s_e, b_S, is_async=True)
-            b_dk_so_far = gl.load(dk + rows * K + o_tk, mask=m_tk, other=0.0)
+            if left > 0:
+                tma.async_copy_shared_to_global(dk_tiles, [i_first, i_key], s_out)
+                _fetch(s_q, q, i_next, i_key, q_arrived)
         i_part = i_chunk * (K // BK) + i_kb
+        b_term = gl.where(o_t < num_rows, b_term, 0.0)
         gl.store(row_terms + i_part * BT + o_t, b_term)
         gl.store(totals + i_part, gl.sum(b_term, 0))
         if REVERSE:
-            gl.store(dk + rows * K + o_tk, s_out.load(L_out), mask=m_tk)
-        else:
-            b_sum = s_out.load(L_out).to(gl.float32) + b_dk_so_far.to(gl.float32)
-            gl.store(dk + rows * K + o_tk, b_sum.to(low), mask=m_tk)
-        num_rows, rows = left, next_rows
+            gl.store(dk + rows * K + o_tk, s_out.load(L_out), mask=(o_out < num_rows)[:, None])
+        num_rows, rows, i_first = left, next_rows, i_next
         i_chunk += step * H
         b_start_q, b_start_k, b_end = _scaled_factors(beta, gates, rows, i_chunk, left, scale, H, BT, L_t)
         chunk_decay = _chunk_decay(gates, i_chunk, left, BT)
         b_S = warpgroup_mma_wait(0, deps=[b_S])
+        if not REVERSE:
+            tma.store_wait(pendings=0)
         gl.thread_barrier()
         if left > 0:
-            _copy(s_k, k + rows * K, H * K, left, BT, BK, NW)
             if REVERSE:
-                _copy(s_q, q + rows * K, H * K, left, BT, BK, NW)
+                _fetch_two(s_q, q, i_first, i_key, s_k, k, i_first, i_key, k_arrived)
+                _fetch_two(s_do, do, i_first, i_value, s_y, d_errors, i_first, i_value, do_y_arrived)
             else:
-                _copy(s_e, errors + rows * V, H * V, left, BT, V, NW)
-        async_copy.commit_group()
-        if REVERSE:
-            if left > 0:
-                _copy(s_do, do + rows * V, H * V, left, BT, V, NW)
-                _copy(s_y, d_errors + rows * V, H * V, left, BT, V, NW)
-            async_copy.commit_group()
+                _fetch_two(s_k, k, i_first, i_key, s_e, errors, i_first, i_value, k_arrived)
+                _fetch(s_out, dk_tiles, i_first, i_key, dk_arrived)
+    if not REVERSE:  # the last chunk, which may not be whole
+        start = gl.load(cu_seqlens + i_s) + (gl.load(group_index + i_g) * GROUP + num_chunks - 1) * BT
+        m_tk = (start + o_out < gl.load(cu_seqlens + i_s + 1))[:, None]
+        o_tk += (start.to(gl.int64) * H + i_h) * K
+        gl.store(dq + o_tk, s_q.load(L_out), mask=m_tk)
+        gl.store(dk + o_tk, s_out.load(L_out), mask=m_tk)

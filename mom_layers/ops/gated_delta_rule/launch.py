@@ -28,7 +28,7 @@ LAUNCHES = {
     "hopper": {
         "chunk_scores": Launch(64, 4, 3),
         "recurrence_256": Launch(128, 8, 2),
-        "recurrence_128": Launch(128, 8, 2),
+        "recurrence_128": Launch(64, 4, 2),
         "recurrence_64": Launch(64, 4, 2),
         "state_gradients_256": Launch(128, 8, 1),
         "state_gradients_128": Launch(64, 4, 1),
@@ -89,8 +89,10 @@ def recurrence_launch(k: torch.Tensor, value_size: int, num_segments: int) -> tu
     launch = LAUNCHES[family][f"recurrence_{max(64, key_size)}"]
     on_hopper = family == "hopper" and min(key_size, value_size) >= 64
     launch = launch._replace(tile=min(launch.tile, value_size))
-    while on_hopper and launch.tile > 32 and num_segments * k.shape[1] * (value_size // launch.tile) <= FEW_PROGRAMS:
-        launch = launch._replace(tile=launch.tile // 2)
+    if on_hopper:
+        while launch.tile > 32 and num_segments * k.shape[1] * (value_size // launch.tile) <= FEW_PROGRAMS:
+            launch = launch._replace(tile=launch.tile // 2)
+        launch = launch._replace(num_stages=2 if launch.tile <= 32 else 1)
     return launch, on_hopper
 
 
