@@ -32,8 +32,9 @@ import triton
 import triton.language as tl
 
 from mom_layers.ops.chunk_table import CHUNK, GROUP, ChunkTable
-from mom_layers.ops.gated_delta_rule import hopper, hopper_states
+from mom_layers.ops.gated_delta_rule import hopper_reverse_recurrence, hopper_states
 from mom_layers.ops.gated_delta_rule.forward import PRECISION
+from mom_layers.ops.gated_delta_rule.hopper_tiles import tiles
 from mom_layers.ops.gated_delta_rule.launch import recurrence_launch, state_gradients_launch
 
 
@@ -235,9 +236,9 @@ def run_reverse_recurrence(q, k, beta, gates, solved, scores, do, cu_seqlens, ta
     on_hopper_only = {}
     if on_hopper:
         on_hopper_only = {"STAGES": launch.num_stages}
-        q, k, do = hopper.tiles(q, key_size), hopper.tiles(k, key_size), hopper.tiles(do, launch.tile)
-        solved, scores = hopper.tiles(solved, CHUNK), hopper.tiles(scores, CHUNK)
-    kernel = hopper.reverse_recurrence_kernel if on_hopper else _reverse_recurrence_kernel
+        q, k, do = tiles(q, key_size), tiles(k, key_size), tiles(do, launch.tile)
+        solved, scores = tiles(solved, CHUNK), tiles(scores, CHUNK)
+    kernel = hopper_reverse_recurrence.reverse_recurrence_kernel if on_hopper else _reverse_recurrence_kernel
     kernel[((cu_seqlens.shape[0] - 1) * heads * (value_size // launch.tile),)](
         q=q,
         k=k,
@@ -306,11 +307,11 @@ def run_state_gradients(q, k, beta, gates, errors, d_errors, do, states, cu_seql
     reverse, parts = dq is None, sums.totals.shape[3]
     on_hopper_only = {}
     if on_hopper:
-        q, k = hopper.tiles(q, key_size // parts), hopper.tiles(k, key_size // parts)
-        errors, d_errors, do = (hopper.tiles(x, value_size) for x in (errors, d_errors, do))
+        q, k = tiles(q, key_size // parts), tiles(k, key_size // parts)
+        errors, d_errors, do = (tiles(x, value_size) for x in (errors, d_errors, do))
         on_hopper_only = {
-            "dq_tiles": None if reverse else hopper.tiles(dq, key_size // parts),
-            "dk_tiles": None if reverse else hopper.tiles(dk, key_size // parts),
+            "dq_tiles": None if reverse else tiles(dq, key_size // parts),
+            "dk_tiles": None if reverse else tiles(dk, key_size // parts),
         }
     kernel[(groups.segment.shape[0] * heads * parts,)](
         q=q,

@@ -24,12 +24,14 @@ import triton
 import triton.language as tl
 
 from mom_layers.ops.chunk_table import CHUNK, GROUP, ChunkTable
-from mom_layers.ops.gated_delta_rule import hopper
+from mom_layers.ops.gated_delta_rule import hopper_recurrence
+from mom_layers.ops.gated_delta_rule.hopper_tiles import tiles
 from mom_layers.ops.gated_delta_rule.launch import SOLVE_WARPS, launch_for, recurrence_launch
 
 # Rows of a diagonal block that is solved by substitution; products join the blocks.
 BLOCK = 16
-# Products of float32 inputs and of the triangular solve are exact in float32: no tf32. Other types ignore it.
+# Products of float32 inputs are exact in float32: no tf32. Other types ignore it. The triangular solve is float32 for
+# every type; for the others its products take three tf32 parts, which lose no more than float32 does.
 PRECISION = tl.constexpr("ieee")
 
 
@@ -117,7 +119,7 @@ def _chunk_solve_kernel(
     H: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
-    SOLVE_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """X of one chunk and head, in float32: the four diagonal blocks by substitution, the six below by products."""
     i_c, i_h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -165,21 +167,21 @@ def _chunk_solve_kernel(
     b_A20, b_A21 = b_N20 * b_beta0, b_N21 * b_beta1
     b_A30, b_A31, b_A32 = b_N30 * b_beta0, b_N31 * b_beta1, b_N32 * b_beta2
 
-    b_X10 = tl.dot(b_I1, b_N10 - tl.dot(b_N10 * b_beta0, b_X00, input_precision=SOLVE_PRECISION), input_precision=SOLVE_PRECISION)
-    b_right = b_N21 - tl.dot(b_A21, b_X11, input_precision=SOLVE_PRECISION)
-    b_X21 = tl.dot(b_I2, b_right, input_precision=SOLVE_PRECISION)
-    b_right = b_N32 - tl.dot(b_A32, b_X22, input_precision=SOLVE_PRECISION)
-    b_X32 = tl.dot(b_I3, b_right, input_precision=SOLVE_PRECISION)
-    b_right = b_N20 - tl.dot(b_A20, b_X00, input_precision=SOLVE_PRECISION)
-    b_right -= tl.dot(b_A21, b_X10, input_precision=SOLVE_PRECISION)
-    b_X20 = tl.dot(b_I2, b_right, input_precision=SOLVE_PRECISION)
-    b_right = b_N31 - tl.dot(b_A31, b_X11, input_precision=SOLVE_PRECISION)
-    b_right -= tl.dot(b_A32, b_X21, input_precision=SOLVE_PRECISION)
-    b_X31 = tl.dot(b_I3, b_right, input_precision=SOLVE_PRECISION)
-    b_right = b_N30 - tl.dot(b_A30, b_X00, input_precision=SOLVE_PRECISION)
-    b_right -= tl.dot(b_A31, b_X10, input_precision=SOLVE_PRECISION)
-    b_right -= tl.dot(b_A32, b_X20, input_precision=SOLVE_PRECISION)
-    b_X30 = tl.dot(b_I3, b_right, input_precision=SOLVE_PRECISION)
+    b_X10 = tl.dot(b_I1, b_N10 - tl.dot(b_N10 * b_beta0, b_X00, input_precision=PRECISION), input_precision=PRECISION)
+    b_right = b_N21 - tl.dot(b_A21, b_X11, input_precision=PRECISION)
+    b_X21 = tl.dot(b_I2, b_right, input_precision=PRECISION)
+    b_right = b_N32 - tl.dot(b_A32, b_X22, input_precision=PRECISION)
+    b_X32 = tl.dot(b_I3, b_right, input_precision=PRECISION)
+    b_right = b_N20 - tl.dot(b_A20, b_X00, input_precision=PRECISION)
+    b_right -= tl.dot(b_A21, b_X10, input_precision=PRECISION)
+    b_X20 = tl.dot(b_I2, b_right, input_precision=PRECISION)
+    b_right = b_N31 - tl.dot(b_A31, b_X11, input_precision=PRECISION)
+    b_right -= tl.dot(b_A32, b_X21, input_precision=PRECISION)
+    b_X31 = tl.dot(b_I3, b_right, input_precision=PRECISION)
+    b_right = b_N30 - tl.dot(b_A30, b_X00, input_precision=PRECISION)
+    b_right -= tl.dot(b_A31, b_X10, input_precision=PRECISION)
+    b_right -= tl.dot(b_A32, b_X20, input_precision=PRECISION)
+    b_X30 = tl.dot(b_I3, b_right, input_precision=PRECISION)
 
     tl.store(p_X + 1 * BC * BT + 0 * BC + p_block, b_X10.to(X_type))
     tl.store(p_X + 2 * BC * BT + 0 * BC + p_block, b_X20.to(X_type))
@@ -321,7 +323,7 @@ def chunk_local(q, k, g, beta, cu_seqlens, table: ChunkTable):
         H=heads,
         BT=CHUNK,
         BC=BLOCK,
-        SOLVE_PRECISION="ieee" if q.dtype == torch.float32 else "tf32x3",
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32x3",
         num_warps=SOLVE_WARPS,
     )
     return gates, solved, scores
@@ -339,14 +341,14 @@ def run_recurrence(q, k, v, beta, gates, solved, scores, cu_seqlens, table: Chun
     launch, on_hopper = recurrence_launch(k, value_size, cu_seqlens.shape[0] - 1)
     on_hopper_only = {}
     if on_hopper:
-        q, k, v = hopper.tiles(q, key_size), hopper.tiles(k, key_size), hopper.tiles(v, launch.tile)
-        solved, scores = hopper.tiles(solved, CHUNK), hopper.tiles(scores, CHUNK)
+        q, k, v = tiles(q, key_size), tiles(k, key_size), tiles(v, launch.tile)
+        solved, scores = tiles(solved, CHUNK), tiles(scores, CHUNK)
         on_hopper_only = {
             "STAGES": launch.num_stages,
-            "o_tiles": hopper.tiles(o, launch.tile),
-            "error_tiles": None if errors is None else hopper.tiles(errors, launch.tile),
+            "o_tiles": tiles(o, launch.tile),
+            "error_tiles": None if errors is None else tiles(errors, launch.tile),
         }
-    kernel = hopper.recurrence_kernel if on_hopper else _recurrence_kernel
+    kernel = hopper_recurrence.recurrence_kernel if on_hopper else _recurrence_kernel
     kernel[((cu_seqlens.shape[0] - 1) * heads * (value_size // launch.tile),)](
         q=q,
         k=k,

@@ -13,7 +13,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from mom_layers.ops.gated_delta_rule.hopper import _copy, _copy_layout, _product_layout, _publish, _shared_layout
+from mom_layers.ops.gated_delta_rule.hopper_tiles import (
+    copy_layout,
+    copy_rows,
+    product_layout,
+    publish,
+    shared_layout,
+)
 
 
 @gluon.jit
@@ -111,21 +117,21 @@ def local_gradients_kernel(
     i_chunk = i_c.to(gl.int64) * H + i_h
     rows = i_row.to(gl.int64) * H + i_h
 
-    L_tt: gl.constexpr = _product_layout(BT, BT, NW)
+    L_tt: gl.constexpr = product_layout(BT, BT, NW)
     L_i: gl.constexpr = gl.SliceLayout(1, L_tt)
     L_j: gl.constexpr = gl.SliceLayout(0, L_tt)
-    L_d: gl.constexpr = _product_layout(BT, BK, NW)
-    L_v: gl.constexpr = _copy_layout(V, NW)
+    L_d: gl.constexpr = product_layout(BT, BK, NW)
+    L_v: gl.constexpr = copy_layout(V, NW)
     # Two programs share a multiprocessor where two wide buffers and one for e are enough: q and k follow do and y.
     wide: gl.constexpr = max(K, V)
-    s_1 = gl.allocate_shared_memory(low, [BT, wide], _shared_layout(BT, wide, low))
-    s_2 = gl.allocate_shared_memory(low, [BT, wide], _shared_layout(BT, wide, low))
-    s_e = gl.allocate_shared_memory(low, [BT, V], _shared_layout(BT, V, low))
+    s_1 = gl.allocate_shared_memory(low, [BT, wide], shared_layout(BT, wide, low))
+    s_2 = gl.allocate_shared_memory(low, [BT, wide], shared_layout(BT, wide, low))
+    s_e = gl.allocate_shared_memory(low, [BT, V], shared_layout(BT, V, low))
     s_do, s_y = s_1.slice(0, V, dim=1), s_2.slice(0, V, dim=1)
     s_q, s_k = s_1.slice(0, K, dim=1), s_2.slice(0, K, dim=1)
-    _copy(s_do, do + rows * V, H * V, left, BT, V, NW)
-    _copy(s_y, d_errors + rows * V, H * V, left, BT, V, NW)
-    _copy(s_e, errors + rows * V, H * V, left, BT, V, NW)
+    copy_rows(s_do, do + rows * V, H * V, left, BT, V, NW)
+    copy_rows(s_y, d_errors + rows * V, H * V, left, BT, V, NW)
+    copy_rows(s_e, errors + rows * V, H * V, left, BT, V, NW)
     async_copy.commit_group()
     o_i = gl.arange(0, BT, layout=L_i)
     o_j = gl.arange(0, BT, layout=L_j)
@@ -148,7 +154,7 @@ def local_gradients_kernel(
 
     zero = gl.zeros([BT, BT], gl.float32, layout=L_tt)
     async_copy.wait_group(0)
-    _publish()
+    publish()
     b_dP = warpgroup_mma(s_do, s_e.permute((1, 0)), zero, use_acc=False, is_async=True)
     b_dN = warpgroup_mma(s_y, s_e.permute((1, 0)), zero, use_acc=False, is_async=True)
     o_row = gl.arange(0, BT, layout=gl.SliceLayout(1, L_v))
@@ -161,12 +167,12 @@ def local_gradients_kernel(
     b_dP, b_dN = warpgroup_mma_wait(0, deps=[b_dP, b_dN])
     gl.thread_barrier()
     # dq and dk come and go by way of shared memory, so that whole cache lines are read and written.
-    s_dq = gl.allocate_shared_memory(low, [2, BT, BK], _shared_layout(BT, BK, low))
-    s_dk = gl.allocate_shared_memory(low, [2, BT, BK], _shared_layout(BT, BK, low))
-    _copy(s_dq.index(0), dq + rows * K, H * K, left, BT, BK, NW)
-    _copy(s_dk.index(0), dk + rows * K, H * K, left, BT, BK, NW)
-    _copy(s_q, q + rows * K, H * K, left, BT, K, NW)
-    _copy(s_k, k + rows * K, H * K, left, BT, K, NW)
+    s_dq = gl.allocate_shared_memory(low, [2, BT, BK], shared_layout(BT, BK, low))
+    s_dk = gl.allocate_shared_memory(low, [2, BT, BK], shared_layout(BT, BK, low))
+    copy_rows(s_dq.index(0), dq + rows * K, H * K, left, BT, BK, NW)
+    copy_rows(s_dk.index(0), dk + rows * K, H * K, left, BT, BK, NW)
+    copy_rows(s_q, q + rows * K, H * K, left, BT, K, NW)
+    copy_rows(s_k, k + rows * K, H * K, left, BT, K, NW)
     async_copy.commit_group()
 
     below = o_i[:, None] > o_j[None, :]
@@ -174,14 +180,14 @@ def local_gradients_kernel(
     b_exponent = gl.where(below, b_dP * b_P, 0.0)
     b_dG += gl.sum(b_exponent, 1) - gl.convert_layout(gl.sum(b_exponent, 0), L_i)
     b_dN = gl.where(below, b_dN * b_between * b_beta_i[:, None] * -b_beta_j[None, :], 0.0)
-    s_dP = gl.allocate_shared_memory(low, [BT, BT], _shared_layout(BT, BT, low))
-    s_dN = gl.allocate_shared_memory(low, [BT, BT], _shared_layout(BT, BT, low))
+    s_dP = gl.allocate_shared_memory(low, [BT, BT], shared_layout(BT, BT, low))
+    s_dN = gl.allocate_shared_memory(low, [BT, BT], shared_layout(BT, BT, low))
     s_dP.store((b_dP * b_between).to(low))
     s_dN.store(b_dN.to(low))
     async_copy.wait_group(0)
-    _publish()
+    publish()
 
-    L_out: gl.constexpr = _copy_layout(BK, NW)
+    L_out: gl.constexpr = copy_layout(BK, NW)
     o_t = gl.arange(0, BT, layout=gl.SliceLayout(1, L_out))
     o_k = gl.arange(0, BK, layout=gl.SliceLayout(0, L_out))
     empty = gl.zeros([BT, BK], gl.float32, layout=L_d)
@@ -193,8 +199,8 @@ def local_gradients_kernel(
         b_dk = warpgroup_mma(s_dP.permute((1, 0)), s_qb, empty, use_acc=False, is_async=True)
         b_dq = warpgroup_mma(s_dP, s_kb, empty, use_acc=False, is_async=True)
         if i_k + BK < K:
-            _copy(s_dq.index(1 - i_k // BK % 2), dq + rows * K + i_k + BK, H * K, left, BT, BK, NW)
-            _copy(s_dk.index(1 - i_k // BK % 2), dk + rows * K + i_k + BK, H * K, left, BT, BK, NW)
+            copy_rows(s_dq.index(1 - i_k // BK % 2), dq + rows * K + i_k + BK, H * K, left, BT, BK, NW)
+            copy_rows(s_dk.index(1 - i_k // BK % 2), dk + rows * K + i_k + BK, H * K, left, BT, BK, NW)
         async_copy.commit_group()
         b_earlier, b_later = warpgroup_mma_wait(2, deps=[b_earlier, b_later])
         b_dG += gl.convert_layout(gl.sum(s_kb.load(L_d).to(gl.float32) * (b_earlier - b_later), 1), L_i)

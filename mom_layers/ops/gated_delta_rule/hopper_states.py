@@ -9,16 +9,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from mom_layers.ops.gated_delta_rule.hopper import (
-    _chunk_decay,
-    _clear_rows,
-    _copy_layout,
-    _fetch,
-    _fetch_two,
-    _product_layout,
-    _publish,
-    _row_factors,
-    _shared_layout,
+from mom_layers.ops.gated_delta_rule.hopper_tiles import (
+    clear_rows,
+    copy_layout,
+    decay_of_chunk,
+    fetch,
+    fetch_two,
+    product_layout,
+    publish,
+    row_factors,
+    shared_layout,
 )
 
 
@@ -27,7 +27,7 @@ def _scaled_factors(
     beta, gates, rows, i_chunk, left, scale, H: gl.constexpr, BT: gl.constexpr, layout: gl.constexpr
 ):  # fmt: skip
     """What a chunk's rows take from the start's side as queries and as keys, and from the end's."""
-    b_beta, b_from_start, b_to_end = _row_factors(beta, gates, rows, i_chunk, left, H, BT, layout)
+    b_beta, b_from_start, b_to_end = row_factors(beta, gates, rows, i_chunk, left, H, BT, layout)
     return scale * b_from_start, -b_from_start * b_beta, b_to_end * b_beta
 
 
@@ -86,15 +86,15 @@ def state_gradients_kernel(
         num_rows -= (num_chunks - 1) * BT
     step: gl.constexpr = -1 if REVERSE else 1
 
-    L_S: gl.constexpr = _product_layout(BK, V, NW)
-    L_d: gl.constexpr = _product_layout(BT, BK, NW)
+    L_S: gl.constexpr = product_layout(BK, V, NW)
+    L_d: gl.constexpr = product_layout(BT, BK, NW)
     L_t: gl.constexpr = gl.SliceLayout(1, L_d)
-    s_all_S = gl.allocate_shared_memory(low, [1, BK, V], _shared_layout(BK, V, low))
-    s_all = gl.allocate_shared_memory(low, [3, BT, V], _shared_layout(BT, V, low))
+    s_all_S = gl.allocate_shared_memory(low, [1, BK, V], shared_layout(BK, V, low))
+    s_all = gl.allocate_shared_memory(low, [3, BT, V], shared_layout(BT, V, low))
     s_e, s_y, s_do = s_all.index(0), s_all.index(1), s_all.index(2)
-    s_k = gl.allocate_shared_memory(low, [BT, BK], _shared_layout(BT, BK, low))
-    s_q = gl.allocate_shared_memory(low, [BT, BK], _shared_layout(BT, BK, low))
-    s_out = gl.allocate_shared_memory(low, [BT, BK], _shared_layout(BT, BK, low))
+    s_k = gl.allocate_shared_memory(low, [BT, BK], shared_layout(BT, BK, low))
+    s_q = gl.allocate_shared_memory(low, [BT, BK], shared_layout(BT, BK, low))
+    s_out = gl.allocate_shared_memory(low, [BT, BK], shared_layout(BT, BK, low))
 
     rows = i_first.to(gl.int64) * H + i_h
     i_key, i_value = i_h * K + i_kb * BK, i_h * V
@@ -104,25 +104,25 @@ def state_gradients_kernel(
     e_arrived, do_y_arrived = arrived.index(0), arrived.index(1)
     k_arrived, q_arrived, dk_arrived = arrived.index(2), arrived.index(3), arrived.index(4)
     if REVERSE:
-        _fetch(s_e, errors, i_first, i_value, e_arrived)
-        _fetch_two(s_q, q, i_first, i_key, s_k, k, i_first, i_key, k_arrived)
-        _fetch_two(s_do, do, i_first, i_value, s_y, d_errors, i_first, i_value, do_y_arrived)
+        fetch(s_e, errors, i_first, i_value, e_arrived)
+        fetch_two(s_q, q, i_first, i_key, s_k, k, i_first, i_key, k_arrived)
+        fetch_two(s_do, do, i_first, i_value, s_y, d_errors, i_first, i_value, do_y_arrived)
         if num_rows < BT:
             mbarrier.wait(k_arrived, 0)
             mbarrier.wait(do_y_arrived, 0)
-            _clear_rows(s_q, num_rows, BT, BK, NW)
-            _clear_rows(s_k, num_rows, BT, BK, NW)
-            _clear_rows(s_do, num_rows, BT, V, NW)
-            _clear_rows(s_y, num_rows, BT, V, NW)
+            clear_rows(s_q, num_rows, BT, BK, NW)
+            clear_rows(s_k, num_rows, BT, BK, NW)
+            clear_rows(s_do, num_rows, BT, V, NW)
+            clear_rows(s_y, num_rows, BT, V, NW)
             gl.thread_barrier()
     else:
-        _fetch_two(s_do, do, i_first, i_value, s_y, d_errors, i_first, i_value, do_y_arrived)
-        _fetch(s_q, q, i_first, i_key, q_arrived)
-        _fetch_two(s_k, k, i_first, i_key, s_e, errors, i_first, i_value, k_arrived)
-        _fetch(s_out, dk_tiles, i_first, i_key, dk_arrived)
+        fetch_two(s_do, do, i_first, i_value, s_y, d_errors, i_first, i_value, do_y_arrived)
+        fetch(s_q, q, i_first, i_key, q_arrived)
+        fetch_two(s_k, k, i_first, i_key, s_e, errors, i_first, i_value, k_arrived)
+        fetch(s_out, dk_tiles, i_first, i_key, dk_arrived)
     o_t = gl.arange(0, BT, layout=L_t)
     # Tiles of dq and dk leave by way of shared memory, so that whole cache lines are written.
-    L_out: gl.constexpr = _copy_layout(BK, NW)
+    L_out: gl.constexpr = copy_layout(BK, NW)
     o_out = gl.arange(0, BT, layout=gl.SliceLayout(1, L_out))
     o_tk = o_out[:, None] * (H * K) + (i_kb * BK + gl.arange(0, BK, layout=gl.SliceLayout(0, L_out)))[None, :]
     o_Sk = i_kb * BK + gl.arange(0, BK, layout=gl.SliceLayout(1, L_S))
@@ -130,7 +130,7 @@ def state_gradients_kernel(
     b_S = gl.load(states + (i_g.to(gl.int64) * H + i_h) * K * V + o_kv).to(gl.float32)
     zero = gl.zeros([BT, BK], gl.float32, layout=L_d)
     b_start_q, b_start_k, b_end = _scaled_factors(beta, gates, rows, i_chunk, num_rows, scale, H, BT, L_t)
-    chunk_decay = _chunk_decay(gates, i_chunk, num_rows, BT)
+    chunk_decay = decay_of_chunk(gates, i_chunk, num_rows, BT)
     for i in range(num_chunks):
         phase = i & 1
         # What comes after: rows left (against time every chunk but the segment's last is whole), or none.
@@ -143,7 +143,7 @@ def state_gradients_kernel(
         s_all_S.index(0).store(b_S.to(low))
         if REVERSE:
             mbarrier.wait(e_arrived, phase)
-            _publish()
+            publish()
             b_dk = warpgroup_mma(s_all.index(i_zero), s_St, zero, use_acc=False, is_async=True)
             mbarrier.wait(k_arrived, phase)
             s_q.store((b_start_q[:, None] * s_q.load(L_d).to(gl.float32)).to(low))
@@ -151,19 +151,19 @@ def state_gradients_kernel(
             s_k.store((b_start_k[:, None] * b_k).to(low))
             b_S = chunk_decay * b_S
             mbarrier.wait(do_y_arrived, phase)
-            _publish()
+            publish()
             b_S = warpgroup_mma(s_q.permute((1, 0)), s_do, b_S, is_async=True)
             b_S = warpgroup_mma(s_k.permute((1, 0)), s_y, b_S, is_async=True)
             b_dk = warpgroup_mma_wait(2, deps=[b_dk])
             gl.thread_barrier()
             if left > 0:
-                _fetch(s_e, errors, i_next, i_value, e_arrived)
+                fetch(s_e, errors, i_next, i_value, e_arrived)
             b_dk = b_end[:, None] * b_dk
             b_term = gl.sum(b_k * b_dk, 1)
             s_out.store(b_dk.to(low))
         else:
             mbarrier.wait(do_y_arrived, phase)
-            _publish()
+            publish()
             b_dq = warpgroup_mma(s_all.index(2 + i_zero), s_St, zero, use_acc=False, is_async=True)
             b_dk = warpgroup_mma(s_all.index(1 + i_zero), s_St, zero, use_acc=False, is_async=True)
             b_dq = warpgroup_mma_wait(1, deps=[b_dq])
@@ -173,10 +173,10 @@ def state_gradients_kernel(
             s_q.store(b_dq.to(low))
             b_dk = warpgroup_mma_wait(0, deps=[b_dk])
             mbarrier.wait(k_arrived, phase)
-            _publish()
+            publish()
             if left > 0:
                 tma.async_copy_shared_to_global(dq_tiles, [i_first, i_key], s_q)
-                _fetch_two(s_do, do, i_next, i_value, s_y, d_errors, i_next, i_value, do_y_arrived)
+                fetch_two(s_do, do, i_next, i_value, s_y, d_errors, i_next, i_value, do_y_arrived)
             b_k = s_k.load(L_d).to(gl.float32)
             s_k.store((b_end[:, None] * b_k).to(low))
             b_dk = b_start_k[:, None] * b_dk
@@ -185,11 +185,11 @@ def state_gradients_kernel(
             s_out.store((s_out.load(L_d).to(gl.float32) + b_dk).to(low))
             b_S = chunk_decay * b_S
             tma.store_wait(pendings=0)
-            _publish()
+            publish()
             b_S = warpgroup_mma(s_k.permute((1, 0)), s_e, b_S, is_async=True)
             if left > 0:
                 tma.async_copy_shared_to_global(dk_tiles, [i_first, i_key], s_out)
-                _fetch(s_q, q, i_next, i_key, q_arrived)
+                fetch(s_q, q, i_next, i_key, q_arrived)
         i_part = i_chunk * (K // BK) + i_kb
         b_term = gl.where(o_t < num_rows, b_term, 0.0)
         gl.store(row_terms + i_part * BT + o_t, b_term)
@@ -199,18 +199,18 @@ def state_gradients_kernel(
         num_rows, rows, i_first = left, next_rows, i_next
         i_chunk += step * H
         b_start_q, b_start_k, b_end = _scaled_factors(beta, gates, rows, i_chunk, left, scale, H, BT, L_t)
-        chunk_decay = _chunk_decay(gates, i_chunk, left, BT)
+        chunk_decay = decay_of_chunk(gates, i_chunk, left, BT)
         b_S = warpgroup_mma_wait(0, deps=[b_S])
         if not REVERSE:
             tma.store_wait(pendings=0)
         gl.thread_barrier()
         if left > 0:
             if REVERSE:
-                _fetch_two(s_q, q, i_first, i_key, s_k, k, i_first, i_key, k_arrived)
-                _fetch_two(s_do, do, i_first, i_value, s_y, d_errors, i_first, i_value, do_y_arrived)
+                fetch_two(s_q, q, i_first, i_key, s_k, k, i_first, i_key, k_arrived)
+                fetch_two(s_do, do, i_first, i_value, s_y, d_errors, i_first, i_value, do_y_arrived)
             else:
-                _fetch_two(s_k, k, i_first, i_key, s_e, errors, i_first, i_value, k_arrived)
-                _fetch(s_out, dk_tiles, i_first, i_key, dk_arrived)
+                fetch_two(s_k, k, i_first, i_key, s_e, errors, i_first, i_value, k_arrived)
+                fetch(s_out, dk_tiles, i_first, i_key, dk_arrived)
     if not REVERSE:  # the last chunk, which may not be whole
         start = gl.load(cu_seqlens + i_s) + (gl.load(group_index + i_g) * GROUP + num_chunks - 1) * BT
         m_tk = (start + o_out < gl.load(cu_seqlens + i_s + 1))[:, None]

@@ -19,9 +19,9 @@ class Launch(NamedTuple):
     registers: int | None = None
 
 
-# hopper: the fastest of the few that were timed on an H200. The widest recurrence whose two stages of q, k, X and P fit
-#   in 227 KB (K = 256); below that, two programs share a multiprocessor, one waiting while the other multiplies.
-# The rest is chosen from what the compiler reports (registers, spills, shared memory) and not yet timed.
+# hopper: the fastest of the few that were timed on an H200. At K = 256 the widest recurrence whose state fits the
+#   registers and whose tiles fit 227 KB; below that, two programs share a multiprocessor, one waiting while the other
+#   multiplies. The rest is chosen from what the compiler reports (registers, spills, shared memory) and not yet timed.
 # other (Ampere): 163 KB, and both operands of a product pass through registers, so narrower tiles or more warps.
 # float32: exact products run outside the tensor cores. Meant for comparisons: the tiles that spill least.
 LAUNCHES = {
