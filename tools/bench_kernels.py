@@ -4,11 +4,14 @@
     python tools/bench_kernels.py [--cases N] [--csv FILE]
 
 Peers: flash-linear-attention's and FlashQLA's gated delta rule, where those packages are installed. A row is the median
-time of forward and of forward+backward, and what part the latter is of the time that the chip would need at least: its
+time of forward and of forward+backward as the host issues them, of both as CUDA graphs (NaN for the peers, which wait
+for the GPU; on a CPU the same as before), and how many times the latter is of what the chip would need at least: its
 products at the speed of one large product measured here, or its tensors at the speed of a copy, whichever is longer.
+For peers it is the time as issued. Rows are written as they come.
 """
 
 import importlib.util
+import math
 import os
 import sys
 
@@ -18,6 +21,7 @@ from benchmark import (
     VERSIONS,
     append_csv,
     device_kind,
+    graphed,
     median_ms,
     parse_options,
     tune_quickly,
@@ -34,7 +38,7 @@ CASES = {
     "cpu": [(4, 128, 2, 32)],
 }
 FIELDS = (*VERSIONS, "kernel", "segments", "tokens", "heads", "head_dim")
-FIELDS += ("forward_ms", "both_ms", "of_floor")
+FIELDS += ("forward_ms", "both_ms", "forward_graph_ms", "both_graph_ms", "of_floor")
 
 
 def inputs(segments: int, tokens: int, heads: int, size: int, device: str) -> tuple[dict[str, torch.Tensor], ...]:
@@ -103,28 +107,36 @@ def main(argv=None) -> int:
     tune_quickly()
     speed = speeds(device)
     print(f"{about['device']}: product {speed[0] / 1e12:.3g} TFLOP/s, copy {speed[1] / 1e12:.3g} TB/s")
-    print("segments x tokens, heads, size; milliseconds of forward, of forward+backward; the latter over its floor")
-    rows = []
+    print(
+        "segments x tokens, heads, size; milliseconds of forward, of forward+backward, of both as CUDA graphs; "
+        "the latter over its floor"
+    )
     for case in CASES[device][: options.cases]:
         leaves, cu_seqlens, grad = inputs(*case, device)
         for kernel_name, kernel in kernels(device, case[3]).items():
+            ours = kernel_name in ("gated_deltanet", "gla")
+
+            def forward(kernel=kernel, leaves=leaves, cu_seqlens=cu_seqlens):
+                with torch.no_grad():
+                    return kernel(leaves, cu_seqlens)
 
             def both(kernel=kernel, leaves=leaves, cu_seqlens=cu_seqlens, grad=grad):
                 for x in leaves.values():
                     x.grad = None
                 kernel(leaves, cu_seqlens).backward(grad)
 
-            with torch.no_grad():
-                forward_ms = median_ms(lambda k=kernel, x=leaves, cu=cu_seqlens: k(x, cu), device)
-            both_ms = median_ms(both, device)
+            times = [median_ms(forward, device), median_ms(both, device)]
+            if device == "cuda" and ours:
+                times += [median_ms(graphed(forward), device), median_ms(graphed(both), device)]
+            else:
+                times += [math.nan] * 2 if device == "cuda" else times
             rule = "gla" if kernel_name == "gla" else "gated_deltanet"
-            factor = both_ms / floor_ms(rule, case, speed, grad.element_size())
+            factor = (times[3] if ours else times[1]) / floor_ms(rule, case, speed, grad.element_size())
             shape = f"{case[0]}x{case[1]} H{case[2]} {case[3]}"
-            print(f"{shape}  {kernel_name:14s} {forward_ms:8.3f} {both_ms:8.3f} {factor:6.1f}", flush=True)
-            values = (kernel_name, *case, f"{forward_ms:.4f}", f"{both_ms:.4f}", f"{factor:.2f}")
-            rows.append(about | dict(zip(FIELDS[len(VERSIONS) :], values, strict=True)))
-    if options.csv and rows:
-        append_csv(options.csv, rows)
+            print(f"{shape}  {kernel_name:14s}", *(f"{time:8.3f}" for time in times), f"{factor:6.1f}", flush=True)
+            values = (kernel_name, *case, *(f"{time:.4f}" for time in times), f"{factor:.2f}")
+            if options.csv:
+                append_csv(options.csv, [about | dict(zip(FIELDS[len(VERSIONS) :], values, strict=True))])
     return 0
 
 

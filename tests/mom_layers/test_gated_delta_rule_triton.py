@@ -8,11 +8,14 @@ import sys
 import pytest
 import torch
 from comparison import DEVICE, TOLERANCE, relative_error
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mom_layers.ops.chunk_table import chunk_table
 from mom_layers.ops.gated_delta_rule import autograd as entry
 from mom_layers.ops.gated_delta_rule import launch
 from mom_layers.ops.gated_delta_rule.autograd import gated_delta_rule_triton
+from mom_layers.ops.gated_delta_rule.hopper_tiles import tiles
 from mom_layers.ops.reference import gated_delta_rule_reference
 
 RAGGED = [0, 1, 63, 64, 65, 0, 130]
@@ -225,6 +228,18 @@ def test_chunk_table(lengths, backend):
     assert table.index[: len(chunks)].tolist() == [i for _, i in chunks]
     assert (table.segment[len(chunks) :] == len(lengths)).all()
     assert table.offsets.tolist() == [sum(s < k for s, _ in chunks) for k in range(len(lengths) + 1)]
+
+
+def test_a_tile_is_described_as_its_constructor_does():
+    x = torch.zeros(5, 2, 64, dtype=torch.bfloat16)
+    layout = tiles(x, 64).layout
+    assert layout == gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
+    assert vars(tiles(x, 64)) == vars(TensorDescriptor(x, [5, 128], [128, 1], [64, 64], layout))
+    scores = torch.zeros(3, 2, 64, 64, dtype=torch.bfloat16)
+    assert vars(tiles(scores, 64)) == vars(TensorDescriptor(scores, [384, 64], [64, 1], [64, 64], layout))
+    assert tiles(x[:0], 64).shape == [1, 128] and tiles(x[:0], 64).base.numel() == 128
+    unaligned = torch.zeros(641, dtype=torch.bfloat16)[1:].view(5, 2, 64)
+    assert tiles(unaligned, 64).base.data_ptr() % 16 == 0 and torch.equal(tiles(unaligned, 64).base, unaligned)
 
 
 COMPILE_FOR_HOPPER = """
