@@ -80,7 +80,7 @@ def expected(leaves, cu_seqlens, state, final, weights, scale=None):
     return {"o": o, **({"final_state": last} if final else {}), **grads}
 
 
-def compare(lengths, heads, key_size, value_size, dtype, gate="usual", state=True, final=True, scale=None):
+def compare(lengths, heads, key_size, value_size, dtype, gate="usual", state=True, final=True, scale=None, dg_bound=1):
     leaves, cu_seqlens = inputs(lengths, heads, key_size, value_size, dtype, gate)
     weights = output_weights(leaves)
     got = run(leaves, cu_seqlens, state, final, weights, scale)
@@ -88,8 +88,7 @@ def compare(lengths, heads, key_size, value_size, dtype, gate="usual", state=Tru
     assert got.keys() == want.keys()
     errors = {name: relative_error(got[name], want[name]) for name in want}
     bound = TOLERANCE.get(dtype, 1e-2)
-    errors["dg"] /= 1 if bound < 1e-2 else 2  # a difference of sums over the rows that come after
-    assert max(errors.values()) <= bound, errors
+    assert all(e <= bound * (dg_bound if name == "dg" else 1) for name, e in errors.items()), errors
     for name, leaf in leaves.items():
         assert leaf.grad is None or leaf.grad.dtype == leaf.dtype, name
 
@@ -271,9 +270,12 @@ def test_gated_delta_rule_triton_compiles_for_hopper_without_left_operands_in_re
 @pytest.mark.parametrize("few_programs", [0, 16, 132])
 @pytest.mark.parametrize(("key_size", "value_size"), list(itertools.product([64, 128, 256], repeat=2)))
 def test_gated_delta_rule_triton_at_every_tile(key_size, value_size, few_programs, monkeypatch):
-    """Whole and ragged chunks, more than a group of them, and the tiles that many and few segments would get."""
+    """Whole and ragged chunks, more than a group of them, and the tiles that many and few segments would get.
+
+    g's gradient is a difference of sums over all later rows: one of these cases has 1.05% at every tile.
+    """
     monkeypatch.setattr(launch, "FEW_PROGRAMS", few_programs)
-    compare([64, 0, 130, 1], 2, key_size, value_size, torch.bfloat16)
+    compare([64, 0, 130, 1], 2, key_size, value_size, torch.bfloat16, dg_bound=1.2)
     compare([64 * 9 + 5, 3, 63, 64], 2, key_size, value_size, torch.bfloat16, state=False, final=False)
 
 
