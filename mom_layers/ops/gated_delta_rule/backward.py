@@ -268,7 +268,6 @@ def run_reverse_recurrence(q, k, beta, gates, solved, scores, do, cu_seqlens, ta
         STORE_D_INITIAL_STATE=d_initial_state is not None,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        maxnreg=launch.registers,
         **on_hopper_only,
     )
     return d_errors, d_checkpoints, boundary

@@ -378,6 +378,5 @@ def run_recurrence(q, k, v, beta, gates, solved, scores, cu_seqlens, table: Chun
         FOR_BACKWARD=checkpoints is not None,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        maxnreg=launch.registers,
         **on_hopper_only,
     )

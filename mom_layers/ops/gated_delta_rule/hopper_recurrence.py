@@ -74,7 +74,6 @@ def recurrence_kernel(
     L_S: gl.constexpr = product_layout(K, BV, NW)
     L_t: gl.constexpr = gl.SliceLayout(1, L_r)
     AHEAD: gl.constexpr = STAGES > 1
-    SLICE: gl.constexpr = gl.constexpr(min(K, 32))
     s_k = gl.allocate_shared_memory(low, [2, BT, K], shared_layout(BT, K, low))
     s_q_all = gl.allocate_shared_memory(low, [STAGES, BT, K], shared_layout(BT, K, low))
     s_X_all = gl.allocate_shared_memory(low, [STAGES, BT, BT], shared_layout(BT, BT, low))
@@ -102,12 +101,10 @@ def recurrence_kernel(
         mbarrier.init(arrived.index(i), count=1)
     qX_arrived, vP_arrived = arrived.index(2), arrived.index(3)
     i_key, i_value = i_h * K, i_h * V + i_v * BV
+    places, tensors = (s_k, s_q_all, s_v_all, s_X_all, s_P_all), (k, q, v, solved, scores)
     if num_chunks > 0:
         if AHEAD:
-            fetch_chunk(
-                s_k.index(0), k, s_q_all.index(0), q, s_v_all.index(0), v, s_X_all.index(0), solved,
-                s_P_all.index(0), scores, i_first, i_key, i_value, i_chunk * BT, arrived.index(0),
-            )  # fmt: skip
+            fetch_chunk(places, tensors, 0, i_first, i_key, i_value, i_chunk * BT, arrived)
         else:
             fetch(s_k.index(0), k, i_first, i_key, arrived.index(0))
             fetch_two(s_q_all.index(0), q, i_first, i_key, s_X_all.index(0), solved, i_chunk * BT, 0, qX_arrived)
@@ -119,6 +116,7 @@ def recurrence_kernel(
         left = num_rows - i_t * BT
         i_buffer = i_t & 1
         m_t = gl.arange(0, BT, layout=L_t) < left
+        # An index that the compiler cannot foresee: it would keep the addresses of all products in registers.
         i_zero = (rows >> 62).to(gl.int32)
         i_stage = i_buffer if AHEAD else i_zero
         s_q, s_X, s_P = s_q_all.index(i_stage), s_X_all.index(i_stage), s_P_all.index(i_stage)
@@ -132,11 +130,7 @@ def recurrence_kernel(
         publish()
         if left > BT:
             if AHEAD:
-                fetch_chunk(
-                    s_k.index(1 - i_buffer), k, s_q_all.index(1 - i_buffer), q, s_v_all.index(1 - i_buffer), v,
-                    s_X_all.index(1 - i_buffer), solved, s_P_all.index(1 - i_buffer), scores,
-                    i_first + BT, i_key, i_value, (i_chunk + H) * BT, arrived.index(1 - i_buffer),
-                )  # fmt: skip
+                fetch_chunk(places, tensors, 1 - i_buffer, i_first + BT, i_key, i_value, (i_chunk + H) * BT, arrived)
             else:
                 fetch(s_k.index(1 - i_buffer), k, i_first + BT, i_key, arrived.index(1 - i_buffer))
         if i_t > 0:
@@ -146,7 +140,7 @@ def recurrence_kernel(
         if FOR_BACKWARD:
             if i_t % GROUP == 0:
                 i_point = (i_group + i_t // GROUP).to(gl.int64) * H + i_h
-                store_state(checkpoints + i_point * K * V + i_v * BV, s_S, K, V, BV, SLICE, NW)
+                store_state(checkpoints + i_point * K * V + i_v * BV, s_S, K, V, BV, NW)
         zero = gl.zeros([BT, BV], gl.float32, layout=L_r)
         b_kS = warpgroup_mma(s_k.index(i_buffer), s_S, zero, use_acc=False, is_async=True)
         if not AHEAD:
@@ -160,7 +154,6 @@ def recurrence_kernel(
         else:
             b_beta, b_from_start, b_to_end = row_factors(beta, gates, rows, i_chunk.to(gl.int64), left, H, BT, L_t)
             chunk_decay = decay_of_chunk(gates, i_chunk.to(gl.int64), left, BT)
-        if not AHEAD:
             mbarrier.wait(vP_arrived, i_buffer)
         b_v = gl.where(m_t[:, None], s_v_all.index(i_buffer).load(L_r).to(gl.float32), 0.0)
         b_kS = warpgroup_mma_wait(1, deps=[b_kS])

@@ -75,7 +75,6 @@ def reverse_recurrence_kernel(
     L_S: gl.constexpr = product_layout(K, BV, NW)
     L_t: gl.constexpr = gl.SliceLayout(1, L_r)
     AHEAD: gl.constexpr = STAGES > 1
-    SLICE: gl.constexpr = gl.constexpr(min(K, 32))
     s_k = gl.allocate_shared_memory(low, [2, BT, K], shared_layout(BT, K, low))
     s_q_all = gl.allocate_shared_memory(low, [STAGES, BT, K], shared_layout(BT, K, low))
     s_X_all = gl.allocate_shared_memory(low, [STAGES, BT, BT], shared_layout(BT, BT, low))
@@ -111,12 +110,10 @@ def reverse_recurrence_kernel(
     P_arrived, X_arrived, ends_arrived = arrived.index(2), arrived.index(3), arrived.index(4)
     left = gl.where(num_chunks > 0, num_rows - (num_chunks - 1) * BT, 0)
     i_key, i_value = i_h * K, i_h * V + i_v * BV
+    places, tensors = (s_k, s_q_all, s_do_all, s_X_all, s_P_all), (k, q, do, solved, scores)
     if num_chunks > 0:
         if AHEAD:
-            fetch_chunk(
-                s_k.index(0), k, s_q_all.index(0), q, s_do_all.index(0), do, s_X_all.index(0), solved,
-                s_P_all.index(0), scores, i_row, i_key, i_value, i_chunk * BT, arrived.index(0),
-            )  # fmt: skip
+            fetch_chunk(places, tensors, 0, i_row, i_key, i_value, i_chunk * BT, arrived)
         else:
             fetch(s_k.index(0), k, i_row, i_key, arrived.index(0))
             fetch_two(s_q_all.index(0), q, i_row, i_key, s_do_all.index(0), do, i_row, i_value, ends_arrived)
@@ -138,6 +135,7 @@ def reverse_recurrence_kernel(
         m_t = o_t < num_rows - i_t * BT
         i_buffer = i_back & 1
         s_do, s_y, s_start = s_do_all.index(i_buffer), s_turns.index(i_buffer), s_turns.index(1 - i_buffer)
+        # An index that the compiler cannot foresee: it would keep the addresses of all products in registers.
         i_zero = (rows >> 62).to(gl.int32)
         i_stage = i_buffer if AHEAD else i_zero
         s_q, s_X, s_P = s_q_all.index(i_stage), s_X_all.index(i_stage), s_P_all.index(i_stage)
@@ -155,19 +153,15 @@ def reverse_recurrence_kernel(
         publish()
         if i_t > 0:
             if AHEAD:
-                fetch_chunk(
-                    s_k.index(1 - i_buffer), k, s_q_all.index(1 - i_buffer), q, s_do_all.index(1 - i_buffer), do,
-                    s_X_all.index(1 - i_buffer), solved, s_P_all.index(1 - i_buffer), scores,
-                    i_row - BT, i_key, i_value, (i_chunk - H) * BT, arrived.index(1 - i_buffer),
-                )  # fmt: skip
+                fetch_chunk(places, tensors, 1 - i_buffer, i_row - BT, i_key, i_value, (i_chunk - H) * BT, arrived)
             else:
                 fetch(s_k.index(1 - i_buffer), k, i_row - BT, i_key, arrived.index(1 - i_buffer))
         if (i_t % GROUP == GROUP - 1) | (i_back == 0):
             i_point = (i_group + i_t // GROUP).to(gl.int64) * H + i_h
-            store_state(d_checkpoints + i_point * K * V + i_v * BV, s_S, K, V, BV, SLICE, NW)
+            store_state(d_checkpoints + i_point * K * V + i_v * BV, s_S, K, V, BV, NW)
             if i_back > 0:
                 after = checkpoints + (i_point + H) * K * V + i_v * BV
-                gl.store(boundary + i_point * (V // BV) + i_v, state_product(after, s_S, K, V, BV, SLICE, NW))
+                gl.store(boundary + i_point * (V // BV) + i_v, state_product(after, s_S, K, V, BV, NW))
         zero = gl.zeros([BT, BV], gl.float32, layout=L_r)
         b_kdS = warpgroup_mma(s_k.index(i_buffer), s_S, zero, use_acc=False, is_async=True)
         b_Pdo = warpgroup_mma(s_P.permute((1, 0)), s_do, zero, use_acc=False, is_async=True)

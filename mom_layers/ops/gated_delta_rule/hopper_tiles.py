@@ -49,7 +49,8 @@ def shared_layout(rows, columns, dtype):
 
 @functools.cache
 def tile_layout(columns, dtype):
-    return gl.NVMMASharedLayout.get_default_for([CHUNK, columns], getattr(gl, str(dtype).removeprefix("torch.")))
+    """The layout of the shared memory that a chunk's tile comes to."""
+    return shared_layout(CHUNK, columns, getattr(gl, str(dtype).removeprefix("torch.")))
 
 
 def tiles(x, columns):
@@ -93,16 +94,18 @@ def fetch_two(shared, tiles, row, column, other_shared, other_tiles, other_row, 
 
 
 @gluon.jit
-def fetch_chunk(
-    s_k, k, s_q, q, s_v, v, s_X, solved, s_P, scores, row, i_key, i_value, i_chunk_row, arrived
-):  # fmt: skip
-    """The same for all that a chunk needs; v stands for v or do."""
-    mbarrier.expect(arrived, 2 * k.block_type.nbytes + v.block_type.nbytes + 2 * solved.block_type.nbytes)
-    tma.async_copy_global_to_shared(k, [row, i_key], arrived, s_k)
-    tma.async_copy_global_to_shared(q, [row, i_key], arrived, s_q)
-    tma.async_copy_global_to_shared(v, [row, i_value], arrived, s_v)
-    tma.async_copy_global_to_shared(solved, [i_chunk_row, 0], arrived, s_X)
-    tma.async_copy_global_to_shared(scores, [i_chunk_row, 0], arrived, s_P)
+def fetch_chunk(places, tensors, i_buffer, row, i_key, i_value, i_chunk_row, arrived):
+    """The same for all that a chunk needs, to one of two places each: k, q, v (or do), X and P."""
+    s_k, s_q, s_v = places[0].index(i_buffer), places[1].index(i_buffer), places[2].index(i_buffer)
+    s_X, s_P = places[3].index(i_buffer), places[4].index(i_buffer)
+    k, q, v, solved, scores = tensors
+    barrier = arrived.index(i_buffer)
+    mbarrier.expect(barrier, 2 * k.block_type.nbytes + v.block_type.nbytes + 2 * solved.block_type.nbytes)
+    tma.async_copy_global_to_shared(k, [row, i_key], barrier, s_k)
+    tma.async_copy_global_to_shared(q, [row, i_key], barrier, s_q)
+    tma.async_copy_global_to_shared(v, [row, i_value], barrier, s_v)
+    tma.async_copy_global_to_shared(solved, [i_chunk_row, 0], barrier, s_X)
+    tma.async_copy_global_to_shared(scores, [i_chunk_row, 0], barrier, s_P)
 
 
 @gluon.jit
@@ -142,10 +145,9 @@ def decay_of_chunk(gates, i_chunk, left, BT: gl.constexpr):
 
 
 @gluon.jit
-def store_state(
-    pointer, s_S, K: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, SLICE: gl.constexpr, NW: gl.constexpr
-):  # fmt: skip
+def store_state(pointer, s_S, K: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, NW: gl.constexpr):
     """Stores [K, BV] columns of a state from shared memory, in slices that need few registers."""
+    SLICE: gl.constexpr = 32
     layout: gl.constexpr = copy_layout(BV, NW)
     o_k = gl.arange(0, SLICE, layout=gl.SliceLayout(1, layout))
     o_v = gl.arange(0, BV, layout=gl.SliceLayout(0, layout))
@@ -154,10 +156,9 @@ def store_state(
 
 
 @gluon.jit
-def state_product(
-    pointer, s_S, K: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, SLICE: gl.constexpr, NW: gl.constexpr
-):  # fmt: skip
+def state_product(pointer, s_S, K: gl.constexpr, V: gl.constexpr, BV: gl.constexpr, NW: gl.constexpr):
     """The sum over [K, BV] of a state in memory times one in shared memory."""
+    SLICE: gl.constexpr = 32
     layout: gl.constexpr = copy_layout(BV, NW)
     o_k = gl.arange(0, SLICE, layout=gl.SliceLayout(1, layout))
     o_v = gl.arange(0, BV, layout=gl.SliceLayout(0, layout))
