@@ -32,7 +32,7 @@ def main() -> int:
     sys.argv = [str(script), *sys.argv[2:]]
     sys.path.insert(0, str(script.resolve().parent))  # as Python does; before anything of Megatron is imported
 
-    from linear_moe import machine
+    from linear_moe.entry import machine
     from megatron_patches.patch import PatchError
 
     mom = asks_for_mom(sys.argv[1:])
@@ -42,7 +42,7 @@ def main() -> int:
     machine.show_log()
     try:
         machine.start()
-        from linear_moe import plugin
+        from linear_moe.entry import plugin
 
         plugin.install(mom=mom)
     except PatchError as error:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mom_layers.mom import check_sizes, check_triton_head_sizes
-from mom_layers.ops.backend import BACKENDS
+from mom_layers.common.backend import BACKENDS
+from mom_layers.layer import check_sizes, check_triton_head_sizes
 
 TOKEN_MIXERS = ("attention", "mom")
 MOM_REFUSES = "--token-mixer mom does not work with"
@@ -103,7 +103,7 @@ class MomTransformerConfig(TransformerConfig):
             self._check_mom()
             if self.num_moe_experts is None and getattr(self, LOSS_SCALE_HOOK, None) is None:
                 # Without experts nobody tells the router's losses the main loss's scale; this hook is always called
-                # (core_v0.18 has none: see linear_moe.core_v018).
+                # (core_v0.18 has none: see linear_moe.entry.core_v018).
                 setattr(self, LOSS_SCALE_HOOK, MoEAuxLossAutoScaler.set_loss_scale)
 
     @property

@@ -14,7 +14,7 @@ import traceback
 
 import torch
 
-from linear_moe.machine import OUR_PACKAGES, add_machine_defaults, announce, prepare_machine
+from linear_moe.entry.machine import OUR_PACKAGES, add_machine_defaults, announce, prepare_machine
 
 
 def main() -> None:
@@ -26,10 +26,10 @@ def main() -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 
-    from linear_moe import arguments, data
     from linear_moe.config import MomTransformerConfig
-    from linear_moe.console import install as install_console
-    from linear_moe.layer_specs import gpt_layer_spec
+    from linear_moe.entry import arguments, data
+    from linear_moe.layer.specs import gpt_layer_spec
+    from linear_moe.watching.console import install as install_console
 
     arguments.PATCH.apply()
     install_console()
@@ -47,8 +47,8 @@ def main() -> None:
 
 def check_entry(args) -> None:
     """Raises ValueError for what Megatron-LM's scripts know and this entry does not: another model, or other data."""
-    from linear_moe.arguments import OUR_SPEC
     from linear_moe.config import refuse
+    from linear_moe.entry.arguments import OUR_SPEC
 
     spec = None if args.spec is None else " ".join(args.spec)
     hybrid, variant = args.hybrid_layer_pattern, args.experimental_attention_variant

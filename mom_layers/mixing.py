@@ -12,13 +12,13 @@ from typing import Protocol
 
 import torch
 
-from mom_layers.ops.combine import combine
-from mom_layers.ops.grouped_projection import grouped_projection
-from mom_layers.ops.memory_convolution import convolve_memories
-from mom_layers.ops.routing_plan import RoutingPlan
-from mom_layers.ops.rows import gather_rows
-from mom_layers.ops.segment_convolution import segment_convolution
-from mom_layers.rules import MemoryRule
+from mom_layers.combine.operation import combine
+from mom_layers.convolve.memories import convolve_memories
+from mom_layers.convolve.operation import segment_convolution
+from mom_layers.project.operation import grouped_projection
+from mom_layers.recur.rules import MemoryRule
+from mom_layers.route.plan import RoutingPlan
+from mom_layers.route.rows import gather_rows
 from mom_layers.state import MemoryState
 
 

@@ -28,9 +28,9 @@ from benchmark import (
     versions,
 )
 
-from mom_layers.ops.gated_delta_rule import gated_delta_rule
-from mom_layers.ops.gated_linear_attention import gated_linear_attention
-from mom_layers.rules import get_rule
+from mom_layers.recur.channel_decay import gated_linear_attention
+from mom_layers.recur.rules import get_rule
+from mom_layers.recur.scalar_delta import gated_delta_rule
 
 # (segments, tokens a segment, heads, K = V)
 CASES = {

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from benchmark import VERSIONS, append_csv, device_kind, versions
 
-from linear_moe.plots import read_scalars
+from linear_moe.watching.plots import read_scalars
 
 ROOT = Path(__file__).parents[1]
 # GPUs, and settings of the script

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers.configuration_utils import PretrainedConfig
 
 from mom_layers.hf.attention_config import AttentionSpec, parse_attention
-from mom_layers.mom import check_sizes
+from mom_layers.layer import check_sizes
 
 FORMAT_RULES = ("gated_deltanet",)
 ACTIVATIONS = ("swish", "silu")

@@ -7,16 +7,16 @@ from functools import partial
 import torch
 import torch.nn as nn
 
+from mom_layers.convolve.operation import UNIT_LENGTH_EPS
 from mom_layers.hf.cache import MemoryLayer
 from mom_layers.hf.configuration_mom import MomConfig
 from mom_layers.hf.layers import RMSNorm
 from mom_layers.hf.sequence import TokenSequence
+from mom_layers.layer import steps_in_kernels
 from mom_layers.mixing import MemoryParameters, mix_memories, projection_sizes
-from mom_layers.mom import steps_in_kernels
-from mom_layers.ops.routing_plan import build_routing_plan
-from mom_layers.ops.segment_convolution import UNIT_LENGTH_EPS
-from mom_layers.routing import route
-from mom_layers.rules import get_rule, kept_exact
+from mom_layers.recur.rules import get_rule, kept_exact
+from mom_layers.route.plan import build_routing_plan
+from mom_layers.route.router import route
 
 # The format's letter for a gate of the rule: gate "beta" is projected by b_proj.M and shared_b.
 GATE_LETTERS = {"beta": "b"}

@@ -19,7 +19,7 @@ from mom_layers.hf.configuration_mom import MomConfig
 from mom_layers.hf.layers import Attention, GatedMLP, RMSNorm
 from mom_layers.hf.mixer import MomAttention
 from mom_layers.hf.sequence import TokenSequence
-from mom_layers.routing import load_balancing_loss
+from mom_layers.route.router import load_balancing_loss
 
 
 class MomBlock(GradientCheckpointingLayer):

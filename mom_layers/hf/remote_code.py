@@ -1,7 +1,7 @@
 """Writes a model's code beside its weights: `from_pretrained(..., trust_remote_code=True)` without this package.
 
 The files are this package's own sources. transformers loads modules of one folder that import each other relatively, so
-`mom_layers/ops/combine.py` becomes `mom_layers_ops_combine.py`, and its imports are rewritten to match.
+`mom_layers/route/plan.py` becomes `mom_layers_route_plan.py`, and its imports are rewritten to match.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def bundle_sources() -> dict[str, str]:
 
 
 def flat_name(module: str) -> str:
-    """``mom_layers.ops.combine`` -> ``mom_layers_ops_combine``; the entry modules keep the names users know."""
+    """``mom_layers.route.plan`` -> ``mom_layers_route_plan``; the entry modules keep the names users know."""
     return ENTRIES.get(module, module.replace(".", "_"))
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from linear_moe.arguments import add_mom_arguments, check_context_parallel, check_model, fill_mom_arguments
+from linear_moe.entry.arguments import add_mom_arguments, check_context_parallel, check_model, fill_mom_arguments
 
 
 def check(*arguments):

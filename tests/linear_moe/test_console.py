@@ -7,8 +7,8 @@ import pytest
 import torch
 from megatron.training import training
 
-from linear_moe import console, metrics
-from linear_moe.console import console_patch, other_fields, validation_line
+from linear_moe.watching import console, metrics
+from linear_moe.watching.console import console_patch, other_fields, validation_line
 
 # As Megatron 0.19.2 prints them.
 ITERATION_LINE = (

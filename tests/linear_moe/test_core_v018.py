@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from linear_moe import arguments, core_v018, plugin
+from linear_moe.entry import arguments, core_v018, plugin
 
 
 def config(token_mixer="mom", experts=None):
@@ -14,7 +14,7 @@ def config(token_mixer="mom", experts=None):
 
 
 def test_layers_are_chosen_where_the_script_builds_its_model(monkeypatch):
-    monkeypatch.setattr("linear_moe.layer_specs.mom_block_spec", lambda config, vp_stage: ("memories", vp_stage))
+    monkeypatch.setattr("linear_moe.layer.specs.mom_block_spec", lambda config, vp_stage: ("memories", vp_stage))
 
     def build(config, transformer_layer_spec, vp_stage, **keywords):
         return transformer_layer_spec, keywords

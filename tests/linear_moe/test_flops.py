@@ -7,9 +7,9 @@ import torch
 from megatron.training import training
 from torch.utils.flop_counter import FlopCounterMode
 
-from linear_moe.flops import flops_patch, mom_layer_flops, peak_flops
-from mom_layers.mom import MixtureOfMemories
-from mom_layers.ops.chunk_table import CHUNK
+from linear_moe.watching.flops import flops_patch, mom_layer_flops, peak_flops
+from mom_layers.layer import MixtureOfMemories
+from mom_layers.recur.chunk_table import CHUNK
 
 BATCH, LENGTH = 2, 2048
 TOKENS = BATCH * LENGTH

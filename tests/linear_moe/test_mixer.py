@@ -35,7 +35,7 @@ def make_config(**settings) -> MomTransformerConfig:
 def make_mixer(**settings):
     from megatron.core.transformer.spec_utils import build_module
 
-    from linear_moe.layer_specs import mom_block_spec
+    from linear_moe.layer.specs import mom_block_spec
 
     config = make_config(**settings)
     spec = mom_block_spec(config, pp_rank=0).layer_specs[0].submodules.self_attention
@@ -142,7 +142,7 @@ def test_router_losses_reach_the_router_with_their_scale(megatron, aux, z):
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from linear_moe.metrics import memory_metrics
+    from linear_moe.watching.metrics import memory_metrics
 
     router = make_mixer(mom_aux_loss_coeff=aux, mom_z_loss_coeff=z).router
     x = hidden_states().detach()
@@ -188,8 +188,8 @@ def test_router_survives_the_expert_bias_of_a_real_moe(megatron):
 def test_hybrid_spec_keeps_softmax_layers(megatron):
     from megatron.core.transformer.attention import SelfAttention
 
-    from linear_moe.layer_specs import mom_block_spec
-    from linear_moe.mixer import MomTokenMixer
+    from linear_moe.layer.mixer import MomTokenMixer
+    from linear_moe.layer.specs import mom_block_spec
 
     spec = mom_block_spec(make_config(num_layers=4, linear_attention_freq=[1, 0, 1, 0]), pp_rank=0)
     mixers = [layer.submodules.self_attention.module for layer in spec.layer_specs]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from linear_moe.plots import PlotError, plot_losses, plot_memory_load, read_scalars, smooth
+from linear_moe.watching.plots import PlotError, plot_losses, plot_memory_load, read_scalars, smooth
 
 TOOL = Path(__file__).parents[2] / "tools" / "plot_run.py"
 

@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 
-from linear_moe import machine, plugin
+from linear_moe.entry import machine, plugin
 from megatron_patches import PatchError, applied
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from linear_moe.__main__ import asks_for_mom
-from linear_moe.settings import read_settings
+from linear_moe.entry.settings import read_settings
 
 
 def test_environment_goes_before_the_file(tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from linear_moe import machine, plugin
+from linear_moe.entry import machine, plugin
 from megatron_patches.patch import Patch, applied, wrap
 
 os.environ.setdefault("RANK", os.environ.get("LOCAL_RANK", "0"))

@@ -3,7 +3,7 @@
 import torch
 
 from mom_layers import MixtureOfMemories
-from mom_layers.ops.routing_plan import build_routing_plan
+from mom_layers.route.plan import build_routing_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RAGGED = [0, 1, 2, 3, 63, 64, 65]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from comparison import DEVICE, TOLERANCE, draw, make_plan, relative_error
 
-from mom_layers.ops.combine_triton import combine_triton
-from mom_layers.ops.reference import combine_reference
+from mom_layers.combine.triton import combine_triton
+from mom_layers.recur.reference import combine_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -61,7 +61,7 @@ def test_gate_is_a_view_of_a_wider_tensor():
 
 
 def test_norm_weight_gradient_over_several_blocks(monkeypatch):
-    monkeypatch.setattr("mom_layers.ops.combine_triton.GRADIENT_PROGRAMS", 2)
+    monkeypatch.setattr("mom_layers.combine.triton.GRADIENT_PROGRAMS", 2)
     compare(inputs(make_plan([63, 64, 65], num_memories=5, unpicked=1), 1, 64, 2))
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from comparison import DEVICE, TOLERANCE, draw, relative_error
 
-from mom_layers.ops.decay_gates_triton import decay_gates_triton
-from mom_layers.rules import get_rule
+from mom_layers.recur.rules import get_rule
+from mom_layers.recur.scalar_delta.gates_triton import decay_gates_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

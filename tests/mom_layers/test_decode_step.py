@@ -6,7 +6,7 @@ import pytest
 import torch
 from comparison import TOLERANCE, inputs, layer, relative_error
 
-from mom_layers import mom
+from mom_layers import layer as mom
 
 
 def prefilled(batch, dtype, backend, steps=2, **settings):

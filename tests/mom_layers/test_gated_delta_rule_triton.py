@@ -11,12 +11,12 @@ from comparison import DEVICE, TOLERANCE, relative_error
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mom_layers.ops.chunk_table import chunk_table
-from mom_layers.ops.gated_delta_rule import autograd as entry
-from mom_layers.ops.gated_delta_rule import launch
-from mom_layers.ops.gated_delta_rule.autograd import gated_delta_rule_triton
-from mom_layers.ops.gated_delta_rule.hopper_tiles import tiles
-from mom_layers.ops.reference import gated_delta_rule_reference
+from mom_layers.recur.chunk_table import chunk_table
+from mom_layers.recur.reference import gated_delta_rule_reference
+from mom_layers.recur.scalar_delta import autograd as entry
+from mom_layers.recur.scalar_delta import launch
+from mom_layers.recur.scalar_delta.autograd import gated_delta_rule_triton
+from mom_layers.recur.scalar_delta.hopper.tiles import tiles
 
 RAGGED = [0, 1, 63, 64, 65, 0, 130]
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
@@ -244,8 +244,8 @@ def test_a_tile_is_described_as_its_constructor_does():
 COMPILE_FOR_HOPPER = """
 import torch
 from compile_only import SHARED_MEMORY, compile_only, left_operands_in_registers
-from mom_layers.ops.gated_delta_rule import launch
-from mom_layers.ops.gated_delta_rule.autograd import gated_delta_rule_triton
+from mom_layers.recur.scalar_delta import launch
+from mom_layers.recur.scalar_delta.autograd import gated_delta_rule_triton
 
 launch._family = lambda device, dtype: "hopper"
 compiled = compile_only(90)

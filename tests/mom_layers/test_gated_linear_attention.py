@@ -4,9 +4,9 @@ import pytest
 import torch
 from comparison import DEVICE, TOLERANCE, relative_error
 
-from mom_layers.ops.gated_linear_attention import gated_linear_attention
-from mom_layers.ops.reference import gated_linear_attention_reference
-from mom_layers.rules import get_rule, gla
+from mom_layers.recur.channel_decay import gated_linear_attention
+from mom_layers.recur.reference import gated_linear_attention_reference
+from mom_layers.recur.rules import get_rule, gla
 
 RAGGED = [0, 1, 2, 63, 64, 65, 0, 75, 200]
 NAMES = ("q", "k", "v", "g", "initial_state")

@@ -9,8 +9,8 @@ import torch
 from comparison import TOLERANCE, relative_error
 from test_gated_linear_attention import NAMES, expected, inputs, outputs_and_gradients
 
-from mom_layers.ops.gated_linear_attention import autograd as entry
-from mom_layers.ops.gated_linear_attention.autograd import gated_linear_attention_triton
+from mom_layers.recur.channel_decay import autograd as entry
+from mom_layers.recur.channel_decay.autograd import gated_linear_attention_triton
 
 RAGGED = [0, 1, 63, 64, 65, 0, 130]
 
@@ -161,7 +161,7 @@ def test_gated_linear_attention_triton_refuses(monkeypatch):
 COMPILE_FOR_HOPPER = """
 import torch
 from compile_only import SHARED_MEMORY, compile_only, left_operands_in_registers
-from mom_layers.ops.gated_linear_attention.autograd import gated_linear_attention_triton
+from mom_layers.recur.channel_decay.autograd import gated_linear_attention_triton
 
 compiled = compile_only(90)
 borders = torch.tensor([0, 1], dtype=torch.int32)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from comparison import DEVICE, TOLERANCE, draw, inputs, layer, make_plan, relative_error
 
-from mom_layers.ops import grouped_projection
-from mom_layers.ops import grouped_projection_triton as module
-from mom_layers.ops.grouped_projection_triton import grouped_projection_triton
-from mom_layers.ops.routing_plan import build_routing_plan
+from mom_layers.project import operation as grouped_projection
+from mom_layers.project import triton as module
+from mom_layers.project.triton import grouped_projection_triton
+from mom_layers.route.plan import build_routing_plan
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

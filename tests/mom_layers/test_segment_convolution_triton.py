@@ -4,9 +4,9 @@ import pytest
 import torch
 from comparison import DEVICE, RAGGED, TOLERANCE, draw, make_plan, relative_error
 
-from mom_layers.ops.memory_convolution import convolve_memories
-from mom_layers.ops.reference import segment_convolution_reference
-from mom_layers.ops.segment_convolution_triton import segment_convolution_triton
+from mom_layers.convolve.memories import convolve_memories
+from mom_layers.convolve.triton import segment_convolution_triton
+from mom_layers.recur.reference import segment_convolution_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -77,7 +77,7 @@ def test_whole_head_of_256():
 
 
 def test_weight_gradient_over_several_blocks(monkeypatch):
-    monkeypatch.setattr("mom_layers.ops.segment_convolution_triton.BACKWARD_RUN", 16)
+    monkeypatch.setattr("mom_layers.convolve.triton.BACKWARD_RUN", 16)
     compare(make_plan([60, 40]), False, 16, 4, 1, False)
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from comparison import DEVICE, relative_error
 
-from mom_layers.ops.routing_plan import build_routing_plan
-from mom_layers.ops.segment_convolution import segment_convolution
-from mom_layers.ops.state_passing import fold_gradients, fold_states, join_tails, last_inputs
-from mom_layers.rules import get_rule, rule_names
+from mom_layers.convolve.operation import segment_convolution
+from mom_layers.recur.rules import get_rule, rule_names
+from mom_layers.recur.state_passing import fold_gradients, fold_states, join_tails, last_inputs
+from mom_layers.route.plan import build_routing_plan
 
 HEADS, K, V, WIDTH, CHANNELS = 2, 16, 32, 4, 6
 # Rows that each piece holds of each segment: none at the front, in the middle, at the end, anywhere; more than a chunk.

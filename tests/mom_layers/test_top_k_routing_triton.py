@@ -4,8 +4,8 @@ import pytest
 import torch
 from comparison import DEVICE, TOLERANCE, draw, relative_error
 
-from mom_layers.ops.top_k_routing_triton import top_k_routing_triton
-from mom_layers.routing import route
+from mom_layers.route.router import route
+from mom_layers.route.router_triton import top_k_routing_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -1,8 +1,9 @@
 import json
 from pathlib import Path
 
-import corpus_tokenizer
 import pytest
+
+from linear_moe.corpus import tokenizer as corpus_tokenizer
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

@@ -7,16 +7,15 @@ import resource
 from argparse import Namespace
 from contextlib import contextmanager
 
-import convert_from_hf
-import convert_to_hf
 import pytest
 import torch
 from safetensors.torch import save_file
 from test_convert_names import TINY, random_model, read_weights
 
-from linear_moe.hf import checkpoint as hf_checkpoint
-from linear_moe.hf import files as hf_files
-from linear_moe.hf.config import arguments_from_config, layout_of
+from linear_moe.commands import convert_from_hf, convert_to_hf
+from linear_moe.conversion import checkpoint as hf_checkpoint
+from linear_moe.conversion import files as hf_files
+from linear_moe.conversion.config import arguments_from_config, layout_of
 from mom_layers.hf import MomConfig
 
 

@@ -7,9 +7,9 @@ import torch
 from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func
 from safetensors.torch import load_file
 
-from linear_moe.hf.config import arguments_from_config, config_from_arguments, layout_of, parse_config
-from linear_moe.hf.files import ConversionError
-from linear_moe.hf.names import QKV, entries
+from linear_moe.conversion.config import arguments_from_config, config_from_arguments, layout_of, parse_config
+from linear_moe.conversion.files import ConversionError
+from linear_moe.conversion.names import QKV, entries
 from mom_layers.hf import MomConfig, MomForCausalLM
 
 TINY = {

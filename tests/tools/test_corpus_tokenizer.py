@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from corpus_files import BadDocuments, Chunk, Document
-from corpus_tokenizer import ChunkEncoder, EncodingSettings, load_tokenizer, pieces_of, sample_texts
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import ByT5Tokenizer
+
+from linear_moe.corpus.files import BadDocuments, Chunk, Document
+from linear_moe.corpus.tokenizer import ChunkEncoder, EncodingSettings, load_tokenizer, pieces_of, sample_texts
 
 
 def chunk_of(*texts: str) -> Chunk:

@@ -1,7 +1,8 @@
 import json
 
-import demo_corpus
 import pytest
+
+from linear_moe.commands import demo_corpus
 
 
 def test_demo_corpus(tmp_path, capsys):

@@ -8,12 +8,12 @@ import os
 import subprocess
 import sys
 
-import convert_from_hf
 import pytest
 import torch
 
-from linear_moe.hf.checkpoint import find_checkpoint
-from linear_moe.hf.verify import compare
+from linear_moe.commands import convert_from_hf
+from linear_moe.conversion.checkpoint import find_checkpoint
+from linear_moe.conversion.verify import compare
 from mom_layers.hf.configuration_mom import MomConfig
 from mom_layers.hf.modeling_mom import MomForCausalLM
 
@@ -60,7 +60,7 @@ def logits(model, tokens, dtype):
 MEGATRON_LOGITS = """
 import sys, torch
 from pathlib import Path
-from linear_moe.hf.verify import megatron_logits
+from linear_moe.conversion.verify import megatron_logits
 folder, tokens, logits = sys.argv[1:]
 torch.save(megatron_logits(Path(folder), torch.load(tokens), torch.float32), logits)
 """

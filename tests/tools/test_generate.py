@@ -3,13 +3,12 @@
 import io
 import re
 
-import convert_from_hf
-import generate
 import pytest
 import torch
 from test_convert_names import random_model
 
-from linear_moe.hf.files import load_tokenizer
+from linear_moe.commands import convert_from_hf, generate
+from linear_moe.conversion.files import load_tokenizer
 
 PROMPTS = ["The memory of a sequence", "Each token", "def forward(self, x):"]
 

@@ -1,11 +1,11 @@
 import math
 
 import numpy as np
-import perplexity
 import pytest
 import torch
 import torch.nn.functional as F
 
+from linear_moe.commands import perplexity
 from mom_layers.hf import MomConfig, MomForCausalLM
 
 HYBRID = {"layers": [1], "num_heads": 2}

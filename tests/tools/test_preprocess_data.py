@@ -11,15 +11,16 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import corpus_files
-import dataset_writer
 import numpy as np
-import preprocess_data
 import pytest
 import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from transformers import AutoTokenizer
+
+from linear_moe.commands import preprocess_data
+from linear_moe.corpus import files as corpus_files
+from linear_moe.corpus import writer as dataset_writer
 
 TOOLS = Path(preprocess_data.__file__).parent
 

@@ -9,10 +9,10 @@ import torch
 import warm_python
 from torch.utils.checkpoint import checkpoint
 
-from linear_moe.sequence_order import contiguous_layout, plan_exchange, zigzag_layout
+from linear_moe.parallel.sequence_order import contiguous_layout, plan_exchange, zigzag_layout
 from mom_layers.mixing import MemoryParameters, mix_memories, projection_sizes
-from mom_layers.ops.routing_plan import build_routing_plan
-from mom_layers.rules import get_rule, rule_names
+from mom_layers.recur.rules import get_rule, rule_names
+from mom_layers.route.plan import build_routing_plan
 
 RANKS, LENGTH, MEMORIES, HEADS, K, V, HIDDEN, WIDTH = 3, 12, 4, 2, 16, 8, 24, 4
 WEIGHTS = ("projection", "q_conv", "k_conv", "v_conv", "norm_weight")
@@ -82,7 +82,7 @@ def borders_of(documents, batch, length):
 
 def work(rank, documents, rule, kind):
     """One rank's outputs and gradients, those of the parameters summed over the ranks."""
-    from linear_moe.context_parallel import ContextSlice
+    from linear_moe.parallel.context import ContextSlice
 
     batch = 2 if DOCUMENTS[documents] is None else 1
     inputs = [x[:, rank * LENGTH : (rank + 1) * LENGTH] for x in whole_inputs(batch)]
@@ -98,7 +98,7 @@ def work(rank, documents, rule, kind):
 
 def reorder(rank):
     """A batch in Megatron's order, what becomes of it, and the gradient that comes back."""
-    from linear_moe.sequence_order import SequenceOrder
+    from linear_moe.parallel.sequence_order import SequenceOrder
 
     order = SequenceOrder(torch.distributed.group.WORLD, RANKS)
     chunks = torch.arange(2 * RANKS * 4.0).view(2 * RANKS, 4, 1)
@@ -111,7 +111,7 @@ def reorder(rank):
 
 def volume(rank):
     """Numbers that a rank sends for a layer, forward and backward, by the length of its slice."""
-    from linear_moe.context_parallel import ContextSlice
+    from linear_moe.parallel.context import ContextSlice
 
     sent = 0
 

@@ -10,10 +10,10 @@ import warm_python
 from training import EP2, launch
 
 from linear_moe.config import MomTransformerConfig
-from linear_moe.expert_parallel import plan_arrivals
+from linear_moe.parallel.expert import plan_arrivals
 from mom_layers.mixing import MemoryParameters, mix_memories, projection_sizes
-from mom_layers.ops.routing_plan import build_routing_plan
-from mom_layers.rules import get_rule
+from mom_layers.recur.rules import get_rule
+from mom_layers.route.plan import build_routing_plan
 
 MEMORIES, HEADS, K, V, HIDDEN = 4, 2, 16, 8, 32
 WEIGHTS = ("projection", "q_conv", "k_conv", "v_conv", "norm_weight")
@@ -80,7 +80,7 @@ def on_two_ranks(rank, place, cases, sender):
     from megatron_patches import cpu
 
     cpu.apply()
-    from linear_moe.expert_parallel import mix_memories_over_ranks
+    from linear_moe.parallel.expert import mix_memories_over_ranks
 
     torch.set_num_threads(1)
     os.environ |= place

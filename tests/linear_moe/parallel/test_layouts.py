@@ -39,7 +39,7 @@ def test_replicated_parameters_get_the_gradient_of_all_heads(trained, layout, na
 
 
 def cut_as_megatron_does():
-    from linear_moe import data
+    from linear_moe.entry import data
 
     data.cuts_contiguously = lambda args: False
 

@@ -116,7 +116,7 @@ def _pretrain(save_at: tuple[int, ...]) -> dict[int, float]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from linear_moe import pretrain
-    from linear_moe.machine import prepare_machine
+    from linear_moe.entry.machine import prepare_machine
     from megatron_patches.patch import Patch, wrap
 
     prepare_machine()

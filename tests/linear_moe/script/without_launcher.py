@@ -18,7 +18,7 @@ def main() -> None:
     os.environ |= alone | {"LOCAL_RANK": "0", "TORCHDYNAMO_DISABLE": "1"}
     if sys.argv[1] == "--apply-and-undo":
         del sys.argv[1]
-        from linear_moe import machine, plugin
+        from linear_moe.entry import machine, plugin
 
         machine.start()
         plugin.install(mom=True)

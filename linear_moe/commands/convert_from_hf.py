@@ -1,0 +1,143 @@
+"""Converts a Mixture-of-Memories model in the Hugging Face format (FLA's) to a Megatron checkpoint.
+
+    python tools/convert_from_hf.py --load DIR --save CKPT
+    python -m linear_moe.pretrain --load CKPT --use-checkpoint-args <the options that the tool prints> ...
+
+Writes a release checkpoint in the torch_dist format, without optimizer state, which loads at any tensor, pipeline and
+expert-parallel layout. CKPT appears only when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from linear_moe.conversion.checkpoint import TRACKER, write_checkpoint
+from linear_moe.conversion.config import arguments_from_config, layout_of, parse_config
+from linear_moe.conversion.files import (
+    ConversionError,
+    Weights,
+    check_target,
+    copy_tokenizer,
+    load_tokenizer,
+    new_folder,
+    read_json,
+    run_tool,
+    tokenizer_files,
+)
+from linear_moe.conversion.names import Entry, Layout, entries
+from mom_layers.hf.configuration_mom import MomConfig
+
+TIED_WEIGHT = "lm_head.weight"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool; returns 0, or 1 for a model that cannot be converted. SystemExit(2): a wrong command line."""
+    args = parse_arguments(argv)
+    return run_tool("convert_from_hf.py", lambda: convert(args))
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--load", type=Path, required=True, help="folder with config.json and the weights")
+    parser.add_argument("--save", type=Path, required=True, help="new folder, for Megatron's --load")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer [--load, where it has one]")
+    parser.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        default=128,
+        help="pad the vocabulary for Megatron, as its option of this name does [128]",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace --save where it is an earlier conversion")
+    return parser.parse_args(argv)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Writes the folder ``args.save``, all of it or nothing, and prints how to train from it.
+
+    Raises:
+        ConversionError: the model is not MoM, incomplete, or has something that Megatron's lacks.
+        OSError: a file cannot be written.
+    """
+    if not args.load.is_dir():
+        raise ConversionError(f"--load {args.load}: no such folder")
+    content = read_json(args.load / "config.json")
+    if content.get("model_type") != "mom":
+        parse_config(content, set())
+    weights = Weights(args.load)
+    config = parse_config(content, weights.names())
+    layout = layout_of(config)
+    table = list(entries(layout))
+    check_complete(weights, table, layout)
+    stored = arguments_from_config(config)
+    tokenizer = find_tokenizer(args, config)
+    set_vocabulary(stored, config, tokenizer, args)
+    check_target(args.save, [TRACKER], args.overwrite)
+
+    def read(entry: Entry) -> torch.Tensor:
+        tensor = entry.join([weights.read(name) for name in entry.hf_names])
+        progress.update(tensor.nbytes)
+        return tensor
+
+    total = sum(weights.describe(name).nbytes for entry in table for name in entry.hf_names)
+    with (
+        new_folder(args.save) as folder,
+        tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None) as progress,
+    ):
+        write_checkpoint(folder, layout, lambda entry: weights.describe(entry.hf_names[0]).dtype, read, stored)
+        if tokenizer:
+            copy_tokenizer(tokenizer, folder / "tokenizer")
+    print(f"train further with: {command_line(args.save, stored)}")
+
+
+def check_complete(weights: Weights, table: Sequence[Entry], layout: Layout) -> None:
+    """Raises ConversionError unless the weights are the table's, in their shapes."""
+    expected = {name: shape for entry in table for name, shape in entry.hf}
+    found = weights.names() - ({TIED_WEIGHT} if layout.tied else set())
+    if missing := sorted(expected.keys() - found):
+        raise ConversionError(f"the weights lack {', '.join(missing[:3])}: they are not what config.json describes")
+    if unknown := sorted(found - expected.keys()):
+        raise ConversionError(f"the weights have {', '.join(unknown[:3])}, which config.json does not describe")
+    for name, shape in expected.items():
+        actual = tuple(weights.describe(name).shape)
+        if actual != shape:
+            raise ConversionError(f"{name} is {list(actual)}, and config.json makes it {list(shape)}")
+    for entry in table:
+        types = {weights.describe(name).dtype for name in entry.hf_names}
+        if len(types) > 1:
+            raise ConversionError(f"{', '.join(entry.hf_names)} must be of one type, not {', '.join(map(str, types))}")
+
+
+def find_tokenizer(args: argparse.Namespace, config: MomConfig) -> Path | None:
+    """The folder given, or the model's where it has one. Raises ConversionError where it does not fit the model."""
+    folder = args.tokenizer or (args.load if tokenizer_files(args.load) else None)
+    if folder is None:
+        return None
+    size = len(load_tokenizer(folder))
+    if size > config.vocab_size:
+        raise ConversionError(f"the tokenizer has {size} tokens, and the model's embedding {config.vocab_size}")
+    return folder
+
+
+def set_vocabulary(stored: Namespace, config: MomConfig, tokenizer: Path | None, args: argparse.Namespace) -> None:
+    """Tells Megatron which tokenizer to use and how many rows its embedding has."""
+    multiple = args.make_vocab_size_divisible_by
+    stored.make_vocab_size_divisible_by = multiple
+    stored.padded_vocab_size = -(-config.vocab_size // multiple) * multiple
+    stored.tokenizer_type = "HuggingFaceTokenizer" if tokenizer else "NullTokenizer"
+    stored.tokenizer_model = str((args.save / "tokenizer").resolve()) if tokenizer else None
+
+
+def command_line(save: Path, stored: Namespace) -> str:
+    """What ``--use-checkpoint-args`` leaves to say."""
+    words = [f"--load {save} --use-checkpoint-args --norm-epsilon {stored.layernorm_epsilon:g}"]
+    if stored.window_size is not None:
+        words.append(f"--window-size {stored.window_size[0]},{stored.window_size[1]}")
+    if stored.tokenizer_model is None:
+        words.append(f"--vocab-size {stored.vocab_size}")
+    return " ".join(words)

@@ -1,0 +1,181 @@
+"""Converts a Megatron checkpoint of a Mixture-of-Memories model to the Hugging Face format.
+
+    python tools/convert_to_hf.py --load runs/demo/checkpoints --save runs/demo/hf
+    python tools/convert_to_hf.py --load CKPT --save DIR --iteration 1000 --dtype bfloat16 --verify
+
+Reads torch_dist checkpoints of any parallel layout, in one process and without a GPU; the model's arguments come from
+the checkpoint. Writes safetensors, config.json, generation_config.json, the tokenizer, a model card, and the code that
+`AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)` runs. DIR appears only when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from linear_moe.conversion.card import model_card
+from linear_moe.conversion.checkpoint import MegatronCheckpoint, find_checkpoint
+from linear_moe.conversion.config import (
+    DTYPES,
+    FLA_ROTARY_BASE,
+    config_from_arguments,
+    dtype_name,
+    generation_config,
+    layout_of,
+    parse_config,
+    token_ids,
+    vocabulary,
+)
+from linear_moe.conversion.files import (
+    ConversionError,
+    check_target,
+    copy_tokenizer,
+    load_tokenizer,
+    new_folder,
+    run_tool,
+    tokenizer_files,
+    write_json,
+    write_weights,
+)
+from linear_moe.conversion.names import Entry, entries
+from linear_moe.conversion.verify import verify
+from mom_layers.hf.remote_code import save_remote_code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool; returns 0, or 1 for a checkpoint that cannot be converted. SystemExit(2): a wrong command line."""
+    args = parse_arguments(argv)
+    if args.verify and argv is None and torch.cuda.is_available():
+        # Both models are to run in float32 on the CPU, and Megatron does only where there is no GPU to see.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.execv(sys.executable, sys.orig_argv)
+    return run_tool("convert_to_hf.py", lambda: convert(args))
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--load", type=Path, required=True, help="folder that Megatron saved to, or one checkpoint in it"
+    )
+    parser.add_argument("--save", type=Path, required=True, help="new folder")
+    parser.add_argument("--iteration", type=int, help="checkpoint to convert [the latest]")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer [the one that training used]")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="type of the weights [as stored]; A_log and dt_bias stay float32"
+    )
+    parser.add_argument("--max-shard-size", type=_size, default="5GB", help="of a file of weights [5GB]")
+    parser.add_argument("--overwrite", action="store_true", help="replace --save where it is an earlier export")
+    verify = parser.add_argument_group("check")
+    verify.add_argument(
+        "--verify", action="store_true", help="run one batch through both models in float32 and compare"
+    )
+    verify.add_argument(
+        "--verify-bound", type=float, default=1e-4, help="largest difference relative to the logits [1e-4]"
+    )
+    verify.add_argument("--verify-tokens", type=int, default=128, help="length of that batch's sequences [128]")
+    return parser.parse_args(argv)
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?B|B)?", text, re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 5GB or 500MB")
+    return text if text[-1] in "bB" else f"{text}B"
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Writes the folder ``args.save``, all of it or nothing; `export` says what it raises."""
+    checkpoint = find_checkpoint(args.load, args.iteration)
+    check_target(args.save, ["config.json"], args.overwrite)
+    with new_folder(args.save) as folder:
+        export(checkpoint, folder, args)
+        if args.verify:
+            verify(checkpoint, folder, bound=args.verify_bound, length=args.verify_tokens)
+
+
+def export(checkpoint_folder: Path, folder: Path, args: argparse.Namespace) -> None:
+    """Fills a folder with an export of one checkpoint.
+
+    Raises:
+        ConversionError: the checkpoint is not MoM, incomplete, or does not fit the format or the tokenizer.
+        OSError: a file cannot be written.
+    """
+    checkpoint = MegatronCheckpoint(checkpoint_folder)
+    tokenizer_folder = find_tokenizer(args.tokenizer, checkpoint.args)
+    tokenizer = load_tokenizer(tokenizer_folder) if tokenizer_folder else None
+    ids = token_ids(checkpoint.args, tokenizer)
+    content = config_from_arguments(checkpoint.args, checkpoint.attention_layers(), 0, ids)
+    rows = checkpoint.rows("embedding.word_embeddings.weight")
+    content["vocab_size"] = vocabulary(checkpoint.args, rows, tokenizer)
+    layout = layout_of(parse_config(content, set()))
+    if content["attn"] and content["attn"]["rope_theta"] != FLA_ROTARY_BASE:
+        print(f"FLA reads no rope_theta, and computes with {FLA_ROTARY_BASE:g}: other logits there", file=sys.stderr)
+
+    table = list(entries(layout))
+    types = {name: _dtype(checkpoint, entry, args.dtype) for entry in table for name in entry.hf_names}
+    check_complete(checkpoint, table)
+    described = {name: torch.empty(shape, dtype=types[name], device="meta") for e in table for name, shape in e.hf}
+    main_type = dtype_name(types["model.embeddings.weight"])
+    content["dtype"] = content["torch_dtype"] = main_type
+    parameters = sum(tensor.numel() for tensor in described.values())
+
+    write_json(folder / "config.json", content)
+    save_remote_code(folder)
+    write_json(folder / "generation_config.json", generation_config(ids))
+    if tokenizer_folder:
+        copy_tokenizer(tokenizer_folder, folder)
+    card = model_card(checkpoint.args, checkpoint.iteration, content, parameters, main_type, tokenizer is not None)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    total = sum(tensor.nbytes for tensor in described.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None) as progress:
+        write_weights(folder, described, _converted(checkpoint, table, types, progress), args.max_shard_size)
+
+
+def find_tokenizer(given: Path | None, args: argparse.Namespace) -> Path | None:
+    """The folder given, or the one that training used where it is still there; None, and a word about it, otherwise."""
+    if given is not None:
+        return given
+    trained = getattr(args, "tokenizer_model", None)
+    if trained and tokenizer_files(Path(trained)):
+        return Path(trained)
+    found = (
+        f"no tokenizer in {trained}" if trained else f"trained with {getattr(args, 'tokenizer_type', 'no tokenizer')}"
+    )
+    print(
+        f"{found}: the export has no tokenizer, and perhaps a padded vocabulary; --tokenizer gives it one",
+        file=sys.stderr,
+    )
+    return None
+
+
+def check_complete(checkpoint: MegatronCheckpoint, table: Sequence[Entry]) -> None:
+    """Raises ConversionError unless the table holds every tensor of the checkpoint, in its shape."""
+    used = set()
+    for entry in table:
+        name = checkpoint.name(entry)
+        used.add(name)
+        shape, expected = checkpoint.describe(entry)[0], entry.shape
+        if shape[1:] != expected[1:] or shape[0] < expected[0] or (shape != expected and not entry.rule.padded):
+            raise ConversionError(f"{name} is {list(shape)}, and the arguments stored with it make it {list(expected)}")
+    if unknown := sorted(checkpoint.names() - used):
+        raise ConversionError(f"the Hugging Face format has no place for {', '.join(unknown[:3])}")
+
+
+def _dtype(checkpoint: MegatronCheckpoint, entry: Entry, wanted: str | None) -> torch.dtype:
+    stored = checkpoint.describe(entry)[1]
+    return stored if wanted is None or entry.rule.exact else DTYPES[wanted]
+
+
+def _converted(
+    checkpoint: MegatronCheckpoint, table: Sequence[Entry], types: dict[str, torch.dtype], progress: tqdm
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for entry in table:
+        for name, tensor in zip(entry.hf_names, entry.split(checkpoint.read(entry)), strict=True):
+            yield name, tensor.to(types[name]).contiguous()
+            progress.update(tensor.numel() * types[name].itemsize)

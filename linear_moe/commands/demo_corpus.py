@@ -1,0 +1,131 @@
+"""Gathers a small training corpus from what every machine has: the Python installation's own sources and texts.
+
+    python tools/demo_corpus.py --output data/corpus.jsonl
+
+One JSON line a document, {"path": ..., "text": ...}: library modules, the few text files beside them, and the chapters
+of the language reference behind `help()`. What distributions leave out or generate (tests, build settings, character
+tables) is left out everywhere, so that two machines with the same Python get almost the same corpus.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import re
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+LEAST_BYTES = 1_000_000
+TEXT_SUFFIXES = (".py", ".txt", ".rst", ".md")
+SHORTEST_TEXT = 200  # characters; below are empty __init__.py files and one-line launchers
+SKIPPED_FOLDERS = {
+    "__pycache__",
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",  # one character table after the other
+    "pydoc_data",  # its texts come unquoted, from help_topics
+}
+SKIPPED_FILES = re.compile(r"_sysconfigdata|config-[\d.]+|(^|/)(stringprep|entities|_casefix)\.py$")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool; returns 0, or 1 where there is too little text or no place for it."""
+    args = parse_arguments(argv)
+    root = Path(sysconfig.get_path("stdlib"))
+    lines = select(gather(root), args.max_bytes)
+    size = sum(map(len, lines))
+    if size < LEAST_BYTES:
+        print(
+            f"demo_corpus.py: only {size} bytes of text in {root}, expected at least {LEAST_BYTES}; "
+            "give preprocess_data.py texts of your own instead",
+            file=sys.stderr,
+        )
+        return 1
+    try:
+        write(lines, args.output)
+    except OSError as error:
+        print(f"demo_corpus.py: cannot write {args.output}: {error.strerror}", file=sys.stderr)
+        return 1
+    print(f"{args.output}: {len(lines)} documents, {size} bytes, from {root}")
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="file to write")
+    parser.add_argument("--max-bytes", type=int, default=12_000_000, help="largest size of the file")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    args = parser.parse_args(argv)
+    if args.max_bytes < LEAST_BYTES:
+        parser.error(f"--max-bytes {args.max_bytes}: expected at least {LEAST_BYTES}")
+    if args.output.suffix != ".jsonl":
+        parser.error(f"--output {args.output}: expected a name that ends in .jsonl")
+    if args.output.exists() and not args.overwrite:
+        parser.error(f"{args.output} exists; give another name, or --overwrite to replace it")
+    return args
+
+
+def gather(root: Path) -> Iterator[tuple[str, str]]:
+    """Yields (path, text) of each document of the standard library at `root`."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]
+        for name in names:
+            path = Path(folder, name)
+            relative = path.relative_to(root).as_posix()
+            if name.endswith(TEXT_SUFFIXES) and not SKIPPED_FILES.search(relative):
+                try:
+                    yield relative, path.read_text(encoding="utf-8")
+                except (UnicodeDecodeError, OSError):
+                    continue  # a source in an old encoding, a dangling link: the corpus does without
+    yield from help_topics()
+
+
+def help_topics() -> Iterator[tuple[str, str]]:
+    """The chapters of the language reference that `help("with")` and the like print: prose, not code."""
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        return  # some distributions package it apart
+    for name, text in topics.items():
+        yield f"pydoc_data/topics/{name}", text
+
+
+def select(documents: Iterator[tuple[str, str]], max_bytes: int) -> list[bytes]:
+    """JSON lines of the documents in the order of a hash of their paths, as many as fit in `max_bytes`.
+
+    The order is a fixed shuffle: code and prose mixed, not one package after the other. Equal texts appear once.
+    """
+    lines, seen, size = [], set(), 0
+    for path, text in sorted(documents, key=lambda document: hashlib.sha256(document[0].encode()).digest()):
+        if len(text) < SHORTEST_TEXT or text in seen:
+            continue
+        line = json.dumps({"path": path, "text": text}, ensure_ascii=False).encode() + b"\n"
+        if size + len(line) > max_bytes:
+            break
+        seen.add(text)
+        lines.append(line)
+        size += len(line)
+    return lines
+
+
+def write(lines: Sequence[bytes], output: Path) -> None:
+    """Writes under a temporary name and renames, so that `output` is whole or absent."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            file.writelines(lines)
+        os.chmod(partial, 0o644)
+        os.replace(partial, output)
+    except BaseException:
+        os.unlink(partial)
+        raise

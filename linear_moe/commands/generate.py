@@ -1,0 +1,233 @@
+"""Writes text with a Mixture-of-Memories model: an export in the Hugging Face format, or a Megatron checkpoint.
+
+    python tools/generate.py --load runs/demo/hf --prompt "Once upon a time"
+    python tools/generate.py --load runs/demo/checkpoints --prompt "A" "B" --greedy --max-new-tokens 50
+    cat story.txt | python tools/generate.py --load DIR --temperature 0.8 --top-p 0.95 --seed 1
+
+One prompt is continued word by word as the tokens come; several are a batch, printed in their order at the end. Speed
+and the size of the model's state go to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, TextStreamer, set_seed
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+from linear_moe.commands import convert_to_hf
+from linear_moe.conversion.config import DTYPES
+from linear_moe.conversion.files import ConversionError, load_tokenizer, read_json, run_tool, tokenizer_files
+from mom_layers.hf import MomForCausalLM
+from mom_layers.hf.cache import CACHE_NAME
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool; returns 0, or 1 for a model or prompt that cannot be used. SystemExit(2): a wrong command line."""
+    args = parse_arguments(argv)
+    return run_tool("generate.py", lambda: generate(args))
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    model = parser.add_argument_group("model")
+    model.add_argument("--load", type=Path, required=True, help="folder of an export, or that Megatron saved to")
+    model.add_argument("--iteration", type=int, help="Megatron checkpoint to use [the latest]")
+    model.add_argument("--tokenizer", type=Path, help="folder of the tokenizer [the model's]")
+    model.add_argument("--dtype", choices=DTYPES, help="type to compute in [as stored]")
+    model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+    prompt = parser.add_argument_group("prompt, from standard input unless one of these is given")
+    source = prompt.add_mutually_exclusive_group()
+    source.add_argument("--prompt", nargs="+", metavar="TEXT", help="several are a batch")
+    source.add_argument("--prompt-file", nargs="+", type=Path, metavar="FILE", help="several are a batch")
+    prompt.add_argument("--lines", action="store_true", help="every line of the files or of standard input is a prompt")
+    prompt.add_argument("--skip-prompt", action="store_true", help="print only what the model adds")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-new-tokens", type=_positive, default=128, help="[%(default)s]")
+    sampling.add_argument("--greedy", action="store_true", help="always take the most probable token")
+    sampling.add_argument("--temperature", type=_positive_number, default=1.0, help="[%(default)s]")
+    sampling.add_argument(
+        "--top-k", type=_whole, default=0, help="sample from the k most probable tokens; 0: from all [0]"
+    )
+    sampling.add_argument(
+        "--top-p", type=_share, default=1.0, help="sample from the likeliest tokens of this mass [1.0]"
+    )
+    sampling.add_argument("--seed", type=int, help="for the same text every time")
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-document token")
+    return parser.parse_args(argv)
+
+
+def _number(kind: type, accepts, expected: str):
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
+        return value
+
+    return parse
+
+
+_positive = _number(int, lambda value: value > 0, "a whole number above 0")
+_whole = _number(int, lambda value: value >= 0, "a whole number, or 0")
+_positive_number = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
+_share = _number(float, lambda value: 0 < value <= 1, "a number above 0, up to 1")
+
+
+@torch.inference_mode()
+def generate(args: argparse.Namespace) -> None:
+    """Prints the continuation of the prompts, and the speed on stderr.
+
+    Raises:
+        ConversionError: the model cannot be read, has no tokenizer, or there is no prompt.
+    """
+    prompts = read_prompts(args)
+    with model_folder(args) as folder:
+        tokenizer = load_tokenizer(find_tokenizer(args, folder))
+        logging.disable_progress_bar()
+        model = MomForCausalLM.from_pretrained(folder, dtype=DTYPES.get(args.dtype, "auto"))
+    model = model.to(args.device).eval()
+    encoded = encode(tokenizer, prompts, model.config.vocab_size)
+    settings = generation_config(args, tokenizer)
+    ids, mask = (tensor.to(args.device) for tensor in pad_left(encoded, settings.pad_token_id))
+    if args.seed is not None:
+        set_seed(args.seed)
+
+    one = TextStreamer(tokenizer, skip_prompt=args.skip_prompt, skip_special_tokens=True) if len(prompts) == 1 else None
+    streamer = Stopwatch(one)
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, streamer=streamer)
+    added = [_until_end(tokens, settings) for tokens in output.sequences[:, ids.shape[1] :].tolist()]
+    if one is None:
+        for index, (start, end) in enumerate(zip(encoded, added, strict=True)):
+            tokens = end if args.skip_prompt else start + end
+            print(f"[{index}] {tokenizer.decode(tokens, skip_special_tokens=True)}")
+    read, written = sum(map(len, encoded)), sum(map(len, added))
+    print(streamer.report(read, written, len(prompts), output[CACHE_NAME].nbytes), file=sys.stderr)
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of the command line, of files, or of standard input."""
+    if args.prompt:
+        return args.prompt
+    try:
+        files = args.prompt_file or []
+        texts = [path.read_text(encoding="utf-8") for path in files] if files else [sys.stdin.read()]
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"the prompt is not UTF-8: {error}") from error
+    if args.lines:
+        texts = [line for text in texts for line in text.splitlines() if line.strip()]
+        if not texts:
+            raise ConversionError("there is no line with text to start from")
+    return [text.removesuffix("\n") for text in texts]
+
+
+@contextmanager
+def model_folder(args: argparse.Namespace) -> Iterator[Path]:
+    """The folder of an export; for a Megatron checkpoint, of one that is made for the occasion."""
+    if (args.load / "config.json").is_file():
+        if read_json(args.load / "config.json").get("model_type") != "mom":
+            raise ConversionError(f"--load {args.load} is not a Mixture-of-Memories model")
+        yield args.load
+        return
+    with tempfile.TemporaryDirectory(prefix="mom-generate-") as temporary:
+        command = ["--load", str(args.load), "--save", str(Path(temporary) / "export")]
+        command += ["--iteration", str(args.iteration)] if args.iteration is not None else []
+        command += ["--tokenizer", str(args.tokenizer)] if args.tokenizer else []
+        convert_to_hf.convert(convert_to_hf.parse_arguments(command))
+        yield Path(temporary) / "export"
+
+
+def find_tokenizer(args: argparse.Namespace, folder: Path) -> Path:
+    if args.tokenizer is None and not tokenizer_files(folder):
+        raise ConversionError(f"--load {args.load} has no tokenizer: give --tokenizer")
+    return args.tokenizer or folder
+
+
+def encode(tokenizer, prompts: list[str], vocab_size: int) -> list[list[int]]:
+    """Token ids of every prompt. An empty one starts as a document does."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    encoded = [tokenizer(text)["input_ids"] or ([] if start is None else [start]) for text in prompts]
+    if not all(encoded):
+        raise ConversionError("the prompt is empty, and the tokenizer has no token that starts a document")
+    largest = max(map(max, encoded))
+    if largest >= vocab_size:
+        raise ConversionError(
+            f"the tokenizer makes token {largest}, the model's vocabulary has {vocab_size}: they do not belong together"
+        )
+    return encoded
+
+
+def pad_left(encoded: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [B, T], and a mask [B, T] that is 0 at padding."""
+    length = max(map(len, encoded))
+    ids = [[pad] * (length - len(tokens)) + tokens for tokens in encoded]
+    mask = [[0] * (length - len(tokens)) + [1] * len(tokens) for tokens in encoded]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def generation_config(args: argparse.Namespace, tokenizer) -> GenerationConfig:
+    sampling = {} if args.greedy else {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    return GenerationConfig(
+        max_new_tokens=args.max_new_tokens,
+        do_sample=not args.greedy,
+        eos_token_id=None if args.ignore_eos else tokenizer.eos_token_id,
+        pad_token_id=next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None),
+        return_dict_in_generate=True,
+        **sampling,
+    )
+
+
+def _until_end(tokens: list[int], settings: GenerationConfig) -> list[int]:
+    """The tokens up to the one that ends the text, with it."""
+    return tokens[: tokens.index(settings.eos_token_id) + 1] if settings.eos_token_id in tokens else tokens
+
+
+@dataclass
+class Stopwatch(BaseStreamer):
+    """Passes what is generated on to a streamer, and measures.
+
+    Attributes:
+        streamer: that prints, or None.
+    """
+
+    streamer: BaseStreamer | None
+
+    def __post_init__(self):
+        self._started = self._first = self._last = 0.0
+        self._steps = -1  # the first call brings the prompt
+
+    def put(self, value: torch.Tensor) -> None:
+        now = time.perf_counter()
+        self._steps += 1
+        if self._steps == 0:
+            self._started = now
+        elif self._steps == 1:
+            self._first = now
+        self._last = now
+        if self.streamer is not None:
+            self.streamer.put(value)
+
+    def end(self) -> None:
+        if self.streamer is not None:
+            self.streamer.end()
+
+    def report(self, prompt_tokens: int, new_tokens: int, batch: int, state_bytes: int) -> str:
+        """One line. Tokens a second are of the whole batch; the first one's time is that of reading the prompt."""
+        reading = self._first - self._started
+        speed = batch * (self._steps - 1) / (self._last - self._first) if self._steps > 1 else float("nan")
+        return (
+            f"prompt: {prompt_tokens} tokens in {reading:.2f} s ({prompt_tokens / reading:.1f} tokens/s); "
+            f"generated: {new_tokens} tokens, {speed:.1f} tokens/s; state: {state_bytes} bytes"
+            + (f" for a batch of {batch}" if batch > 1 else "")
+        )

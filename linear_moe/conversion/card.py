@@ -1,0 +1,159 @@
+"""The model card of an export: what the model is and how it was trained, from the arguments in its checkpoint."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import PurePath
+
+from linear_moe.conversion.config import dtype_name
+
+CODE = """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)"""
+
+CODE_WITH_TOKENIZER = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)"""
+
+TEMPLATE = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- mom
+- mixture-of-memories
+- linear-attention
+---
+
+# Mixture-of-Memories language model
+
+A causal language model whose token mixer is [Mixture-of-Memories](https://arxiv.org/abs/2502.13685): every layer keeps
+several memory states and a router sends each token to a few of them. Decoding needs constant memory{except_attention}.
+
+```python
+{code}
+```
+
+The weights are in the format of `fla.models.mom` of
+[flash-linear-attention](https://github.com/fla-org/flash-linear-attention), which loads them too.
+
+## Model
+
+{model}
+
+## Training
+
+{training}
+"""
+
+
+def model_card(args: Namespace, iteration: int, config: dict, parameters: int, dtype: str, has_tokenizer: bool) -> str:
+    """README.md of an export.
+
+    Args:
+        args: stored in the checkpoint. Names of data and tokenizer appear without the paths that led to them.
+        iteration: of the checkpoint; 0 for one that was not trained by Megatron.
+        config: its config.json.
+        parameters: their number.
+        dtype: the type most of them are stored in.
+        has_tokenizer: a tokenizer lies beside the weights.
+    """
+    return TEMPLATE.format(
+        except_attention=", but for its softmax layers' cache" if config["attn"] else "",
+        code=CODE_WITH_TOKENIZER if has_tokenizer else CODE,
+        model=_table(_model_facts(config, parameters, dtype)),
+        training=_table(_training_facts(args, iteration)) if iteration else "Converted, not trained further.",
+    )
+
+
+def _table(facts: list[tuple[str, object]]) -> str:
+    rows = [f"| {name} | {value} |" for name, value in facts if value is not None]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def _model_facts(config: dict, parameters: int, dtype: str) -> list[tuple[str, object]]:
+    attention = config["attn"]
+    shared = " and a shared one" if config["shared_mem"] else ""
+    return [
+        ("parameters", f"{parameters:,} ({dtype})"),
+        ("layers", config["num_hidden_layers"]),
+        ("softmax attention layers", ", ".join(map(str, attention["layers"])) if attention else None),
+        ("hidden size", config["hidden_size"]),
+        ("MLP size", config["intermediate_size"]),
+        ("memories", f"{config['num_memories']}{shared}, {config['topk']} chosen by a token"),
+        (
+            "memory heads",
+            f"{config['num_heads']} of {config['head_dim']} x {config['head_dim'] * config['expand_v']:g}",
+        ),
+        ("update rule", config["mom_backend"]),
+        ("vocabulary", config["vocab_size"]),
+        ("embedding and output tied", "yes" if config["tie_word_embeddings"] else "no"),
+    ]
+
+
+def _training_facts(args: Namespace, iteration: int) -> list[tuple[str, object]]:
+    def get(name: str):
+        return getattr(args, name, None)
+
+    samples, length = get("consumed_train_samples"), get("seq_length")
+    sizes = [
+        f"{label} {get(name)}"
+        for label, name in (
+            ("tensor", "tensor_model_parallel_size"),
+            ("pipeline", "pipeline_model_parallel_size"),
+            ("expert", "expert_model_parallel_size"),
+            ("data", "data_parallel_size"),
+        )
+        if (get(name) or 1) > 1
+    ]
+    return [
+        ("framework", "Megatron (megatron.training)"),
+        ("data", ", ".join(data_names(args)) or None),
+        ("tokenizer", PurePath(get("tokenizer_model")).name if get("tokenizer_model") else get("tokenizer_type")),
+        ("iterations", f"{iteration:,}"),
+        ("tokens seen", f"{samples * length:,}" if samples and length else None),
+        ("sequence length", length),
+        ("batch", f"{get('global_batch_size')} sequences" if get("global_batch_size") else None),
+        ("learning rate", _learning_rate(args)),
+        ("optimizer", _optimizer(args)),
+        ("load-balancing loss coefficient", get("mom_aux_loss_coeff")),
+        ("precision", dtype_name(args.params_dtype) if get("params_dtype") is not None else None),
+        ("parallel layout", ", ".join(sizes) or "one device"),
+    ]
+
+
+def _learning_rate(args: Namespace) -> str | None:
+    if getattr(args, "lr", None) is None:
+        return None
+    text = f"{args.lr:g} to {getattr(args, 'min_lr', None) or 0:g}, {getattr(args, 'lr_decay_style', 'constant')}"
+    for option, unit in (("lr_warmup_iters", "iterations"), ("lr_warmup_samples", "samples")):
+        if warmup := getattr(args, option, None):
+            text += f", warm-up {warmup:,} {unit}"
+    return text
+
+
+def _optimizer(args: Namespace) -> str | None:
+    name = getattr(args, "optimizer", None)
+    if name != "adam":
+        return name
+    return f"AdamW, betas {args.adam_beta1:g} and {args.adam_beta2:g}, weight decay {args.weight_decay:g}"
+
+
+def data_names(args: Namespace) -> list[str]:
+    """Names of the data sets that a run trained on, without the folders they lie in."""
+    if getattr(args, "mock_data", False):
+        return ["mock data"]
+    paths: list[str] = []
+    for option in ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path"):
+        value = getattr(args, option, None) or []
+        paths += [value] if isinstance(value, str) else value
+    names = [PurePath(path).name for path in paths if not _is_weight(path)]
+    return list(dict.fromkeys(names))
+
+
+def _is_weight(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,328 @@
+"""Megatron's torch_dist checkpoints without Megatron: one process, no GPU, tensor by tensor.
+
+They are PyTorch's distributed checkpoints: tensors stored in chunks under global names, whatever parallel layout wrote
+them. A model whose layers are all alike has them stacked, one tensor for a parameter of all layers
+(``decoder.layers.mlp...`` [L, ...]); others have a name for each layer (``decoder.layers.7.mlp...``).
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from linear_moe.conversion.files import ConversionError, write_json
+from linear_moe.conversion.names import EXTRA_STATES, Entry, Layout, entries
+
+TRACKER = "latest_checkpointed_iteration.txt"
+MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.", "encoder.")
+COMMON_STATE = "common_state/shard_0_1"
+BROKEN = (RuntimeError, ValueError, EOFError, AssertionError, AttributeError, ImportError, pickle.UnpicklingError)
+"""What reading a damaged file raises, depending on where the damage is."""
+
+
+def find_checkpoint(load: Path, iteration: int | None) -> Path:
+    """The folder of one checkpoint: ``load`` itself, or what its tracker file or ``iteration`` says.
+
+    Raises ConversionError where there is none, or none in the torch_dist format.
+    """
+    if not load.is_dir():
+        raise ConversionError(f"--load {load}: no such folder")
+    folder = load
+    if not (load / ".metadata").is_file():
+        if iteration is not None:
+            name = f"iter_{iteration:07d}"
+        elif (load / TRACKER).is_file():
+            word = (load / TRACKER).read_text().strip()
+            name = f"iter_{int(word):07d}" if word.isdecimal() else word
+        else:
+            raise ConversionError(f"--load {load} is not a Megatron checkpoint: it has no {TRACKER}")
+        folder = load / name
+    elif iteration is not None:
+        raise ConversionError(f"--iteration {iteration}: --load {load} is one checkpoint; give the folder above it")
+    if not folder.is_dir():
+        there = sorted(path.name for path in load.iterdir() if path.is_dir())
+        raise ConversionError(f"--load {load} has no {folder.name}; there are {', '.join(there) or 'none'}")
+    if not (folder / ".metadata").is_file():
+        if any(path.name.startswith("mp_rank_") for path in folder.iterdir()):
+            raise ConversionError(f"{folder} is in Megatron's legacy format: save it with --ckpt-format torch_dist")
+        raise ConversionError(f"{folder} is not a torch_dist checkpoint: it has no .metadata")
+    return folder
+
+
+class _Unknown:
+    """Stands for an object of a class that is not wanted here."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+
+def _load_state(data) -> object:
+    """Unpickles safely: what is neither a plain value nor a tensor becomes `_Unknown`, without importing its class."""
+    known = {"argparse.Namespace": Namespace}
+    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(data)
+    data.seek(0)
+    with torch.serialization.safe_globals([(known.get(name, _Unknown), name) for name in unknown]):
+        return torch.load(data, map_location="cpu", weights_only=True)
+
+
+class _Destination(LoadPlanner):
+    """Reads into one tensor, or one buffer of bytes."""
+
+    def __init__(self, tensor: torch.Tensor | None = None):
+        self.tensor = tensor
+        self.bytes = io.BytesIO()
+
+    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None: ...
+
+    def create_local_plan(self) -> LoadPlan: ...
+
+    def create_global_plan(self, global_plan) -> list[LoadPlan]: ...
+
+    def finish_plan(self, central_plan) -> LoadPlan: ...
+
+    def load_bytes(self, read_item, value) -> None:
+        self.bytes = value
+
+    def resolve_tensor(self, read_item) -> torch.Tensor:
+        target = self.tensor
+        for dim, (first, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            target = target.narrow(dim, first, length)
+        return target
+
+    def commit_tensor(self, read_item, tensor) -> None: ...
+
+
+class MegatronCheckpoint:
+    """One checkpoint folder: its arguments, and the model's tensors, each read when asked for.
+
+    Attributes:
+        folder: of the checkpoint.
+        args: Megatron's arguments that it was written with.
+        iteration: that it was written at.
+
+    Raises ConversionError for one that is incomplete or broken.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._reader = dcp.FileSystemReader(folder)
+        try:
+            metadata = self._reader.read_metadata()
+        except BROKEN as error:
+            raise ConversionError(f"{folder / '.metadata'} cannot be read: {error}") from error
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._stored = metadata.state_dict_metadata
+        self._check_files(metadata)
+        common = self._common_state()
+        self.iteration = common.get("iteration", 0)
+        self.args = common.get("args")
+        if not isinstance(self.args, Namespace):
+            raise ConversionError(f"{folder} holds no arguments: it was not written by megatron.training")
+
+    def _check_files(self, metadata) -> None:
+        ends: dict[str, int] = {}
+        for info in metadata.storage_data.values():
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        for name, end in sorted(ends.items()):
+            path = self.folder / name
+            if not path.is_file():
+                raise ConversionError(f"{self.folder} is incomplete: {name} is missing")
+            if path.stat().st_size < end:
+                raise ConversionError(f"{path} was cut short: {path.stat().st_size} bytes of at least {end}")
+
+    def _common_state(self) -> dict:
+        legacy = self.folder / "common.pt"
+        if not legacy.is_file() and COMMON_STATE not in self._stored:
+            raise ConversionError(f"{self.folder} is not a torch_dist checkpoint of Megatron: it has no common state")
+        try:
+            if legacy.is_file():
+                with legacy.open("rb") as file:
+                    return _load_state(file)
+            destination = _Destination()
+            index, whole = MetadataIndex(COMMON_STATE), torch.Size([0])
+            item = ReadItem(LoadItemType.BYTE_IO, index, whole, index, whole, whole)
+            self._reader.read_data(LoadPlan([item]), destination)
+            return _load_state(destination.bytes)[0]
+        except BROKEN as error:
+            raise ConversionError(f"the arguments in {self.folder} cannot be read: {error}") from error
+
+    def names(self) -> set[str]:
+        """Every tensor of the model."""
+        return {
+            name for name, stored in self._stored.items() if name.startswith(MODEL_PREFIXES) and hasattr(stored, "size")
+        }
+
+    def attention_layers(self) -> list[int]:
+        """Indices of the layers with softmax attention."""
+        pattern = re.compile(r"decoder\.layers\.(\d+)\.self_attention\.linear_qkv\.weight")
+        return sorted(int(match[1]) for match in map(pattern.fullmatch, self.names()) if match)
+
+    def rows(self, name: str) -> int:
+        """First dimension of a tensor that is not a layer's, padding included; 0 where there is none of that name."""
+        stored = self._stored.get(name)
+        return stored.size[0] if stored is not None else 0
+
+    def name(self, entry: Entry) -> str:
+        """What a tensor is called here. Raises ConversionError where it is not stored."""
+        own, stacked = _names(entry)
+        for name in (own, stacked):
+            if name in self._stored:
+                return name
+        raise ConversionError(f"{self.folder} has no {own}: its layers are not what its arguments say")
+
+    def describe(self, entry: Entry) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape, without the axis of stacked layers, and type of a tensor."""
+        name = self.name(entry)
+        stored = self._stored[name]
+        stacked = entry.layer is not None and name == _names(entry)[1]
+        return tuple(stored.size)[int(stacked) :], stored.properties.dtype
+
+    def read(self, entry: Entry) -> torch.Tensor:
+        """A tensor without padding rows; of stacked layers, the one of its layer."""
+        name = self.name(entry)
+        stored, shape = self._stored[name], torch.Size(entry.shape)
+        stacked = entry.layer is not None and name == _names(entry)[1]
+        offsets = torch.Size([entry.layer] * stacked + [0] * len(shape))
+        sizes = torch.Size([1] * stacked + list(shape))
+        tensor = torch.empty(sizes, dtype=stored.properties.dtype)
+        plan = LoadPlan(create_read_items_for_chunk_list(name, stored, [ChunkStorageMetadata(offsets, sizes)]))
+        if sum(torch.Size(item.lengths).numel() for item in plan.items) != tensor.numel():
+            raise ConversionError(f"{self.folder} holds only a part of {name}")
+        try:
+            self._reader.read_data(plan, _Destination(tensor))
+        except BROKEN as error:
+            raise ConversionError(f"{name} in {self.folder} cannot be read: {error}") from error
+        return tensor.view(shape)
+
+
+def _names(entry: Entry) -> tuple[str, str]:
+    """Names of a tensor in a checkpoint with a name for each layer, and in one whose layers are stacked."""
+    if entry.layer is None:
+        return entry.rule.megatron, entry.rule.megatron
+    return f"decoder.layers.{entry.layer}.{entry.rule.megatron}", f"decoder.layers.{entry.rule.megatron}"
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    item: WriteItem
+    load: Callable[[], torch.Tensor | io.BytesIO]
+
+
+class _Source(SavePlanner):
+    """Produces every tensor only when it is written."""
+
+    def __init__(self, chunks: Sequence[_Chunk]):
+        self._chunks = chunks
+        self._load = {chunk.item.index.fqn + str(chunk.item.index.offset): chunk.load for chunk in chunks}
+
+    def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False) -> None: ...
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan([chunk.item for chunk in self._chunks])
+
+    def create_global_plan(self, all_plans):
+        return create_default_global_save_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem):
+        return self._load[write_item.index.fqn + str(write_item.index.offset)]()
+
+
+def write_checkpoint(
+    folder: Path,
+    layout: Layout,
+    dtype_of: Callable[[Entry], torch.dtype],
+    read: Callable[[Entry], torch.Tensor],
+    args: Namespace,
+) -> None:
+    """Writes a release checkpoint: weights and arguments, no optimizer.
+
+    Args:
+        folder: new; it becomes what ``--load`` takes.
+        layout: of the model.
+        dtype_of, read: type of a Megatron tensor, and the tensor, called when it is written.
+        args: to store.
+    """
+    chunks = [_bytes(COMMON_STATE, _common_state(args))]
+    for entry in entries(layout):
+        name = _names(entry)[0 if layout.attention_layers else 1]
+        stacked = entry.layer is not None and not layout.attention_layers
+        shape = [1] * stacked + list(entry.shape)
+        size = [layout.num_layers] * stacked + list(entry.shape)
+        offsets = torch.Size([entry.layer] * stacked + [0] * len(entry.shape))
+        data = TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets, torch.Size(shape)),
+            properties=TensorProperties(dtype=dtype_of(entry)),
+            size=torch.Size(size),
+        )
+        item = WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, tensor_data=data)
+        chunks.append(_Chunk(item, lambda entry=entry, shape=shape: read(entry).reshape(shape)))
+    chunks += [_bytes(name, [None]) for name in _extra_states(layout)]
+    release = folder / "release"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+        try:
+            dcp.save({}, storage_writer=dcp.FileSystemWriter(release), planner=_Source(chunks), no_dist=True)
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from error
+    write_json(release / "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+    (folder / TRACKER).write_text("release")
+
+
+def _common_state(args: Namespace) -> list[dict]:
+    return [
+        {
+            "args": args,
+            "checkpoint_version": 3.0,
+            "iteration": 0,
+            "num_floating_point_operations_so_far": 0,
+            "content_metadata": {"singleton_local_shards": False},
+        }
+    ]
+
+
+def _bytes(name: str, content: object) -> _Chunk:
+    def load() -> io.BytesIO:
+        data = io.BytesIO()
+        torch.save(content, data)
+        return data
+
+    return _Chunk(WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO), load)
+
+
+def _extra_states(layout: Layout) -> list[str]:
+    names = [f"{module}._extra_state/shard_0_1" for module in EXTRA_STATES[None]]
+    for layer in range(layout.num_layers):
+        kind = "attention" if layer in layout.attention_layers else "mom"
+        for module in EXTRA_STATES[kind] + EXTRA_STATES["all"]:
+            if layout.attention_layers:
+                names.append(f"decoder.layers.{layer}.{module}._extra_state/shard_0_1")
+            else:
+                names.append(f"decoder.layers.{module}._extra_state/shard_{layer}_{layout.num_layers}")
+    return names

@@ -1,0 +1,303 @@
+"""A model's shape as Megatron's arguments and as a Hugging Face configuration (FLA's keys), both ways."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import torch
+
+from linear_moe.conversion.files import ConversionError
+from linear_moe.conversion.names import Layout
+from mom_layers.hf.configuration_mom import MomConfig
+
+# Hugging Face key, Megatron argument: the same value under two names.
+KEYS = (
+    ("hidden_size", "hidden_size"),
+    ("num_hidden_layers", "num_layers"),
+    ("intermediate_size", "ffn_hidden_size"),
+    ("norm_eps", "layernorm_epsilon"),
+    ("initializer_range", "init_method_std"),
+    ("max_position_embeddings", "max_position_embeddings"),
+    ("num_heads", "mom_num_heads"),
+    ("head_dim", "mom_head_dim"),
+    ("expand_v", "mom_expand_v"),
+    ("conv_size", "mom_conv_kernel"),
+    ("num_memories", "mom_num_memories"),
+    ("topk", "mom_topk"),
+    ("shared_mem", "mom_shared_memory"),
+    ("single_kv_proj", "mom_single_kv_proj"),
+    ("mom_backend", "mom_rule"),
+)
+# What the format has besides, with the one value that means what a Megatron model computes.
+FIXED = {
+    "attn_mode": "chunk",
+    "hidden_act": "swish",
+    "hidden_ratio": None,
+    "use_output_gate": True,
+    "use_short_conv": True,
+    "capacity": 1.0,
+    "use_layer_wise_balance": True,
+    "fuse_norm": True,
+    "fuse_swiglu": True,
+    "fuse_cross_entropy": True,
+    "use_cache": True,
+    "attnres_block_size": None,
+}
+# Megatron arguments, and the values with which a model fits the format.
+EXPORTABLE = {
+    "mom_rule": ("gated_deltanet",),
+    "normalization": ("RMSNorm",),
+    "swiglu": (True,),
+    "add_bias_linear": (False,),
+    "position_embedding_type": ("rope", "none"),
+    "layernorm_zero_centered_gamma": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
+    "num_experts": (None,),
+    "mtp_num_layers": (None, 0),
+    "multi_latent_attention": (False,),
+    "use_mup": (False,),
+    "glu_linear_offset": (0.0,),
+    "activation_func_clamp_value": (None,),
+}
+EXPORTABLE_ATTENTION = {
+    "position_embedding_type": ("rope",),
+    "rotary_percent": (1.0,),
+    "rotary_interleaved": (False,),
+    "rotary_seq_len_interpolation_factor": (None, 1),
+    "use_rope_scaling": (False,),
+    "no_rope_freq": (None,),
+    "add_qkv_bias": (False,),
+    "qk_layernorm": (False,),
+    "qk_l2_norm": (False,),
+    "softmax_type": ("vanilla",),
+    "attention_output_gate": (False,),
+    "window_attn_skip_freq": (None,),
+}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SIZED_TOKENIZERS = ("NullTokenizer", "NullMultimodalTokenizer", "TikTokenizer")
+"""Megatron's tokenizers that take their size from ``--vocab-size``; the others ignore it."""
+FLA_ROTARY_BASE = 10000.0
+
+
+def config_from_arguments(args: Namespace, attention_layers: list[int], vocab_size: int, token_ids: dict) -> dict:
+    """The content of config.json for a model that Megatron trained.
+
+    Args:
+        args: those stored in its checkpoint.
+        attention_layers: indices of its softmax layers.
+        vocab_size: without padding.
+        token_ids: bos_token_id, eos_token_id and pad_token_id.
+
+    Raises:
+        ConversionError: the model is not MoM, or has something that the format lacks.
+    """
+    if getattr(args, "token_mixer", None) != "mom":
+        mixer = getattr(args, "token_mixer", "attention")
+        raise ConversionError(f"not a Mixture-of-Memories checkpoint: it was written with --token-mixer {mixer}")
+    for name, accepted in (EXPORTABLE | (EXPORTABLE_ATTENTION if attention_layers else {})).items():
+        value = getattr(args, name, accepted[0])
+        if value not in accepted:
+            raise ConversionError(
+                f"the Hugging Face format cannot hold a model with --{name.replace('_', '-')} {value}: "
+                f"it needs {' or '.join(map(str, accepted))}"
+            )
+    missing = [theirs for theirs in (*dict(KEYS).values(), "mom_aux_loss_coeff") if not hasattr(args, theirs)]
+    if missing:
+        raise ConversionError(f"the checkpoint's arguments lack {', '.join(missing)}")
+    config = {"architectures": ["MomForCausalLM"], "model_type": "mom", "vocab_size": vocab_size}
+    config |= {ours: getattr(args, theirs) for ours, theirs in KEYS} | FIXED
+    layers = args.num_layers - len(attention_layers)
+    config["aux_loss_scale"] = _short(args.mom_aux_loss_coeff * layers / args.mom_topk)
+    config["tie_word_embeddings"] = not args.untie_embeddings_and_output_weights
+    config["attn"] = _attention_config(args, attention_layers) if attention_layers else None
+    return config | token_ids
+
+
+def _short(coefficient: float) -> float:
+    """Without the last digits, so that there and back again gives the number that a person wrote.
+
+    The balancing loss of a balanced layer is 1 in Megatron, which adds up the layers', and k in the format, which
+    takes their mean: coefficient x layers here is scale x k there.
+    """
+    return float(f"{coefficient:.12g}")
+
+
+def _attention_config(args: Namespace, layers: list[int]) -> dict:
+    heads = args.num_attention_heads
+    if args.kv_channels * heads != args.hidden_size:
+        raise ConversionError(
+            f"the Hugging Face format has softmax heads of hidden size / heads = {args.hidden_size} / {heads}: "
+            f"--kv-channels {args.kv_channels} does not fit"
+        )
+    config = {
+        "layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": args.num_query_groups if args.group_query_attention else heads,
+        "qkv_bias": False,
+        "rope_theta": float(args.rotary_base),
+        "window_size": None,
+    }
+    window = getattr(args, "window_size", None)
+    if window is not None:
+        left, right = window  # -1 stands for all
+        if right != 0:
+            raise ConversionError(f"only windows of past tokens can be converted, not --window-size {left} {right}")
+        config["window_size"] = None if left < 0 else left + 1
+    return config
+
+
+def arguments_from_config(config: MomConfig) -> Namespace:
+    """Megatron's arguments for a Hugging Face model: what ``--use-checkpoint-args`` and its checks read.
+
+    Raises:
+        ConversionError: the model has something that Megatron's lacks.
+    """
+    args = Namespace(**{theirs: getattr(config, ours) for ours, theirs in KEYS})
+    layers = config.num_hidden_layers - sum(len(spec.layers) for spec in config.attention_specs())
+    args.mom_aux_loss_coeff = _short(config.aux_loss_scale * config.topk / max(1, layers))
+    args.ffn_hidden_size = config.mlp_size
+    args.token_mixer = "mom"
+    args.untie_embeddings_and_output_weights = not config.tie_word_embeddings
+    args.vocab_size = config.vocab_size
+    args.hf_config = {name: getattr(config, name) for name in ("vocab_size", *TOKEN_IDS)}
+    args.seq_length = config.max_position_embeddings
+    args.normalization, args.swiglu, args.position_embedding_type = "RMSNorm", True, "rope"
+    args.add_position_embedding = True
+    args.add_bias_linear = args.add_qkv_bias = args.squared_relu = args.apply_layernorm_1p = False
+    args.use_rotary_position_embeddings = args.rotary_interleaved = args.apply_query_key_layer_scaling = False
+    args.rotary_percent = 1.0
+    args.attention_dropout = args.hidden_dropout = 0.0
+    args.ckpt_format = "torch_dist"
+    args.tensor_model_parallel_size = args.pipeline_model_parallel_size = args.expert_model_parallel_size = 1
+    args.world_size = args.data_parallel_size = 1
+    args.iteration = args.consumed_train_samples = args.skipped_train_samples = 0
+    args.no_save_optim = args.no_save_rng = True
+    _attention_arguments(args, config)
+    return args
+
+
+def _attention_arguments(args: Namespace, config: MomConfig) -> None:
+    specs = config.attention_specs()
+    kinds = {(s.num_heads, s.num_kv_heads, s.qkv_bias, s.window_size, s.rope_theta) for s in specs}
+    if len(kinds) > 1:
+        raise ConversionError(f"Megatron has one kind of softmax layers, this model {len(kinds)}: {config.attn}")
+    if any(spec.qkv_bias for spec in specs):
+        raise ConversionError("qkv_bias is not supported: FLA's MoM has no such parameters")
+    # A model without softmax layers needs a number all the same; Megatron divides it by the tensor-parallel size.
+    heads, groups, _, window, theta = (
+        next(iter(kinds)) if kinds else (config.num_heads, config.num_heads, False, None, FLA_ROTARY_BASE)
+    )
+    args.num_attention_heads, args.num_query_groups = heads, groups
+    args.group_query_attention = groups != heads
+    args.kv_channels = config.hidden_size // heads
+    args.rotary_base = int(theta) if theta == int(theta) else theta
+    args.window_size = None if window is None else (window - 1, 0)
+    args.linear_attention_freq = _attention_frequency(
+        [int(all(layer not in spec.layers for spec in specs)) for layer in range(config.num_hidden_layers)]
+    )
+
+
+def _attention_frequency(pattern: list[int]) -> list[int] | int | None:
+    """A pattern (1 = MoM, 0 = softmax attention) as a user of Megatron says it: every N-th layer where it is so."""
+    if all(pattern):
+        return None
+    every = pattern.index(0) + 1
+    regular = every > 1 and pattern == [int((layer + 1) % every != 0) for layer in range(len(pattern))]
+    return every if regular else pattern
+
+
+def parse_config(content: dict, tensor_names: set[str]) -> MomConfig:
+    """A configuration, of FLA or of this package; what an older one does not say is seen from the tensors' names.
+
+    Raises:
+        ConversionError: it is not a MoM model's, or has a value that no layer here can honour.
+    """
+    if content.get("model_type") != "mom":
+        found = content.get("model_type")
+        raise ConversionError(f"not a Mixture-of-Memories model: config.json has model_type {found!r}")
+    own_projections = any(".attn.k_proj.0." in name for name in tensor_names)
+    shared = any(".attn.shared_k." in name for name in tensor_names)
+    seen = {"single_kv_proj": shared and not own_projections}
+    if own_projections:
+        seen["shared_mem"] = shared
+    try:
+        return MomConfig(**(seen | content))
+    except (ValueError, TypeError) as error:
+        raise ConversionError(f"config.json: {error}") from error
+
+
+def layout_of(config: MomConfig) -> Layout:
+    """What the name table needs to know of a model."""
+    specs = config.attention_specs()
+    head = config.hidden_size // specs[0].num_heads if specs else 0
+    groups = specs[0].num_kv_heads if specs else 1
+    value = int(config.head_dim * config.expand_v)
+    dims = {
+        "hidden": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "intermediate": config.mlp_size,
+        "memories": config.num_memories,
+        "heads": config.num_heads,
+        "keys": config.num_heads * config.head_dim,
+        "values": config.num_heads * value,
+        "value": value,
+        "width": config.conv_size,
+        "keys_values": groups * head,
+        "one": 1,
+    }
+    return Layout(
+        dims=dims,
+        num_layers=config.num_hidden_layers,
+        attention_layers=frozenset(layer for spec in specs for layer in spec.layers),
+        num_memories=config.num_memories,
+        shared_memory=config.shared_mem,
+        single_kv_proj=config.single_kv_proj,
+        tied=config.tie_word_embeddings,
+        num_query_groups=groups,
+    )
+
+
+def vocabulary(args: Namespace, rows: int, tokenizer) -> int:
+    """Tokens of a model whose embedding has ``rows`` of them, padding included.
+
+    Raises ConversionError where the tokenizer has more.
+    """
+    known = len(tokenizer) if tokenizer is not None else 0
+    if getattr(args, "hf_config", None):
+        size = args.hf_config["vocab_size"]
+    elif getattr(args, "tokenizer_type", None) in SIZED_TOKENIZERS and args.vocab_size:
+        size = args.vocab_size
+    else:
+        size = known or rows
+    if max(size, known) > rows or known > size:
+        raise ConversionError(
+            f"the tokenizer has {max(size, known)} tokens, and the checkpoint's embedding {min(rows, size)}: "
+            "it was trained with another tokenizer"
+        )
+    return size
+
+
+def token_ids(args: Namespace, tokenizer) -> dict[str, int | None]:
+    """The special tokens' ids that configurations have, from the tokenizer or the model that was trained further."""
+    if tokenizer is None:
+        return {name: (getattr(args, "hf_config", None) or {}).get(name) for name in TOKEN_IDS}
+    return {name: getattr(tokenizer, name) for name in TOKEN_IDS}
+
+
+def generation_config(ids: dict[str, int | None]) -> dict:
+    """The content of generation_config.json: padding falls back on the end token, so that batches work."""
+    pad = ids["pad_token_id"] if ids["pad_token_id"] is not None else ids["eos_token_id"]
+    pad = pad[0] if isinstance(pad, list) else pad
+    return {key: value for key, value in (ids | {"pad_token_id": pad}).items() if value is not None}
+
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

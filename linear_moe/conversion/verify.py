@@ -1,0 +1,168 @@
+"""Checks an export: Megatron's own model and the Hugging Face one on the same tokens, in float32 on the CPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers.utils.logging import disable_progress_bar
+
+from linear_moe.conversion.checkpoint import MegatronCheckpoint
+from linear_moe.conversion.config import DTYPES, KEYS
+from linear_moe.conversion.files import ConversionError, read_json
+from linear_moe.conversion.names import RULES
+from linear_moe.entry.machine import prepare_machine
+from megatron_patches.cpu import CPU_ARGUMENTS
+from megatron_patches.patch import applied, undo_all
+from mom_layers.hf import MomForCausalLM
+
+BATCH = 2
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between two models: largest of the logits', the same relative to the largest logit, and of the mean loss."""
+
+    logits: float
+    relative: float
+    loss: float
+
+    def __str__(self) -> str:
+        return f"logits {self.logits:.3g} ({self.relative:.3g} of the largest), loss {self.loss:.3g}"
+
+
+def verify(checkpoint_folder: Path, export_folder: Path, *, bound: float, length: int) -> Difference:
+    """Runs random tokens through both models and prints the difference.
+
+    Megatron's weights are rounded to the type of the export, so that the comparison is of the conversion alone.
+
+    Raises ConversionError where the logits differ by more than ``bound`` of the largest one.
+    """
+    config = read_json(export_folder / "config.json")
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config["vocab_size"], (BATCH, length), generator=generator)
+    expected = megatron_logits(checkpoint_folder, tokens, DTYPES[config["dtype"]])[..., : config["vocab_size"]]
+    difference = compare(exported_logits(export_folder, tokens), expected, tokens)
+    print(f"verified on {BATCH} x {length} tokens: {difference}")
+    if not difference.relative <= bound:
+        raise ConversionError(f"the export differs from the checkpoint by more than {bound:g}: {difference}")
+    return difference
+
+
+def compare(logits: torch.Tensor, expected: torch.Tensor, tokens: torch.Tensor) -> Difference:
+    """logits, expected [B, T, V]; tokens [B, T]."""
+    largest = (logits - expected).abs().max().item()
+
+    def loss(scores: torch.Tensor) -> float:
+        return F.cross_entropy(scores[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten()).item()
+
+    return Difference(largest, largest / expected.abs().max().item(), abs(loss(logits) - loss(expected)))
+
+
+@torch.no_grad()
+def exported_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [B, T, V] of an export, in float32."""
+    disable_progress_bar()
+    model = MomForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model(tokens).logits
+
+
+@torch.no_grad()
+def megatron_logits(folder: Path, tokens: torch.Tensor, rounded_to: torch.dtype) -> torch.Tensor:
+    """Logits [B, T, padded V] of Megatron's model with the weights of a checkpoint, rounded to a type, in float32."""
+    exact = tuple(rule.megatron.rpartition(".")[2] for rule in RULES if rule.exact)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    with _quiet(), _megatron():
+        model = _model(MegatronCheckpoint(folder))
+        _load(model, folder)
+        for name, parameter in model.named_parameters():
+            if not name.endswith(exact):
+                parameter.copy_(parameter.to(rounded_to))
+        return model(tokens, positions, None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Megatron says of packages, and of its own future, when it is imported."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def _megatron() -> Iterator[None]:
+    """Megatron in a world of this process alone; patches, environment and process groups are as before afterwards."""
+    environment, before = dict(os.environ), applied()
+    try:
+        prepare_machine()
+        from megatron.core import parallel_state, tensor_parallel
+
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
+        yield
+        parallel_state.destroy_model_parallel()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        undo_all(patch for patch in applied() if patch not in before)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def _model(checkpoint: MegatronCheckpoint):
+    from megatron.core.models.gpt import GPTModel
+
+    from linear_moe.config import MomTransformerConfig
+    from linear_moe.layer.specs import mom_block_spec
+
+    args = checkpoint.args
+    known = {field.name for field in fields(MomTransformerConfig)}
+    here = {name: value for name, value in CPU_ARGUMENTS.items() if name in known}
+    config = MomTransformerConfig(**_config_arguments(args), **here)
+    return GPTModel(
+        config,
+        mom_block_spec(config),
+        vocab_size=checkpoint.rows("embedding.word_embeddings.weight"),
+        max_sequence_length=args.max_position_embeddings,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_base=args.rotary_base,
+    ).eval()
+
+
+def _config_arguments(args: Namespace) -> dict:
+    """Everything in which models that can be exported differ; the rest is Megatron's default, or was refused."""
+    names = [name for _, name in KEYS if name != "max_position_embeddings"]
+    names += ["num_attention_heads", "num_query_groups", "kv_channels", "linear_attention_freq", "window_size"]
+    return {name: getattr(args, name) for name in names} | {
+        "token_mixer": "mom",
+        "mom_backend": "torch",
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "perform_initialization": False,
+    }
+
+
+def _load(model, folder: Path) -> None:
+    from megatron.core import dist_checkpointing, parallel_state
+
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata)}, str(folder))
+    model.load_state_dict(state["model"])

@@ -1,0 +1,74 @@
+"""MoM layers in the pattern of Megatron's hybrid models, where the letter G stands for linear attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as stack_with_transformer_engine
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from linear_moe.config import MomTransformerConfig
+from linear_moe.layer.specs import input_norm, mom_mixer_spec
+
+
+def hybrid_stack_spec(config: MomTransformerConfig, chosen: ModuleSpec | None = None) -> ModuleSpec:
+    """Layers of a hybrid model with MoM for the letter G.
+
+    Args:
+        config: of the model.
+        chosen: what the command line's --spec names; its other letters stay as they are. Without it the layers are
+            Megatron's: with Transformer Engine all of them, with --transformer-impl local those for ``* - E``.
+    """
+    if chosen is None:
+        chosen = _local_stack(config) if config.transformer_impl == "local" else stack_with_transformer_engine
+    mom_layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=input_norm(config),
+            self_attention=mom_mixer_spec(config),
+            self_attn_bda=get_bias_dropout_add,
+        ),
+    )
+    return replace(chosen, submodules=replace(chosen.submodules, gdn_layer=mom_layer))
+
+
+class LocalHybridStack(HybridStack):
+    """Megatron's, whose last norm is Transformer Engine's whatever its layers are, with a local one."""
+
+    def __init__(self, config: MomTransformerConfig, *args, post_layer_norm: bool = True, **kwargs):
+        super().__init__(config, *args, post_layer_norm=False, **kwargs)
+        self.post_layer_norm = post_layer_norm
+        if self.post_process and post_layer_norm:
+            self.final_norm = input_norm(config)(config, config.hidden_size, config.layernorm_epsilon)
+
+
+def _local_stack(config: MomTransformerConfig) -> ModuleSpec:
+    """Softmax attention, MLPs and MoE MLPs of Megatron's local modules, each a layer of its own."""
+
+    def parts(num_experts):
+        whole = get_gpt_layer_local_spec(num_experts=num_experts, normalization=config.normalization).submodules
+        norm = {"pre_mlp_layernorm": input_norm(config), "mlp": whole.mlp, "mlp_bda": whole.mlp_bda}
+        return whole, TransformerLayerSubmodules(**norm)
+
+    whole, mlp = parts(None)
+    _, experts = parts(config.num_moe_experts or 1)
+    attention = TransformerLayerSubmodules(
+        input_layernorm=input_norm(config), self_attention=whole.self_attention, self_attn_bda=whole.self_attn_bda
+    )
+    return ModuleSpec(
+        module=LocalHybridStack,
+        submodules=HybridStackSubmodules(
+            attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+            mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
+            moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=experts),
+        ),
+    )

@@ -1,0 +1,356 @@
+"""Mixture-of-Memories as Megatron's token mixer: projections sharded by head around :mod:`mom_layers`.
+
+Shape legend: s tokens a sequence, b sequences, h hidden size, H heads here (all / tensor-parallel size), K key size,
+V value size, G groups (memories and the shared one).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+
+from linear_moe.config import MomTransformerConfig
+from linear_moe.layer.checkpoint import split_for_checkpoint
+from linear_moe.layer.router import MemoryRouter
+from linear_moe.parallel.context import ContextSlice
+from linear_moe.parallel.expert import mix_memories_over_ranks
+from linear_moe.parallel.sequence_order import SequenceOrder
+from mom_layers.mixing import MemoryParameters, mix_memories, projection_sizes
+from mom_layers.recur.rules import get_rule, kept_exact
+from mom_layers.route.plan import build_routing_plan
+
+
+@dataclass
+class MomTokenMixerSubmodules:
+    """The two linear layers that Megatron shards: queries and output gate in, hidden states out."""
+
+    in_proj: ModuleSpec | type
+    out_proj: ModuleSpec | type
+
+
+class MomTokenMixer(MegatronModule):
+    """Drop-in for a Megatron layer's ``self_attention``.
+
+    Heads are sharded over the tensor-parallel group: queries, gates, every memory's projection, convolutions and the
+    rule's parameters by head; the router and the per-head norm are whole on every rank. Memories are sharded over the
+    expert-parallel group: ``memory_proj`` then holds this rank's, and ``shared_proj`` the shared memory's. Without
+    expert parallelism ``memory_proj`` holds them all, for one grouped product. Sequences lie over the context-parallel
+    group in Megatron's order (or, with ``contiguous_context_slices``, in that of time), and inside the mixer in the
+    order of time.
+    """
+
+    def __init__(
+        self,
+        config: MomTransformerConfig,
+        submodules: MomTokenMixerSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
+        **_,
+    ):
+        super().__init__(config)
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        self.layer_number = layer_number
+        self.pg_collection = pg_collection
+        self.tp_group = pg_collection.tp
+        self.ep_group = pg_collection.ep
+        self.cp_group = pg_collection.cp
+        self.splits_memories = config.expert_model_parallel_size > 1
+        self.order = None
+        if self.cp_group.size() > 1 and not config.contiguous_context_slices:
+            group = pg_collection.tp_cp if config.sequence_parallel else self.cp_group
+            self.order = SequenceOrder(group, self.cp_group.size())
+        self.rule = get_rule(config.mom_rule)
+
+        heads, tp_size = config.mom_num_heads, pg_collection.tp.size()
+        self.num_heads = heads // tp_size
+        self.key_width = self.num_heads * config.mom_head_dim
+        self.value_width = self.num_heads * config.mom_value_dim
+        self.sizes = projection_sizes(self.rule, self.num_heads, config.mom_head_dim, config.mom_value_dim)
+
+        self.router = MemoryRouter(config, layer_number, pg_collection)
+        self.in_proj = build_module(
+            submodules.in_proj,
+            config.hidden_size,
+            heads * (config.mom_head_dim + config.mom_value_dim),
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="qkv",
+            tp_group=self.tp_group,
+            name=f"{name}.in_proj" if name else None,
+        )
+        self.out_proj = build_module(
+            submodules.out_proj,
+            heads * config.mom_value_dim,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="proj",
+            tp_group=self.tp_group,
+            name=f"{name}.out_proj" if name else None,
+        )
+
+        device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
+
+        def parameter(*shape, dtype=config.params_dtype, sharded_dim=None):
+            weight = torch.nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
+            if sharded_dim is not None:
+                set_tensor_model_parallel_attributes(weight, True, sharded_dim, 1)
+            return weight
+
+        self.num_projections = 1 if config.mom_single_kv_proj else config.mom_num_groups
+        self.memories_here = slice(0, self.num_projections)
+        self.shared_proj = None
+        if self.splits_memories and not config.mom_single_kv_proj:
+            count = config.mom_num_memories // self.ep_group.size()
+            self.memories_here = slice(self.ep_group.rank() * count, (self.ep_group.rank() + 1) * count)
+            if config.mom_shared_memory:
+                self.shared_proj = parameter(1, sum(self.sizes), config.hidden_size, sharded_dim=1)
+        count = self.memories_here.stop - self.memories_here.start
+        self.memory_proj = parameter(count, sum(self.sizes), config.hidden_size, sharded_dim=1)
+        if not config.mom_single_kv_proj and config.expert_tensor_parallel_size == config.tensor_model_parallel_size:
+            # Reduced over the expert-data group, which without expert parallelism is the data group: the optimizer's
+            # parameter groups, and so its checkpoint, are the same at every size.
+            self.memory_proj.allreduce = False
+        width = config.mom_conv_kernel
+        self.q_conv = parameter(self.key_width, width, sharded_dim=0)
+        self.k_conv = parameter(self.key_width, width, sharded_dim=0)
+        self.v_conv = parameter(self.value_width, width, sharded_dim=0)
+        self.norm_weight = parameter(config.mom_value_dim)
+        for gate, shape in self.rule.parameter_shapes(config.mom_head_dim).items():
+            # float32 whatever the model's type
+            self.register_parameter(gate, parameter(self.num_heads, *shape, dtype=torch.float32, sharded_dim=0))
+        if config.perform_initialization:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the parameters. Those drawn on the CPU are drawn whole and cut by head, so that every tensor-parallel
+        layout starts from the same weights."""
+        config = self.config
+        rank, tp_size = self.tp_group.rank(), self.tp_group.size()
+
+        def cut(whole, dim, sizes):
+            """This rank's heads of each piece of a fused dimension; sizes are the pieces' local widths."""
+            pieces = whole.split([size * tp_size for size in sizes], dim)
+            return torch.cat([p.chunk(tp_size, dim)[rank] for p in pieces], dim)
+
+        def drawn(init, weight, dim, sizes):
+            shape = list(weight.shape)
+            shape[dim] *= tp_size
+            whole = torch.empty(shape, dtype=torch.float32)
+            init(whole)
+            weight.copy_(cut(whole, dim, sizes))
+
+        memories = self.memory_proj.new_empty(self.num_projections, *self.memory_proj.shape[1:])
+        if config.use_cpu_initialization:
+            drawn(config.init_method, self.in_proj.weight, 0, [self.key_width, self.value_width])
+            drawn(config.init_method, memories, 1, self.sizes)
+        else:
+            with get_cuda_rng_tracker().fork():
+                config.init_method(memories)
+        self.memory_proj.copy_(memories[self.memories_here])
+        if self.shared_proj is not None:
+            self.shared_proj.copy_(memories[-1:])
+        bound = config.mom_conv_kernel**-0.5
+        for conv in (self.q_conv, self.k_conv, self.v_conv):
+            drawn(lambda weight: weight.uniform_(-bound, bound), conv, 0, [conv.shape[0]])
+        for name, whole in self.rule.init_parameters(config.mom_num_heads, config.mom_head_dim).items():
+            getattr(self, name).copy_(whole.chunk(tp_size)[rank])
+        torch.nn.init.ones_(self.norm_weight)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        inference_context=None,
+        packed_seq_params=None,
+        **_,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states [s, b, h] ([s / tp, b, h] with sequence parallelism). Returns the same shape and a None bias.
+
+        The attention mask and rotary embeddings do not concern a recurrence; packed documents come by their borders.
+        Under context parallelism s is this rank's part of the sequence, chunks r and 2 P - 1 - r of it (of the whole
+        row of packed documents, whose borders count its tokens: what ``get_batch_on_this_cp_rank`` makes with
+        ``use_per_sequence_balancing``; a zigzag within every document is not supported).
+        """
+        if inference_context is not None:
+            raise NotImplementedError(
+                "Megatron's inference engines do not know the memories' state: convert the checkpoint with "
+                "tools/convert_to_hf.py and generate from that"
+            )
+        if self.order is not None:
+            hidden_states = self.order.to_contiguous(hidden_states)
+        weights, ids = self.router(hidden_states)
+        projected, _ = self.in_proj(hidden_states)
+        x, weights, ids = self._all_tokens(hidden_states, weights, ids)
+        length, batch = x.shape[:2]
+        borders, sequence_slice = self._token_borders(packed_seq_params, batch, length, x.device)
+        # The plan wants the tokens of a sequence together. What they carry stays as it is, but where tokens are sent.
+        ids = ids.transpose(0, 1).flatten(0, 1)
+        q, gate = projected.flatten(0, 1).split([self.key_width, self.value_width], dim=1)
+        routed = self._memory_parameters(self.memory_proj)
+        if self.splits_memories:
+            y = mix_memories_over_ranks(
+                x.flatten(0, 1),
+                q,
+                gate,
+                weights.flatten(0, 1),
+                ids,
+                borders,
+                routed,
+                self._shared_parameters(),
+                num_memories=self.config.mom_num_memories,
+                group=self.ep_group,
+                ragged=packed_seq_params is not None,
+                time_major=batch > 1,
+                context_size=self.cp_group.size(),
+                sequence_slice=sequence_slice,
+                backend=self.config.mom_backend,
+            )
+        else:
+            plan = build_routing_plan(
+                ids,
+                borders,
+                num_memories=self.config.mom_num_memories,
+                shared=self.config.mom_shared_memory,
+                backend=self.config.mom_backend,
+            )
+            if batch > 1:
+                plan = plan.time_major()
+            y, _ = mix_memories(
+                x.flatten(0, 1), q, gate, weights.flatten(0, 1), plan, routed,
+                sequence_slice=sequence_slice, backend=self.config.mom_backend,
+            )  # fmt: skip
+        y = y.unflatten(0, (length, batch))
+        out, bias = self.out_proj(y)
+        return (out if self.order is None else self.order.to_zigzag(out)), bias
+
+    def _all_tokens(self, hidden_states, weights, ids):
+        """Every token on every tensor-parallel rank; backward sums what the ranks' heads contribute."""
+        if self.config.sequence_parallel:
+            group = {"group": self.tp_group}
+            ids = gather_from_sequence_parallel_region(ids, tensor_parallel_output_grad=False, **group)
+            return (
+                gather_from_sequence_parallel_region(hidden_states, **group),
+                gather_from_sequence_parallel_region(weights, **group),
+                ids,
+            )
+        return (
+            copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group),
+            copy_to_tensor_model_parallel_region(weights, group=self.tp_group),
+            ids,
+        )
+
+    def _token_borders(self, packed_seq_params, batch, length, device):
+        """First token of every sequence or packed document, then the number of tokens: [B + 1] int32. And where the
+        tokens are a slice of longer sequences, that slice.
+        """
+        ranks = self.cp_group.size()
+        if packed_seq_params is None:
+            borders = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
+            return borders, ContextSlice(self.cp_group, length) if ranks > 1 else None
+        if batch != 1:
+            raise ValueError(f"packed documents come as one row of tokens; got a batch of {batch}")
+        borders = packed_seq_params.cu_seqlens_q_padded
+        if borders is None:
+            borders = packed_seq_params.cu_seqlens_q
+        # Tokens after the last document are padding: one more sequence, empty where there are none.
+        last = torch.full((1,), length * ranks, dtype=torch.int32, device=device)
+        borders = torch.cat([borders.to(torch.int32), last])
+        if ranks == 1:
+            return borders, None
+        here = ContextSlice(self.cp_group, length, borders)
+        return here.local_documents(), here
+
+    def _memory_parameters(self, projection: torch.Tensor) -> MemoryParameters:
+        return MemoryParameters(
+            rule=self.rule,
+            projection=projection,
+            q_conv=self.q_conv,
+            k_conv=self.k_conv,
+            v_conv=self.v_conv,
+            rule_parameters={name: getattr(self, name) for name in self.rule.parameter_names},
+            # Every rank sees only its heads' part of this weight's gradient.
+            norm_weight=copy_to_tensor_model_parallel_region(self.norm_weight, group=self.tp_group),
+            num_heads=self.num_heads,
+            norm_eps=self.config.layernorm_epsilon,
+        )
+
+    def _shared_parameters(self) -> MemoryParameters | None:
+        """Of the shared memory, where memories are split."""
+        if not self.config.mom_shared_memory:
+            return None
+        return self._memory_parameters(self.memory_proj if self.shared_proj is None else self.shared_proj)
+
+    def _apply(self, fn, recurse=True):
+        with kept_exact(getattr(self, name) for name in self.rule.parameter_names):
+            return super()._apply(fn, recurse)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, tp_group=None):
+        """Parameters for a distributed checkpoint, each piece of a fused one under its own name, so that it can be
+        read at any tensor-parallel size; the memories' projections under one name at any expert-parallel size."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        tp_group = self.tp_group if tp_group is None else tp_group
+        own: dict = {}
+        self._save_to_state_dict(own, "", keep_vars=True)
+        sharded = make_sharded_tensors_for_checkpoint(
+            own,
+            prefix,
+            {
+                "memory_proj": 1,
+                "shared_proj": 1,
+                "q_conv": 0,
+                "k_conv": 0,
+                "v_conv": 0,
+                **dict.fromkeys(self.rule.parameter_names, 0),
+            },
+            sharded_offsets=sharded_offsets,
+            tp_group=tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        for name, module in self.named_children():
+            sharded |= sharded_state_dict_default(
+                module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group
+            )
+        splits = {
+            "in_proj.weight": {"dim": 0, "names": ["query", "gate"], "sizes": [self.key_width, self.value_width]},
+            "memory_proj": {"dim": 1, "names": ["key", "value", *self.rule.gate_widths], "sizes": self.sizes},
+        }
+        if self.memory_proj.shape[0] < self.num_projections:
+            routed = sharded[prefix + "memory_proj"]
+            routed.replica_id = (*routed.replica_id[:2], self.pg_collection.expt_dp.rank())
+            splits["memory_proj"] |= {"first": self.memories_here.start, "total": self.num_projections}
+            if self.shared_proj is not None:
+                sharded[prefix + "shared_proj"].key = routed.key
+                splits["shared_proj"] = splits["memory_proj"] | {"first": self.num_projections - 1}
+        for name, split in splits.items():
+            tensor = sharded[prefix + name]
+            if not isinstance(tensor, ShardedTensorFactory):
+                sharded[prefix + name] = split_for_checkpoint(tensor, **split)
+        return sharded

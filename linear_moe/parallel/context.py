@@ -1,0 +1,241 @@
+"""Sequences over Megatron's context-parallel group: a rank works on its slice of each, and states are passed on.
+
+What crosses from slice to slice does not grow with the sequence: for every memory (of every sequence, or of the one
+packed document that lies over the edge) the affine map of its state in float32, H K (K + V) numbers, and the last
+W - 1 inputs of its convolutions. Every rank gathers all of them and merges those before it; backward, gradients come
+the same way from the ranks after it. The first rank needs no transition and the last none of its own map, so two ranks
+exchange H K V numbers and compute no transition at all.
+
+Shape legend: ranks P, memories with the shared one G, segments of the plan S, segments that may cross an edge N, heads
+here H, key size K, value size V, convolution width W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mom_layers.common.backend import compute_dtype
+from mom_layers.recur.rules import MemoryRule
+from mom_layers.recur.state_passing import fold_gradients, fold_states, join_tails, last_inputs
+from mom_layers.route.plan import RoutingPlan
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """The segments that may cross one edge of a slice, N of them.
+
+    Attributes:
+        segments: [N] int64, which of the plan's they are; None for all.
+        starts, ends: [G, N / G] int32, their first row and one past their last.
+        cu_seqlens: borders of a list of at most 2 N segments that holds these: what is asked of these alone is computed
+            on such a list, however many documents there are.
+        places: where these are in that list.
+        crosses: [1] bool, whether they do cross; None for yes (or there is no rank on the other side).
+        through: [1] bool, whether they cross the other edge too; None for yes.
+    """
+
+    segments: torch.Tensor | None
+    starts: torch.Tensor
+    ends: torch.Tensor
+    cu_seqlens: torch.Tensor
+    places: slice
+    crosses: torch.Tensor | None = None
+    through: torch.Tensor | None = None
+
+    def spread(self, x: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+        """x [N, ...] over the plan's segments [S, ...], zeros elsewhere."""
+        if self.segments is None:
+            return x
+        return x.new_zeros(plan.num_segments, *x.shape[1:]).index_copy(0, self.segments, x)
+
+
+def _where(condition: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    return x if condition is None else torch.where(condition, x, 0)
+
+
+class ContextSlice:
+    """A rank's slice of sequences that lie over a group, the earliest tokens on rank 0: a ``SequenceSlice``.
+
+    Args:
+        group: the context-parallel group.
+        length: tokens of a sequence on each rank.
+        documents: [B + 1] int32 borders of packed documents in the whole row of P * length tokens; without them every
+            sequence goes from the group's first token to its last.
+    """
+
+    def __init__(self, group: torch.distributed.ProcessGroup, length: int, documents: torch.Tensor | None = None):
+        self.group, self.rank, self.size = group, group.rank(), group.size()
+        self.first, self.end, self.documents = group.rank() * length, (group.rank() + 1) * length, documents
+
+    def local_documents(self) -> torch.Tensor:
+        """Borders [B + 1] of the documents in this slice; those that lie elsewhere are empty."""
+        return self.documents.clamp(self.first, self.end) - self.first
+
+    def incoming(self, plan: RoutingPlan) -> Crossing:
+        """The segments that hold the slice's first tokens."""
+        if self.documents is None:
+            return self._all_segments(plan)
+        segments, begins, ends = self._document_at(self.first, plan)
+        return self._crossing(plan, segments, True, begins < self.first, ends > self.end)
+
+    def outgoing(self, plan: RoutingPlan) -> Crossing:
+        """The segments that hold the slice's last tokens."""
+        if self.documents is None:
+            return self._all_segments(plan)
+        segments, begins, ends = self._document_at(self.end - 1, plan)
+        return self._crossing(plan, segments, False, ends > self.end, begins < self.first)
+
+    @staticmethod
+    def _all_segments(plan: RoutingPlan) -> Crossing:
+        starts, ends = (
+            edges.unflatten(0, (plan.num_groups, -1)) for edges in (plan.cu_seqlens[:-1], plan.cu_seqlens[1:])
+        )
+        return Crossing(None, starts, ends, plan.cu_seqlens, slice(None))
+
+    def _document_at(self, token: int, plan: RoutingPlan):
+        """The segments of the document that holds a token of the whole row; where it begins and ends, [1] each."""
+        at = torch.full((1,), token, dtype=torch.int32, device=self.documents.device)
+        document = torch.searchsorted(self.documents, at, right=True) - 1
+        segments = torch.arange(plan.num_groups, device=at.device) * plan.num_sequences + document
+        return segments, self.documents[document], self.documents[document + 1]
+
+    @staticmethod
+    def _crossing(plan, segments, incoming, crosses, crosses_other_edge) -> Crossing:
+        # Of a memory's rows the incoming document's are the first ones and the outgoing document's the last: the
+        # documents before and after it are empty here.
+        starts, ends = plan.cu_seqlens[segments], plan.cu_seqlens[segments + 1]
+        memories = plan.cu_seqlens[:: plan.num_sequences]
+        borders = torch.stack([memories[:-1], ends if incoming else starts], dim=1)
+        return Crossing(
+            segments,
+            starts[:, None],
+            ends[:, None],
+            torch.cat([borders.flatten(), memories[-1:]]),
+            slice(0 if incoming else 1, None, 2),
+            crosses,
+            crosses & crosses_other_edge,
+        )
+
+    def tails(
+        self, plan: RoutingPlan, inputs: Sequence[torch.Tensor], gathered: Sequence[bool], width: int
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """See :meth:`mom_layers.mixing.SequenceSlice.tails`."""
+        outgoing = self.outgoing(plan)
+        passed, own = [], []
+        for x, gather in zip(inputs, gathered, strict=True):
+            tokens = plan.token_of_row if gather else None
+            x, tail = last_inputs(x, outgoing.starts, outgoing.ends, width, tokens)
+            passed.append(x)
+            own.append(_where(outgoing.crosses, tail))
+        counts = (outgoing.ends - outgoing.starts).flatten().clamp(max=width - 1)
+        if outgoing.through is not None:  # a document that begins here, or ends, hides what came before
+            counts = torch.where(outgoing.through, counts, width - 1)
+        # A count, at most 7, travels as one more channel.
+        counts = counts.to(own[0].dtype)[:, None, None].expand(-1, width - 1, 1)
+        earlier = _GatherFromRanks.apply(torch.cat([*own, counts], dim=-1), self.group)[: self.rank]
+        tails = join_tails(earlier[..., :-1], earlier[:, :, 0, -1].detach().long())
+        tails = self.incoming(plan).spread(tails, plan).split([x.shape[1] for x in inputs], dim=-1)
+        return passed, [tail.contiguous() for tail in tails]
+
+    def recur(
+        self,
+        plan: RoutingPlan,
+        rule: MemoryRule,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gates: dict[str, torch.Tensor],
+        backend: str,
+    ) -> torch.Tensor:
+        """See :meth:`mom_layers.mixing.SequenceSlice.recur`."""
+        with torch.no_grad():
+            transition, contribution = self._own_map(plan, rule, q, k, v, gates, backend)
+            transitions, contributions = self._exchange(transition, contribution)
+            state = fold_states(transitions[: self.rank], contributions[: self.rank])[-1]
+            state = self.incoming(plan).spread(state, plan)
+        o, final_state = rule.recur(q, k, v, plan.cu_seqlens, gates, state, torch.is_grad_enabled(), backend)
+        if final_state is None or not final_state.requires_grad:
+            return o
+        return _FromLaterRanks.apply(
+            o, final_state, transition, self, plan, rule, backend, tuple(gates), q, k, *gates.values()
+        )
+
+    def _own_map(self, plan, rule, q, k, v, gates, backend):
+        """Transition [N, H, K, K] ([N, H, K] if diagonal) and contribution [N, H, K, V] of what goes on on the next
+        rank; zeros where nobody asks for them."""
+        outgoing, dtype = self.outgoing(plan), compute_dtype(k.dtype)
+        shape = (outgoing.starts.numel(), *k.shape[1:])
+        if self.rank < self.size - 1:
+            contribution = rule.recur(q, k, v, outgoing.cu_seqlens, gates, None, True, backend)[1]
+            contribution = _where(outgoing.crosses, contribution[outgoing.places])
+        else:
+            contribution = k.new_zeros(*shape, v.shape[2], dtype=dtype)
+        if 0 < self.rank < self.size - 1:
+            transition = rule.transition(k, outgoing.cu_seqlens, gates, backend)
+            transition = _where(outgoing.through, transition[outgoing.places])
+        else:
+            transition = k.new_zeros(shape if rule.diagonal_transition else (*shape, k.shape[2]), dtype=dtype)
+        return transition, contribution
+
+    def _exchange(self, transition: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every rank's transition [P, N, H, K, K] (or [P, N, H, K]) and its [P, N, H, K, V], of one gathering."""
+        diagonal = transition.dim() < vectors.dim()
+        if self.size == 2:  # between the two there is no rank whose transition anybody needs
+            return transition.new_zeros(2, *transition.shape), _gather(vectors, self.group)
+        maps = _gather(torch.cat([vectors, transition[..., None] if diagonal else transition], dim=-1), self.group)
+        vectors, transitions = maps.split([vectors.shape[-1], maps.shape[-1] - vectors.shape[-1]], dim=-1)
+        return transitions.squeeze(-1) if diagonal else transitions, vectors
+
+
+def _gather(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    """x of every rank, [P, ...]."""
+    gathered = x.new_empty(group.size(), *x.shape)
+    torch.distributed.all_gather_into_tensor(gathered.flatten(0, 1), x.contiguous(), group=group)
+    return gathered
+
+
+class _GatherFromRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _gather(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        own = grad.new_empty(grad.shape[1:])
+        torch.distributed.reduce_scatter_tensor(own, grad.flatten(0, 1).contiguous(), group=ctx.group)
+        return own, None
+
+
+class _FromLaterRanks(torch.autograd.Function):
+    """Returns o, and backward knows what the later ranks' outputs want of the final state, before o's own backward pass
+    runs: it depends on the initial states' gradients through each rank's own outputs alone, which do not wait for
+    another rank."""
+
+    @staticmethod
+    def forward(ctx, o, final_state, transition, context_slice, plan, rule, backend, gate_names, q, k, *gates):
+        ctx.save_for_backward(transition, q, k, *gates)
+        ctx.options = context_slice, plan, rule, backend, gate_names
+        return o.view_as(o)
+
+    @staticmethod
+    def backward(ctx, do):
+        here, plan, rule, backend, gate_names = ctx.options
+        transition, q, k, *gates = (saved.detach() for saved in ctx.saved_tensors)
+        incoming = here.incoming(plan)
+        if here.rank > 0:
+            gates = dict(zip(gate_names, gates, strict=True))
+            start = rule.initial_state_gradient(q, k, do, incoming.cu_seqlens, gates, backend)
+        else:
+            start = k.new_zeros(incoming.cu_seqlens.shape[0] - 1, *k.shape[1:], do.shape[2], dtype=transition.dtype)
+        gradient = _where(incoming.crosses, start[incoming.places])
+        transitions, gradients = here._exchange(transition, gradient)
+        d_final_state = None
+        if here.rank < here.size - 1:
+            later = slice(here.rank + 1, None)
+            d_final_state = fold_gradients(transitions[later], gradients[later])[0]
+            d_final_state = here.outgoing(plan).spread(d_final_state, plan)
+        return do, d_final_state, *[None] * (len(gate_names) + 8)

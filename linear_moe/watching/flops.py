@@ -1,0 +1,123 @@
+"""Floating-point operations of a model with Mixture-of-Memories layers, and what the device could do."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import torch
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hybrid_layer_counts
+
+from linear_moe.config import MomTransformerConfig
+from megatron_patches.patch import Patch, wrap
+from mom_layers.mixing import projection_sizes
+from mom_layers.recur.rules import get_rule
+
+FORWARD_AND_BACKWARD = 3
+"""A backward pass costs two forward ones: gradients of the inputs, and of the weights."""
+
+# Dense bf16 matrix products, FLOP/s, by a word of the device's name. The first one found counts.
+PEAK_FLOPS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak of a device in dense bf16 products, FLOP/s, by torch.cuda.get_device_name; None for one not known."""
+    for name, flops in PEAK_FLOPS.items():
+        if re.search(rf"\b{name}\b", device_name):
+            return flops
+    return None
+
+
+def device_peak_flops() -> float | None:
+    """Peak of this process's device; None on a CPU or a device not known."""
+    return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def mom_layer_flops(args, tokens: float) -> float:
+    """Forward and backward operations of one MoM token mixer, all heads, a multiply-add counted as two.
+
+    Matrix products, convolutions and the recurrence; not norms, gates, routing's sorting and gathering. They depend on
+    the number of tokens only, not on how they fall into sequences.
+
+    Args:
+        args: anything with hidden_size and the mom_* sizes (MomTransformerConfig, Megatron's arguments).
+        tokens: of all sequences together.
+    """
+    rule = get_rule(args.mom_rule)
+    hidden, heads, key_dim = args.hidden_size, args.mom_num_heads, args.mom_head_dim
+    value_dim = int(key_dim * args.mom_expand_v)
+    keys, values = heads * key_dim, heads * value_dim
+    rows = tokens * (args.mom_topk + int(args.mom_shared_memory))
+
+    router = 2 * tokens * hidden * args.mom_num_memories
+    query_gate_out = 2 * tokens * hidden * (keys + 2 * values)
+    projected = tokens if args.mom_single_kv_proj else rows
+    memory = 2 * projected * hidden * sum(projection_sizes(rule, heads, key_dim, value_dim))
+    convolutions = 2 * rows * args.mom_conv_kernel * (2 * keys + values)
+    recurrence = rule.recurrence_flops(rows, heads, key_dim, value_dim)
+    return FORWARD_AND_BACKWARD * (router + query_gate_out + memory + convolutions + recurrence)
+
+
+def _without_mom_layers(args):
+    """A copy of the arguments for which Megatron counts no token mixing in MoM layers, and how many layers these are.
+
+    Megatron is told that they are Gated DeltaNet layers of no heads; in a hybrid model, where a layer is either mixer
+    or MLP, that its `G` layers are absent.
+    """
+    rest = copy.copy(args)
+    if getattr(args, "hybrid_layer_pattern", None) is not None:
+        rest.hybrid_layer_pattern = args.hybrid_layer_pattern.replace(Symbols.GDN, "")
+        return rest, get_hybrid_layer_counts(args.hybrid_layer_pattern)[Symbols.GDN]
+    # It reads three fields, which the arguments have under the same names.
+    pattern = [int(is_mom) for is_mom in MomTransformerConfig.mom_layer_pattern(args)]
+    pattern += [0] * (args.mtp_num_layers or 0)  # multi-token prediction has softmax attention layers
+    rest.experimental_attention_variant = "gated_delta_net"
+    rest.linear_attention_freq = pattern
+    rest.linear_num_key_heads = rest.linear_num_value_heads = 0
+    rest.linear_key_head_dim = rest.linear_value_head_dim = rest.linear_conv_kernel_dim = 0
+    return rest, sum(pattern)
+
+
+def _count(
+    num_floating_point_operations,
+    args,
+    batch_size,
+    seqlen_squared_sum_in_batch=None,
+    total_real_tokens_in_batch=None,
+):
+    lengths = (seqlen_squared_sum_in_batch, total_real_tokens_in_batch)
+    if getattr(args, "token_mixer", "attention") != "mom":
+        return num_floating_point_operations(args, batch_size, *lengths)
+    tokens = total_real_tokens_in_batch
+    if tokens is None:
+        tokens = batch_size * args.seq_length
+    rest, num_mom_layers = _without_mom_layers(args)
+    return num_floating_point_operations(rest, batch_size, *lengths) + num_mom_layers * mom_layer_flops(args, tokens)
+
+
+flops_patch = Patch(
+    name="mom-flops",
+    reason="Megatron counts a MoM layer as softmax attention",
+    removed_when="num_floating_point_operations asks the layers",
+    targets=(wrap("megatron.training.training", "num_floating_point_operations", _count),),
+)

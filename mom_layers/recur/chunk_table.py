@@ -1,0 +1,54 @@
+"""Cuts packed segments into chunks of rows, on the device, without reading a length on the host."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from mom_layers.common.backend import resolve_backend
+
+# Rows a chunk: one tensor-core tile high, and 64 x 64 scores a chunk cost less than a 256 x 256 state does.
+CHUNK = 64
+# Chunks a group: the state is stored once a group for the backward pass, which computes the others again.
+GROUP = 8
+
+
+class ChunkTable(NamedTuple):
+    """Which rows every chunk slot holds. Slots N = R // C + S, at least the number of chunks, known on the host.
+
+    segment: [N] int32, the slot's segment; S where the slot is past the last chunk.
+    index: [N] int32, the chunk's place in its segment: it starts at row ``cu_seqlens[segment] + C * index``.
+        Meaningless past the last chunk.
+    offsets: [S + 1] int32, the slot of every segment's first chunk; ``offsets[S]`` is the number of chunks.
+    """
+
+    segment: torch.Tensor
+    index: torch.Tensor
+    offsets: torch.Tensor
+
+
+def chunk_table(
+    cu_seqlens: torch.Tensor, num_rows: int, chunk_size: int = CHUNK, *, backend: str = "torch"
+) -> ChunkTable:
+    """Lists the chunks of every segment in order; the last chunk of a segment may be partial, an empty one has none.
+
+    Args:
+        cu_seqlens: [S + 1] int32, from 0 to ``num_rows``, never decreasing.
+        num_rows: R.
+        chunk_size: C, rows a chunk.
+        backend: "torch", "triton" or "auto"; what the kernels' callers choose.
+
+    Never waits for the device, so it can be captured in a CUDA graph.
+    """
+    num_slots = num_rows // chunk_size + cu_seqlens.shape[0] - 1
+    if resolve_backend(backend, cu_seqlens) == "triton":
+        from mom_layers.recur.chunk_table_triton import chunk_table_triton
+
+        return ChunkTable(*chunk_table_triton(cu_seqlens, num_slots, chunk_size))
+    counts = (cu_seqlens.diff() + (chunk_size - 1)) // chunk_size
+    offsets = torch.zeros_like(cu_seqlens)
+    torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[1:])
+    slots = torch.arange(num_slots, dtype=torch.int32, device=cu_seqlens.device)
+    segment = torch.searchsorted(offsets[1:], slots, right=True, out_int32=True)
+    return ChunkTable(segment=segment, index=slots - offsets.index_select(0, segment), offsets=offsets)

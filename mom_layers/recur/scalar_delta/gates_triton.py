@@ -1,0 +1,150 @@
+"""The gated delta rule's two gates in Triton: one launch forward and one backward, for numbers that are few but many
+operations long.
+
+Shape legend: rows R, heads H.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from mom_layers.route.rows_triton import sum_parts
+
+ROWS_TILE = 128
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + e) with e = exp(x), to the last bits where e is small: log(u) e / (u - 1) with u = 1 + e as rounded."""
+    b_e = tl.exp(tl.minimum(x, 20.0))
+    b_u = 1.0 + b_e
+    b_log = tl.where(b_u == 1.0, b_e, tl.log(b_u) * (b_e / tl.where(b_u == 1.0, 1.0, b_u - 1.0)))
+    return tl.where(x > 20.0, x, b_log)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _forward_kernel(
+    raw_beta, raw_a, A_log, dt_bias, g, beta, num_rows, stride_beta, stride_a,
+    H: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    b_r = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)[:, None]
+    b_h = tl.arange(0, BH)[None, :]
+    m = (b_r < num_rows) & (b_h < H)
+    b_beta = tl.load(raw_beta + b_r * stride_beta + b_h, mask=m, other=0.0).to(tl.float32)
+    b_a = tl.load(raw_a + b_r * stride_a + b_h, mask=m, other=0.0).to(tl.float32)
+    b_rate = tl.exp(tl.load(A_log + b_h, mask=b_h < H, other=0.0).to(tl.float32))
+    b_bias = tl.load(dt_bias + b_h, mask=b_h < H, other=0.0).to(tl.float32)
+    tl.store(g + b_r * H + b_h, -b_rate * _softplus(b_a + b_bias), mask=m)
+    tl.store(beta + b_r * H + b_h, tl.sigmoid(b_beta), mask=m)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _backward_kernel(
+    raw_a, A_log, dt_bias, g, beta, dg, dbeta, d_raw_beta, d_raw_a, parts, num_rows, stride_a,
+    H: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """Also this program's share [2, H] of the gradients of A_log and dt_bias."""
+    b_r = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)[:, None]
+    b_h = tl.arange(0, BH)[None, :]
+    m = (b_r < num_rows) & (b_h < H)
+    b_a = tl.load(raw_a + b_r * stride_a + b_h, mask=m, other=0.0).to(tl.float32)
+    b_rate = tl.exp(tl.load(A_log + b_h, mask=b_h < H, other=0.0).to(tl.float32))
+    b_bias = tl.load(dt_bias + b_h, mask=b_h < H, other=0.0).to(tl.float32)
+    b_g = tl.load(g + b_r * H + b_h, mask=m, other=0.0)
+    b_dg = tl.load(dg + b_r * H + b_h, mask=m, other=0.0).to(tl.float32)
+    b_da = -b_dg * b_rate * tl.sigmoid(b_a + b_bias)
+    b_beta = tl.load(beta + b_r * H + b_h, mask=m, other=0.0)
+    b_dbeta = tl.load(dbeta + b_r * H + b_h, mask=m, other=0.0).to(tl.float32) * b_beta * (1.0 - b_beta)
+    tl.store(d_raw_a + b_r * H + b_h, b_da.to(d_raw_a.dtype.element_ty), mask=m)
+    tl.store(d_raw_beta + b_r * H + b_h, b_dbeta.to(d_raw_beta.dtype.element_ty), mask=m)
+    p_parts = parts + tl.program_id(0) * 2 * H + tl.arange(0, BH)
+    m_h = tl.arange(0, BH) < H
+    tl.store(p_parts, tl.sum(tl.where(m, b_dg * b_g, 0.0), axis=0), mask=m_h)
+    tl.store(p_parts + H, tl.sum(tl.where(m, b_da, 0.0), axis=0), mask=m_h)
+
+
+class DecayGates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, raw_beta, raw_a, A_log, dt_bias):
+        rows, heads = raw_a.shape
+        g, beta = torch.empty(2, rows, heads, dtype=torch.float32, device=raw_a.device).unbind()
+        if rows:
+            _forward_kernel[(triton.cdiv(rows, ROWS_TILE),)](
+                raw_beta=raw_beta,
+                raw_a=raw_a,
+                A_log=A_log,
+                dt_bias=dt_bias,
+                g=g,
+                beta=beta,
+                num_rows=rows,
+                stride_beta=raw_beta.stride(0),
+                stride_a=raw_a.stride(0),
+                H=heads,
+                BR=ROWS_TILE,
+                BH=triton.next_power_of_2(heads),
+                num_warps=4,
+            )
+        ctx.save_for_backward(raw_a, A_log, dt_bias, g, beta)
+        return g, beta
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dg, dbeta):
+        raw_a, A_log, dt_bias, g, beta = ctx.saved_tensors
+        rows, heads = raw_a.shape
+        blocks = triton.cdiv(rows, ROWS_TILE)
+        d_raw_beta, d_raw_a = torch.empty(2, rows, heads, dtype=raw_a.dtype, device=raw_a.device).unbind()
+        parts = torch.empty(blocks, 2, heads, dtype=torch.float32, device=raw_a.device)
+        if rows:
+            _backward_kernel[(blocks,)](
+                raw_a=raw_a,
+                A_log=A_log,
+                dt_bias=dt_bias,
+                g=g,
+                beta=beta,
+                dg=dg.contiguous(),
+                dbeta=dbeta.contiguous(),
+                d_raw_beta=d_raw_beta,
+                d_raw_a=d_raw_a,
+                parts=parts,
+                num_rows=rows,
+                stride_a=raw_a.stride(0),
+                H=heads,
+                BR=ROWS_TILE,
+                BH=triton.next_power_of_2(heads),
+                num_warps=4,
+            )
+        dA_log, d_bias = sum_parts(parts, torch.float32).unbind()
+        return d_raw_beta, d_raw_a, dA_log.to(A_log.dtype), d_bias.to(dt_bias.dtype)
+
+
+def decay_gates_triton(
+    raw_beta: torch.Tensor, raw_a: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``g = -exp(A_log) softplus(a + dt_bias)`` and ``beta = sigmoid(raw_beta)`` (arXiv 2412.06464), in float32.
+
+    Args:
+        raw_beta, raw_a: [R, H] of one type, float32 or 16 bits; columns of a wider tensor will do.
+        A_log, dt_bias: [H].
+
+    Returns:
+        g and beta, [R, H] float32.
+
+    Raises:
+        ValueError: shapes or types that do not fit together.
+    """
+    if raw_a.dim() != 2 or raw_beta.shape != raw_a.shape or raw_beta.dtype != raw_a.dtype:
+        raise ValueError(
+            f"raw_beta and raw_a must be [R, H] of one type, got {list(raw_beta.shape)} {raw_beta.dtype} and "
+            f"{list(raw_a.shape)} {raw_a.dtype}"
+        )
+    if A_log.shape != raw_a.shape[1:] or dt_bias.shape != raw_a.shape[1:]:
+        raise ValueError(
+            f"A_log and dt_bias must be [{raw_a.shape[1]}], got {list(A_log.shape)} and {list(dt_bias.shape)}"
+        )
+    if raw_beta.stride(1) != 1 or raw_a.stride(1) != 1:
+        raw_beta, raw_a = raw_beta.contiguous(), raw_a.contiguous()
+    return DecayGates.apply(raw_beta, raw_a, A_log.contiguous(), dt_bias.contiguous())

@@ -1,0 +1,207 @@
+"""The walk along the state for Hopper: names and equations as in the Triton kernels' file, `forward`.
+
+Shape legend: rows R, segments S, heads H, key size K, value size V, chunk length BT, chunk slots N, group slots M.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from mom_layers.recur.scalar_delta.hopper.tiles import (
+    clear_rows,
+    copy_layout,
+    decay_of_chunk,
+    fetch,
+    fetch_chunk,
+    fetch_two,
+    product_layout,
+    publish,
+    row_factors,
+    shared_layout,
+    store_state,
+)
+
+
+@gluon.jit
+def recurrence_kernel(
+    q,
+    k,
+    v,
+    beta,
+    gates,
+    solved,
+    scores,
+    cu_seqlens,
+    chunk_offsets,
+    group_offsets,
+    initial_state,
+    o,
+    o_tiles,
+    final_state,
+    decayed_state,
+    checkpoints,
+    errors,
+    error_tiles,
+    scale,
+    H: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    BT: gl.constexpr,
+    BV: gl.constexpr,
+    GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_INITIAL_STATE: gl.constexpr,
+    STORE_FINAL_STATE: gl.constexpr,
+    FOR_BACKWARD: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """BV columns of the state along one segment and head. For the backward pass also e, and every GROUP-th state."""
+    low: gl.constexpr = k.dtype
+    NW: gl.constexpr = num_warps
+    i_v = gl.program_id(0) % (V // BV)
+    i_h = gl.program_id(0) // (V // BV) % H
+    i_s = (gl.num_programs(0) - 1 - gl.program_id(0)) // (V // BV) // H
+    i_first = gl.load(cu_seqlens + i_s)
+    num_rows = gl.load(cu_seqlens + i_s + 1) - i_first
+    num_chunks = gl.cdiv(num_rows, BT)
+    i_chunk = gl.load(chunk_offsets + i_s) * H + i_h
+    i_group = gl.load(group_offsets + i_s)
+    rows = i_first.to(gl.int64) * H + i_h
+
+    L_r: gl.constexpr = product_layout(BT, BV, NW)
+    L_S: gl.constexpr = product_layout(K, BV, NW)
+    L_t: gl.constexpr = gl.SliceLayout(1, L_r)
+    AHEAD: gl.constexpr = STAGES > 1
+    s_k = gl.allocate_shared_memory(low, [2, BT, K], shared_layout(BT, K, low))
+    s_q_all = gl.allocate_shared_memory(low, [STAGES, BT, K], shared_layout(BT, K, low))
+    s_X_all = gl.allocate_shared_memory(low, [STAGES, BT, BT], shared_layout(BT, BT, low))
+    s_P_all = gl.allocate_shared_memory(low, [STAGES, BT, BT], shared_layout(BT, BT, low))
+    s_S_one = gl.allocate_shared_memory(low, [1, K, BV], shared_layout(K, BV, low))
+    # Two places that swap after every chunk: one is for v (unless it comes a chunk ahead), -beta r and e in turn, the
+    # other for what goes to the state and then for the next v. o follows u.
+    s_turns = gl.allocate_shared_memory(low, [2, BT, BV], shared_layout(BT, BV, low))
+    if AHEAD:
+        s_v_all = gl.allocate_shared_memory(low, [2, BT, BV], shared_layout(BT, BV, low))
+    else:
+        s_v_all = s_turns
+    s_u_one = gl.allocate_shared_memory(low, [1, BT, BV], shared_layout(BT, BV, low))
+
+    o_k = gl.arange(0, K, layout=gl.SliceLayout(1, L_S))
+    o_kv = o_k[:, None] * V + (i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_S)))[None, :]
+    i_state = (i_s.to(gl.int64) * H + i_h) * K * V
+
+    if HAS_INITIAL_STATE:
+        b_S = gl.load(initial_state + i_state + o_kv)
+    else:
+        b_S = gl.zeros([K, BV], gl.float32, layout=L_S)
+    arrived = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(4):
+        mbarrier.init(arrived.index(i), count=1)
+    qX_arrived, vP_arrived = arrived.index(2), arrived.index(3)
+    i_key, i_value = i_h * K, i_h * V + i_v * BV
+    places, tensors = (s_k, s_q_all, s_v_all, s_X_all, s_P_all), (k, q, v, solved, scores)
+    if num_chunks > 0:
+        if AHEAD:
+            fetch_chunk(places, tensors, 0, i_first, i_key, i_value, i_chunk * BT, arrived)
+        else:
+            fetch(s_k.index(0), k, i_first, i_key, arrived.index(0))
+            fetch_two(s_q_all.index(0), q, i_first, i_key, s_X_all.index(0), solved, i_chunk * BT, 0, qX_arrived)
+            fetch_two(s_v_all.index(0), v, i_first, i_value, s_P_all.index(0), scores, i_chunk * BT, 0, vP_arrived)
+    if AHEAD:
+        b_beta, b_from_start, b_to_end = row_factors(beta, gates, rows, i_chunk.to(gl.int64), num_rows, H, BT, L_t)
+        chunk_decay = decay_of_chunk(gates, i_chunk.to(gl.int64), num_rows, BT)
+    for i_t in range(num_chunks):
+        left = num_rows - i_t * BT
+        i_buffer = i_t & 1
+        m_t = gl.arange(0, BT, layout=L_t) < left
+        # An index that the compiler cannot foresee: it would keep the addresses of all products in registers.
+        i_zero = (rows >> 62).to(gl.int32)
+        i_stage = i_buffer if AHEAD else i_zero
+        s_q, s_X, s_P = s_q_all.index(i_stage), s_X_all.index(i_stage), s_P_all.index(i_stage)
+        s_S = s_S_one.index(i_zero)
+        s_u = s_u_one.index(i_zero)
+        s_r, s_end = s_turns.index(i_buffer), s_turns.index(1 - i_buffer)
+        s_S.store(b_S.to(low))
+        mbarrier.wait(arrived.index(i_buffer), (i_t >> 1) & 1)
+        if left < BT:
+            clear_rows(s_k.index(i_buffer), left, BT, K, NW)
+        publish()
+        if left > BT:
+            if AHEAD:
+                fetch_chunk(places, tensors, 1 - i_buffer, i_first + BT, i_key, i_value, (i_chunk + H) * BT, arrived)
+            else:
+                fetch(s_k.index(1 - i_buffer), k, i_first + BT, i_key, arrived.index(1 - i_buffer))
+        if i_t > 0:
+            tma.async_copy_shared_to_global(o_tiles, [i_first - BT, i_value], s_u)
+            if FOR_BACKWARD:
+                tma.async_copy_shared_to_global(error_tiles, [i_first - BT, i_value], s_end)
+        if FOR_BACKWARD:
+            if i_t % GROUP == 0:
+                i_point = (i_group + i_t // GROUP).to(gl.int64) * H + i_h
+                store_state(checkpoints + i_point * K * V + i_v * BV, s_S, K, V, BV, NW)
+        zero = gl.zeros([BT, BV], gl.float32, layout=L_r)
+        b_kS = warpgroup_mma(s_k.index(i_buffer), s_S, zero, use_acc=False, is_async=True)
+        if not AHEAD:
+            mbarrier.wait(qX_arrived, i_buffer)
+        b_qS = warpgroup_mma(s_q, s_S, zero, use_acc=False, is_async=True)
+        if AHEAD:
+            next_beta, next_from_start, next_to_end = row_factors(
+                beta, gates, rows + BT * H, (i_chunk + H).to(gl.int64), left - BT, H, BT, L_t
+            )
+            next_decay = decay_of_chunk(gates, (i_chunk + H).to(gl.int64), left - BT, BT)
+        else:
+            b_beta, b_from_start, b_to_end = row_factors(beta, gates, rows, i_chunk.to(gl.int64), left, H, BT, L_t)
+            chunk_decay = decay_of_chunk(gates, i_chunk.to(gl.int64), left, BT)
+            mbarrier.wait(vP_arrived, i_buffer)
+        b_v = gl.where(m_t[:, None], s_v_all.index(i_buffer).load(L_r).to(gl.float32), 0.0)
+        b_kS = warpgroup_mma_wait(1, deps=[b_kS])
+        b_r = b_v - b_from_start[:, None] * b_kS
+        s_r.store((-b_beta[:, None] * b_r).to(low))
+        tma.store_wait(pendings=0)
+        publish()
+        b_e = warpgroup_mma(s_X, s_r, b_r, is_async=True)
+        b_e, b_qS = warpgroup_mma_wait(0, deps=[b_e, b_qS])
+        b_u = b_beta[:, None] * b_e
+        s_end.store((b_to_end[:, None] * b_u).to(low))
+        s_u.store(b_u.to(low))
+        b_S = chunk_decay * b_S
+        if FOR_BACKWARD and STORE_FINAL_STATE:
+            if left <= BT:
+                gl.store(decayed_state + i_state + o_kv, b_S.to(low))
+        publish()
+        b_S_next = warpgroup_mma(s_k.index(i_buffer).permute((1, 0)), s_end, b_S, is_async=True)
+        b_o = warpgroup_mma(s_P, s_u, b_from_start[:, None] * b_qS, is_async=True)
+        if not AHEAD:
+            if left > BT:
+                fetch_two(s_q, q, i_first + BT, i_key, s_X, solved, (i_chunk + H) * BT, 0, qX_arrived)
+        if FOR_BACKWARD:
+            s_r.store(b_e.to(low))
+        b_S, b_o = warpgroup_mma_wait(0, deps=[b_S_next, b_o])
+        gl.thread_barrier()
+        if not AHEAD:
+            if left > BT:
+                fetch_two(s_end, v, i_first + BT, i_value, s_P, scores, (i_chunk + H) * BT, 0, vP_arrived)
+        s_u.store((scale * b_o).to(low))
+        if AHEAD:
+            chunk_decay = next_decay
+            b_beta, b_from_start, b_to_end = next_beta, next_from_start, next_to_end
+        rows += BT * H
+        i_first += BT
+        i_chunk += H
+    if num_chunks > 0:
+        gl.thread_barrier()
+        L_io: gl.constexpr = copy_layout(BV, NW)
+        o_t = gl.arange(0, BT, layout=gl.SliceLayout(1, L_io))
+        o_tv = o_t[:, None] * (H * V) + (i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_io)))[None, :]
+        # Loaded again: of what the loop has counted the compiler would keep an address for every store.
+        end = gl.load(cu_seqlens + i_s + 1)
+        start = end - 1 - (num_rows - 1) % BT
+        m_tv = (o_t < end - start)[:, None]
+        o_tv += (start.to(gl.int64) * H + i_h) * V
+        gl.store(o + o_tv, s_u_one.index(0).load(L_io), mask=m_tv)
+        if FOR_BACKWARD:
+            gl.store(errors + o_tv, s_turns.index(1 - num_chunks & 1).load(L_io), mask=m_tv)
+    if STORE_FINAL_STATE:
+        gl.store(final_state + i_state + o_kv, b_S)

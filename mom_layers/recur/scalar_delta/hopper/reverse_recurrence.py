@@ -1,0 +1,204 @@
+"""The walk against time for Hopper: names and equations as in the Triton kernels' file, `backward`.
+
+Shape legend: rows R, segments S, heads H, key size K, value size V, chunk length BT, chunk slots N, group slots M.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from mom_layers.recur.scalar_delta.hopper.tiles import (
+    clear_rows,
+    copy_layout,
+    decay_of_chunk,
+    fetch,
+    fetch_chunk,
+    fetch_two,
+    product_layout,
+    publish,
+    row_factors,
+    shared_layout,
+    state_product,
+    store_state,
+)
+
+
+@gluon.jit
+def reverse_recurrence_kernel(
+    q,
+    k,
+    beta,
+    gates,
+    solved,
+    scores,
+    do,
+    cu_seqlens,
+    chunk_offsets,
+    group_offsets,
+    checkpoints,
+    decayed_state,
+    d_final_state,
+    d_initial_state,
+    d_checkpoints,
+    d_errors,
+    boundary,
+    scale,
+    H: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    BT: gl.constexpr,
+    BV: gl.constexpr,
+    GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_D_FINAL_STATE: gl.constexpr,
+    STORE_D_INITIAL_STATE: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """BV columns of dS along one segment and head, from its last chunk to its first. Stores y, and where a group of
+    chunks ends dS and these columns' part of <S, dS>."""
+    low: gl.constexpr = k.dtype
+    NW: gl.constexpr = num_warps
+    i_v = gl.program_id(0) % (V // BV)
+    i_h = gl.program_id(0) // (V // BV) % H
+    i_s = (gl.num_programs(0) - 1 - gl.program_id(0)) // (V // BV) // H
+    i_first = gl.load(cu_seqlens + i_s)
+    num_rows = gl.load(cu_seqlens + i_s + 1) - i_first
+    num_chunks = gl.cdiv(num_rows, BT)
+    i_group = gl.load(group_offsets + i_s)
+    i_chunk = (gl.load(chunk_offsets + i_s) + num_chunks - 1) * H + i_h
+    i_row = i_first + (num_chunks - 1) * BT
+    rows = i_row.to(gl.int64) * H + i_h
+
+    L_r: gl.constexpr = product_layout(BT, BV, NW)
+    L_S: gl.constexpr = product_layout(K, BV, NW)
+    L_t: gl.constexpr = gl.SliceLayout(1, L_r)
+    AHEAD: gl.constexpr = STAGES > 1
+    s_k = gl.allocate_shared_memory(low, [2, BT, K], shared_layout(BT, K, low))
+    s_q_all = gl.allocate_shared_memory(low, [STAGES, BT, K], shared_layout(BT, K, low))
+    s_X_all = gl.allocate_shared_memory(low, [STAGES, BT, BT], shared_layout(BT, BT, low))
+    s_P_all = gl.allocate_shared_memory(low, [STAGES, BT, BT], shared_layout(BT, BT, low))
+    s_S_one = gl.allocate_shared_memory(low, [1, K, BV], shared_layout(K, BV, low))
+    # Two places that swap after every chunk: one is for do (unless it comes a chunk ahead) and then for what y takes
+    # from the state, the other for what do adds to the state and then for the next do.
+    s_turns = gl.allocate_shared_memory(low, [2, BT, BV], shared_layout(BT, BV, low))
+    if AHEAD:
+        s_do_all = gl.allocate_shared_memory(low, [2, BT, BV], shared_layout(BT, BV, low))
+    else:
+        s_do_all = s_turns
+    s_z = gl.allocate_shared_memory(low, [BT, BV], shared_layout(BT, BV, low))  # then y
+
+    L_io: gl.constexpr = copy_layout(BV, NW)
+    L_row: gl.constexpr = gl.SliceLayout(1, L_io)
+    o_t = gl.arange(0, BT, layout=L_row)
+    o_tv = o_t[:, None] * (H * V) + (i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_io)))[None, :]
+    o_k = gl.arange(0, K, layout=gl.SliceLayout(1, L_S))
+    o_kv = o_k[:, None] * V + (i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_S)))[None, :]
+    i_state = (i_s.to(gl.int64) * H + i_h) * K * V
+
+    if HAS_D_FINAL_STATE:
+        b_dS = gl.load(d_final_state + i_state + o_kv)
+        b_decayed = gl.load(decayed_state + i_state + o_kv, mask=(o_kv >= 0) & (num_rows > 0), other=0.0)
+        product = gl.sum(gl.sum(b_decayed.to(gl.float32) * b_dS, 1), 0)
+    else:
+        b_dS = gl.zeros([K, BV], gl.float32, layout=L_S)
+        product = gl.to_tensor(0.0)
+    arrived = gl.allocate_shared_memory(gl.int64, [5, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(5):
+        mbarrier.init(arrived.index(i), count=1)
+    P_arrived, X_arrived, ends_arrived = arrived.index(2), arrived.index(3), arrived.index(4)
+    left = gl.where(num_chunks > 0, num_rows - (num_chunks - 1) * BT, 0)
+    i_key, i_value = i_h * K, i_h * V + i_v * BV
+    places, tensors = (s_k, s_q_all, s_do_all, s_X_all, s_P_all), (k, q, do, solved, scores)
+    if num_chunks > 0:
+        if AHEAD:
+            fetch_chunk(places, tensors, 0, i_row, i_key, i_value, i_chunk * BT, arrived)
+        else:
+            fetch(s_k.index(0), k, i_row, i_key, arrived.index(0))
+            fetch_two(s_q_all.index(0), q, i_row, i_key, s_do_all.index(0), do, i_row, i_value, ends_arrived)
+            fetch(s_P_all.index(0), scores, i_chunk * BT, 0, P_arrived)
+            fetch(s_X_all.index(0), solved, i_chunk * BT, 0, X_arrived)
+        gl.store(boundary + ((i_group + (num_chunks - 1) // GROUP).to(gl.int64) * H + i_h) * (V // BV) + i_v, product)
+        if left < BT:
+            mbarrier.wait(arrived.index(0), 0)
+            if not AHEAD:
+                mbarrier.wait(ends_arrived, 0)
+            clear_rows(s_k.index(0), left, BT, K, NW)
+            clear_rows(s_q_all.index(0), left, BT, K, NW)
+            clear_rows(s_do_all.index(0), left, BT, BV, NW)
+            gl.thread_barrier()
+    b_beta, b_from_start, b_to_end = row_factors(beta, gates, rows, i_chunk.to(gl.int64), left, H, BT, L_t)
+    chunk_decay = decay_of_chunk(gates, i_chunk.to(gl.int64), left, BT)
+    for i_back in range(num_chunks):
+        i_t = num_chunks - 1 - i_back
+        m_t = o_t < num_rows - i_t * BT
+        i_buffer = i_back & 1
+        s_do, s_y, s_start = s_do_all.index(i_buffer), s_turns.index(i_buffer), s_turns.index(1 - i_buffer)
+        # An index that the compiler cannot foresee: it would keep the addresses of all products in registers.
+        i_zero = (rows >> 62).to(gl.int32)
+        i_stage = i_buffer if AHEAD else i_zero
+        s_q, s_X, s_P = s_q_all.index(i_stage), s_X_all.index(i_stage), s_P_all.index(i_stage)
+        s_S = s_S_one.index(i_zero)
+        s_S.store(b_dS.to(low))
+        if AHEAD:
+            mbarrier.wait(arrived.index(i_buffer), (i_back >> 1) & 1)
+        else:
+            mbarrier.wait(ends_arrived, i_buffer)
+        b_do = s_do.load(L_r).to(gl.float32)
+        s_start.store(((scale * b_from_start)[:, None] * b_do).to(low))
+        if not AHEAD:
+            mbarrier.wait(arrived.index(i_buffer), (i_back >> 1) & 1)
+            mbarrier.wait(P_arrived, i_buffer)
+        publish()
+        if i_t > 0:
+            if AHEAD:
+                fetch_chunk(places, tensors, 1 - i_buffer, i_row - BT, i_key, i_value, (i_chunk - H) * BT, arrived)
+            else:
+                fetch(s_k.index(1 - i_buffer), k, i_row - BT, i_key, arrived.index(1 - i_buffer))
+        if (i_t % GROUP == GROUP - 1) | (i_back == 0):
+            i_point = (i_group + i_t // GROUP).to(gl.int64) * H + i_h
+            store_state(d_checkpoints + i_point * K * V + i_v * BV, s_S, K, V, BV, NW)
+            if i_back > 0:
+                after = checkpoints + (i_point + H) * K * V + i_v * BV
+                gl.store(boundary + i_point * (V // BV) + i_v, state_product(after, s_S, K, V, BV, NW))
+        zero = gl.zeros([BT, BV], gl.float32, layout=L_r)
+        b_kdS = warpgroup_mma(s_k.index(i_buffer), s_S, zero, use_acc=False, is_async=True)
+        b_Pdo = warpgroup_mma(s_P.permute((1, 0)), s_do, zero, use_acc=False, is_async=True)
+        next_beta, next_from_start, next_to_end = row_factors(
+            beta, gates, rows - BT * H, (i_chunk - H).to(gl.int64), gl.where(i_t > 0, BT, 0), H, BT, L_t
+        )
+        next_decay = decay_of_chunk(gates, (i_chunk - H).to(gl.int64), i_t, BT)
+        b_kdS, b_Pdo = warpgroup_mma_wait(0, deps=[b_kdS, b_Pdo])
+        b_z = scale * b_Pdo + b_to_end[:, None] * b_kdS
+        s_z.store((-b_beta[:, None] * b_z).to(low))
+        b_dS = chunk_decay * b_dS
+        if not AHEAD:
+            mbarrier.wait(X_arrived, i_buffer)
+        publish()
+        if not AHEAD:
+            if i_t > 0:
+                fetch(s_P, scores, (i_chunk - H) * BT, 0, P_arrived)
+        b_y = warpgroup_mma(s_X.permute((1, 0)), s_z, b_z, is_async=True)
+        b_dS_next = warpgroup_mma(s_q.permute((1, 0)), s_start, b_dS, is_async=True)
+        b_y = warpgroup_mma_wait(1, deps=[b_y])
+        s_y.store(((-b_from_start * b_beta)[:, None] * b_y).to(low))
+        publish()
+        if not AHEAD:
+            if i_t > 0:
+                fetch(s_X, solved, (i_chunk - H) * BT, 0, X_arrived)
+        b_dS_next = warpgroup_mma(s_k.index(i_buffer).permute((1, 0)), s_y, b_dS_next, is_async=True)
+        s_z.store(b_y.to(low))
+        b_dS = warpgroup_mma_wait(0, deps=[b_dS_next])
+        gl.thread_barrier()
+        if not AHEAD:
+            if i_t > 0:
+                fetch_two(s_q, q, i_row - BT, i_key, s_start, do, i_row - BT, i_value, ends_arrived)
+        gl.store(d_errors + rows * V + o_tv, s_z.load(L_io), mask=m_t[:, None])
+        chunk_decay = next_decay
+        b_beta, b_from_start, b_to_end = next_beta, next_from_start, next_to_end
+        rows -= BT * H
+        i_row -= BT
+        i_chunk -= H
+    if STORE_D_INITIAL_STATE:
+        gl.store(d_initial_state + i_state + o_kv, b_dS)
