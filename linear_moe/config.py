@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mom_layers.common.backend import BACKENDS
+from mom_layers.common.kernels import KERNELS
 from mom_layers.layer import check_sizes, check_triton_head_sizes
 
 TOKEN_MIXERS = ("attention", "mom")
@@ -69,7 +69,7 @@ class MomTransformerConfig(TransformerConfig):
     mom_z_loss_coeff: float | None = None
     """Coefficient of the memory router's z-loss; None switches it off."""
 
-    mom_backend: str = "auto"
+    mom_kernels: str = "auto"
     """Implementation of the mixer's operations: "auto" (Triton on GPUs, PyTorch elsewhere), "torch" or "triton"."""
 
     contiguous_context_slices: bool = False
@@ -133,9 +133,9 @@ class MomTransformerConfig(TransformerConfig):
             expand_v=self.mom_expand_v, num_memories=self.mom_num_memories, topk=self.mom_topk,
             conv_kernel=self.mom_conv_kernel,
         )  # fmt: skip
-        if self.mom_backend not in BACKENDS:
-            raise ValueError(f"--mom-backend must be one of {', '.join(BACKENDS)}, got {self.mom_backend!r}")
-        if self.mom_backend != "torch":
+        if self.mom_kernels not in KERNELS:
+            raise ValueError(f"--mom-kernels must be one of {', '.join(KERNELS)}, got {self.mom_kernels!r}")
+        if self.mom_kernels != "torch":
             check_triton_head_sizes(self.mom_rule, self.mom_head_dim, self.mom_value_dim)
         if self.mom_num_heads % self.tensor_model_parallel_size:
             raise ValueError(

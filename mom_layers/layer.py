@@ -7,7 +7,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-from mom_layers.common.backend import resolve_backend
+from mom_layers.common.kernels import resolve_kernels
 from mom_layers.convolve.operation import UNIT_LENGTH_EPS
 from mom_layers.mixing import MemoryParameters, mix_memories, projection_sizes
 from mom_layers.recur.rules import MemoryRule, get_rule, kept_exact
@@ -34,9 +34,9 @@ def check_sizes(
         raise ValueError(f"conv_kernel must be between 2 and 8, got {conv_kernel}")
 
 
-def steps_in_kernels(rule: MemoryRule, backend: str, x: torch.Tensor) -> bool:
+def steps_in_kernels(rule: MemoryRule, kernels: str, x: torch.Tensor) -> bool:
     """Whether one token of every sequence, x [B, D], is decoded by the rule's own kernels (``rule.decode_step``)."""
-    return resolve_backend(backend, x) == "triton" and rule.decode_step is not None
+    return resolve_kernels(kernels, x) == "triton" and rule.decode_step is not None
 
 
 def check_triton_head_sizes(rule: str, head_dim: int, value_dim: int) -> None:
@@ -46,7 +46,7 @@ def check_triton_head_sizes(rule: str, head_dim: int, value_dim: int) -> None:
         if value not in sizes:
             raise ValueError(
                 f"{name} = {value} is not supported by the {rule} kernels: "
-                f"use one of {', '.join(map(str, sizes))}, or the backend 'torch'"
+                f"use one of {', '.join(map(str, sizes))}, or the kernels 'torch'"
             )
 
 
@@ -68,7 +68,7 @@ class MixtureOfMemories(nn.Module):
         rule: name of the update rule.
         single_kv_proj: one key, value and gate projection for all memories instead of one each.
         norm_eps: of the output norm.
-        backend: "auto" (Triton on CUDA, PyTorch elsewhere), "torch" or "triton".
+        kernels: "auto" (Triton on CUDA, PyTorch elsewhere), "torch" or "triton".
 
     Raises:
         ValueError: a size or name that is not supported.
@@ -87,7 +87,7 @@ class MixtureOfMemories(nn.Module):
         rule: str = "gated_deltanet",
         single_kv_proj: bool = False,
         norm_eps: float = 1e-6,
-        backend: str = "auto",
+        kernels: str = "auto",
     ):
         super().__init__()
         check_sizes(
@@ -103,8 +103,8 @@ class MixtureOfMemories(nn.Module):
         self.shared_memory = shared_memory
         self.rule = get_rule(rule)
         self.norm_eps = norm_eps
-        self.backend = backend
-        if backend == "triton":
+        self.kernels = kernels
+        if kernels == "triton":
             check_triton_head_sizes(rule, self.head_dim, self.value_dim)
 
         keys, values = num_heads * self.head_dim, num_heads * self.value_dim
@@ -183,14 +183,14 @@ class MixtureOfMemories(nn.Module):
             raise ValueError(f"token_mask must be {[batch, length]}, got {list(token_mask.shape)}")
 
         tokens = x.flatten(0, 1)
-        weights, ids = route(self.router(tokens), self.topk, backend=self.backend)
+        weights, ids = route(self.router(tokens), self.topk, kernels=self.kernels)
         plan = build_routing_plan(
             ids,
             cu_seqlens,
             num_memories=self.num_memories,
             shared=self.shared_memory,
             token_mask=None if token_mask is None else token_mask.flatten(),
-            backend=self.backend,
+            kernels=self.kernels,
         )
         y, new_state = mix_memories(
             tokens,
@@ -201,7 +201,7 @@ class MixtureOfMemories(nn.Module):
             self.memory_parameters(),
             state=state,
             output_state=output_state,
-            backend=self.backend,
+            kernels=self.kernels,
         )
         out = self.out_proj(y).unflatten(0, (batch, length))
         if token_mask is not None:
@@ -227,7 +227,7 @@ class MixtureOfMemories(nn.Module):
             raise ValueError(f"x must be [B, {self.hidden_size}], got {list(x.shape)}")
         if state.recurrent.shape[0] != x.shape[0]:
             raise ValueError(f"the state holds {state.recurrent.shape[0]} sequences, the input {x.shape[0]}")
-        if not steps_in_kernels(self.rule, self.backend, x):
+        if not steps_in_kernels(self.rule, self.kernels, x):
             out, new_state = self(x[:, None], state=state, output_state=True)
             state.copy_(new_state)
             return out[:, 0]

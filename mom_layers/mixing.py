@@ -65,7 +65,7 @@ class SequenceSlice(Protocol):
         """
         ...
 
-    def recur(self, plan: RoutingPlan, rule: MemoryRule, q, k, v, gates, backend: str) -> torch.Tensor:
+    def recur(self, plan: RoutingPlan, rule: MemoryRule, q, k, v, gates, kernels: str) -> torch.Tensor:
         """What ``rule.recur`` reads, o [R, H, V], with states that go on from slice to slice."""
         ...
 
@@ -84,7 +84,7 @@ def read_memories(
     state: MemoryState | None = None,
     output_state: bool = False,
     sequence_slice: SequenceSlice | None = None,
-    backend: str = "auto",
+    kernels: str = "auto",
 ) -> tuple[torch.Tensor, MemoryState | None]:
     """Projects, convolves and runs every memory's recurrence; arguments as of :func:`mix_memories`.
 
@@ -99,7 +99,7 @@ def read_memories(
     if one_projection:  # the same for every memory: project tokens, and gather them by row afterwards
         projected = torch.nn.functional.linear(x, parameters.projection[0])
     else:
-        projected = grouped_projection(x, parameters.projection, plan, backend=backend)
+        projected = grouped_projection(x, parameters.projection, plan, kernels=kernels)
     unit = heads if rule.unit_length_keys else None
     tails = (None, None, None)
     initial_state = None
@@ -117,7 +117,7 @@ def read_memories(
     if one_projection:
         k, v, raw = projected.split((sizes[0], sizes[1], sum(sizes[2:])), dim=1)
         raw = gather_rows(raw, plan)
-        options = {"gather": True, "output_tail": output_state, "backend": backend}
+        options = {"gather": True, "output_tail": output_state, "kernels": kernels}
         q, q_tail = segment_convolution(
             q, parameters.q_conv, plan, unit_length_heads=unit, initial_tail=tails[0], **options
         )
@@ -128,14 +128,14 @@ def read_memories(
     else:
         q, k, v, raw, (q_tail, k_tail, v_tail) = convolve_memories(
             q, projected, parameters.q_conv, parameters.k_conv, parameters.v_conv, plan,
-            unit_length_heads=unit, tails=tails, output_tail=output_state, backend=backend,
+            unit_length_heads=unit, tails=tails, output_tail=output_state, kernels=kernels,
         )  # fmt: skip
     raw_gates = raw[:, : sum(sizes[2:])].split(sizes[2:], dim=1)
-    gates = rule.gates(dict(zip(rule.gate_widths, raw_gates, strict=True)), parameters.rule_parameters, backend)
+    gates = rule.gates(dict(zip(rule.gate_widths, raw_gates, strict=True)), parameters.rule_parameters, kernels)
     q, k, v = (rows.unflatten(1, (heads, -1)) for rows in (q, k, v))
     if sequence_slice is not None:
-        return sequence_slice.recur(plan, rule, q, k, v, gates, backend), None
-    o, recurrent = rule.recur(q, k, v, plan.cu_seqlens, gates, initial_state, output_state, backend)
+        return sequence_slice.recur(plan, rule, q, k, v, gates, kernels), None
+    o, recurrent = rule.recur(q, k, v, plan.cu_seqlens, gates, initial_state, output_state, kernels)
     new_state = None
     if output_state:
         new_state = MemoryState(*(plan.from_segments(part) for part in (recurrent, q_tail, k_tail, v_tail)))
@@ -153,7 +153,7 @@ def mix_memories(
     state: MemoryState | None = None,
     output_state: bool = False,
     sequence_slice: SequenceSlice | None = None,
-    backend: str = "auto",
+    kernels: str = "auto",
 ) -> tuple[torch.Tensor, MemoryState | None]:
     """Projects, convolves, runs every memory's recurrence, and mixes what the memories answer.
 
@@ -174,11 +174,11 @@ def mix_memories(
     """
     o, new_state = read_memories(
         x, q, plan, parameters,
-        state=state, output_state=output_state, sequence_slice=sequence_slice, backend=backend,
+        state=state, output_state=output_state, sequence_slice=sequence_slice, kernels=kernels,
     )  # fmt: skip
     gate = gate() if callable(gate) else gate
     y = combine(
-        o, weights, plan.row_of_slot, gate.unflatten(1, o.shape[1:]), parameters.norm_weight,
-        eps=parameters.norm_eps, backend=backend,
+        o, weights, plan.row_of_choice, gate.unflatten(1, o.shape[1:]), parameters.norm_weight,
+        eps=parameters.norm_eps, kernels=kernels,
     )  # fmt: skip
     return y.flatten(1), new_state

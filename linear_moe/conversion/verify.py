@@ -149,7 +149,7 @@ def _config_arguments(args: Namespace) -> dict:
     names += ["num_attention_heads", "num_query_groups", "kv_channels", "linear_attention_freq", "window_size"]
     return {name: getattr(args, name) for name in names} | {
         "token_mixer": "mom",
-        "mom_backend": "torch",
+        "mom_kernels": "torch",
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": F.silu,

@@ -11,7 +11,7 @@ from dataclasses import fields
 from linear_moe.config import MOM_REFUSES, TOKEN_MIXERS, MomTransformerConfig, refuse
 from linear_moe.entry import core_v018
 from megatron_patches.patch import Patch, wrap
-from mom_layers.common.backend import BACKENDS
+from mom_layers.common.kernels import KERNELS
 from mom_layers.recur.rules import rule_names
 
 OURS = [f.name for f in fields(MomTransformerConfig) if f.name == "token_mixer" or f.name.startswith("mom_")]
@@ -45,7 +45,7 @@ def add_mom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         action=argparse.BooleanOptionalAction)  # fmt: skip
     add("--mom-aux-loss-coeff", "Coefficient of the memories' load-balancing loss.", type=float)
     add("--mom-z-loss-coeff", "Coefficient of the memory router's z-loss.", type=float)
-    add("--mom-backend", "Implementation of the mixer's operations.", choices=BACKENDS)
+    add("--mom-kernels", "Implementation of the mixer's operations.", choices=KERNELS)
     return parser
 
 

@@ -231,7 +231,7 @@ class MomTokenMixer(MegatronModule):
                 time_major=batch > 1,
                 context_size=self.cp_group.size(),
                 sequence_slice=sequence_slice,
-                backend=self.config.mom_backend,
+                kernels=self.config.mom_kernels,
             )
         else:
             plan = build_routing_plan(
@@ -239,13 +239,13 @@ class MomTokenMixer(MegatronModule):
                 borders,
                 num_memories=self.config.mom_num_memories,
                 shared=self.config.mom_shared_memory,
-                backend=self.config.mom_backend,
+                kernels=self.config.mom_kernels,
             )
             if batch > 1:
                 plan = plan.time_major()
             y, _ = mix_memories(
                 x.flatten(0, 1), q, gate, weights.flatten(0, 1), plan, routed,
-                sequence_slice=sequence_slice, backend=self.config.mom_backend,
+                sequence_slice=sequence_slice, kernels=self.config.mom_kernels,
             )  # fmt: skip
         y = y.unflatten(0, (length, batch))
         out, bias = self.out_proj(y)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mom_layers.common.backend import compute_dtype
+from mom_layers.common.kernels import compute_dtype
 from mom_layers.recur.rules import MemoryRule
 from mom_layers.recur.state_passing import fold_gradients, fold_states, join_tails, last_inputs
 from mom_layers.route.plan import RoutingPlan
@@ -148,33 +148,33 @@ class ContextSlice:
         k: torch.Tensor,
         v: torch.Tensor,
         gates: dict[str, torch.Tensor],
-        backend: str,
+        kernels: str,
     ) -> torch.Tensor:
         """See :meth:`mom_layers.mixing.SequenceSlice.recur`."""
         with torch.no_grad():
-            transition, contribution = self._own_map(plan, rule, q, k, v, gates, backend)
+            transition, contribution = self._own_map(plan, rule, q, k, v, gates, kernels)
             transitions, contributions = self._exchange(transition, contribution)
             state = fold_states(transitions[: self.rank], contributions[: self.rank])[-1]
             state = self.incoming(plan).spread(state, plan)
-        o, final_state = rule.recur(q, k, v, plan.cu_seqlens, gates, state, torch.is_grad_enabled(), backend)
+        o, final_state = rule.recur(q, k, v, plan.cu_seqlens, gates, state, torch.is_grad_enabled(), kernels)
         if final_state is None or not final_state.requires_grad:
             return o
         return _FromLaterRanks.apply(
-            o, final_state, transition, self, plan, rule, backend, tuple(gates), q, k, *gates.values()
+            o, final_state, transition, self, plan, rule, kernels, tuple(gates), q, k, *gates.values()
         )
 
-    def _own_map(self, plan, rule, q, k, v, gates, backend):
+    def _own_map(self, plan, rule, q, k, v, gates, kernels):
         """Transition [N, H, K, K] ([N, H, K] if diagonal) and contribution [N, H, K, V] of what goes on on the next
         rank; zeros where nobody asks for them."""
         outgoing, dtype = self.outgoing(plan), compute_dtype(k.dtype)
         shape = (outgoing.starts.numel(), *k.shape[1:])
         if self.rank < self.size - 1:
-            contribution = rule.recur(q, k, v, outgoing.cu_seqlens, gates, None, True, backend)[1]
+            contribution = rule.recur(q, k, v, outgoing.cu_seqlens, gates, None, True, kernels)[1]
             contribution = _where(outgoing.crosses, contribution[outgoing.places])
         else:
             contribution = k.new_zeros(*shape, v.shape[2], dtype=dtype)
         if 0 < self.rank < self.size - 1:
-            transition = rule.transition(k, outgoing.cu_seqlens, gates, backend)
+            transition = rule.transition(k, outgoing.cu_seqlens, gates, kernels)
             transition = _where(outgoing.through, transition[outgoing.places])
         else:
             transition = k.new_zeros(shape if rule.diagonal_transition else (*shape, k.shape[2]), dtype=dtype)
@@ -216,19 +216,19 @@ class _FromLaterRanks(torch.autograd.Function):
     another rank."""
 
     @staticmethod
-    def forward(ctx, o, final_state, transition, context_slice, plan, rule, backend, gate_names, q, k, *gates):
+    def forward(ctx, o, final_state, transition, context_slice, plan, rule, kernels, gate_names, q, k, *gates):
         ctx.save_for_backward(transition, q, k, *gates)
-        ctx.options = context_slice, plan, rule, backend, gate_names
+        ctx.options = context_slice, plan, rule, kernels, gate_names
         return o.view_as(o)
 
     @staticmethod
     def backward(ctx, do):
-        here, plan, rule, backend, gate_names = ctx.options
+        here, plan, rule, kernels, gate_names = ctx.options
         transition, q, k, *gates = (saved.detach() for saved in ctx.saved_tensors)
         incoming = here.incoming(plan)
         if here.rank > 0:
             gates = dict(zip(gate_names, gates, strict=True))
-            start = rule.initial_state_gradient(q, k, do, incoming.cu_seqlens, gates, backend)
+            start = rule.initial_state_gradient(q, k, do, incoming.cu_seqlens, gates, kernels)
         else:
             start = k.new_zeros(incoming.cu_seqlens.shape[0] - 1, *k.shape[1:], do.shape[2], dtype=transition.dtype)
         gradient = _where(incoming.crosses, start[incoming.places])

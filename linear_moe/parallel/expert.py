@@ -77,13 +77,13 @@ def plan_arrivals(counts: torch.Tensor, num_rows: int, context_size: int = 1) ->
     row = torch.arange(num_rows, dtype=torch.int32, device=counts.device)
     piece = torch.searchsorted(borders, row, right=True, out_int32=True) - 1
     token_of_row = arrival[piece] + row - borders[piece]
-    row_of_slot = torch.empty_like(row).scatter_(0, token_of_row.long(), row)[:, None]
+    row_of_choice = torch.empty_like(row).scatter_(0, token_of_row.long(), row)[:, None]
     cu_seqlens = borders[::context_size].contiguous()
     segment_of_row = piece // context_size
     num_sequences = ranks // context_size * sequences
     return RoutingPlan(
         token_of_row,
-        row_of_slot,
+        row_of_choice,
         segment_of_row,
         row - cu_seqlens[segment_of_row],
         cu_seqlens,
@@ -152,7 +152,7 @@ def mix_memories_over_ranks(
     time_major: bool = False,
     context_size: int = 1,
     sequence_slice: SequenceSlice | None = None,
-    backend: str = "auto",
+    kernels: str = "auto",
 ) -> torch.Tensor:
     """:func:`mom_layers.mixing.mix_memories` where every rank of a group holds some of the memories.
 
@@ -184,16 +184,16 @@ def mix_memories_over_ranks(
         return nullcontext() if stream is None else torch.cuda.stream(stream)
 
     with beside():  # before the shared memory's kernels fill the GPU, so that the host gets the sizes while they run
-        plan = build_routing_plan(ids, token_borders, num_memories=num_memories, shared=False, backend=backend)
+        plan = build_routing_plan(ids, token_borders, num_memories=num_memories, shared=False, kernels=kernels)
         plan = plan.time_major() if time_major else plan
         counts = None if ragged else gather_counts(plan, group, ragged)
     outputs = []
     if shared is not None:
         everyone = build_routing_plan(
-            torch.zeros_like(ids[:, :1]), token_borders, num_memories=1, shared=False, backend=backend
+            torch.zeros_like(ids[:, :1]), token_borders, num_memories=1, shared=False, kernels=kernels
         )
         everyone = everyone.time_major() if time_major else everyone
-        o, _ = read_memories(x, q, everyone, shared, sequence_slice=sequence_slice, backend=backend)
+        o, _ = read_memories(x, q, everyone, shared, sequence_slice=sequence_slice, kernels=kernels)
         outputs.append(o)
     with beside():
         counts = gather_counts(plan, group, ragged) if counts is None else counts
@@ -202,18 +202,18 @@ def mix_memories_over_ranks(
     if stream is not None:
         main = torch.cuda.current_stream()
         main.wait_stream(stream)
-        for tensor in (arrived, plan.row_of_slot, *_tensors(exchange.plan)):
+        for tensor in (arrived, plan.row_of_choice, *_tensors(exchange.plan)):
             tensor.record_stream(main)
 
     x_here, q_here = arrived.split([x.shape[1], q.shape[1]], dim=1)
-    answers, _ = read_memories(x_here, q_here, exchange.plan, routed, backend=backend)
+    answers, _ = read_memories(x_here, q_here, exchange.plan, routed, kernels=kernels)
     outputs.insert(0, exchange.give_back(answers.flatten(1)).unflatten(1, answers.shape[1:]))
-    row_of_slot = plan.row_of_slot
+    row_of_choice = plan.row_of_choice
     if shared is not None:
-        row_of_slot = torch.cat([row_of_slot, everyone.row_of_slot + plan.num_rows], dim=1)
+        row_of_choice = torch.cat([row_of_choice, everyone.row_of_choice + plan.num_rows], dim=1)
     y = combine(
-        torch.cat(outputs), weights, row_of_slot, gate.unflatten(1, answers.shape[1:]), routed.norm_weight,
-        eps=routed.norm_eps, backend=backend,
+        torch.cat(outputs), weights, row_of_choice, gate.unflatten(1, answers.shape[1:]), routed.norm_weight,
+        eps=routed.norm_eps, kernels=kernels,
     )  # fmt: skip
     return y.flatten(1)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from mom_layers.common.backend import compute_dtype, resolve_backend
+from mom_layers.common.kernels import compute_dtype, resolve_kernels
 
 
-def _combine_torch(o, weights, row_of_slot, gate, norm_weight, eps):
+def _combine_torch(o, weights, row_of_choice, gate, norm_weight, eps):
     dtype = compute_dtype(o.dtype)
-    tokens, slots = row_of_slot.shape
-    rows = o.index_select(0, row_of_slot.flatten()).unflatten(0, (tokens, slots)).to(dtype)
+    tokens, slots = row_of_choice.shape
+    rows = o.index_select(0, row_of_choice.flatten()).unflatten(0, (tokens, slots)).to(dtype)
     topk = weights.shape[1]
     mixed = (rows[:, :topk] * weights.to(dtype)[:, :, None, None]).sum(1)
     if slots > topk:
@@ -23,12 +23,12 @@ def _combine_torch(o, weights, row_of_slot, gate, norm_weight, eps):
 def combine(
     o: torch.Tensor,
     weights: torch.Tensor,
-    row_of_slot: torch.Tensor,
+    row_of_choice: torch.Tensor,
     gate: torch.Tensor,
     norm_weight: torch.Tensor,
     *,
     eps: float = 1e-6,
-    backend: str = "auto",
+    kernels: str = "auto",
 ) -> torch.Tensor:
     """Mixes the memories' outputs (MoM, eq. 9 and 10), normalises each head and gates it.
 
@@ -37,7 +37,7 @@ def combine(
     Args:
         o: [R, H, V] what every row read from its memory.
         weights: [N, k] the router's weights.
-        row_of_slot: [N, slots] int32; slots is k, or k + 1 where the last is the shared memory (weight 1).
+        row_of_choice: [N, slots] int32; slots is k, or k + 1 where the last is the shared memory (weight 1).
         gate: [N, H, V] before SiLU.
         norm_weight: [V].
 
@@ -47,7 +47,7 @@ def combine(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    tokens, slots = row_of_slot.shape
+    tokens, slots = row_of_choice.shape
     if weights.shape[0] != tokens or weights.shape[1] not in (slots, slots - 1):
         raise ValueError(f"weights must be [{tokens}, {slots - 1} or {slots}], got {list(weights.shape)}")
     if o.dim() != 3 or o.shape[0] != tokens * slots:
@@ -56,8 +56,8 @@ def combine(
         raise ValueError(f"gate must be {[tokens, *o.shape[1:]]}, got {list(gate.shape)}")
     if norm_weight.shape != o.shape[2:]:
         raise ValueError(f"norm_weight must be [{o.shape[2]}], got {list(norm_weight.shape)}")
-    if resolve_backend(backend, o) == "triton":
+    if resolve_kernels(kernels, o) == "triton":
         from mom_layers.combine.triton import combine_triton as implementation
     else:
         implementation = _combine_torch
-    return implementation(o, weights, row_of_slot, gate, norm_weight, eps)
+    return implementation(o, weights, row_of_choice, gate, norm_weight, eps)

@@ -22,12 +22,12 @@ HEAD_SIZES = (16, 32, 64, 128, 256)
 
 
 @triton.jit
-def _rows_and_weights(weights, row_of_slot, b_n, m_n, TOPK: tl.constexpr, SLOTS: tl.constexpr):
+def _rows_and_weights(weights, row_of_choice, b_n, m_n, TOPK: tl.constexpr, SLOTS: tl.constexpr):
     """Every slot's row [BN], and the router's weights [BN] of the first TOPK."""
     b_rows = ()
     b_w = ()
     for i_slot in tl.static_range(SLOTS):
-        b_rows = b_rows + (tl.load(row_of_slot + b_n * SLOTS + i_slot, mask=m_n, other=0).to(tl.int64),)
+        b_rows = b_rows + (tl.load(row_of_choice + b_n * SLOTS + i_slot, mask=m_n, other=0).to(tl.int64),)
         if i_slot < TOPK:
             b_w = b_w + (tl.load(weights + b_n * TOPK + i_slot, mask=m_n, other=0.0),)
     return b_rows, b_w
@@ -68,7 +68,7 @@ def _silu(b_gate):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _forward_kernel(
-    o, weights, row_of_slot, gate, norm_weight, y, num_tokens, eps,
+    o, weights, row_of_choice, gate, norm_weight, y, num_tokens, eps,
     stride_gate_n: tl.constexpr, stride_gate_h: tl.constexpr,
     H: tl.constexpr, V: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +76,7 @@ def _forward_kernel(
     b_n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     m_n = b_n < num_tokens
     b_v = tl.arange(0, V)
-    b_rows, b_w = _rows_and_weights(weights, row_of_slot, b_n, m_n, TOPK, SLOTS)
+    b_rows, b_w = _rows_and_weights(weights, row_of_choice, b_n, m_n, TOPK, SLOTS)
     p_gate = gate + (b_n * stride_gate_n + i_h * stride_gate_h)[:, None] + b_v[None, :]
     b_gate = tl.load(p_gate, mask=m_n[:, None], other=0.0)  # [BN, V]
     _, b_mixed = _load_and_mix(o, b_rows, b_w, m_n, i_h, H, V, TOPK)
@@ -90,7 +90,7 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _backward_kernel(
-    o, weights, row_of_slot, gate, norm_weight, dy, do, dweights, dgate, dnorm_weight,
+    o, weights, row_of_choice, gate, norm_weight, dy, do, dweights, dgate, dnorm_weight,
     num_tokens, eps, stride_gate_n: tl.constexpr, stride_gate_h: tl.constexpr, BLOCKS: tl.constexpr,
     H: tl.constexpr, V: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -104,7 +104,7 @@ def _backward_kernel(
     for i in range(BLOCKS):
         b_n = ((i_program * BLOCKS + i) * BN + tl.arange(0, BN)).to(tl.int64)
         m_n = b_n < num_tokens
-        b_rows, b_w = _rows_and_weights(weights, row_of_slot, b_n, m_n, TOPK, SLOTS)
+        b_rows, b_w = _rows_and_weights(weights, row_of_choice, b_n, m_n, TOPK, SLOTS)
         b_dw = tl.zeros([BN, BK], dtype=tl.float32)
         for i_h in range(H):
             p_gate = gate + (b_n * stride_gate_n + i_h * stride_gate_h)[:, None] + b_v[None, :]
@@ -141,14 +141,14 @@ def _backward_kernel(
 
 class Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, o, weights, row_of_slot, gate, norm_weight, eps):
+    def forward(ctx, o, weights, row_of_choice, gate, norm_weight, eps):
         (_, heads, size), (tokens, topk) = o.shape, weights.shape
         block = FORWARD_TILE_ELEMENTS // size
         y = torch.empty(tokens, heads, size, dtype=o.dtype, device=o.device)
         _forward_kernel[(triton.cdiv(tokens, block), heads)](
             o=o,
             weights=weights,
-            row_of_slot=row_of_slot,
+            row_of_choice=row_of_choice,
             gate=gate,
             norm_weight=norm_weight,
             y=y,
@@ -159,18 +159,18 @@ class Combine(torch.autograd.Function):
             H=heads,
             V=size,
             TOPK=topk,
-            SLOTS=row_of_slot.shape[1],
+            SLOTS=row_of_choice.shape[1],
             BN=block,
             num_warps=4,
         )
-        ctx.save_for_backward(o, weights, row_of_slot, gate, norm_weight)
+        ctx.save_for_backward(o, weights, row_of_choice, gate, norm_weight)
         ctx.eps = eps
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        o, weights, row_of_slot, gate, norm_weight = ctx.saved_tensors
+        o, weights, row_of_choice, gate, norm_weight = ctx.saved_tensors
         (_, heads, size), (tokens, topk) = o.shape, weights.shape
         block = BACKWARD_TILE_ELEMENTS // size
         blocks = triton.next_power_of_2(max(1, triton.cdiv(tokens, block * GRADIENT_PROGRAMS)))
@@ -182,7 +182,7 @@ class Combine(torch.autograd.Function):
         _backward_kernel[(programs,)](
             o=o,
             weights=weights,
-            row_of_slot=row_of_slot,
+            row_of_choice=row_of_choice,
             gate=gate,
             norm_weight=norm_weight,
             dy=dy.contiguous(),
@@ -198,7 +198,7 @@ class Combine(torch.autograd.Function):
             H=heads,
             V=size,
             TOPK=topk,
-            SLOTS=row_of_slot.shape[1],
+            SLOTS=row_of_choice.shape[1],
             BN=block,
             BK=triton.next_power_of_2(topk),
             num_warps=4,
@@ -206,17 +206,17 @@ class Combine(torch.autograd.Function):
         return do, dweights, None, dgate, sum_parts(dnorm_weight, norm_weight.dtype), None
 
 
-def _check(o, weights, row_of_slot, gate, norm_weight):
+def _check(o, weights, row_of_choice, gate, norm_weight):
     if o.dim() != 3 or o.dtype not in FLOATS or o.shape[2] not in HEAD_SIZES:
         raise ValueError(f"o must be [R, H, V] in 16 or 32 bits, V one of {HEAD_SIZES}, got {o.dtype} {list(o.shape)}")
     if weights.dim() != 2 or weights.dtype != torch.float32:
         raise ValueError(f"weights must be float32 [N, k], got {weights.dtype} {list(weights.shape)}")
     (rows, heads, size), (tokens, topk) = o.shape, weights.shape
-    slots = row_of_slot.shape[-1]
-    if row_of_slot.dtype != torch.int32 or row_of_slot.shape != (tokens, slots) or slots not in (topk, topk + 1):
+    slots = row_of_choice.shape[-1]
+    if row_of_choice.dtype != torch.int32 or row_of_choice.shape != (tokens, slots) or slots not in (topk, topk + 1):
         raise ValueError(
-            f"row_of_slot must be int32 [{tokens}, {topk} or {topk + 1}], "
-            f"got {row_of_slot.dtype} {list(row_of_slot.shape)}"
+            f"row_of_choice must be int32 [{tokens}, {topk} or {topk + 1}], "
+            f"got {row_of_choice.dtype} {list(row_of_choice.shape)}"
         )
     if tokens * slots != rows:
         raise ValueError(f"o has {rows} rows; {tokens} tokens in {slots} slots have {tokens * slots}")
@@ -234,19 +234,19 @@ def _check(o, weights, row_of_slot, gate, norm_weight):
 def combine_triton(
     o: torch.Tensor,
     weights: torch.Tensor,
-    row_of_slot: torch.Tensor,
+    row_of_choice: torch.Tensor,
     gate: torch.Tensor,
     norm_weight: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
     """Mixes the memories' outputs of every token, then a gated RMSNorm over each head.
 
-        m_t = sum_i w_t^i o[row_of_slot[t, i]];   y_t = RMSNorm(m_t) * norm_weight * SiLU(gate_t)
+        m_t = sum_i w_t^i o[row_of_choice[t, i]];   y_t = RMSNorm(m_t) * norm_weight * SiLU(gate_t)
 
     Args:
         o: [R, H, V] in float32, bfloat16 or float16, V one of 16, 32, 64, 128, 256; every row is some token's slot.
         weights: [N, k] float32.
-        row_of_slot: [N, slots] int32, slots k or k + 1; slot k is the shared memory's and has weight 1.
+        row_of_choice: [N, slots] int32, slots k or k + 1; slot k is the shared memory's and has weight 1.
         gate: [N, H, V]; may be a view of a wider tensor, with adjacent values.
         norm_weight: [V].
         eps: added to the mean square.
@@ -257,7 +257,7 @@ def combine_triton(
     Raises:
         ValueError: a shape, dtype or stride that does not fit.
     """
-    _check(o, weights, row_of_slot, gate, norm_weight)
+    _check(o, weights, row_of_choice, gate, norm_weight)
     return Combine.apply(
-        o.contiguous(), weights.contiguous(), row_of_slot.contiguous(), gate, norm_weight.contiguous(), eps
+        o.contiguous(), weights.contiguous(), row_of_choice.contiguous(), gate, norm_weight.contiguous(), eps
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from mom_layers.common.backend import resolve_backend
+from mom_layers.common.kernels import resolve_kernels
 from mom_layers.convolve.operation import UNIT_LENGTH_EPS, segment_convolution
 from mom_layers.route.plan import RoutingPlan
 
@@ -75,7 +75,7 @@ def convolve_memories(
     unit_length_heads: int | None,
     tails: tuple[torch.Tensor | None, ...] = (None, None, None),
     output_tail: bool = False,
-    backend: str = "auto",
+    kernels: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, ...]]:
     """Convolves queries, keys and values along their segments (MoM's short convolutions).
 
@@ -100,7 +100,7 @@ def convolve_memories(
     widths = [weight.shape[-1] for weight in (q_conv, k_conv, v_conv)]
     if len(set(widths)) > 1:
         raise ValueError(f"the convolutions must be equally wide, got {widths}")
-    if resolve_backend(backend, q) == "triton":
+    if resolve_kernels(kernels, q) == "triton":
         from mom_layers.convolve.triton import check_arguments
 
         k, v = projected[:, :keys], projected[:, keys : keys + values]
@@ -114,7 +114,7 @@ def convolve_memories(
         )
         return q, k, v, gates, tuple(tails)
     k, v, gates = projected.split((keys, values, projected.shape[1] - keys - values), dim=1)
-    options = {"output_tail": output_tail, "backend": backend}
+    options = {"output_tail": output_tail, "kernels": kernels}
     unit = {"unit_length_heads": unit_length_heads}
     q, q_tail = segment_convolution(q, q_conv, plan, gather=True, initial_tail=tails[0], **unit, **options)
     k, k_tail = segment_convolution(k, k_conv, plan, initial_tail=tails[1], **unit, **options)

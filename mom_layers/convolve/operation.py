@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from mom_layers.common.backend import compute_dtype, resolve_backend
+from mom_layers.common.kernels import compute_dtype, resolve_kernels
 from mom_layers.route.plan import RoutingPlan
 from mom_layers.route.rows import gather_rows
 
@@ -55,7 +55,7 @@ def segment_convolution(
     unit_length_heads: int | None = None,
     initial_tail: torch.Tensor | None = None,
     output_tail: bool = False,
-    backend: str = "auto",
+    kernels: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Convolves each segment's rows along time: ``y_t = SiLU(sum_j weight[:, W-1-j] * x_{t-j})``.
 
@@ -75,7 +75,7 @@ def segment_convolution(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    expected_rows = plan.row_of_slot.shape[0] if gather else plan.num_rows
+    expected_rows = plan.row_of_choice.shape[0] if gather else plan.num_rows
     if x.dim() != 2 or x.shape[0] != expected_rows:
         raise ValueError(f"x must be [{expected_rows}, C], got {list(x.shape)}")
     if weight.dim() != 2 or weight.shape[0] != x.shape[1] or weight.shape[1] < 2:
@@ -85,7 +85,7 @@ def segment_convolution(
     tail_shape = (plan.num_segments, weight.shape[1] - 1, x.shape[1])
     if initial_tail is not None and initial_tail.shape != tail_shape:
         raise ValueError(f"initial_tail must be {list(tail_shape)}, got {list(initial_tail.shape)}")
-    if resolve_backend(backend, x) == "triton":
+    if resolve_kernels(kernels, x) == "triton":
         from mom_layers.convolve.triton import segment_convolution_triton as convolve
     else:
         convolve = _convolution_torch

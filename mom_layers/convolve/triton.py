@@ -151,7 +151,7 @@ def run_backward(convolutions, plan, eps, dys, dtails, needs_initial, dxs, copie
         for convolution, du, dtail, needed in zip(convolutions, dus, dtails, needs_initial, strict=True)
     )
     dxs = tuple(
-        sum_slots(dx, plan.row_of_slot) if convolution.gather else dx
+        sum_slots(dx, plan.row_of_choice) if convolution.gather else dx
         for convolution, dx in zip(convolutions, dxs, strict=True)
     )
     return dxs, dweights, dinitial_tails
@@ -196,7 +196,7 @@ def check_arguments(x, weight, plan, gather, unit_length_heads, initial_tail):
     channels, width = weight.shape
     if not 2 <= width <= 8:
         raise ValueError(f"weight is {width} wide; the kernels support 2 to 8")
-    inputs = plan.row_of_slot.shape[0] if gather else plan.num_rows
+    inputs = plan.row_of_choice.shape[0] if gather else plan.num_rows
     if x.shape[0] != inputs:
         raise ValueError(f"x has {x.shape[0]} rows; the plan has {inputs} {'tokens' if gather else 'rows'}")
     heads = unit_length_heads

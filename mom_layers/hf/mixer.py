@@ -60,7 +60,7 @@ class MomAttention(nn.Module):
         self.o_norm = RMSNorm(value_dim, config.norm_eps)
         self.o_proj = nn.Linear(values, hidden, bias=False)
         has_kernels = config.head_dim in self.rule.head_sizes and value_dim in self.rule.head_sizes
-        self.backend = "auto" if has_kernels else "torch"
+        self.kernels = "auto" if has_kernels else "torch"
 
     def forward(
         self, x: torch.Tensor, sequence: TokenSequence, past: MemoryLayer | None = None
@@ -72,24 +72,24 @@ class MomAttention(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         tokens = x.flatten(0, 1)
-        backend = "torch" if x.dtype == torch.float64 else self.backend
+        kernels = "torch" if x.dtype == torch.float64 else self.kernels
         router_logits = self.gate(tokens)
         mask = sequence.token_mask
-        if self._decodes(tokens, sequence, past, backend):
+        if self._decodes(tokens, sequence, past, kernels):
             y = self.rule.decode_step(
                 tokens.contiguous(), self.q_proj(tokens), self.g_proj(tokens), router_logits,
                 self.memory_parameters(x.dtype), past.state, self.topk, self.shared_mem, UNIT_LENGTH_EPS,
             )  # fmt: skip
             past.advance(past.state, 1)
             return self.o_proj(y)[:, None], router_logits
-        weights, ids = route(router_logits, self.topk, backend=backend)
+        weights, ids = route(router_logits, self.topk, kernels=kernels)
         plan = build_routing_plan(
             ids,
             sequence.cu_seqlens,
             num_memories=self.num_memories,
             shared=self.shared_mem,
             token_mask=None if mask is None else mask.flatten(),
-            backend=backend,
+            kernels=kernels,
         )
         y, state = mix_memories(
             tokens,
@@ -100,19 +100,19 @@ class MomAttention(nn.Module):
             self.memory_parameters(x.dtype),
             state=None if past is None else past.state,
             output_state=past is not None,
-            backend=backend,
+            kernels=kernels,
         )
         if past is not None:
             past.advance(state, sequence.length)
         out = self.o_proj(y).unflatten(0, x.shape[:2])
         return out if mask is None else out * mask[..., None], router_logits
 
-    def _decodes(self, tokens, sequence: TokenSequence, past: MemoryLayer | None, backend: str) -> bool:
+    def _decodes(self, tokens, sequence: TokenSequence, past: MemoryLayer | None, kernels: str) -> bool:
         """Whether the new tokens, one of every sequence, can go through the kernels that change the state in place."""
         one_each = sequence.length == 1 and sequence.token_mask is None and past is not None and past.state is not None
         if not one_each or torch.is_grad_enabled() or self.q_conv1d.weight.dtype != tokens.dtype:
             return False
-        return steps_in_kernels(self.rule, backend, tokens)
+        return steps_in_kernels(self.rule, kernels, tokens)
 
     def memory_parameters(self, dtype: torch.dtype) -> MemoryParameters:
         return MemoryParameters(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from mom_layers.common.backend import resolve_backend
+from mom_layers.common.kernels import resolve_kernels
 from mom_layers.route.plan import RoutingPlan
 from mom_layers.route.rows import gather_rows
 
@@ -47,7 +47,7 @@ class _GroupedProduct(torch.autograd.Function):
             dweight = F.grouped_mm(dy.t(), rows, offs=plan.memory_offsets)[:, : ctx.columns]
             del rows
         if ctx.needs_input_grad[0]:
-            dx = sum_slots(F.grouped_mm(dy, weight, offs=plan.memory_offsets), plan.row_of_slot)
+            dx = sum_slots(F.grouped_mm(dy, weight, offs=plan.memory_offsets), plan.row_of_choice)
         return dx, dweight, None
 
 
@@ -61,7 +61,7 @@ def _projection_torch(x, weight, plan):
 
 
 def grouped_projection(
-    x: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, *, backend: str = "auto"
+    x: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, *, kernels: str = "auto"
 ) -> torch.Tensor:
     """``rows[r] = weight[memory of r] @ x[token of r]``: the keys, values and gates of every row in one product, in
     autocast's type where that is on.
@@ -77,14 +77,14 @@ def grouped_projection(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    if x.dim() != 2 or x.shape[0] != plan.row_of_slot.shape[0]:
-        raise ValueError(f"x must be [{plan.row_of_slot.shape[0]}, D], got {list(x.shape)}")
+    if x.dim() != 2 or x.shape[0] != plan.row_of_choice.shape[0]:
+        raise ValueError(f"x must be [{plan.row_of_choice.shape[0]}, D], got {list(x.shape)}")
     if weight.dim() != 3 or weight.shape[0] != plan.num_groups or weight.shape[2] != x.shape[1]:
         raise ValueError(f"weight must be [{plan.num_groups}, O, {x.shape[1]}], got {list(weight.shape)}")
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # a product as any other
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    if resolve_backend(backend, x) == "triton" and not has_device_grouped_mm(x, weight):
+    if resolve_kernels(kernels, x) == "triton" and not has_device_grouped_mm(x, weight):
         from mom_layers.project.triton import grouped_projection_triton
 
         return grouped_projection_triton(x, weight, plan)

@@ -177,7 +177,7 @@ class GroupedProjection(torch.autograd.Function):
             dy = dy.contiguous()
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            dx = sum_slots(_project(dy, weight.transpose(1, 2), ctx.plan, None), ctx.plan.row_of_slot)
+            dx = sum_slots(_project(dy, weight.transpose(1, 2), ctx.plan, None), ctx.plan.row_of_choice)
         if ctx.needs_input_grad[1]:
             dweight = _weight_gradient(dy, x, weight, ctx.plan)
         return dx, dweight, None
@@ -210,6 +210,6 @@ def grouped_projection_triton(x: torch.Tensor, weight: torch.Tensor, plan) -> to
         )
     if weight.shape[0] != plan.num_groups:
         raise ValueError(f"weight has {weight.shape[0]} groups; the plan has {plan.num_groups}")
-    if x.shape[0] != plan.row_of_slot.shape[0]:
-        raise ValueError(f"x has {x.shape[0]} tokens; the plan has {plan.row_of_slot.shape[0]}")
+    if x.shape[0] != plan.row_of_choice.shape[0]:
+        raise ValueError(f"x has {x.shape[0]} tokens; the plan has {plan.row_of_choice.shape[0]}")
     return GroupedProjection.apply(x, weight, plan)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from mom_layers.common.backend import resolve_backend
+from mom_layers.common.kernels import resolve_kernels
 
 # Rows a chunk: one tensor-core tile high, and 64 x 64 scores a chunk cost less than a 256 x 256 state does.
 CHUNK = 64
@@ -29,7 +29,7 @@ class ChunkTable(NamedTuple):
 
 
 def chunk_table(
-    cu_seqlens: torch.Tensor, num_rows: int, chunk_size: int = CHUNK, *, backend: str = "torch"
+    cu_seqlens: torch.Tensor, num_rows: int, chunk_size: int = CHUNK, *, kernels: str = "torch"
 ) -> ChunkTable:
     """Lists the chunks of every segment in order; the last chunk of a segment may be partial, an empty one has none.
 
@@ -37,12 +37,12 @@ def chunk_table(
         cu_seqlens: [S + 1] int32, from 0 to ``num_rows``, never decreasing.
         num_rows: R.
         chunk_size: C, rows a chunk.
-        backend: "torch", "triton" or "auto"; what the kernels' callers choose.
+        kernels: "torch", "triton" or "auto"; what the kernels' callers choose.
 
     Never waits for the device, so it can be captured in a CUDA graph.
     """
     num_slots = num_rows // chunk_size + cu_seqlens.shape[0] - 1
-    if resolve_backend(backend, cu_seqlens) == "triton":
+    if resolve_kernels(kernels, cu_seqlens) == "triton":
         from mom_layers.recur.chunk_table_triton import chunk_table_triton
 
         return ChunkTable(*chunk_table_triton(cu_seqlens, num_slots, chunk_size))

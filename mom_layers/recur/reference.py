@@ -107,13 +107,13 @@ def _recur_gla(q, k, v, raw, parameters, ends):
 _RECURRENCES = {"gated_deltanet": _recur_gated_deltanet, "gla": _recur_gla}
 
 
-def combine_reference(o, weights, row_of_slot, gate, norm_weight, eps):
-    """o [R, H, V]; weights [N, k]; row_of_slot [N, slots]; gate [N, H, V]; norm_weight [V]. Returns y [N, H, V].
+def combine_reference(o, weights, row_of_choice, gate, norm_weight, eps):
+    """o [R, H, V]; weights [N, k]; row_of_choice [N, slots]; gate [N, H, V]; norm_weight [V]. Returns y [N, H, V].
 
     y_t = sum_m w_t^m o_t^m + o_t^shared;  RMSNorm over V of every head, times SiLU(gate).
     """
     out = []
-    for token, row_ids in enumerate(row_of_slot.tolist()):
+    for token, row_ids in enumerate(row_of_choice.tolist()):
         mixed = 0.0
         for slot, row in enumerate(row_ids):
             mixed = mixed + (weights[token, slot] * o[row] if slot < weights.shape[1] else o[row])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mom_layers.common.backend import resolve_backend
+from mom_layers.common.kernels import resolve_kernels
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RoutingPlan:
     """
 
     token_of_row: torch.Tensor  # [R] int32
-    row_of_slot: torch.Tensor  # [N, slots] int32; the last slot is the shared memory's where there is one
+    row_of_choice: torch.Tensor  # [N, slots] int32; the last slot is the shared memory's where there is one
     segment_of_row: torch.Tensor  # [R] int32
     position_of_row: torch.Tensor  # [R] int32, row's index inside its segment
     cu_seqlens: torch.Tensor  # [S + 1] int32, first row of every segment, then R
@@ -45,12 +45,12 @@ class RoutingPlan:
         b T + t. Lets a layer work on [T, B, D] without transposing it.
         """
         shape = (self.num_sequences, -1)
-        tokens = torch.arange(self.row_of_slot.shape[0], dtype=torch.int32, device=self.token_of_row.device)
+        tokens = torch.arange(self.row_of_choice.shape[0], dtype=torch.int32, device=self.token_of_row.device)
         place = tokens.unflatten(0, shape[::-1]).t().flatten()
         return replace(
             self,
             token_of_row=place.index_select(0, self.token_of_row),
-            row_of_slot=self.row_of_slot.unflatten(0, shape).transpose(0, 1).flatten(0, 1),
+            row_of_choice=self.row_of_choice.unflatten(0, shape).transpose(0, 1).flatten(0, 1),
         )
 
     def to_segments(self, state: torch.Tensor) -> torch.Tensor:
@@ -89,12 +89,12 @@ def _plan_torch(memory_ids, token_cu_seqlens, num_memories, shared, token_mask):
     end = total.cumsum(0, dtype=torch.int32)
     start = end - total
 
-    row_of_slot = (start + after - chosen).gather(1, ids)
+    row_of_choice = (start + after - chosen).gather(1, ids)
     if token_mask is not None:  # a masked token holds several rows of the last bucket
-        row_of_slot += torch.where(ids == groups, torch.arange(slots, dtype=torch.int32, device=device), 0)
+        row_of_choice += torch.where(ids == groups, torch.arange(slots, dtype=torch.int32, device=device), 0)
     token_of_row = torch.empty(rows, dtype=torch.int32, device=device)
     token = torch.arange(tokens, dtype=torch.int32, device=device)[:, None].expand(tokens, slots)
-    token_of_row.scatter_(0, row_of_slot.flatten().long(), token.flatten())
+    token_of_row.scatter_(0, row_of_choice.flatten().long(), token.flatten())
 
     before = torch.cat([after.new_zeros(1, buckets), after])[token_cu_seqlens[:-1].long()]  # [B, buckets]
     starts = (start + before)[:, :groups].t().flatten()
@@ -106,7 +106,7 @@ def _plan_torch(memory_ids, token_cu_seqlens, num_memories, shared, token_mask):
     row = torch.arange(rows, dtype=torch.int32, device=device)
     segment_of_row = torch.searchsorted(cu_seqlens, row, right=True, out_int32=True) - 1
     position_of_row = row - cu_seqlens[segment_of_row]
-    return token_of_row, row_of_slot, segment_of_row, position_of_row, cu_seqlens, memory_offsets
+    return token_of_row, row_of_choice, segment_of_row, position_of_row, cu_seqlens, memory_offsets
 
 
 def build_routing_plan(
@@ -116,7 +116,7 @@ def build_routing_plan(
     num_memories: int,
     shared: bool = True,
     token_mask: torch.Tensor | None = None,
-    backend: str = "auto",
+    kernels: str = "auto",
 ) -> RoutingPlan:
     """Sorts (token, memory) pairs into rows by (memory, sequence, time), without looking at the data on the host.
 
@@ -127,7 +127,7 @@ def build_routing_plan(
         num_memories: M, without the shared memory.
         shared: append the shared memory as group M, which every token chooses.
         token_mask: [N] bool, False for padding: such tokens reach no memory.
-        backend: "auto", "torch" or "triton".
+        kernels: "auto", "torch" or "triton".
 
     Raises:
         ValueError: a shape or type that does not fit.
@@ -145,7 +145,7 @@ def build_routing_plan(
         raise ValueError(
             f"token_mask must be bool [{memory_ids.shape[0]}], got {token_mask.dtype} {list(token_mask.shape)}"
         )
-    if resolve_backend(backend, memory_ids) == "triton":
+    if resolve_kernels(kernels, memory_ids) == "triton":
         from mom_layers.route.plan_triton import plan_triton as plan
     else:
         plan = _plan_torch

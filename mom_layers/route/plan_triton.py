@@ -92,7 +92,7 @@ def _rows_before(ends, b_c, i_block, num_blocks, m_c):
 @triton.jit(do_not_specialize=[*COUNTS, "num_rows"])
 def _write_kernel(
     memory_ids, token_cu_seqlens, token_mask, ends,
-    token_of_row, row_of_slot, segment_of_row, position_of_row, cu_seqlens, memory_offsets,
+    token_of_row, row_of_choice, segment_of_row, position_of_row, cu_seqlens, memory_offsets,
     stride_n, stride_k, num_sequences, num_blocks, num_rows, SEARCH_STEPS: tl.constexpr,
     TOPK: tl.constexpr, SLOTS: tl.constexpr, SHARED_ID: tl.constexpr, GROUPS: tl.constexpr, BUCKETS: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr,
@@ -127,7 +127,7 @@ def _write_kernel(
         b_r = tl.sum(tl.where(b_hit, b_row, 0), axis=1) + tl.where(b_masked, i_slot, 0)
         b_position = b_r - tl.sum(tl.where(b_hit, b_start[None, :], 0), axis=1)
         b_segment = b_id * num_sequences + tl.where(b_masked, 0, i_sequence)
-        tl.store(row_of_slot + b_n.to(tl.int64) * SLOTS + i_slot, b_r, mask=m_n)
+        tl.store(row_of_choice + b_n.to(tl.int64) * SLOTS + i_slot, b_r, mask=m_n)
         tl.store(token_of_row + b_r, b_n, mask=m_n)
         tl.store(segment_of_row + b_r, b_segment, mask=m_n)
         tl.store(position_of_row + b_r, b_position, mask=m_n)
@@ -152,7 +152,7 @@ def plan_triton(
         token_mask: [N] bool, False for padding, or None.
 
     Returns:
-        token_of_row [R], row_of_slot [N, slots], segment_of_row [R], position_of_row [R], cu_seqlens [S + 1] and
+        token_of_row [R], row_of_choice [N, slots], segment_of_row [R], position_of_row [R], cu_seqlens [S + 1] and
         memory_offsets [G], all int32.
 
     Raises:
@@ -174,7 +174,7 @@ def plan_triton(
     device, int32 = memory_ids.device, torch.int32
     counts = torch.empty(buckets * num_blocks, dtype=int32, device=device)
     token_of_row = torch.empty(rows, dtype=int32, device=device)
-    row_of_slot = torch.empty(tokens, slots, dtype=int32, device=device)
+    row_of_choice = torch.empty(tokens, slots, dtype=int32, device=device)
     segment_of_row = torch.empty(rows, dtype=int32, device=device)
     position_of_row = torch.empty(rows, dtype=int32, device=device)
     cu_seqlens = torch.empty(segments + 1, dtype=int32, device=device)
@@ -202,7 +202,7 @@ def plan_triton(
     _write_kernel[(num_blocks,)](
         ends=ends,
         token_of_row=token_of_row,
-        row_of_slot=row_of_slot,
+        row_of_choice=row_of_choice,
         segment_of_row=segment_of_row,
         position_of_row=position_of_row,
         cu_seqlens=cu_seqlens,
@@ -210,4 +210,4 @@ def plan_triton(
         num_rows=rows,
         **inputs,
     )
-    return token_of_row, row_of_slot, segment_of_row, position_of_row, cu_seqlens, memory_offsets
+    return token_of_row, row_of_choice, segment_of_row, position_of_row, cu_seqlens, memory_offsets

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from mom_layers.common.backend import compute_dtype, resolve_backend
+from mom_layers.common.kernels import compute_dtype, resolve_kernels
 
 
-def route(logits: torch.Tensor, topk: int, *, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
+def route(logits: torch.Tensor, topk: int, *, kernels: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
     """Top-k of softmax, renormalised (MoM, eq. 5 and 6).
 
     Args:
@@ -17,7 +17,7 @@ def route(logits: torch.Tensor, topk: int, *, backend: str = "auto") -> tuple[to
     Returns:
         weights [N, k], which sum to 1, and memory ids [N, k].
     """
-    if resolve_backend(backend, logits) == "triton" and logits.dtype != torch.float64:
+    if resolve_kernels(kernels, logits) == "triton" and logits.dtype != torch.float64:
         from mom_layers.route.router_triton import top_k_routing_triton
 
         return top_k_routing_triton(logits, topk)

@@ -12,27 +12,35 @@ PARTS_TILE = (256, 32)  # partial sums at a time, and columns of a program
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _sum_slots_kernel(
-    rows, row_of_slot, out, num_tokens, D: tl.constexpr, SLOTS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
+    rows, row_of_choice, out, num_tokens, D: tl.constexpr, SLOTS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
 ):
-    """out[t] = sum over slots of rows[row_of_slot[t, slot]]."""
+    """out[t] = sum over slots of rows[row_of_choice[t, slot]]."""
     b_t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     b_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_t = b_t < num_tokens
     m_tile = m_t[:, None] & (b_d < D)[None, :]
     b_sum = tl.zeros([BT, BD], dtype=tl.float32)
     for i_slot in tl.static_range(SLOTS):
-        b_r = tl.load(row_of_slot + b_t * SLOTS + i_slot, mask=m_t, other=0).to(tl.int64)  # [BT]
+        b_r = tl.load(row_of_choice + b_t * SLOTS + i_slot, mask=m_t, other=0).to(tl.int64)  # [BT]
         b_sum += tl.load(rows + b_r[:, None] * D + b_d[None, :], mask=m_tile, other=0.0).to(tl.float32)  # [BT, BD]
     tl.store(out + b_t[:, None] * D + b_d[None, :], b_sum.to(out.dtype.element_ty), mask=m_tile)
 
 
-def sum_slots(rows: torch.Tensor, row_of_slot: torch.Tensor) -> torch.Tensor:
-    """rows [R, C] to tokens [N, C]: the sum over a token's rows, row_of_slot [N, slots], in float32."""
-    (tokens, slots), inputs = row_of_slot.shape, rows.shape[1]
+def sum_slots(rows: torch.Tensor, row_of_choice: torch.Tensor) -> torch.Tensor:
+    """rows [R, C] to tokens [N, C]: the sum over a token's rows, row_of_choice [N, slots], in float32."""
+    (tokens, slots), inputs = row_of_choice.shape, rows.shape[1]
     BT, BD = SUM_TILE
     out = torch.empty(tokens, inputs, dtype=rows.dtype, device=rows.device)
     _sum_slots_kernel[(triton.cdiv(tokens, BT), triton.cdiv(inputs, BD))](
-        rows=rows, row_of_slot=row_of_slot, out=out, num_tokens=tokens, D=inputs, SLOTS=slots, BT=BT, BD=BD, num_warps=4
+        rows=rows,
+        row_of_choice=row_of_choice,
+        out=out,
+        num_tokens=tokens,
+        D=inputs,
+        SLOTS=slots,
+        BT=BT,
+        BD=BD,
+        num_warps=4,
     )
     return out
 

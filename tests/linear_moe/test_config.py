@@ -39,7 +39,7 @@ def test_losses_get_their_scale_in_a_dense_model_only_from_the_hook():
         ({"mom_expand_v": 3.0}, r"head_dim \* expand_v = 768 is not supported"),
         ({"mom_num_heads": 3, "tensor_model_parallel_size": 2}, "--mom-num-heads 3 does not divide over"),
         ({"mom_aux_loss_coeff": -1.0}, "--mom-aux-loss-coeff must not be negative, got -1.0"),
-        ({"mom_backend": "cuda"}, "--mom-backend must be one of auto, torch, triton, got 'cuda'"),
+        ({"mom_kernels": "cuda"}, "--mom-kernels must be one of auto, torch, triton, got 'cuda'"),
         ({"linear_attention_freq": 1}, "--linear-attention-freq 1 leaves no MoM layer"),
         ({"linear_attention_freq": [0, 0, 0, 0]}, "lists no MoM layer"),
         ({"linear_attention_freq": [1, 1]}, "a 0 or 1 for each of the 4 layers, got .1, 1."),
@@ -71,4 +71,4 @@ def test_refuses_what_cannot_work(settings, message):
 
 
 def test_any_head_size_goes_with_the_torch_backend():
-    assert config(mom_head_dim=100, mom_backend="torch").mom_value_dim == 100
+    assert config(mom_head_dim=100, mom_kernels="torch").mom_value_dim == 100

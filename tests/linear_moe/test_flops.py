@@ -70,7 +70,7 @@ def test_mom_layer_flops_against_a_flop_counter(single_kv_proj, rule):
     sizes = dict(
         rule=rule, num_heads=2, head_dim=16, expand_v=2.0, num_memories=4, topk=2, single_kv_proj=single_kv_proj
     )
-    layer = MixtureOfMemories(64, **sizes, backend="torch")
+    layer = MixtureOfMemories(64, **sizes, kernels="torch")
     x = torch.randn(2, 24, 64, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         layer(x)[0].sum().backward()

@@ -25,7 +25,7 @@ def layer(dtype=torch.float64, favour: dict[int, float] | None = None, **sizes) 
     """
     torch.manual_seed(0)
     small = {"hidden_size": 32, "num_heads": 2, "head_dim": 16}
-    if sizes.get("backend") == "triton":  # the interpreter's time goes by segments and heads
+    if sizes.get("kernels") == "triton":  # the interpreter's time goes by segments and heads
         small |= {"num_heads": 1, "num_memories": 2, "topk": 1}
     module = MixtureOfMemories(**(small | sizes))
     with torch.no_grad():
@@ -58,7 +58,7 @@ def make_plan(lengths=RAGGED, num_memories=4, topk=2, shared=True, masked=False,
         num_memories=num_memories,
         shared=shared,
         token_mask=(torch.rand(tokens, generator=generator) < 0.7).to(DEVICE) if masked else None,
-        backend="torch",
+        kernels="torch",
     )
 
 

@@ -11,12 +11,12 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def inputs(plan, heads, size, topk, dtype=torch.float32, norm_dtype=torch.float32, gate_columns=0):
-    tokens = plan.row_of_slot.shape[0]
+    tokens = plan.row_of_choice.shape[0]
     gate = draw(tokens, gate_columns + heads * size, dtype=dtype, seed=3)[:, gate_columns:].unflatten(1, (heads, size))
     return dict(
         o=draw(plan.num_rows, heads, size, dtype=dtype),
         weights=draw(tokens, topk, seed=2).softmax(-1),
-        row_of_slot=plan.row_of_slot,
+        row_of_choice=plan.row_of_choice,
         gate=gate,
         norm_weight=draw(size, dtype=norm_dtype, seed=4),
         eps=1e-5,
@@ -74,7 +74,7 @@ def test_a_token_reaches_only_its_own_rows():
     dy[7] = 1.0
     (do,) = torch.autograd.grad(y, o, dy)
     own = torch.zeros(plan.num_rows, dtype=torch.bool, device=DEVICE)
-    own[plan.row_of_slot[7].long()] = True
+    own[plan.row_of_choice[7].long()] = True
     assert (do[~own] == 0).all() and (do[own] != 0).flatten(1).any(1).all()
 
 
@@ -93,8 +93,8 @@ def test_bad_inputs_are_refused():
         (r"\[15, 2, 24\]", dict(o=draw(15, 2, 24))),
         ("o has 14 rows; 5 tokens in 3 slots have 15", dict(o=draw(14, 2, 16))),
         ("weights must be float32", dict(weights=given["weights"].bfloat16())),
-        ("row_of_slot must be int32", dict(row_of_slot=given["row_of_slot"].long())),
-        (r"row_of_slot must be int32 \[5, 2 or 3\]", dict(row_of_slot=given["row_of_slot"][:, :1])),
+        ("row_of_choice must be int32", dict(row_of_choice=given["row_of_choice"].long())),
+        (r"row_of_choice must be int32 \[5, 2 or 3\]", dict(row_of_choice=given["row_of_choice"][:, :1])),
         ("gate must be", dict(gate=draw(5, 2, 32))),
         ("adjacent values", dict(gate=draw(5, 16, 2).transpose(1, 2))),
         (r"norm_weight must be \[16\]", dict(norm_weight=draw(32))),

@@ -23,9 +23,9 @@ def test_agrees(rows, heads, dtype):
     raw, A_log, dt_bias = (x.requires_grad_() for x in inputs(rows, heads, dtype))
     exact = [x.detach().double().requires_grad_() for x in (raw, A_log, dt_bias)]
 
-    def gates(raw, A_log, dt_bias, backend):
+    def gates(raw, A_log, dt_bias, kernels):
         given = {"beta": raw[:, 1 : 1 + heads], "a": raw[:, 2 + heads : 2 + 2 * heads]}
-        return rule.gates(given, {"A_log": A_log, "dt_bias": dt_bias}, backend)
+        return rule.gates(given, {"A_log": A_log, "dt_bias": dt_bias}, kernels)
 
     got, expected = gates(raw, A_log, dt_bias, "triton"), gates(*exact, "torch")
     for name in ("g", "beta"):

@@ -9,11 +9,11 @@ from comparison import TOLERANCE, inputs, layer, relative_error
 from mom_layers import layer as mom
 
 
-def prefilled(batch, dtype, backend, steps=2, **settings):
+def prefilled(batch, dtype, kernels, steps=2, **settings):
     """A layer, its state after 7 tokens and the tokens that follow; and the same in float64, for the general path."""
     settings = {"num_heads": 2, "num_memories": 4, "topk": 2} | settings
-    module = layer(dtype, backend=backend, **settings)
-    exact = layer(torch.float64, backend="torch", **settings)
+    module = layer(dtype, kernels=kernels, **settings)
+    exact = layer(torch.float64, kernels="torch", **settings)
     exact.load_state_dict(module.state_dict())
     x = inputs(batch, 7 + steps, dtype=dtype).detach()
     with torch.no_grad():
@@ -46,9 +46,9 @@ def test_steps_agree(settings, dtype):
         assert relative_error(getattr(state, name), getattr(exact_state, name)) <= TOLERANCE[dtype], name
 
 
-@pytest.mark.parametrize("backend,rule", [("torch", "gated_deltanet"), ("triton", "gla")])
-def test_the_general_path_steps_in_place_too(backend, rule):
-    module, state, exact, exact_state, tokens = prefilled(3, torch.float32, backend, steps=1, rule=rule)
+@pytest.mark.parametrize("kernels,rule", [("torch", "gated_deltanet"), ("triton", "gla")])
+def test_the_general_path_steps_in_place_too(kernels, rule):
+    module, state, exact, exact_state, tokens = prefilled(3, torch.float32, kernels, steps=1, rule=rule)
     places = [getattr(state, name).data_ptr() for name in ("recurrent", "q_tail", "k_tail", "v_tail")]
     got = module.step(tokens[:, 0], state)
     expected, exact_state = exact(tokens.double(), state=exact_state, output_state=True)

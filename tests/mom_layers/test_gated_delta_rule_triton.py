@@ -215,11 +215,11 @@ def test_gated_delta_rule_triton_refuses(monkeypatch):
         gated_delta_rule_triton(good[0].repeat(1, 1, 2)[..., :24], good[1].repeat(1, 1, 2)[..., :24], *good[2:6])
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("lengths", [RAGGED, [0], [5], [0, 0, 128, 0], [1] * 20, [70, 0, 3] * 100])
-def test_chunk_table(lengths, backend):
+def test_chunk_table(lengths, kernels):
     cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0, dtype=torch.int32)
-    table = chunk_table(cu_seqlens, sum(lengths), 64, backend=backend)
+    table = chunk_table(cu_seqlens, sum(lengths), 64, kernels=kernels)
     chunks = [(s, i) for s, length in enumerate(lengths) for i in range(-(-length // 64))]
     assert table.segment.dtype == table.index.dtype == table.offsets.dtype == torch.int32
     assert table.segment.shape == table.index.shape == (sum(lengths) // 64 + len(lengths),)

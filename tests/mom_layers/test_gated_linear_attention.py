@@ -58,7 +58,7 @@ def test_gated_linear_attention_agrees(dtype, decay):
 
     def chunked(q, k, v, g, cu_seqlens, state):
         return gated_linear_attention(
-            q, k, v, g, cu_seqlens, initial_state=state, output_final_state=True, backend="torch"
+            q, k, v, g, cu_seqlens, initial_state=state, output_final_state=True, kernels="torch"
         )
 
     got, want = outputs_and_gradients(chunked, leaves, cu_seqlens), expected(leaves, cu_seqlens)
@@ -73,7 +73,7 @@ def test_gated_linear_attention_agrees_for_short_segments(lengths):
 
     def chunked(q, k, v, g, cu_seqlens, state):
         return gated_linear_attention(
-            q, k, v, g, cu_seqlens, initial_state=state, output_final_state=True, scale=0.7, backend="torch"
+            q, k, v, g, cu_seqlens, initial_state=state, output_final_state=True, scale=0.7, kernels="torch"
         )
 
     got, want = outputs_and_gradients(chunked, leaves, cu_seqlens), expected(leaves, cu_seqlens, scale=0.7)

@@ -19,7 +19,7 @@ def reference(x, weight, plan):
 
 
 def compare(plan, width, outputs, dtype=torch.float32, slice_of=None):
-    wide = draw(plan.row_of_slot.shape[0], slice_of or width, dtype=dtype)
+    wide = draw(plan.row_of_choice.shape[0], slice_of or width, dtype=dtype)
     x = wide[:, wide.shape[1] - width :].requires_grad_()
     weight = draw(plan.num_groups, outputs, width, dtype=dtype, seed=2).requires_grad_()
     x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
@@ -53,7 +53,7 @@ def test_nobody_picks_the_last_memory_and_everybody_the_first():
         torch.tensor([0, 130], dtype=torch.int32, device=DEVICE),
         num_memories=3,
         shared=False,
-        backend="torch",
+        kernels="torch",
     )
     dweight = compare(plan, 16, 8)
     assert (dweight[1:] == 0).all()
@@ -136,7 +136,7 @@ def test_columns_that_are_not_aligned_are_padded(monkeypatch):
 
 def test_a_layer_takes_padded_columns(monkeypatch):
     """Keys, values and gates lie where they lay, in both passes."""
-    mixer = layer(torch.bfloat16, backend="triton")  # 34 columns a memory
+    mixer = layer(torch.bfloat16, kernels="triton")  # 34 columns a memory
     x = inputs(2, 9, dtype=torch.bfloat16)
 
     def run():

@@ -9,13 +9,13 @@ from mom_layers.recur.reference import mixture_of_memories_reference
 
 LENGTHS = [1, 2, 3, 63, 64, 65, 127, 500]
 # The kernels' own tests have the long and ragged cases: in the interpreter a whole layer takes seconds.
-BACKENDS = [("torch", torch.float64), ("triton", torch.float32)]
+KERNELS = [("torch", torch.float64), ("triton", torch.float32)]
 EVERY_RULE = pytest.mark.parametrize("rule", ["gated_deltanet", "gla"])
 
 
-def assert_agrees(module, x, dtype, backend, cu_seqlens=None):
+def assert_agrees(module, x, dtype, kernels, cu_seqlens=None):
     """Outputs and every gradient of `module` on x equal the reference's in float64."""
-    module.backend = backend
+    module.kernels = kernels
     exact = {name: p.detach().double().cpu().requires_grad_() for name, p in module.named_parameters()}
     exact_x = x.detach().double().cpu().requires_grad_()
     settings = {"num_heads": module.num_heads, "topk": module.topk, "shared": module.shared_memory}
@@ -57,19 +57,19 @@ def test_agrees_for_every_number_of_memories(memories, topk, shared):
     assert_agrees(module, inputs(2, 21), torch.float64, "torch")
 
 
-@pytest.mark.parametrize("backend,dtype", BACKENDS)
+@pytest.mark.parametrize("kernels,dtype", KERNELS)
 @pytest.mark.parametrize("sizes", [{}, {"expand_v": 2.0}, {"single_kv_proj": True}, {"conv_kernel": 2}])
 @EVERY_RULE
-def test_agrees_for_other_shapes(rule, sizes, backend, dtype):
-    x = inputs(2, 35 if backend == "torch" else 9, dtype=dtype)
-    assert_agrees(layer(dtype, rule=rule, backend=backend, **sizes), x, dtype, backend)
+def test_agrees_for_other_shapes(rule, sizes, kernels, dtype):
+    x = inputs(2, 35 if kernels == "torch" else 9, dtype=dtype)
+    assert_agrees(layer(dtype, rule=rule, kernels=kernels, **sizes), x, dtype, kernels)
 
 
-@pytest.mark.parametrize("backend,dtype", BACKENDS)
+@pytest.mark.parametrize("kernels,dtype", KERNELS)
 @pytest.mark.parametrize("favour", [{1: -50.0}, {1: 50.0}, {0: 50.0, 3: 50.0}], ids=["nobody", "everybody", "only-two"])
-def test_agrees_when_a_memory_is_never_or_always_chosen(favour, backend, dtype):
-    x = inputs(*((2, 66) if backend == "torch" else (1, 7)), dtype=dtype)
-    assert_agrees(layer(dtype, favour=favour, num_heads=2 if backend == "torch" else 1), x, dtype, backend)
+def test_agrees_when_a_memory_is_never_or_always_chosen(favour, kernels, dtype):
+    x = inputs(*((2, 66) if kernels == "torch" else (1, 7)), dtype=dtype)
+    assert_agrees(layer(dtype, favour=favour, num_heads=2 if kernels == "torch" else 1), x, dtype, kernels)
 
 
 @pytest.mark.parametrize("length", [1, 65])
@@ -78,19 +78,19 @@ def test_triton_agrees(rule, length):
     assert_agrees(layer(torch.float32, rule=rule), inputs(1, length, dtype=torch.float32), torch.float32, "triton")
 
 
-@pytest.mark.parametrize("backend,dtype", BACKENDS)
+@pytest.mark.parametrize("kernels,dtype", KERNELS)
 @EVERY_RULE
-def test_packed_documents_agree(rule, backend, dtype):
-    cu_seqlens = torch.tensor([0, 5, 5, 6, 70, 90] if backend == "torch" else [0, 5, 5, 6, 14], dtype=torch.int32)
-    module, x = layer(dtype, rule=rule, backend=backend), inputs(1, int(cu_seqlens[-1]), dtype=dtype)
-    assert_agrees(module, x, dtype, backend, cu_seqlens)
+def test_packed_documents_agree(rule, kernels, dtype):
+    cu_seqlens = torch.tensor([0, 5, 5, 6, 70, 90] if kernels == "torch" else [0, 5, 5, 6, 14], dtype=torch.int32)
+    module, x = layer(dtype, rule=rule, kernels=kernels), inputs(1, int(cu_seqlens[-1]), dtype=dtype)
+    assert_agrees(module, x, dtype, kernels, cu_seqlens)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @EVERY_RULE
-def test_training_equals_evaluation(rule, backend):
-    module = layer(torch.float32, rule=rule, backend=backend)
-    x = inputs(2, 70 if backend == "torch" else 9, dtype=torch.float32)
+def test_training_equals_evaluation(rule, kernels):
+    module = layer(torch.float32, rule=rule, kernels=kernels)
+    x = inputs(2, 70 if kernels == "torch" else 9, dtype=torch.float32)
     trained, _ = module.train()(x)
     evaluated, _ = module.eval()(x)
     assert torch.equal(trained, evaluated)
@@ -98,14 +98,14 @@ def test_training_equals_evaluation(rule, backend):
         assert torch.equal(module(x)[0], evaluated)
 
 
-@pytest.mark.parametrize("backend,dtype", BACKENDS)
-def test_nothing_crosses_sequences_or_documents(backend, dtype):
-    module = layer(dtype, backend=backend)
-    x = inputs(3, 20 if backend == "torch" else 5, dtype=dtype)
+@pytest.mark.parametrize("kernels,dtype", KERNELS)
+def test_nothing_crosses_sequences_or_documents(kernels, dtype):
+    module = layer(dtype, kernels=kernels)
+    x = inputs(3, 20 if kernels == "torch" else 5, dtype=dtype)
     (grad,) = torch.autograd.grad(module(x)[0][1].square().sum(), x)
     assert grad[1].abs().sum() > 0 and grad[0].abs().max() == 0 and grad[2].abs().max() == 0
 
-    first, last, length = (3, 40, 60) if backend == "torch" else (3, 8, 12)
+    first, last, length = (3, 40, 60) if kernels == "torch" else (3, 8, 12)
     x = inputs(1, length, dtype=dtype)
     cu_seqlens = torch.tensor([0, first, last, length], dtype=torch.int32, device=DEVICE)
     (grad,) = torch.autograd.grad(module(x, cu_seqlens=cu_seqlens)[0][0, first:last].square().sum(), x)
@@ -113,21 +113,21 @@ def test_nothing_crosses_sequences_or_documents(backend, dtype):
     assert grad[0, :first].abs().max() == 0 and grad[0, last:].abs().max() == 0
 
 
-@pytest.mark.parametrize("backend,dtype", BACKENDS)
-def test_nothing_comes_from_the_future(backend, dtype):
-    module, x = layer(dtype, backend=backend), inputs(1, 70 if backend == "torch" else 10, dtype=dtype)
+@pytest.mark.parametrize("kernels,dtype", KERNELS)
+def test_nothing_comes_from_the_future(kernels, dtype):
+    module, x = layer(dtype, kernels=kernels), inputs(1, 70 if kernels == "torch" else 10, dtype=dtype)
     y, _ = module(x)
-    for token in (0, 1, 30, 63, 64) if backend == "torch" else (0, 5):
+    for token in (0, 1, 30, 63, 64) if kernels == "torch" else (0, 5):
         (grad,) = torch.autograd.grad(y[0, token].square().sum(), x, retain_graph=True)
         assert grad[0, token].abs().sum() > 0
         assert grad[0, token + 1 :].abs().max() == 0
 
 
-@pytest.mark.parametrize("backend,dtype", BACKENDS)
-def test_a_memory_hears_only_its_tokens(backend, dtype):
+@pytest.mark.parametrize("kernels,dtype", KERNELS)
+def test_a_memory_hears_only_its_tokens(kernels, dtype):
     """Without the shared memory, a token's output depends on no token that chose other memories only."""
-    module = layer(dtype, num_memories=4, topk=1, shared_memory=False, backend=backend)
-    x = inputs(1, 40 if backend == "torch" else 12, dtype=dtype)
+    module = layer(dtype, num_memories=4, topk=1, shared_memory=False, kernels=kernels)
+    x = inputs(1, 40 if kernels == "torch" else 12, dtype=dtype)
     chosen = module.router(x).topk(1, dim=-1).indices[0, :, 0]
     memory = int(chosen[-1])
     (grad,) = torch.autograd.grad(module(x)[0][0, -1].square().sum(), x)
@@ -135,13 +135,13 @@ def test_a_memory_hears_only_its_tokens(backend, dtype):
     assert grad[0, chosen != memory].abs().max() == 0
 
 
-@pytest.mark.parametrize("backend,dtype", BACKENDS)
+@pytest.mark.parametrize("kernels,dtype", KERNELS)
 @pytest.mark.parametrize("single_kv_proj", [False, True])
 @EVERY_RULE
-def test_pieces_equal_the_whole(rule, backend, dtype, single_kv_proj):
+def test_pieces_equal_the_whole(rule, kernels, dtype, single_kv_proj):
     """Prefill in pieces and decoding token by token give what one forward gives, state included."""
-    lengths = [1, 1, 2, 64, 1, 1, 5] if backend == "torch" else [1, 4, 1]
-    module = layer(dtype, rule=rule, backend=backend, single_kv_proj=single_kv_proj)
+    lengths = [1, 1, 2, 64, 1, 1, 5] if kernels == "torch" else [1, 4, 1]
+    module = layer(dtype, rule=rule, kernels=kernels, single_kv_proj=single_kv_proj)
     x = inputs(3, sum(lengths), dtype=dtype)
     with torch.no_grad():
         whole, whole_state = module(x, output_state=True)
@@ -157,10 +157,10 @@ def test_pieces_equal_the_whole(rule, backend, dtype, single_kv_proj):
     assert torch.equal(chosen.recurrent[1], state.recurrent[2]) and chosen.nbytes == state.nbytes
 
 
-@pytest.mark.parametrize("backend,dtype", BACKENDS)
+@pytest.mark.parametrize("kernels,dtype", KERNELS)
 @EVERY_RULE
-def test_gradients_flow_through_the_state(rule, backend, dtype):
-    module, x = layer(dtype, rule=rule, backend=backend), inputs(2, 20 if backend == "torch" else 6, dtype=dtype)
+def test_gradients_flow_through_the_state(rule, kernels, dtype):
+    module, x = layer(dtype, rule=rule, kernels=kernels), inputs(2, 20 if kernels == "torch" else 6, dtype=dtype)
     whole, _ = module(x)
     _, state = module(x[:, :4], output_state=True)
     rest, _ = module(x[:, 4:], state=state)
@@ -170,10 +170,10 @@ def test_gradients_flow_through_the_state(rule, backend, dtype):
     assert relative_error(got, expected) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("backend,dtype", BACKENDS)
-def test_padding_reaches_no_memory(backend, dtype):
-    length = 30 if backend == "torch" else 9
-    module, x = layer(dtype, backend=backend), inputs(3, length, dtype=dtype)
+@pytest.mark.parametrize("kernels,dtype", KERNELS)
+def test_padding_reaches_no_memory(kernels, dtype):
+    length = 30 if kernels == "torch" else 9
+    module, x = layer(dtype, kernels=kernels), inputs(3, length, dtype=dtype)
     mask = torch.ones(3, length, dtype=torch.bool, device=DEVICE)
     mask[0, :4] = False
     mask[2, :-1] = False
@@ -204,12 +204,12 @@ def test_bf16_stays_close_to_the_reference(rule):
     assert relative_error(module(x)[0], expected) <= 2e-2  # the projections around the mixer round to bf16 too
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @EVERY_RULE
-def test_autocast_runs_products_in_bf16(rule, backend):
+def test_autocast_runs_products_in_bf16(rule, kernels):
     """As Hugging Face's Trainer trains in bf16: float32 weights and inputs; decoding too."""
     # Every memory is chosen, so that rounding sends no token elsewhere.
-    module = layer(torch.float32, rule=rule, backend=backend, num_memories=2, topk=2)
+    module = layer(torch.float32, rule=rule, kernels=kernels, num_memories=2, topk=2)
     x = inputs(2, 9, dtype=torch.float32)
 
     def run():
@@ -235,8 +235,8 @@ def test_autocast_runs_products_in_bf16(rule, backend):
         ({"num_memories": 2, "topk": 3}, "topk must be between 1 and the number of memories .2., got 3"),
         ({"head_dim": 10, "expand_v": 0.33}, "head_dim . expand_v a whole number, got 10 . 0.33"),
         ({"conv_kernel": 1}, "conv_kernel must be between 2 and 8, got 1"),
-        ({"head_dim": 48, "backend": "triton"}, "head_dim = 48 is not supported by the gated_deltanet kernels"),
-        ({"rule": "gla", "head_dim": 48, "backend": "triton"}, "head_dim = 48 is not supported by the gla kernels"),
+        ({"head_dim": 48, "kernels": "triton"}, "head_dim = 48 is not supported by the gated_deltanet kernels"),
+        ({"rule": "gla", "head_dim": 48, "kernels": "triton"}, "head_dim = 48 is not supported by the gla kernels"),
     ],
 )
 def test_refuses_bad_sizes(sizes, message):
@@ -315,8 +315,8 @@ def test_triton_agrees_with_torch_at_real_sizes(rule, head_dim, expand_v, heads,
     torch.manual_seed(0)
     sizes = {"hidden_size": 512, "num_heads": heads, "head_dim": head_dim, "expand_v": expand_v}
     sizes["rule"] = rule
-    module = MixtureOfMemories(**sizes, backend="triton").to("cuda", dtype)
-    exact = MixtureOfMemories(**sizes, backend="torch").to("cuda", torch.float64)
+    module = MixtureOfMemories(**sizes, kernels="triton").to("cuda", dtype)
+    exact = MixtureOfMemories(**sizes, kernels="torch").to("cuda", torch.float64)
     exact.load_state_dict(module.state_dict())
     x = torch.randn(3, 700, 512, device="cuda").to(dtype)
     with torch.no_grad():  # both must route alike, so the choice must not hang on rounding

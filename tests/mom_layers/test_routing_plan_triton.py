@@ -8,7 +8,7 @@ from mom_layers.recur.reference import routing_plan_reference
 from mom_layers.route.plan import _plan_torch, build_routing_plan
 from mom_layers.route.plan_triton import plan_triton
 
-NAMES = ("token_of_row", "row_of_slot", "segment_of_row", "position_of_row", "cu_seqlens", "memory_offsets")
+NAMES = ("token_of_row", "row_of_choice", "segment_of_row", "position_of_row", "cu_seqlens", "memory_offsets")
 RAGGED = [0, 1, 2, 3, 63, 64, 65, 0]
 
 
@@ -90,7 +90,7 @@ def test_strided_and_int32_ids():
 
 def test_public_function_chooses_it():
     ids = random_ids(65, 4, 2)
-    plans = [build_routing_plan(ids, offsets([65]), num_memories=4, backend=b) for b in ("triton", "torch")]
+    plans = [build_routing_plan(ids, offsets([65]), num_memories=4, kernels=b) for b in ("triton", "torch")]
     assert all(torch.equal(getattr(plans[0], name), getattr(plans[1], name)) for name in NAMES)
 
 
@@ -109,6 +109,8 @@ def test_time_major_rows_read_the_same_tokens(shared):
     )
     other = plan.time_major()
     assert torch.equal(by_time[other.token_of_row], tokens[plan.token_of_row])
-    slots = plan.row_of_slot.unflatten(0, (sequences, length)).transpose(0, 1).flatten(0, 1)
-    assert torch.equal(other.row_of_slot, slots) and other.token_of_row.dtype == other.row_of_slot.dtype == torch.int32
+    slots = plan.row_of_choice.unflatten(0, (sequences, length)).transpose(0, 1).flatten(0, 1)
+    assert (
+        torch.equal(other.row_of_choice, slots) and other.token_of_row.dtype == other.row_of_choice.dtype == torch.int32
+    )
     assert torch.equal(other.cu_seqlens, plan.cu_seqlens)

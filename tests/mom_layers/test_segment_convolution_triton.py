@@ -19,7 +19,7 @@ def leaf(tensor, dtype=None):
 
 
 def compare(plan, gather, channels, width, heads, with_tails, dtype=torch.float32, slice_of=None):
-    inputs = plan.row_of_slot.shape[0] if gather else plan.num_rows
+    inputs = plan.row_of_choice.shape[0] if gather else plan.num_rows
     wide = draw(inputs, slice_of or channels, dtype=dtype)
     x = wide[:, wide.shape[1] - channels :].requires_grad_()
     weight = leaf(draw(channels, width, dtype=dtype, seed=2))
@@ -93,7 +93,7 @@ def test_no_tokens():
 @pytest.mark.parametrize("gather", [False, True])
 def test_nothing_crosses_segments(gather):
     plan = make_plan(LENGTHS)
-    x = leaf(draw(plan.row_of_slot.shape[0] if gather else plan.num_rows, 16))
+    x = leaf(draw(plan.row_of_choice.shape[0] if gather else plan.num_rows, 16))
     y, _ = segment_convolution_triton(x, draw(16, 4, seed=2), plan, gather, 1)
     segment = plan.num_sequences - 1  # memory 0's part of the last sequence
     inside = plan.segment_of_row == segment
@@ -133,14 +133,14 @@ def test_bad_inputs_are_refused():
 @pytest.mark.parametrize("with_tails, gates_have_gradient", [(True, True), (False, False)])
 def test_three_convolutions_in_one_launch(with_tails, gates_have_gradient):
     plan, channels, columns = make_plan([2, 0, 39], masked=True), (32, 32, 48), 6
-    shapes = [(plan.row_of_slot.shape[0], 32), (plan.num_rows, 32 + 48 + columns), *((c, 4) for c in channels)]
+    shapes = [(plan.row_of_choice.shape[0], 32), (plan.num_rows, 32 + 48 + columns), *((c, 4) for c in channels)]
     shapes += [(plan.num_segments, 3, c) for c in channels] if with_tails else []
     leaves = [leaf(draw(*shape, seed=i)) for i, shape in enumerate(shapes)]
 
-    def convolve(backend):
+    def convolve(kernels):
         tails = leaves[5:] if with_tails else (None,) * 3
         *rows, new_tails = convolve_memories(
-            *leaves[:5], plan, unit_length_heads=2, tails=tails, output_tail=with_tails, backend=backend
+            *leaves[:5], plan, unit_length_heads=2, tails=tails, output_tail=with_tails, kernels=kernels
         )
         outputs = [*rows, *(new_tails if with_tails else ())]
         used = [out for i, out in enumerate(outputs) if gates_have_gradient or i != 3]

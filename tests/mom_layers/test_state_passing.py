@@ -126,11 +126,11 @@ def test_nothing_before_the_first_piece():
 def plan_of(lengths):
     """Rows are the tokens in their order: one memory, which every token goes to."""
     everyone = torch.zeros(sum(lengths), 1, dtype=torch.int32)
-    return build_routing_plan(everyone, borders(lengths), num_memories=1, shared=False, backend="torch")
+    return build_routing_plan(everyone, borders(lengths), num_memories=1, shared=False, kernels="torch")
 
 
 def convolve(x, weight, lengths, tail, gather):
-    options = {"gather": gather, "initial_tail": tail, "output_tail": True, "backend": "torch"}
+    options = {"gather": gather, "initial_tail": tail, "output_tail": True, "kernels": "torch"}
     return segment_convolution(x, weight, plan_of(lengths), **options)
 
 

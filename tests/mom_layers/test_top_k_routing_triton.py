@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def expected(logits, topk):
-    return route(logits.double(), topk, backend="torch")
+    return route(logits.double(), topk, kernels="torch")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -86,7 +86,7 @@ def test_bad_input_is_refused(logits, topk, message):
 
 def test_route_takes_it_where_triton_is_asked_for():
     logits = draw(20, 4)
-    weights, ids = route(logits, 2, backend="triton")
+    weights, ids = route(logits, 2, kernels="triton")
     assert torch.equal(weights, top_k_routing_triton(logits, 2)[0])
-    assert route(logits.double(), 2, backend="triton")[0].dtype == torch.float64
+    assert route(logits.double(), 2, kernels="triton")[0].dtype == torch.float64
     assert torch.equal(ids, expected(logits, 2)[1])

@@ -53,8 +53,8 @@ class _GatedLinearAttention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         q, k, v, g, cu_seqlens = (x.contiguous() for x in (q, k, v, g, cu_seqlens))
         initial_state = None if initial_state is None else initial_state.contiguous()
-        table = chunk_table(cu_seqlens, q.shape[0], backend="triton")
-        groups = chunk_table(cu_seqlens, q.shape[0], GROUP * CHUNK, backend="triton")
+        table = chunk_table(cu_seqlens, q.shape[0], kernels="triton")
+        groups = chunk_table(cu_seqlens, q.shape[0], GROUP * CHUNK, kernels="triton")
         o = torch.empty_like(v)
         final_state = checkpoints = None
         if output_final_state:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from mom_layers.common.backend import compute_dtype, resolve_backend
+from mom_layers.common.kernels import compute_dtype, resolve_kernels
 from mom_layers.recur.chunk_rows import ChunkRows
 from mom_layers.recur.chunk_table import CHUNK
 
@@ -78,7 +78,7 @@ def gated_linear_attention(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
     scale: float | None = None,
-    backend: str = "auto",
+    kernels: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Runs gated linear attention along every segment.
 
@@ -92,7 +92,7 @@ def gated_linear_attention(
         initial_state: [S, H, K, V] float32; zeros when absent.
         output_final_state: also return the state after each segment.
         scale: of q; K ** -0.5 when absent.
-        backend: "auto", "torch" (chunked PyTorch; reads lengths on the host) or "triton".
+        kernels: "auto", "torch" (chunked PyTorch; reads lengths on the host) or "triton".
 
     Returns:
         o [R, H, V] in v's type, and the final state [S, H, K, V] in float32 (float64 for float64 inputs) or None.
@@ -110,7 +110,7 @@ def gated_linear_attention(
     if initial_state is not None and initial_state.shape != state_shape:
         raise ValueError(f"initial_state must be {list(state_shape)}, got {list(initial_state.shape)}")
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    if resolve_backend(backend, q) == "triton":
+    if resolve_kernels(kernels, q) == "triton":
         from mom_layers.recur.channel_decay.autograd import gated_linear_attention_triton
 
         return gated_linear_attention_triton(q, k, v, g, cu_seqlens, initial_state, output_final_state, scale)

@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from mom_layers.common.backend import compute_dtype, resolve_backend
+from mom_layers.common.kernels import compute_dtype, resolve_kernels
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.rules.registry import MemoryRule, differentiate_initial_state
 from mom_layers.recur.scalar_delta import gated_delta_rule
@@ -34,9 +34,9 @@ def init_parameters(num_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
     return {"A_log": rate.log(), "dt_bias": inverse_softplus}
 
 
-def gates(raw, parameters, backend):
+def gates(raw, parameters, kernels):
     """raw beta, a [R, H]; A_log, dt_bias [H]. Returns g (log decay), beta [R, H] in float32 or float64."""
-    if resolve_backend(backend, raw["a"]) == "triton":
+    if resolve_kernels(kernels, raw["a"]) == "triton":
         from mom_layers.recur.scalar_delta.gates_triton import decay_gates_triton
 
         g, beta = decay_gates_triton(raw["beta"], raw["a"], parameters["A_log"], parameters["dt_bias"])
@@ -46,26 +46,26 @@ def gates(raw, parameters, backend):
     return {"g": g, "beta": torch.sigmoid(raw["beta"].to(dtype))}
 
 
-def recur(q, k, v, cu_seqlens, gates, initial_state, output_final_state, backend):
+def recur(q, k, v, cu_seqlens, gates, initial_state, output_final_state, kernels):
     return gated_delta_rule(
         q, k, v, gates["g"], gates["beta"], cu_seqlens,
-        initial_state=initial_state, output_final_state=output_final_state, backend=backend,
+        initial_state=initial_state, output_final_state=output_final_state, kernels=kernels,
     )  # fmt: skip
 
 
-def transition(k, cu_seqlens, gates, backend):
+def transition(k, cu_seqlens, gates, kernels):
     """The product of ``exp(g) (I - beta k k^T)`` over a segment: its final state from the identity, with no values."""
     segments, (_, heads, k_dim) = cu_seqlens.shape[0] - 1, k.shape
     identity = torch.eye(k_dim, dtype=compute_dtype(k.dtype), device=k.device).expand(segments, heads, k_dim, k_dim)
-    return recur(k, k, torch.zeros_like(k), cu_seqlens, gates, identity, True, backend)[1]
+    return recur(k, k, torch.zeros_like(k), cu_seqlens, gates, identity, True, kernels)[1]
 
 
-def initial_state_gradient(q, k, do, cu_seqlens, gates, backend):
-    if resolve_backend(backend, q) == "triton":
+def initial_state_gradient(q, k, do, cu_seqlens, gates, kernels):
+    if resolve_kernels(kernels, q) == "triton":
         from mom_layers.recur.scalar_delta.autograd import initial_state_gradient_triton
 
         return initial_state_gradient_triton(q, k, gates["g"], gates["beta"], do, cu_seqlens)
-    return differentiate_initial_state(recur)(q, k, do, cu_seqlens, gates, backend)
+    return differentiate_initial_state(recur)(q, k, do, cu_seqlens, gates, kernels)
 
 
 def decode_step(*arguments):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from mom_layers.common.backend import compute_dtype
+from mom_layers.common.kernels import compute_dtype
 from mom_layers.recur.channel_decay import gated_linear_attention
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.rules.registry import MemoryRule, differentiate_initial_state
@@ -31,7 +31,7 @@ def init_parameters(num_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
     return {"decay_up": up, "decay_bias": torch.zeros(num_heads, head_dim)}
 
 
-def gates(raw, parameters, backend):
+def gates(raw, parameters, kernels):
     """raw decay [R, H * rank]; decay_up [H, rank, K], decay_bias [H, K]. Returns g [R, H, K] in float32 or float64."""
     dtype = compute_dtype(raw["decay"].dtype)
     up, bias = parameters["decay_up"].to(dtype), parameters["decay_bias"].to(dtype)
@@ -40,21 +40,21 @@ def gates(raw, parameters, backend):
     return {"g": F.logsigmoid(logits) / NORMALIZER}
 
 
-def recur(q, k, v, cu_seqlens, gates, initial_state, output_final_state, backend):
+def recur(q, k, v, cu_seqlens, gates, initial_state, output_final_state, kernels):
     return gated_linear_attention(
         q, k, v, gates["g"], cu_seqlens,
-        initial_state=initial_state, output_final_state=output_final_state, backend=backend,
+        initial_state=initial_state, output_final_state=output_final_state, kernels=kernels,
     )  # fmt: skip
 
 
-def transition(k, cu_seqlens, gates, backend):
+def transition(k, cu_seqlens, gates, kernels):
     """What a segment leaves of each key channel of the state that it started from: the exponential of the sum of g.
 
     Args:
         k: [R, H, K]; its type decides the result's.
         cu_seqlens: [S + 1] int32, from 0 to R; segments may be empty.
         gates: of :func:`gates`.
-        backend: not needed: the same on every device.
+        kernels: not needed: the same on every device.
 
     Returns:
         [S, H, K] in float32 (float64 for float64 keys), 1 for empty segments.

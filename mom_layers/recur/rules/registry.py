@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mom_layers.common.backend import compute_dtype
+from mom_layers.common.kernels import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class MemoryRule:
         parameter_shapes: key size K -> {name: shape of a head's part}; the rule's parameters are [H, *shape].
         init_parameters: (num_heads, K) -> {name: float32 [H, *shape] tensor}; drawn with torch's global generator on
             the CPU.
-        gates: ({gate name: [R, H * width]}, {parameter name: [H, *shape]}, backend) -> what ``recur`` takes as gates.
-        recur: (q [R, H, K], k, v [R, H, V], cu_seqlens, gates, initial_state, output_final_state, backend) ->
+        gates: ({gate name: [R, H * width]}, {parameter name: [H, *shape]}, kernels) -> what ``recur`` takes as gates.
+        recur: (q [R, H, K], k, v [R, H, V], cu_seqlens, gates, initial_state, output_final_state, kernels) ->
             (o [R, H, V], final state [S, H, K, V] or None).
-        transition: (k [R, H, K], cu_seqlens, gates, backend) -> the matrix that a segment multiplies its initial state
+        transition: (k [R, H, K], cu_seqlens, gates, kernels) -> the matrix that a segment multiplies its initial state
             by, [S, H, K, K] in float32 (float64 for float64 keys); [S, H, K] where it is diagonal.
-        initial_state_gradient: (q, k [R, H, K], do [R, H, V], cu_seqlens, gates, backend) -> the gradient of the
+        initial_state_gradient: (q, k [R, H, K], do [R, H, V], cu_seqlens, gates, kernels) -> the gradient of the
             initial state, [S, H, K, V], through the outputs alone, whose gradient is do. They are linear in the state,
             so that no values are needed.
         diagonal_transition: it is.
@@ -76,11 +76,11 @@ def kept_exact(parameters: Iterable[torch.nn.Parameter]):
 def differentiate_initial_state(recur: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]):
     """``initial_state_gradient`` of a rule that has no shorter way to it than the gradient of its recurrence."""
 
-    def initial_state_gradient(q, k, do, cu_seqlens, gates, backend):
+    def initial_state_gradient(q, k, do, cu_seqlens, gates, kernels):
         shape = (cu_seqlens.shape[0] - 1, *k.shape[1:], do.shape[2])
         state = torch.zeros(shape, dtype=compute_dtype(k.dtype), device=k.device, requires_grad=True)
         with torch.enable_grad():
-            o, _ = recur(q, k, do, cu_seqlens, gates, state, False, backend)
+            o, _ = recur(q, k, do, cu_seqlens, gates, state, False, kernels)
             return torch.autograd.grad(o, state, do)[0]
 
     return initial_state_gradient

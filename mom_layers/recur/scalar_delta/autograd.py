@@ -54,8 +54,8 @@ class _GatedDeltaRule(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         q, k, v, g, beta, cu_seqlens = (x.contiguous() for x in (q, k, v, g, beta, cu_seqlens))
         initial_state = None if initial_state is None else initial_state.contiguous()
-        table = chunk_table(cu_seqlens, q.shape[0], backend="triton")
-        groups = chunk_table(cu_seqlens, q.shape[0], GROUP * CHUNK, backend="triton")
+        table = chunk_table(cu_seqlens, q.shape[0], kernels="triton")
+        groups = chunk_table(cu_seqlens, q.shape[0], GROUP * CHUNK, kernels="triton")
         o = torch.empty_like(v)
         final_state = decayed_state = checkpoints = errors = None
         if output_final_state:
@@ -175,8 +175,8 @@ def initial_state_gradient_triton(
     _check(q, k, do, g, beta, cu_seqlens, None)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     q, k, g, beta, do, cu_seqlens = (x.contiguous() for x in (q, k, g, beta, do, cu_seqlens))
-    table = chunk_table(cu_seqlens, q.shape[0], backend="triton")
-    groups = chunk_table(cu_seqlens, q.shape[0], GROUP * CHUNK, backend="triton")
+    table = chunk_table(cu_seqlens, q.shape[0], kernels="triton")
+    groups = chunk_table(cu_seqlens, q.shape[0], GROUP * CHUNK, kernels="triton")
     gates, solved, scores = chunk_local(q, k, g, beta, cu_seqlens, table)
     gradient = q.new_empty(cu_seqlens.shape[0] - 1, *q.shape[1:], do.shape[2], dtype=torch.float32)
     # The walk multiplies dS with the states of the forward pass too, for dg: nobody asks for that here.

@@ -30,7 +30,7 @@ def test_arriving_rows_are_sorted_by_memory_source_sequence_and_time():
     ]
     plan = plan_arrivals(counts, len(arrived))
     assert [arrived[i] for i in plan.token_of_row] == sorted(arrived)
-    assert plan.row_of_slot[plan.token_of_row.long(), 0].tolist() == list(range(len(arrived)))
+    assert plan.row_of_choice[plan.token_of_row.long(), 0].tolist() == list(range(len(arrived)))
     assert plan.cu_seqlens.tolist() == [0, 3, 3, 3, 3, 4, 6, 10, 11] and plan.memory_offsets.tolist() == [3, 11]
     assert [sorted(arrived)[i][3] for i in range(len(arrived))] == plan.position_of_row.tolist()
 

@@ -54,7 +54,7 @@ def test_tokens_decoded_by_the_kernels_equal_one_forward(changes, monkeypatch):
             calls.append(rule)
             return rule.decode_step(*arguments)
 
-        monkeypatch.setattr(mixer, "backend", "triton")
+        monkeypatch.setattr(mixer, "kernels", "triton")
         monkeypatch.setattr(mixer, "rule", replace(rule, decode_step=counted))
     for t in range(6, 9):
         seen = mask[:, : t + 1]
@@ -72,7 +72,7 @@ def test_decoded_embeddings_may_lie_transposed_in_memory(monkeypatch):
     expected = model(inputs_embeds=embedded).logits[:, 6]
     model(inputs_embeds=embedded[:, :6], past_key_values=cache)
     for layer in model.model.layers:
-        monkeypatch.setattr(layer.attn, "backend", "triton")
+        monkeypatch.setattr(layer.attn, "kernels", "triton")
     last = embedded[:, 6].t().contiguous().t()[:, None]
     got = model(inputs_embeds=last, past_key_values=cache).logits[:, 0]
     assert relative_error(got, expected) < 1e-5

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import torch
 
-BACKENDS = ("auto", "torch", "triton")
+KERNELS = ("auto", "torch", "triton")
 
 
-def resolve_backend(backend: str, tensor: torch.Tensor) -> str:
+def resolve_kernels(kernels: str, tensor: torch.Tensor) -> str:
     """Returns ``"torch"`` or ``"triton"``; ``"auto"`` means Triton on a CUDA device and PyTorch elsewhere.
 
     Raises ValueError for any other name.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    if backend == "auto":
+    if kernels not in KERNELS:
+        raise ValueError(f"unknown kernels {kernels!r}: choose one of {', '.join(KERNELS)}")
+    if kernels == "auto":
         return "triton" if tensor.is_cuda else "torch"
-    return backend
+    return kernels
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
