@@ -18,8 +18,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Shared memory of a multiprocessor that one program may use, in bytes, where no device can be asked: an H100's.
-INTERPRETER_SHARED_MEMORY = 227 * 1024
+# Shared memory of a multiprocessor that one program may use, in bytes, where no device can be asked: an A100's.
+INTERPRETER_SHARED_MEMORY = 163 * 1024
 
 
 @dataclass(frozen=True)
