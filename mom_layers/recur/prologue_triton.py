@@ -63,3 +63,12 @@ def chunk_of_program(chunk_segment, H: tl.constexpr):
     i_c, i_h = tl.program_id(0) // H, tl.program_id(0) % H
     i_s = tl.load(chunk_segment + i_c)
     return i_c, i_h, i_s
+
+
+@triton.jit
+def rows_of_chunk(cu_seqlens, chunk_index, i_c, i_s, BT: tl.constexpr):
+    """A chunk's place in its segment, its first row, and the row where its segment ends."""
+    i_index = tl.load(chunk_index + i_c)
+    i_row = tl.load(cu_seqlens + i_s) + i_index * BT
+    end = tl.load(cu_seqlens + i_s + 1)
+    return i_index, i_row, end
