@@ -10,8 +10,6 @@ from mom_layers.common.kernels import resolve_kernels
 
 # Rows a chunk: one tensor-core tile high, and 64 x 64 scores a chunk cost less than a 256 x 256 state does.
 CHUNK = 64
-# Chunks a group: the state is stored once a group for the backward pass, which computes the others again.
-GROUP = 8
 
 
 class ChunkTable(NamedTuple):
