@@ -217,13 +217,14 @@ def test_gated_delta_rule_triton_refuses(monkeypatch):
 
     refuses(r"k must be \[R, H, K\].*\[8, 2, 32\]", 1, good[2])
     refuses(r"g and beta must be \[8, 2\], got \[8, 1\]", 3, good[3][:, :1])
-    refuses(r"V = 48 .*\(16, 32, 64, 128, 256\)", 2, good[2].repeat(1, 1, 2)[..., :48])
     refuses("share one type.*bfloat16", 2, good[2].bfloat16())
     refuses("beta must be of a type.*float64", 4, good[4].double())
     refuses("cu_seqlens must be.*int64", 5, cu_seqlens.long())
     refuses(r"initial_state must be \[2, 2, 16, 32\], got \[1, 2, 16, 32\]", 6, good[6][:1])
     refuses("initial_state must be float32, got torch.float64", 6, good[6].double())
     refuses("cu_seqlens on meta", 5, cu_seqlens.to("meta"))
+    with pytest.raises(ValueError, match=r"V = 48 .*\(16, 32, 64, 128, 256\)"):
+        gated_delta_rule_triton(*good[:2], good[2].repeat(1, 1, 2)[..., :48], *good[3:6])
     with pytest.raises(ValueError, match="K = 24"):
         gated_delta_rule_triton(good[0].repeat(1, 1, 2)[..., :24], good[1].repeat(1, 1, 2)[..., :24], *good[2:6])
 

@@ -108,7 +108,7 @@ def local_gradients_kernel(
     FROM_ZERO: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """(16) to (22) of one chunk and head. dq and dk hold the parts that come through the states already."""
+    """Equations (16) to (22) of one chunk and head. dq and dk hold the parts that come through the states already."""
     low: gl.constexpr = k.dtype.element_ty
     NW: gl.constexpr = num_warps
     i_c, i_h = gl.program_id(0) // H, gl.program_id(0) % H
@@ -126,7 +126,7 @@ def local_gradients_kernel(
     L_j: gl.constexpr = gl.SliceLayout(0, L_tt)
     L_d: gl.constexpr = product_layout(BT, BK, NW)
     L_v: gl.constexpr = copy_layout(V, NW)
-    # Two wide buffers and one for e let two programs share a multiprocessor: q and k follow do and y in theirs.
+    # Two wide buffers and one for e, so that two programs share a multiprocessor: q and k follow do and y there.
     wide: gl.constexpr = max(K, V)
     s_1 = gl.allocate_shared_memory(low, [BT, wide], shared_layout(BT, wide, low))
     s_2 = gl.allocate_shared_memory(low, [BT, wide], shared_layout(BT, wide, low))
@@ -194,11 +194,12 @@ def local_gradients_kernel(
     async_copy.wait_group(0)
     publish()
 
+    # (20) and (21), BK columns at a time, with N's part of (22) on the way. The four products of a step run at once,
+    # while the next step's dq and dk are fetched.
     L_out: gl.constexpr = copy_layout(BK, NW)
     o_t = gl.arange(0, BT, layout=gl.SliceLayout(1, L_out))
     o_k = gl.arange(0, BK, layout=gl.SliceLayout(0, L_out))
     empty = gl.zeros([BT, BK], gl.float32, layout=L_d)
-    # (20) and (21), BK columns at a time; N's part of (22) on the way.
     for i_k in gl.static_range(0, K, BK):
         s_kb, s_qb = s_k.slice(i_k, BK, dim=1), s_q.slice(i_k, BK, dim=1)
         s_dqb, s_dkb = s_dq.index(i_k // BK % 2), s_dk.index(i_k // BK % 2)

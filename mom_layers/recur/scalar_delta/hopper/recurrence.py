@@ -71,6 +71,7 @@ def recurrence_kernel(
     """
     low: gl.constexpr = k.dtype
     NW: gl.constexpr = num_warps
+    # Tile, head and segment; the last segments start first: in a Mixture-of-Memories they are the longest ones.
     i_v = gl.program_id(0) % (V // BV)
     i_h = gl.program_id(0) // (V // BV) % H
     i_s = (gl.num_programs(0) - 1 - gl.program_id(0)) // (V // BV) // H
@@ -78,9 +79,11 @@ def recurrence_kernel(
     num_rows = gl.load(cu_seqlens + i_s + 1) - i_first
     num_chunks = gl.cdiv(num_rows, BT)
     i_chunk = gl.load(chunk_offsets + i_s) * H + i_h
-    i_span_first = gl.load(span_offsets + i_s)
+    i_spans = gl.load(span_offsets + i_s)
     rows = i_first.to(gl.int64) * H + i_h
 
+    # Accumulators: rows by columns of V, and the state. In shared memory k has two places, one for the next chunk; q, X
+    # and P have as many as there are stages. The low-precision S is the right operand of the products with k and q.
     L_r: gl.constexpr = product_layout(BT, BV, NW)
     L_S: gl.constexpr = product_layout(K, BV, NW)
     L_t: gl.constexpr = gl.SliceLayout(1, L_r)
@@ -107,6 +110,7 @@ def recurrence_kernel(
         b_S = gl.load(initial_state + i_state + o_kv)
     else:
         b_S = gl.zeros([K, BV], gl.float32, layout=L_S)
+    # One barrier for each tile, or pair of tiles, that is waited for.
     arrived = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(4):
         mbarrier.init(arrived.index(i), count=1)
@@ -135,8 +139,7 @@ def recurrence_kernel(
         s_S = s_S_one.index(i_zero)
         s_u = s_u_one.index(i_zero)
         s_r, s_end = s_turns.index(i_buffer), s_turns.index(1 - i_buffer)
-        # S and k are ready in shared memory; the next chunk's tiles start to come, and this one's predecessor's results
-        # to go.
+        # Puts S beside k in shared memory, starts to fetch from the next chunk, and stores o and e of the chunk before.
         s_S.store(b_S.to(low))
         mbarrier.wait(arrived.index(i_buffer), (i_t >> 1) & 1)
         if left < BT:
@@ -153,9 +156,9 @@ def recurrence_kernel(
                 tma.async_copy_shared_to_global(error_tiles, [i_first - BT, i_value], s_end)
         if FOR_BACKWARD:
             if i_t % SPAN == 0:
-                i_span = (i_span_first + i_t // SPAN).to(gl.int64) * H + i_h
+                i_span = (i_spans + i_t // SPAN).to(gl.int64) * H + i_h
                 store_state(span_states + i_span * K * V + i_v * BV, s_S, K, V, BV, NW)
-        # (5): k S, and q S of (7) at the same time.
+        # (5), with q S of (7) in flight at the same time. Of v, rows past the segment's end are masked here.
         zero = gl.zeros([BT, BV], gl.float32, layout=L_r)
         b_kS = warpgroup_mma(s_k.index(i_buffer), s_S, zero, use_acc=False, is_async=True)
         if not AHEAD:
@@ -176,13 +179,13 @@ def recurrence_kernel(
         s_r.store((-b_beta[:, None] * b_r).to(low))
         tma.store_wait(pendings=0)
         publish()
-        # (6).
+        # (6): s_r holds -beta r, so the product with X is added to r.
         b_e = warpgroup_mma(s_X, s_r, b_r, is_async=True)
         b_e, b_qS = warpgroup_mma_wait(0, deps=[b_e, b_qS])
         b_u = b_beta[:, None] * b_e
         s_end.store((b_to_end[:, None] * b_u).to(low))
         s_u.store(b_u.to(low))
-        # (8) and the rest of (7).
+        # (8) and the rest of (7): beta e goes to the state and, through P, to the chunk's own rows.
         b_S = chunk_decay * b_S
         if FOR_BACKWARD and STORE_FINAL_STATE:
             if left <= BT:

@@ -70,17 +70,20 @@ def reverse_recurrence_kernel(
     """
     low: gl.constexpr = k.dtype
     NW: gl.constexpr = num_warps
+    # Tile, head and segment; the last segments start first: in a Mixture-of-Memories they are the longest ones.
     i_v = gl.program_id(0) % (V // BV)
     i_h = gl.program_id(0) // (V // BV) % H
     i_s = (gl.num_programs(0) - 1 - gl.program_id(0)) // (V // BV) // H
     i_first = gl.load(cu_seqlens + i_s)
     num_rows = gl.load(cu_seqlens + i_s + 1) - i_first
     num_chunks = gl.cdiv(num_rows, BT)
-    i_span_first = gl.load(span_offsets + i_s)
+    i_spans = gl.load(span_offsets + i_s)
     i_chunk = (gl.load(chunk_offsets + i_s) + num_chunks - 1) * H + i_h
     i_row = i_first + (num_chunks - 1) * BT
     rows = i_row.to(gl.int64) * H + i_h
 
+    # Accumulators: rows by columns of V, and dS. In shared memory k has two places, one for the next chunk; q, X and P
+    # have as many as there are stages. The low-precision dS is the right operand of the product with k.
     L_r: gl.constexpr = product_layout(BT, BV, NW)
     L_S: gl.constexpr = product_layout(K, BV, NW)
     L_t: gl.constexpr = gl.SliceLayout(1, L_r)
@@ -115,29 +118,28 @@ def reverse_recurrence_kernel(
     else:
         b_dS = gl.zeros([K, BV], gl.float32, layout=L_S)
         product = gl.to_tensor(0.0)
+    # One barrier for each tile, or pair of tiles, that is waited for.
     arrived = gl.allocate_shared_memory(gl.int64, [5, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(5):
         mbarrier.init(arrived.index(i), count=1)
-    P_arrived, X_arrived, ends_arrived = arrived.index(2), arrived.index(3), arrived.index(4)
+    P_arrived, X_arrived, q_do_arrived = arrived.index(2), arrived.index(3), arrived.index(4)
     left = gl.where(num_chunks > 0, num_rows - (num_chunks - 1) * BT, 0)
     i_key, i_value = i_h * K, i_h * V + i_v * BV
     places, tensors = (s_k, s_q_all, s_do_all, s_X_all, s_P_all), (k, q, do, solve, scores)
-    # The last chunk's tiles come first; where the segment ends inside them, the other segment's rows are cleared.
+    # The last chunk's tiles; where the segment ends inside the tiles, the next segment's rows are cleared.
     if num_chunks > 0:
         if AHEAD:
             fetch_chunk(places, tensors, 0, i_row, i_key, i_value, i_chunk * BT, arrived)
         else:
             fetch(s_k.index(0), k, i_row, i_key, arrived.index(0))
-            fetch_two(s_q_all.index(0), q, i_row, i_key, s_do_all.index(0), do, i_row, i_value, ends_arrived)
+            fetch_two(s_q_all.index(0), q, i_row, i_key, s_do_all.index(0), do, i_row, i_value, q_do_arrived)
             fetch(s_P_all.index(0), scores, i_chunk * BT, 0, P_arrived)
             fetch(s_X_all.index(0), solve, i_chunk * BT, 0, X_arrived)
-        gl.store(
-            boundary + ((i_span_first + (num_chunks - 1) // SPAN).to(gl.int64) * H + i_h) * (V // BV) + i_v, product
-        )
+        gl.store(boundary + ((i_spans + (num_chunks - 1) // SPAN).to(gl.int64) * H + i_h) * (V // BV) + i_v, product)
         if left < BT:
             mbarrier.wait(arrived.index(0), 0)
             if not AHEAD:
-                mbarrier.wait(ends_arrived, 0)
+                mbarrier.wait(q_do_arrived, 0)
             clear_rows(s_k.index(0), left, BT, K, NW)
             clear_rows(s_q_all.index(0), left, BT, K, NW)
             clear_rows(s_do_all.index(0), left, BT, BV, NW)
@@ -154,12 +156,12 @@ def reverse_recurrence_kernel(
         i_stage = i_buffer if AHEAD else i_zero
         s_q, s_X, s_P = s_q_all.index(i_stage), s_X_all.index(i_stage), s_P_all.index(i_stage)
         s_S = s_S_one.index(i_zero)
-        # dS, k, P and the factor of q^T in (11) are ready in shared memory; the next chunk's tiles start to come.
+        # Puts dS and the factor of q^T in (11) beside k and P in shared memory, and starts to fetch the next chunk.
         s_S.store(b_dS.to(low))
         if AHEAD:
             mbarrier.wait(arrived.index(i_buffer), (i_back >> 1) & 1)
         else:
-            mbarrier.wait(ends_arrived, i_buffer)
+            mbarrier.wait(q_do_arrived, i_buffer)
         b_do = s_do.load(L_r).to(gl.float32)
         s_start.store(((scale * b_from_start)[:, None] * b_do).to(low))
         if not AHEAD:
@@ -173,7 +175,7 @@ def reverse_recurrence_kernel(
                 fetch(s_k.index(1 - i_buffer), k, i_row - BT, i_key, arrived.index(1 - i_buffer))
         # Where a span ends: dS, and its product with S, which the forward pass stored before the next span.
         if (i_t % SPAN == SPAN - 1) | (i_back == 0):
-            i_span = (i_span_first + i_t // SPAN).to(gl.int64) * H + i_h
+            i_span = (i_spans + i_t // SPAN).to(gl.int64) * H + i_h
             store_state(d_span_states + i_span * K * V + i_v * BV, s_S, K, V, BV, NW)
             if i_back > 0:
                 after = span_states + (i_span + H) * K * V + i_v * BV
@@ -196,7 +198,7 @@ def reverse_recurrence_kernel(
         if not AHEAD:
             if i_t > 0:
                 fetch(s_P, scores, (i_chunk - H) * BT, 0, P_arrived)
-        # (10), and (11) with q at the same time, then with k, which needs y.
+        # (10): s_z holds -beta z, so the product with X^T is added to z. (11) with q at the same time, then with k.
         b_y = warpgroup_mma(s_X.permute((1, 0)), s_z, b_z, is_async=True)
         b_dS_next = warpgroup_mma(s_q.permute((1, 0)), s_start, b_dS, is_async=True)
         b_y = warpgroup_mma_wait(1, deps=[b_y])
@@ -211,7 +213,7 @@ def reverse_recurrence_kernel(
         gl.thread_barrier()
         if not AHEAD:
             if i_t > 0:
-                fetch_two(s_q, q, i_row - BT, i_key, s_start, do, i_row - BT, i_value, ends_arrived)
+                fetch_two(s_q, q, i_row - BT, i_key, s_start, do, i_row - BT, i_value, q_do_arrived)
         gl.store(d_errors + rows * V + o_tv, s_z.load(L_io), mask=m_t[:, None])
         chunk_decay = next_decay
         b_beta, b_from_start, b_to_end = next_beta, next_from_start, next_to_end

@@ -76,6 +76,7 @@ def state_gradients_kernel(
     """
     low: gl.constexpr = k.dtype
     NW: gl.constexpr = num_warps
+    # Tile, head, span and its segment; then the span's first chunk, or its last one against time.
     i_kb = gl.program_id(0) % (K // BK)
     i_h = gl.program_id(0) // (K // BK) % H
     i_span = gl.program_id(0) // (K // BK) // H
@@ -93,6 +94,7 @@ def state_gradients_kernel(
         num_rows -= (num_chunks - 1) * BT
     step: gl.constexpr = -1 if REVERSE else 1
 
+    # Accumulators: the state, and rows by columns of K. One place in shared memory for each tile, and one for dk.
     L_S: gl.constexpr = product_layout(BK, V, NW)
     L_d: gl.constexpr = product_layout(BT, BK, NW)
     L_t: gl.constexpr = gl.SliceLayout(1, L_d)
@@ -110,7 +112,7 @@ def state_gradients_kernel(
         mbarrier.init(arrived.index(i), count=1)
     e_arrived, do_y_arrived = arrived.index(0), arrived.index(1)
     k_arrived, q_arrived, dk_arrived = arrived.index(2), arrived.index(3), arrived.index(4)
-    # The first chunk's tiles, in the order of their use. Against time that chunk may be the segment's last: another
+    # The first chunk's tiles, in the order of their use. Against time this chunk may be the segment's last: the next
     # segment's rows are cleared before they could reach dS.
     if REVERSE:
         fetch(s_e, errors, i_first, i_value, e_arrived)
@@ -198,7 +200,7 @@ def state_gradients_kernel(
             b_term += gl.sum(b_k * b_dk, 1)
             mbarrier.wait(dk_arrived, phase)
             s_out.store((s_out.load(L_d).to(gl.float32) + b_dk).to(low))
-            # (8).
+            # (8), which reads e last.
             b_S = chunk_decay * b_S
             tma.store_wait(pendings=0)
             publish()
@@ -213,7 +215,7 @@ def state_gradients_kernel(
         gl.store(totals + i_part, gl.sum(b_term, 0))
         if REVERSE:
             gl.store(dk + rows * K + o_tk, s_out.load(L_out), mask=(o_out < num_rows)[:, None])
-        # On to the next chunk: its factors, and its tiles once the state's products are done.
+        # The next chunk's factors, and its tiles once the state's products are done.
         num_rows, rows, i_first = left, next_rows, i_next
         i_chunk += step * H
         b_start_q, b_start_k, b_end = _scaled_factors(beta, decays, rows, i_chunk, left, scale, H, BT, L_t)
@@ -229,7 +231,8 @@ def state_gradients_kernel(
             else:
                 fetch_two(s_k, k, i_first, i_key, s_e, errors, i_first, i_value, k_arrived)
                 fetch(s_out, dk_tiles, i_first, i_key, dk_arrived)
-    if not REVERSE:  # the last chunk, which may not be whole
+    # The last chunk's dq and dk, masked: its tile may reach into the next segment.
+    if not REVERSE:
         start = gl.load(cu_seqlens + i_s) + (gl.load(span_index + i_span) * SPAN + num_chunks - 1) * BT
         m_tk = (start + o_out < gl.load(cu_seqlens + i_s + 1))[:, None]
         o_tk += (start.to(gl.int64) * H + i_h) * K

@@ -107,13 +107,17 @@ def _decay_gradient(
     Every step away from an end adds rounding errors, so the two answers are weighted by the steps that they take. At
     the start of a segment <S, dS> is zero, or not known where there is an initial state: then the answer is the end's.
     """
+    # Where the chunk stands in its span, and the weight of the answer from the span's start.
     i_place = i_index % SPAN
     i_span = (tl.load(span_offsets + i_s) + i_index // SPAN).to(tl.int64) * H + i_h
     i_left = tl.load(chunk_offsets + i_s + 1) - i_c
     num_later = tl.minimum(SPAN - i_place, i_left)
     known = FROM_ZERO | (i_index >= SPAN)
     from_start = tl.where(known, (2.0 * num_later - 1.0) / (2.0 * num_later + 2.0 * i_place), 0.0)
-    o_chunk = tl.arange(0, SPAN) - i_place  # from this chunk on
+    # The sums (15) of the span's chunks, this chunk at offset 0. The answer from the end is <S, dS> there, plus `from`
+    # less `to` of every later chunk, less `to` of this one. The answer from the start is <S, dS> there, plus the same
+    # sums, plus `to` less `from` of all chunks. A segment's last chunk has no `to`: its <S, dS> is the decayed part's.
+    o_chunk = tl.arange(0, SPAN) - i_place
     p_totals = totals + ((i_c + o_chunk).to(tl.int64) * H + i_h) * PARTS
     to_state = num_slots.to(tl.int64) * H * PARTS
     b_sum = tl.zeros([SPAN], tl.float32)
@@ -123,6 +127,7 @@ def _decay_gradient(
         b_sum += tl.where(o_chunk > 0, b_from, 0.0) - tl.where(o_chunk >= 0, b_to, 0.0)
         b_sum += from_start * (b_to - b_from)
     d_chunk_decay = tl.sum(b_sum, 0)
+    # <S, dS> where the span ends, and where the span before ends.
     p_boundary = boundary + i_span * BOUNDARY_PARTS
     for i_part in tl.static_range(BOUNDARY_PARTS):
         d_chunk_decay += (1.0 - from_start) * tl.load(p_boundary + i_part)

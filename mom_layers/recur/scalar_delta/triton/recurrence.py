@@ -62,6 +62,7 @@ def _recurrence_kernel(
     i_chunk = tl.load(chunk_offsets + i_s).to(tl.int64) * H + i_h
     rows = i_first.to(tl.int64) * H + i_h
 
+    # Offsets of a chunk's tiles, and of the state's columns.
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, K)
     o_v = i_v * BV + tl.arange(0, BV)
@@ -72,6 +73,7 @@ def _recurrence_kernel(
     i_state = (i_s.to(tl.int64) * H + i_h) * K * V
     low = k.dtype.element_ty
 
+    # S stays in registers, in float32; products read it rounded to the inputs' type.
     if HAS_INITIAL_STATE:
         b_S = tl.load(initial_state + i_state + o_kv).to(tl.float32)  # [K, BV]
     else:
@@ -87,7 +89,7 @@ def _recurrence_kernel(
         chunk_decay = tl.load(decays + i_chunk * 2 * BT + BT - 1)
         b_X = tl.load(solve + i_chunk * BT * BT + o_tt)  # [BT, BT]
 
-        # (5) and (6): what the state does not predict of v.
+        # (5) and (6): the part of v that the state does not predict. The backward pass reads e, and a state a span.
         b_S_low = b_S.to(low)
         b_r = b_v - b_from_start * tl.dot(b_k, b_S_low, input_precision=PRECISION)
         b_e = b_r - tl.dot(b_X, (b_beta * b_r).to(low), input_precision=PRECISION)
@@ -106,6 +108,7 @@ def _recurrence_kernel(
         # (8): the state after the chunk.
         b_S = chunk_decay * b_S
         if FOR_BACKWARD and STORE_FINAL_STATE:
+            # What is left of S after the last chunk's decay, before that chunk's own rows are added.
             if (i_t + 1) * BT >= num_rows:
                 tl.store(decayed_state + i_state + o_kv, b_S.to(low))
         b_S += tl.dot(tl.trans(b_k), (b_to_end * b_u).to(low), input_precision=PRECISION)

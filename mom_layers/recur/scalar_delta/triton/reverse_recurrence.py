@@ -60,6 +60,7 @@ def _reverse_recurrence_kernel(
     num_chunks = tl.cdiv(num_rows, BT)
     i_first_chunk = tl.load(chunk_offsets + i_s)
 
+    # Offsets of a chunk's tiles, and of the state's columns.
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, K)
     o_v = i_v * BV + tl.arange(0, BV)
@@ -103,7 +104,7 @@ def _reverse_recurrence_kernel(
                 b_S = tl.load(span_states + (i_span + H) * K * V + o_kv).to(tl.float32)  # [K, BV]
                 product = tl.sum(tl.sum(b_S * b_dS, 1), 0)
             tl.store(boundary + i_span * (V // BV) + i_v, product)
-        # (9) and (10).
+        # (9) and (10): the gradient of e, and through the solve the gradient of r.
         b_z = scale * tl.dot(tl.trans(b_P), b_do, input_precision=PRECISION)
         b_z += b_to_end * tl.dot(b_k, b_dS_low, input_precision=PRECISION)
         b_y = b_z - tl.dot(tl.trans(b_X), (b_beta * b_z).to(low), input_precision=PRECISION)

@@ -69,6 +69,7 @@ def _state_gradients_kernel(
         return
     i_first, num_rows, num_chunks, i_slot = rows_of_span(cu_seqlens, chunk_offsets, span_index, i_span, i_s, BT, SPAN)
 
+    # Offsets of a chunk's tiles, and BK rows of the stored state, from which the others follow.
     o_t = tl.arange(0, BT)
     o_k = i_kb * BK + tl.arange(0, BK)
     o_v = tl.arange(0, V)
@@ -92,6 +93,7 @@ def _state_gradients_kernel(
         b_from_start = tl.load(decays + i_chunk * 2 * BT + o_t)[:, None]  # [BT, 1]
         b_to_end = tl.load(decays + i_chunk * 2 * BT + BT + o_t)[:, None]  # [BT, 1]
         chunk_decay = tl.load(decays + i_chunk * 2 * BT + BT - 1)
+        # S before the chunk, or dS after it, as the products read it; then decayed, for (8) or (11).
         b_S_low = b_S.to(low)
         b_S = chunk_decay * b_S
         if REVERSE:
@@ -112,6 +114,7 @@ def _state_gradients_kernel(
             tl.store(dq + rows * K + o_tk, b_dq.to(low), mask=m_t[:, None])
             b_dk += tl.load(dk + rows * K + o_tk, mask=m_t[:, None], other=0.0).to(tl.float32)
         tl.store(dk + rows * K + o_tk, b_dk.to(low), mask=m_t[:, None])
+        # (15): row by row, and the chunk's sum.
         i_part = i_chunk * (K // BK) + i_kb
         tl.store(row_terms + i_part * BT + o_t, b_term)
         tl.store(totals + i_part, tl.sum(b_term, 0))
