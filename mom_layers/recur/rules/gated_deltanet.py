@@ -62,7 +62,7 @@ def transition(k, cu_seqlens, gates, kernels):
 
 def initial_state_gradient(q, k, do, cu_seqlens, gates, kernels):
     if resolve_kernels(kernels, q) == "triton":
-        from mom_layers.recur.scalar_delta.autograd import initial_state_gradient_triton
+        from mom_layers.recur.scalar_delta.operation import initial_state_gradient_triton
 
         return initial_state_gradient_triton(q, k, gates["g"], gates["beta"], do, cu_seqlens)
     return differentiate_initial_state(recur)(q, k, do, cu_seqlens, gates, kernels)
