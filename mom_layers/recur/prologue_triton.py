@@ -72,12 +72,3 @@ def tile_of_chunk(chunk_segment, H: tl.constexpr, TILES: tl.constexpr):
     The segment is the number of segments where the slot is past the last chunk: the program must return.
     """
     return span_of_program(chunk_segment, H, TILES)
-
-
-@triton.jit
-def rows_of_chunk(cu_seqlens, chunk_index, i_c, i_s, BT: tl.constexpr):
-    """A chunk's place in its segment, its first row, and the row where its segment ends."""
-    i_index = tl.load(chunk_index + i_c)
-    i_row = tl.load(cu_seqlens + i_s) + i_index * BT
-    end = tl.load(cu_seqlens + i_s + 1)
-    return i_index, i_row, end

@@ -207,13 +207,11 @@ def test_tiles_divide_the_head_sizes(table, key_size, value_size):
 COMPILE = """
 import sys
 import torch
-from compile_only import compile_only, left_operands_in_registers
-from mom_layers.recur import kernel_sets
-
-capability, kilobytes = int(sys.argv[1]), int(sys.argv[2])
-kernel_sets.INTERPRETER_SHARED_MEMORY = kilobytes * 1024
+from compile_only import SHARED_MEMORY, compile_only, left_operands_in_registers
 from mom_layers.recur.channel_decay import gated_linear_attention
 
+capability, kilobytes = int(sys.argv[1]), int(sys.argv[2])
+SHARED_MEMORY[capability] = kilobytes * 1024
 compiled = compile_only(capability)
 borders = torch.tensor([0, 1], dtype=torch.int32)
 for size in (64, 128, 256):

@@ -34,7 +34,7 @@ from mom_layers.recur.channel_decay.tensors import ChunkLocal, Inputs
 from mom_layers.recur.channel_decay.triton.launches import Launch, launches_for
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
-from mom_layers.recur.prologue_triton import rows_of_chunk, tile_of_chunk
+from mom_layers.recur.prologue_triton import tile_of_chunk
 
 # Rows of a block: the least side of a tensor core's product.
 BLOCK = 16
@@ -78,8 +78,8 @@ def _decayed_rows_kernel(
     i_k, i_h, i_c, i_s = tile_of_chunk(chunk_segment, H, K // BK)
     if i_s >= num_segments:
         return
-    _, i_row, end = rows_of_chunk(cu_seqlens, chunk_index, i_c, i_s, BT)
-    last = end - i_row
+    i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
+    last = tl.load(cu_seqlens + i_s + 1) - i_row
     rows = i_row.to(tl.int64) * H + i_h
     o_t = tl.arange(0, BT)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -116,8 +116,8 @@ def _scores_kernel(
     i_b, i_h, i_c, i_s = tile_of_chunk(chunk_segment, H, BT // BC)
     if i_s >= num_segments:
         return
-    _, i_row, end = rows_of_chunk(cu_seqlens, chunk_index, i_c, i_s, BT)
-    last = end - i_row
+    i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
+    last = tl.load(cu_seqlens + i_s + 1) - i_row
     rows = i_row.to(tl.int64) * H + i_h
     first = i_b * BC
     o_t = tl.arange(0, BT)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import logging
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from mom_layers.recur.kernel_sets import Chip, chip_of
-
-logger = logging.getLogger(__name__)
+from mom_layers.recur.kernel_sets import Chip, chip_of, widest_that_fits
 
 
 class Launch(NamedTuple):
@@ -49,7 +46,7 @@ class Table:
 
     Attributes:
         name: for the log.
-        shared_memory: bytes that a program may use on a chip that runs this table, at least.
+        shared_memory: bytes that a chip must have to run this table.
         recurrence: by K, which decides how large the state [K, tile] is; K below 64 runs as 64 does.
         state_gradients: by V, in the same way.
         decayed_rows, scores, score_gradients, query_key_gradients: for every size.
@@ -95,12 +92,13 @@ TABLES = (
         score_gradients=Launch(64, 4, 2),
         query_key_gradients=Launch(16, 1, 1),
     ),
-    # Less shared memory, as compiled for sm_80 and for sm_90; not tuned.
+    # For less shared memory: a recurrence with one stage. Chosen from what the compiler reports for K = V on sm_89 and
+    # sm_90; not tuned.
     Table(
         name="narrow tiles",
         shared_memory=96 * 1024,
         recurrence={256: Launch(16, 8, 1), 128: Launch(64, 8, 1), 64: Launch(64, 4, 2)},
-        state_gradients={256: Launch(32, 8, 1), 128: Launch(32, 4, 1), 64: Launch(32, 4, 1)},
+        state_gradients={256: Launch(64, 8, 1), 128: Launch(32, 4, 1), 64: Launch(32, 4, 1)},
         decayed_rows=Launch(64, 4, 1),
         scores=Launch(64, 4, 1),
         score_gradients=Launch(64, 4, 2),
@@ -122,18 +120,8 @@ FLOAT32_TABLE = Table(
 
 @functools.cache
 def table_for(chip: Chip, dtype: torch.dtype) -> Table:
-    """The widest tiles for a type whose shared memory a chip has; the narrowest, with a warning, where none fit."""
-    tables = (FLOAT32_TABLE,) if dtype == torch.float32 else TABLES
-    for table in tables:
-        if table.shared_memory <= chip.shared_memory:
-            logger.info("gated linear attention: %s for %s with %d bytes", table.name, chip.name, chip.shared_memory)
-            return table
-    logger.warning(
-        "gated linear attention: %s has %d bytes of shared memory a program, and the kernels may take up to %d: smaller"
-        " heads may still run",
-        chip.name, chip.shared_memory, tables[-1].shared_memory,
-    )  # fmt: skip
-    return tables[-1]
+    """The widest tiles for a type whose shared memory a chip has."""
+    return widest_that_fits("gated linear attention", (FLOAT32_TABLE,) if dtype == torch.float32 else TABLES, chip)
 
 
 @functools.cache

@@ -31,7 +31,7 @@ from mom_layers.recur.channel_decay.triton.chunk_local import BLOCK, PRECISION, 
 from mom_layers.recur.channel_decay.triton.launches import Launch, launches_for
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
-from mom_layers.recur.prologue_triton import chunk_of_program, rows_of_chunk, tile_of_chunk
+from mom_layers.recur.prologue_triton import chunk_of_program, tile_of_chunk
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -53,10 +53,10 @@ def _score_gradients_kernel(
     i_c, i_h, i_s = chunk_of_program(chunk_segment, H)
     if i_s >= num_segments:
         return
-    _, i_row, end = rows_of_chunk(cu_seqlens, chunk_index, i_c, i_s, BT)
+    i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
     rows = i_row.to(tl.int64) * H + i_h
     o_t = tl.arange(0, BT)
-    m_t = (i_row + o_t < end)[:, None]
+    m_t = (i_row + o_t < tl.load(cu_seqlens + i_s + 1))[:, None]
     b_dP = tl.zeros([BT, BT], tl.float32)
     for i_v in range(0, V, BV):
         o_tv = o_t[:, None] * (H * V) + i_v + tl.arange(0, BV)[None, :]
@@ -101,8 +101,8 @@ def _query_key_gradients_kernel(
     i_kb, i_h, i_c, i_s = tile_of_chunk(chunk_segment, H, K // BK)
     if i_s >= num_segments:
         return
-    _, i_row, end = rows_of_chunk(cu_seqlens, chunk_index, i_c, i_s, BT)
-    last = end - i_row
+    i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
+    last = tl.load(cu_seqlens + i_s + 1) - i_row
     rows = i_row.to(tl.int64) * H + i_h
     p_dP = d_scores + (i_c.to(tl.int64) * H + i_h) * BT * BT
     o_t = tl.arange(0, BT)
