@@ -10,7 +10,7 @@ import warm_python
 from torch.utils.checkpoint import checkpoint
 
 from linear_moe.parallel.sequence_order import contiguous_layout, plan_exchange, zigzag_layout
-from mom_layers.mixing import MemoryParameters, mix_memories, projection_sizes
+from mom_layers.mixing import MemoryParameters, mix_memories
 from mom_layers.recur.rules import get_rule, rule_names
 from mom_layers.route.plan import build_routing_plan
 
@@ -36,7 +36,7 @@ def parameters_of(rule, kind):
     groups = 1 if kind == "one projection" else MEMORIES + 1
     return MemoryParameters(
         rule=rule,
-        projection=0.4 * random(groups, sum(projection_sizes(rule, HEADS, K, V)), HIDDEN, seed=10),
+        projection=0.4 * random(groups, sum(rule.projection_sizes(HEADS, K, V)), HIDDEN, seed=10),
         q_conv=random(HEADS * K, WIDTH, seed=11),
         k_conv=random(HEADS * K, WIDTH, seed=12),
         v_conv=random(HEADS * V, WIDTH, seed=13),
