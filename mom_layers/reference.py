@@ -16,7 +16,7 @@ def mixture_of_memories_reference(x, p, *, num_heads, topk, shared, norm_eps=1e-
     renormalised; memory m runs over the tokens that kept it; y_t = sum_m w_t^m o_t^m + o_t^shared;
     out = Wo (RMSNorm_head(y) * SiLU(x Wg)).
     """
-    length = x.shape[0]
+    length, update = x.shape[0], get_rule(rule)
     k_width, v_width = p["q_conv"].shape[0], p["v_conv"].shape[0]
     probabilities = torch.softmax(x @ p["router.weight"].t(), dim=-1)
     kept, ids = probabilities.topk(topk, dim=-1)
@@ -30,17 +30,16 @@ def mixture_of_memories_reference(x, p, *, num_heads, topk, shared, norm_eps=1e-
             continue
         tokens = x[at]
         projection = p["memory_proj"][min(memory, p["memory_proj"].shape[0] - 1)]
-        update = get_rule(rule)
         sizes = [k_width, v_width, *(num_heads * width for width in update.gate_widths.values())]
         k, v, *raw = (tokens @ projection.t()).split(sizes, dim=1)
         ends = torch.tensor([0, len(at)])
 
-        def convolve(rows, name, ends=ends):
-            return segment_convolution_reference(rows, p[name], ends)[0].view(len(rows), num_heads, -1)
+        def convolve(rows, name, heads, ends=ends):
+            return segment_convolution_reference(rows, p[name], ends)[0].view(len(rows), heads, -1)
 
-        q = convolve(tokens @ p["q_proj.weight"].t(), "q_conv")
-        k = convolve(k, "k_conv")
-        v = convolve(v, "v_conv")
+        q = convolve(tokens @ p["q_proj.weight"].t(), "q_conv", update.num_key_heads(num_heads))
+        k = convolve(k, "k_conv", update.num_key_heads(num_heads))
+        v = convolve(v, "v_conv", num_heads)
         parameters = {name.removeprefix("rule_parameters."): value for name, value in p.items()}
         raw = dict(zip(update.gate_widths, raw, strict=True))
         o = update.reference(q, k, v, raw, parameters, ends)[0]
