@@ -1,83 +1,24 @@
-"""What a rule may say of itself, shown by a rule that says everything: the rules of the papers need each part.
-
-Keys that all heads share (Mamba2), made longer by a feature map (Taylor), a parameter that the recurrence reads (RWKV6),
-two states laid side by side and outputs that are not linear in them (normalised attention).
-"""
+"""The parts of a rule: a rule that uses every part of the interface, and the parts of the registered rules."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+import toy_rule
 from comparison import relative_error
 
 from mom_layers import MixtureOfMemories, get_rule, rule_names
-from mom_layers.common.reference import bounds
 from mom_layers.hf import MomConfig, MomForCausalLM
-from mom_layers.recur.rules import MemoryRule, RawGate, RuleInputs, registry
+from mom_layers.recur.rules import RuleInputs, registry
 from mom_layers.reference import mixture_of_memories_reference
 
 HIDDEN, HEADS, K, V = 24, 3, 4, 8
 
 
-def feature_map(x):
-    """x and its squares, all positive."""
-    return torch.cat([x.sigmoid(), x * x], dim=-1)
-
-
-def prepare(q, k, v, raw, parameters, kernels):
-    heads = v.shape[1]
-    q, k = (feature_map(x).expand(-1, heads, -1) for x in (q, k))
-    return RuleInputs(q, k, v, {"g": -raw["decay"].sigmoid(), "bonus": parameters["bonus"]})
-
-
-def recur(inputs, cu_seqlens, initial_state, output_final_state, kernels):
-    """[S | z] <- exp(g) [S | z] + k [v | 1]^T;  o = (q^T S + (bonus q^T k) v) / (q^T z + 1)."""
-    q, k, v, gates = inputs.q, inputs.k, inputs.v, inputs.gates
-    out, states = [], []
-    for segment, (first, last) in enumerate(bounds(cu_seqlens)):
-        state = q.new_zeros(*v.shape[1:2], k.shape[2], v.shape[2] + 1)
-        state = state if initial_state is None else initial_state[segment]
-        for t in range(first, last):
-            values = torch.cat([v[t], torch.ones_like(v[t, :, :1])], dim=-1)
-            state = gates["g"][t].exp()[:, None, None] * state + k[t][:, :, None] * values[:, None]
-            read = torch.einsum("hk,hkv->hv", q[t], state)
-            seen = (gates["bonus"] * (q[t] * k[t]).sum(-1))[:, None] * v[t]
-            out.append((read[:, :-1] + seen) / (read[:, -1:] + 1))
-        states.append(state)
-    o = torch.stack(out) if out else torch.zeros_like(v)
-    return o, torch.stack(states) if output_final_state else None
-
-
-def transition(inputs, cu_seqlens, kernels):
-    decays = [inputs.gates["g"][first:last].sum(0).exp() for first, last in bounds(cu_seqlens)]
-    return torch.stack(decays)[..., None].expand(-1, -1, inputs.k.shape[2])
-
-
-RULE = MemoryRule(
-    name="everything",
-    raw_gates=(RawGate("decay", columns=1, hf="f"),),
-    parameter_shapes=lambda head_dim: {"bonus": ()},
-    init_parameters=lambda num_heads, head_dim: {"bonus": torch.linspace(0.5, 1.5, num_heads)},
-    prepare=prepare,
-    recur=recur,
-    transition=transition,
-    reference=lambda q, k, v, raw, parameters, ends, state=None: recur(
-        prepare(q, k, v, raw, parameters, "torch"), ends, state, True, "torch"
-    ),
-    recurrence_flops=lambda rows, heads, k_dim, v_dim: 8.0 * rows * heads * k_dim * v_dim,
-    diagonal_transition=True,
-    unit_length_keys=False,
-    head_sizes=(),
-    key_heads=1,
-    state_shape=lambda k_dim, v_dim: (k_dim, v_dim + 1),
-    linear_in_state=False,
-)
-
-
 @pytest.fixture
 def everything(monkeypatch):
-    monkeypatch.setitem(registry._RULES, RULE.name, RULE)
-    return RULE
+    monkeypatch.setitem(registry._RULES, toy_rule.RULE.name, toy_rule.RULE)
+    return toy_rule.RULE
 
 
 def layer(**changes):
@@ -121,7 +62,7 @@ def test_the_initial_states_gradient_takes_values_where_outputs_are_not_linear(e
     state = torch.rand(3, HEADS, K, V + 1, dtype=torch.float64, requires_grad=True)
     do = torch.randn(9, HEADS, V, dtype=torch.float64)
     inputs = RuleInputs(q, k, v, gates)
-    (expected,) = torch.autograd.grad(recur(inputs, ends, state, False, "torch")[0], state, do)
+    (expected,) = torch.autograd.grad(toy_rule.recur(inputs, ends, state, False, "torch")[0], state, do)
     got = everything.gradient_of_initial_state(inputs, do, ends, state.detach(), "torch")
     assert torch.equal(got, expected)
     without_values = replace(inputs, v=None)
