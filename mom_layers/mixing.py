@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 
 from mom_layers.combine.operation import combine
-from mom_layers.convolve.memories import convolve_memories
 from mom_layers.convolve.operation import segment_convolution
+from mom_layers.convolve.qkv import convolve_memories
 from mom_layers.project.operation import grouped_projection
 from mom_layers.recur.rules import MemoryRule
 from mom_layers.route.plan import RoutingPlan

@@ -12,7 +12,7 @@ import triton
 from torch.autograd.function import once_differentiable
 
 from mom_layers.convolve.tails_triton import _backward_initial_tail_kernel, _tail_kernel
-from mom_layers.convolve.triton_kernels import _backward_kernel, _forward_kernel
+from mom_layers.convolve.walk_triton import _backward_kernel, _forward_kernel
 from mom_layers.route.rows_triton import sum_parts, sum_slots
 
 # Rows a walk, powers of two: the fastest of four pairs that were timed on an H200. A backward walk computes W - 1 rows
