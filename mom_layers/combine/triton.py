@@ -12,7 +12,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from mom_layers.common.activations_triton import tanh
-from mom_layers.route.rows_triton import sum_parts
+from mom_layers.common.sums_triton import sum_parts
 
 FORWARD_TILE_ELEMENTS = 4096  # of a [BN, V] tile: 32 values a thread with 4 warps
 BACKWARD_TILE_ELEMENTS = 1024  # a row of 256 values a warp; not tuned
