@@ -95,7 +95,7 @@ def read_memories(
     k_dim = q.shape[1] // heads
     v_dim = parameters.v_conv.shape[0] // heads
     sizes = projection_sizes(rule, heads, k_dim, v_dim)
-    one_projection = parameters.projection.shape[0] == 1 and plan.num_groups > 1
+    one_projection = parameters.projection.shape[0] == 1 and plan.num_all_memories > 1
     if one_projection:  # the same for every memory: project tokens, and gather them by row afterwards
         projected = torch.nn.functional.linear(x, parameters.projection[0])
     else:
@@ -116,7 +116,7 @@ def read_memories(
 
     if one_projection:
         k, v, raw = projected.split((sizes[0], sizes[1], sum(sizes[2:])), dim=1)
-        raw = gather_rows(raw, plan)
+        raw = gather_rows(raw, plan, kernels=kernels)
         options = {"gather": True, "output_tail": output_state, "kernels": kernels}
         q, q_tail = segment_convolution(
             q, parameters.q_conv, plan, unit_length_heads=unit, initial_tail=tails[0], **options

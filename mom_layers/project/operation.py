@@ -38,7 +38,7 @@ class _GroupedProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        from mom_layers.route.rows_triton import sum_slots
+        from mom_layers.route.rows_triton import sum_rows_triton
 
         (x, weight), plan = ctx.saved_tensors, ctx.plan
         dx = dweight = None
@@ -47,7 +47,7 @@ class _GroupedProduct(torch.autograd.Function):
             dweight = F.grouped_mm(dy.t(), rows, offs=plan.memory_offsets)[:, : ctx.columns]
             del rows
         if ctx.needs_input_grad[0]:
-            dx = sum_slots(F.grouped_mm(dy, weight, offs=plan.memory_offsets), plan.row_of_choice)
+            dx = sum_rows_triton(F.grouped_mm(dy, weight, offs=plan.memory_offsets), plan.row_of_choice)
         return dx, dweight, None
 
 
@@ -79,8 +79,8 @@ def grouped_projection(
     """
     if x.dim() != 2 or x.shape[0] != plan.row_of_choice.shape[0]:
         raise ValueError(f"x must be [{plan.row_of_choice.shape[0]}, D], got {list(x.shape)}")
-    if weight.dim() != 3 or weight.shape[0] != plan.num_groups or weight.shape[2] != x.shape[1]:
-        raise ValueError(f"weight must be [{plan.num_groups}, O, {x.shape[1]}], got {list(weight.shape)}")
+    if weight.dim() != 3 or weight.shape[0] != plan.num_all_memories or weight.shape[2] != x.shape[1]:
+        raise ValueError(f"weight must be [{plan.num_all_memories}, O, {x.shape[1]}], got {list(weight.shape)}")
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # a product as any other
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)

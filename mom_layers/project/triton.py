@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from mom_layers.route.rows_triton import sum_slots
+from mom_layers.route.rows_triton import sum_rows_triton
 
 
 class Tile(NamedTuple):
@@ -177,7 +177,7 @@ class GroupedProjection(torch.autograd.Function):
             dy = dy.contiguous()
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            dx = sum_slots(_project(dy, weight.transpose(1, 2), ctx.plan, None), ctx.plan.row_of_choice)
+            dx = sum_rows_triton(_project(dy, weight.transpose(1, 2), ctx.plan, None), ctx.plan.row_of_choice)
         if ctx.needs_input_grad[1]:
             dweight = _weight_gradient(dy, x, weight, ctx.plan)
         return dx, dweight, None
@@ -208,8 +208,8 @@ def grouped_projection_triton(x: torch.Tensor, weight: torch.Tensor, plan) -> to
         raise ValueError(
             f"weight must be {x.dtype} [G, O, {x.shape[1]}] as x is, got {weight.dtype} {list(weight.shape)}"
         )
-    if weight.shape[0] != plan.num_groups:
-        raise ValueError(f"weight has {weight.shape[0]} groups; the plan has {plan.num_groups}")
+    if weight.shape[0] != plan.num_all_memories:
+        raise ValueError(f"weight has {weight.shape[0]} groups; the plan has {plan.num_all_memories}")
     if x.shape[0] != plan.row_of_choice.shape[0]:
         raise ValueError(f"x has {x.shape[0]} tokens; the plan has {plan.row_of_choice.shape[0]}")
     return GroupedProjection.apply(x, weight, plan)

@@ -21,7 +21,7 @@ def reference(x, weight, plan):
 def compare(plan, width, outputs, dtype=torch.float32, slice_of=None):
     wide = draw(plan.row_of_choice.shape[0], slice_of or width, dtype=dtype)
     x = wide[:, wide.shape[1] - width :].requires_grad_()
-    weight = draw(plan.num_groups, outputs, width, dtype=dtype, seed=2).requires_grad_()
+    weight = draw(plan.num_all_memories, outputs, width, dtype=dtype, seed=2).requires_grad_()
     x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
     rows, rows64 = grouped_projection_triton(x, weight, plan), reference(x64, weight64, plan)
     drows = draw(*rows.shape, dtype=dtype, seed=3)
@@ -74,7 +74,7 @@ def test_odd_sizes():
 
 def test_transposed_weight():
     plan = make_plan([9])
-    x, weight = draw(9, 16), draw(plan.num_groups, 16, 24, seed=2).transpose(1, 2)
+    x, weight = draw(9, 16), draw(plan.num_all_memories, 16, 24, seed=2).transpose(1, 2)
     assert (
         relative_error(grouped_projection_triton(x, weight, plan), reference(x.double(), weight.double(), plan)) <= 1e-5
     )
@@ -82,7 +82,7 @@ def test_transposed_weight():
 
 def test_no_tokens():
     plan = make_plan([0, 0])
-    weight = draw(plan.num_groups, 8, 16).requires_grad_()
+    weight = draw(plan.num_all_memories, 8, 16).requires_grad_()
     rows = grouped_projection_triton(draw(0, 16), weight, plan)
     assert rows.shape == (0, 8)
     rows.sum().backward()
@@ -91,7 +91,7 @@ def test_no_tokens():
 
 def test_a_row_reaches_only_its_token_and_its_memory():
     plan = make_plan([3, 30])
-    x, weight = draw(33, 16).requires_grad_(), draw(plan.num_groups, 8, 16, seed=2).requires_grad_()
+    x, weight = draw(33, 16).requires_grad_(), draw(plan.num_all_memories, 8, 16, seed=2).requires_grad_()
     rows = grouped_projection_triton(x, weight, plan)
     drows = torch.zeros_like(rows)
     drows[0] = 1.0
@@ -103,13 +103,13 @@ def test_a_row_reaches_only_its_token_and_its_memory():
 
 def test_bad_inputs_are_refused():
     plan = make_plan([3, 2])
-    x, weight = draw(5, 16), draw(plan.num_groups, 8, 16)
+    x, weight = draw(5, 16), draw(plan.num_all_memories, 8, 16)
     cases = [
         ("float64", x.double(), weight),
         ("adjacent channels", draw(16, 5).t(), weight),
         ("x has 4 tokens; the plan has 5", x[:4], weight),
         ("as x is, got torch.bfloat16", x, weight.bfloat16()),
-        (r"weight must be torch.float32 \[G, O, 16\]", x, draw(plan.num_groups, 8, 24)),
+        (r"weight must be torch.float32 \[G, O, 16\]", x, draw(plan.num_all_memories, 8, 24)),
         ("weight has 3 groups; the plan has 5", x, weight[:3]),
     ]
     for message, bad_x, bad_weight in cases:
@@ -122,7 +122,7 @@ def test_columns_that_are_not_aligned_are_padded(monkeypatch):
     monkeypatch.setattr(grouped_projection, "has_device_grouped_mm", lambda x, weight: True)
     plan, columns = make_plan([9, 30]), 10
     x = draw(39, 16, dtype=torch.bfloat16).requires_grad_()
-    weight = draw(plan.num_groups, columns, 16, dtype=torch.bfloat16, seed=2).requires_grad_()
+    weight = draw(plan.num_all_memories, columns, 16, dtype=torch.bfloat16, seed=2).requires_grad_()
     rows = grouped_projection.grouped_projection(x, weight, plan)
     assert rows.shape == (plan.num_rows, 16) and (rows[:, columns:] == 0).all()
     doubles = [t.detach().double().requires_grad_() for t in (x, weight)]
