@@ -24,7 +24,7 @@ def _final_tail(rows, plan, width, initial_tail):
 
 
 def _convolution_torch(x, weight, plan, gather, unit_length_heads, initial_tail, output_tail):
-    rows = gather_rows(x, plan) if gather else x
+    rows = gather_rows(x, plan, kernels="torch") if gather else x
     width = weight.shape[1]
     dtype = compute_dtype(rows.dtype)
     taps, inputs = weight.to(dtype), rows.to(dtype)

@@ -11,9 +11,10 @@ import torch
 import triton
 from torch.autograd.function import once_differentiable
 
+from mom_layers.common.sums_triton import sum_parts
 from mom_layers.convolve.tails_triton import _backward_initial_tail_kernel, _tail_kernel
-from mom_layers.convolve.triton_kernels import _backward_kernel, _forward_kernel
-from mom_layers.route.rows_triton import sum_parts, sum_slots
+from mom_layers.convolve.walk_triton import _backward_kernel, _forward_kernel
+from mom_layers.route.rows_triton import sum_rows_triton
 
 # Rows a walk, powers of two: the fastest of four pairs that were timed on an H200. A backward walk computes W - 1 rows
 # twice, and leaves W x C sums of the weight's gradient behind.
@@ -151,7 +152,7 @@ def run_backward(convolutions, plan, eps, dys, dtails, needs_initial, dxs, copie
         for convolution, du, dtail, needed in zip(convolutions, dus, dtails, needs_initial, strict=True)
     )
     dxs = tuple(
-        sum_slots(dx, plan.row_of_choice) if convolution.gather else dx
+        sum_rows_triton(dx, plan.row_of_choice) if convolution.gather else dx
         for convolution, dx in zip(convolutions, dxs, strict=True)
     )
     return dxs, dweights, dinitial_tails

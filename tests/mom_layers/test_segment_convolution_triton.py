@@ -4,7 +4,7 @@ import pytest
 import torch
 from comparison import DEVICE, RAGGED, TOLERANCE, draw, make_plan, relative_error
 
-from mom_layers.convolve.memories import convolve_memories
+from mom_layers.convolve.qkv import convolve_memories
 from mom_layers.convolve.reference import segment_convolution_reference
 from mom_layers.convolve.triton import segment_convolution_triton
 
