@@ -69,9 +69,9 @@ def initial_state_gradient(q, k, do, cu_seqlens, gates, kernels):
 
 
 def decode_step(*arguments):
-    from mom_layers.decode.triton import decode_step_triton
+    from mom_layers.decode import operation
 
-    return decode_step_triton(*arguments)
+    return operation.decode_step(*arguments)
 
 
 def recurrence_flops(rows: int, heads: int, k_dim: int, v_dim: int) -> float:

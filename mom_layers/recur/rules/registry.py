@@ -35,7 +35,7 @@ class MemoryRule:
             initial state, [S, H, K, V], through the outputs alone, whose gradient is do. They are linear in the state,
             so that no values are needed.
         diagonal_transition: it is.
-        decode_step: the arguments of :func:`mom_layers.decode.triton.decode_step_triton`, and what it returns;
+        decode_step: the arguments of :func:`mom_layers.decode.operation.decode_step`, and what it returns;
             None where a step of one token takes the general path.
         unit_length_keys: q and k are brought to unit length per head.
         head_sizes: key and value sizes that the Triton kernels take.
