@@ -22,7 +22,7 @@ import torch
 from mom_layers.combine.operation import combine
 from mom_layers.common.kernels import resolve_kernels
 from mom_layers.convolve.operation import UNIT_LENGTH_EPS, segment_convolution
-from mom_layers.convolve.qkv import convolve_memories
+from mom_layers.convolve.qkv import convolve_qkv
 from mom_layers.project.operation import grouped_projection
 from mom_layers.recur.rules import MemoryRule, RuleInputs
 from mom_layers.route.plan import RoutingPlan, build_routing_plan
@@ -305,7 +305,7 @@ def read_memories(
         k, k_tail = segment_convolution(k, parameters.k_conv, plan, initial_tail=tails[1], **unit_length)
         v, v_tail = segment_convolution(v, parameters.v_conv, plan, initial_tail=tails[2], **options)
     else:
-        q, k, v, raw, (q_tail, k_tail, v_tail) = convolve_memories(
+        q, k, v, raw, (q_tail, k_tail, v_tail) = convolve_qkv(
             q, projected, parameters.q_conv, parameters.k_conv, parameters.v_conv, plan,
             unit_length_heads=unit, tails=tails, output_tail=output_state, kernels=kernels,
         )  # fmt: skip
