@@ -18,7 +18,7 @@ from mom_layers.hf.cache import CACHE_NAME, MomCache, one_cache
 from mom_layers.hf.configuration_mom import MomConfig
 from mom_layers.hf.layers import Attention, GatedMLP, RMSNorm
 from mom_layers.hf.mixer import MomAttention
-from mom_layers.hf.projections import MemoryLinear, MemoryProjections
+from mom_layers.hf.projections import MemoryLinear, MemoryProjections, ShortConvolution
 from mom_layers.hf.sequence import TokenSequence
 from mom_layers.recur.rules import get_rule, rule_names
 from mom_layers.route.router import load_balancing_loss
@@ -65,9 +65,8 @@ class MomPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv1d):
-            bound = module.kernel_size[0] ** -0.5
-            nn.init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, ShortConvolution):
+            module.reset_parameters()
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, MomAttention):

@@ -83,11 +83,21 @@ class MemoryProjections(nn.Linear):
         return torch.cat([linear(x) for linear in self], dim=-1)
 
 
-class ShortConvolution(nn.Conv1d):
-    """The filters of a depthwise convolution. A call returns the filters [C, W], which the kernels apply to rows."""
+class ShortConvolution(nn.Module):
+    """The filters of a depthwise convolution. A call returns the filters [C, W], which the kernels apply to rows.
+
+    No subclass of PyTorch's convolution, so that a library of adapters refuses the module by its name.
+    """
 
     def __init__(self, channels: int, width: int):
-        super().__init__(channels, channels, width, groups=channels, bias=False)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform, as PyTorch draws a depthwise filter."""
+        bound = self.weight.shape[2] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self) -> torch.Tensor:
         return self.weight.squeeze(1)

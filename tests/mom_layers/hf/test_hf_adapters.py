@@ -90,10 +90,16 @@ def test_generation_with_adapters():
 
 @pytest.mark.parametrize("name", ["q_conv1d", "k_conv1d", "v_conv1d"])
 def test_adapters_on_convolutions_are_refused_by_name(name):
-    model, tokens = tiny_model(), random_tokens(1, 5)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=32, target_modules=[name]))
-    with pytest.raises(ValueError, match=f"{name} is a .*Leave q_conv1d"):
-        model(tokens)
+    with pytest.raises(ValueError, match=r"Target module ShortConvolution\(\) is not supported"):
+        peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=[name]))
+
+
+def test_a_wrapped_convolution_is_refused_by_name():
+    """The kernels read its weights: what the wrapper adds would have no effect."""
+    model = tiny_model()
+    model.model.layers[0].attn.v_conv1d = torch.nn.Sequential(model.model.layers[0].attn.v_conv1d)
+    with pytest.raises(ValueError, match="v_conv1d is a Sequential: .*Leave q_conv1d, k_conv1d, v_conv1d and o_norm"):
+        model(random_tokens(1, 5))
 
 
 def test_a_hook_on_a_memorys_projection_takes_effect():
