@@ -1,36 +1,36 @@
-"""One readable line per log interval and per validation in place of Megatron's, and the run's speed in its plots.
+"""Reports a training run on the console and in its plots, in one of two styles.
 
-step   120/2000   6% | loss 3.214 | grad 0.92 | lr 2.9e-04 | 12.3k tok/s | 241 TFLOP/s 24% MFU | balance 1.02 |
-memory load 18-31% | left 0:12:30
+`WholeLineReporter`, for our own entry, prints a line of ours in place of Megatron's, and plots the run's speed:
+
+    step   120/2000   6% | loss 3.214 | grad 0.92 | lr 2.9e-04 | 12.3k tok/s | 241 TFLOP/s 24% MFU | balance 1.02 |
+    memory load 18-31% | left 0:12:30
+
+`AddedLineReporter`, for other scripts, leaves Megatron's lines as they are and adds a line about the memories:
+
+     memories at iteration 120 | load 18-31% | balance 1.02
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 import re
 from collections import deque
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from megatron.training import training
 
-from linear_moe.watching.flops import device_peak_flops, flops_patch
+from linear_moe.watching.flops import FLOPS_TARGET, device_peak_flops
+from linear_moe.watching.lines import memory_line, other_fields, step_line, validation_line
 from linear_moe.watching.metrics import memory_metrics, scalars, summarize, write
-from megatron_patches.patch import Patch, apply_all, wrap
+from megatron_patches.patch import Patch, wrap
 
 INTERVALS_FOR_TIME_LEFT = 5
-# Fields of Megatron's line that ours tells in its own way, or that never change. The others are passed on.
-TOLD_OTHERWISE = {
-    "consumed samples", "elapsed time per iteration (ms)", "throughput per GPU (TFLOP/s/GPU)", "learning rate",
-    "global batch size", "grad norm", "number of skipped iterations", "number of nan iterations",
-}  # fmt: skip
 
 
 @dataclass
 class Interval:
-    """What happened since the last line, or since the last write to the plots. Tensors stay on the device."""
+    """Sums over the steps since the last line, or since the last write to the plots. Tensors stay on the device."""
 
     started: float = 0.0  # on the training clock, seconds
     steps: int = 0
@@ -39,7 +39,7 @@ class Interval:
     flops: float = 0.0
     losses: dict[str, torch.Tensor] = field(default_factory=dict)  # sums over the steps that were not skipped
     not_finite: torch.Tensor | int = 0
-    routing: torch.Tensor | float = 0.0
+    routing: torch.Tensor | None = None  # of `MemoryMetrics.collect`
 
     def add_step(self, losses: dict[str, torch.Tensor], skipped: bool, tokens: float, flops: float) -> None:
         self.steps += 1
@@ -52,6 +52,18 @@ class Interval:
             if not skipped:
                 self.losses[name] = self.losses.get(name, 0.0) + value
 
+    def add_routing(self, routing: torch.Tensor) -> None:
+        self.routing = routing if self.routing is None else self.routing + routing
+
+    def routing_report(self) -> dict | None:
+        """`summarize` of the interval's routing; None for a model without memories."""
+        return None if self.routing is None else summarize(self.routing)
+
+    def mean_losses(self) -> dict[str, float]:
+        """Means over the steps that were not skipped; empty when every step was skipped. Waits for the device."""
+        counted = self.steps - self.skipped
+        return {name: float(total) / counted for name, total in self.losses.items()}
+
     def speed(self, now: float, world_size: int) -> dict[str, float]:
         """Tokens per second of the job, TFLOP/s of one device and, where its peak is known, the share of that peak."""
         seconds = max(now - self.started, 1e-9)
@@ -61,240 +73,201 @@ class Interval:
         return speed | ({} if peak is None else {"mfu": flops / peak})
 
 
-class Console:
-    """Follows a run from one call of training_log to the next."""
+def has_memories(settings) -> bool:
+    """Whether the arguments of a run choose memories; a script without our arguments has no token_mixer."""
+    return getattr(settings, "token_mixer", "attention") == "mom"
+
+
+class Reporter:
+    """Follows a run from one call of Megatron's training_log to the next. Lives as long as its patch is applied.
+
+    A style overrides `due`, `print_line` and, where Megatron's own lines change, the methods around training_log.
+    """
 
     def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Forgets an earlier run."""
         self.since_line = Interval()
         self.since_write = Interval()
-        self.recent: deque[tuple[int, float]] = deque(maxlen=INTERVALS_FOR_TIME_LEFT)  # steps, seconds
 
-    def log(self, training_log, call: dict) -> bool:
-        """Calls Megatron's training_log with its arguments, then says and plots what is due at this iteration."""
-        args = training.get_args()
-        iteration, first = call["iteration"], call["is_first_iteration"]
-        self._add_step(args, call)
-        with _captured_lines() as megatron_lines:
-            report_memory_flag = training_log(**call)
-        says = first or iteration % args.log_interval == 0
-        writes = _plots(args) and iteration % args.tensorboard_log_interval == 0
-        if not (says or writes):
+    def patch(self) -> Patch:
+        """The patch that lets this reporter follow a run."""
+        raise NotImplementedError
+
+    def log(self, training_log, *args, **kwargs) -> bool:
+        """Calls Megatron's training_log, then prints and plots what is due at this iteration."""
+        bound = inspect.signature(training_log).bind(*args, **kwargs)
+        bound.apply_defaults()
+        call, settings = bound.arguments, training.get_args()
+        self.before_training_log(settings, call)
+        report_memory_flag = self.run_training_log(training_log, *args, **kwargs)
+        prints, plots = self.due(settings, call)
+        if not (prints or plots):
             return report_memory_flag
-
-        timer = training.get_timers()("interval-time")
-        if not says:  # otherwise training_log has just read it
-            timer.elapsed(reset=False)
-        now = timer.active_time()  # leaves out validation and checkpoints, and is never reset
-        if getattr(args, "token_mixer", "attention") == "mom":
-            routing = memory_metrics().collect(args.num_layers + (args.mtp_num_layers or 0), args.mom_num_memories)
-            self.since_line.routing += routing
-            self.since_write.routing += routing
-        if says:
-            self._say(args, call, now, megatron_lines)
-        if writes:
-            values = self.since_write.speed(now, args.world_size) | _routing_scalars(self.since_write)
-            write(values, iteration, training.get_tensorboard_writer(), training.get_wandb_writer())
+        now = self.training_seconds(just_read=prints)
+        if has_memories(settings):
+            layers = settings.num_layers + (settings.mtp_num_layers or 0)
+            routing = memory_metrics().collect(layers, settings.mom_num_memories)
+            self.since_line.add_routing(routing)
+            self.since_write.add_routing(routing)
+        if prints:
+            self.print_line(settings, call, now)
+            self.since_line = Interval(started=now)
+        if plots:
+            values = self.plot_values(settings, now)
+            write(values, call["iteration"], training.get_tensorboard_writer(), training.get_wandb_writer())
             self.since_write = Interval(started=now)
         return report_memory_flag
 
-    def _add_step(self, args, call: dict) -> None:
+    def before_training_log(self, settings, call: dict) -> None:
+        """Adds up what a step brings, from the run's arguments and the arguments of training_log."""
+
+    def run_training_log(self, training_log, *args, **kwargs) -> bool:
+        return training_log(*args, **kwargs)
+
+    def training_seconds(self, just_read: bool) -> float:
+        """Seconds on the training clock; `just_read`: training_log has read the clock at this iteration."""
+        return 0.0
+
+    def due(self, settings, call: dict) -> tuple[bool, bool]:
+        """Whether to print, and whether to plot: the same in every process, because `collect` needs all of them."""
+        raise NotImplementedError
+
+    def print_line(self, settings, call: dict, now: float) -> None:
+        """Prints the interval since the last line."""
+        raise NotImplementedError
+
+    def plot_values(self, settings, now: float) -> dict[str, float]:
+        """Values of the interval since the last write, by the names of their plots."""
+        report = self.since_write.routing_report()
+        return {} if report is None else scalars(report)
+
+
+class AddedLineReporter(Reporter):
+    """Leaves Megatron's lines as they are, and adds a line and plots about the memories at every log interval.
+
+    Raises RuntimeError at the first interval of a run whose model has no memories.
+    """
+
+    def patch(self) -> Patch:
+        return Patch(
+            name="training-log",
+            reason="Megatron's log has no place for the memories' load, and counts a MoM layer as softmax attention in "
+            "FLOPs",
+            removed_when="megatron.training lets a callback log, and num_floating_point_operations asks the layers",
+            targets=(FLOPS_TARGET, wrap("megatron.training.training", "training_log", self.log)),
+        )
+
+    def due(self, settings, call: dict) -> tuple[bool, bool]:
+        due = has_memories(settings) and call["iteration"] % settings.log_interval == 0
+        return due, due
+
+    def print_line(self, settings, call: dict, now: float) -> None:
+        report = self.since_line.routing_report()
+        if not report["load"]:
+            raise RuntimeError(
+                "--token-mixer mom: no layer of the model that this script built has memories; run a script that "
+                "builds its model as pretrain_gpt.py and pretrain_hybrid.py do"
+            )
+        training.print_rank_last(memory_line(call["iteration"], report))
+
+
+class WholeLineReporter(Reporter):
+    """Prints a line of ours in place of Megatron's at every log interval, and plots speed and memories."""
+
+    def start(self) -> None:
+        super().start()
+        self.recent: deque[tuple[int, float]] = deque(maxlen=INTERVALS_FOR_TIME_LEFT)  # steps, seconds
+        self._captures = False
+        self._captured: list[str] = []  # Megatron's iteration lines of this iteration
+
+    def patch(self) -> Patch:
+        return Patch(
+            name="console",
+            reason="Megatron's iteration line is too long to read, has no place for the memories or the time left, and "
+            "counts a MoM layer as softmax attention in FLOPs",
+            removed_when="megatron.training lets a callback print and plot, and num_floating_point_operations asks the "
+            "layers",
+            targets=(
+                FLOPS_TARGET,
+                wrap("megatron.training.training", "training_log", self.log),
+                wrap("megatron.training.training", "print_rank_last", self.print_rank_last),
+            ),
+        )
+
+    def print_rank_last(self, print_rank_last, message) -> None:
+        """Megatron's function, with its iteration line captured and its validation line made readable."""
+        text = str(message)
+        if self._captures and re.match(r" \[[^]]*\] iteration +\d+/", text):
+            self._captured.append(text)
+        elif text.startswith("---") and not text.strip("-"):
+            return  # Megatron rules off a validation line
+        else:
+            print_rank_last(validation_line(text) or message)
+
+    def before_training_log(self, settings, call: dict) -> None:
+        if call["is_first_iteration"]:
+            self.start()
         batch_size = (
-            args.micro_batch_size
-            * args.data_parallel_size
-            * args.gtp_weight_remat_size
+            settings.micro_batch_size
+            * settings.data_parallel_size
+            * settings.gtp_weight_remat_size
             * training.get_num_microbatches()
         )
         lengths = call["seqlen_squared_sum_in_batch"], call["total_real_tokens_in_batch"]
-        tokens = batch_size * args.seq_length if lengths[1] is None else lengths[1]
-        flops = training.num_floating_point_operations(args, batch_size, *lengths)
+        tokens = batch_size * settings.seq_length if lengths[1] is None else lengths[1]
+        flops = training.num_floating_point_operations(settings, batch_size, *lengths)
         skipped = bool(call["skipped_iter"])
         self.since_line.add_step(call["loss_dict"], skipped, tokens, flops)
         self.since_write.add_step({}, skipped, tokens, flops)  # Megatron plots the losses itself
 
-    def _say(self, args, call: dict, now: float, megatron_lines: list[str]) -> None:
-        interval, iteration = self.since_line, call["iteration"]
-        if not call["is_first_iteration"]:  # that one compiles kernels and fills caches
+    def run_training_log(self, training_log, *args, **kwargs) -> bool:
+        self._captures, self._captured = True, []
+        try:
+            return training_log(*args, **kwargs)
+        finally:
+            self._captures = False
+
+    def training_seconds(self, just_read: bool) -> float:
+        timer = training.get_timers()("interval-time")
+        if not just_read:
+            timer.elapsed(reset=False)
+        return timer.active_time()  # without validation and checkpoints; Megatron never resets this time
+
+    def due(self, settings, call: dict) -> tuple[bool, bool]:
+        plots = settings.tensorboard_dir or getattr(settings, "wandb_project", None)
+        return (
+            call["is_first_iteration"] or call["iteration"] % settings.log_interval == 0,
+            bool(plots) and call["iteration"] % settings.tensorboard_log_interval == 0,
+        )
+
+    def print_line(self, settings, call: dict, now: float) -> None:
+        interval = self.since_line
+        if not call["is_first_iteration"]:  # the first iteration compiles kernels and fills caches
             self.recent.append((interval.steps, now - interval.started))
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == args.world_size - 1:
-            line = step_line(
-                iteration=iteration,
-                total=args.train_iters,
-                losses=mean_losses(interval),
-                skipped=interval.skipped,
-                not_finite=int(interval.not_finite),
-                grad_norm=call["grad_norm"],
-                learning_rate=call["learning_rate"],
-                speed=interval.speed(now, args.world_size),
-                routing=summarize(interval.routing) if torch.is_tensor(interval.routing) else None,
-                others=[text for line in megatron_lines for text in other_fields(line, set(interval.losses))],
-                seconds_left=self._seconds_left(args.train_iters - iteration),
-            )
-            training.print_rank_last(line)
-        self.since_line = Interval(started=now)
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() != settings.world_size - 1:
+            return
+        line = step_line(
+            iteration=call["iteration"],
+            total=settings.train_iters,
+            losses=interval.mean_losses(),
+            skipped=interval.skipped,
+            not_finite=int(interval.not_finite),
+            grad_norm=call["grad_norm"],
+            learning_rate=call["learning_rate"],
+            speed=interval.speed(now, settings.world_size),
+            routing=interval.routing_report(),
+            others=[text for line in self._captured for text in other_fields(line, set(interval.losses))],
+            seconds_left=self._seconds_left(settings.train_iters - call["iteration"]),
+        )
+        training.print_rank_last(line)
+
+    def plot_values(self, settings, now: float) -> dict[str, float]:
+        return self.since_write.speed(now, settings.world_size) | super().plot_values(settings, now)
 
     def _seconds_left(self, steps: int) -> float | None:
         if not self.recent:
             return None
         return steps * sum(seconds for _, seconds in self.recent) / sum(count for count, _ in self.recent)
-
-
-def mean_losses(interval: Interval) -> dict[str, float]:
-    """Means over the steps that were not skipped; nothing when all were. Waits for the device."""
-    counted = interval.steps - interval.skipped
-    return {name: float(total) / counted for name, total in interval.losses.items()}
-
-
-def step_line(
-    *,
-    iteration: int,
-    total: int,
-    losses: dict[str, float],
-    skipped: int,
-    not_finite: int,
-    grad_norm: float | None,
-    learning_rate: float | None,
-    speed: dict[str, float],
-    routing: dict | None,
-    others: list[str],
-    seconds_left: float | None,
-) -> str:
-    """The line of a log interval; what is None, zero or empty is left out. `routing` is a report of `summarize`."""
-    parts = [f"step {iteration:{len(str(total)) + 1}d}/{total} {100 * iteration // total:3d}%"]
-    parts += [f"{'loss' if name == 'lm loss' else name} {value:.3f}" for name, value in losses.items()]
-    if not losses and skipped:
-        parts.append("no loss: every step was skipped")
-    elif skipped:
-        parts.append(f"{skipped} skipped")
-    if not_finite:
-        parts.append(f"{not_finite} with NaN or infinite loss")
-    if grad_norm is not None:
-        parts.append(f"grad {float(grad_norm):.2f}")
-    if learning_rate is not None:
-        parts.append(f"lr {learning_rate:.1e}")
-    parts.append(f"{_short(speed['tokens-per-second'])} tok/s")
-    mfu = f" {100 * speed['mfu']:.0f}% MFU" if "mfu" in speed else ""
-    tflops = speed["tflops-per-device"]
-    rate = f"{_three_digits(tflops)} TFLOP/s" if tflops >= 1 else f"{_three_digits(1e3 * tflops)} GFLOP/s"
-    parts.append(rate + mfu)
-    if routing is not None and routing["load_balancing_loss"] is not None:
-        parts.append(f"balance {routing['load_balancing_loss']:.2f}")
-    if routing is not None and routing["load"]:
-        parts.append(f"memory load {100 * routing['load_min']:.0f}-{100 * routing['load_max']:.0f}%")
-    parts += others
-    if seconds_left is not None:
-        parts.append(f"left {_duration(seconds_left)}")
-    return " | ".join(parts)
-
-
-def other_fields(megatron_line: str, losses: set[str]) -> list[str]:
-    """Fields of Megatron's iteration line that `step_line` does not tell by itself, such as the experts' losses."""
-    fields = []
-    for text in megatron_line.split(" | ")[1:]:
-        name, _, value = text.strip(" |").rpartition(":")
-        same = name in TOLD_OTHERWISE or name in losses or (name, value.strip()) == ("loss scale", "1.0")
-        if name and not same:
-            fields.append(f"{name} {_plain(value)}")
-    return fields
-
-
-def validation_line(megatron_line: str) -> str | None:
-    """Megatron's validation line as 'validation at step 200: loss 2.910, perplexity 18.4'; None for other lines."""
-    match = re.fullmatch(r" validation(\S*) loss at iteration (\d+)(?: on (\w+) set)? \| (.+) \| ", megatron_line)
-    if match is None:
-        return None
-    suffix, iteration, data_set, values = match.groups()
-    parts = []
-    for name, kind, value in re.findall(r"([^|]+) (value|PPL): (\S+)", values):
-        name = name.strip()
-        if kind == "value":
-            parts.append(f"{'loss' if name == 'lm loss' else name} {float(value):.3f}")
-        elif name == "lm loss":  # Megatron prints one of every loss, but only this one has a perplexity
-            parts.append(f"perplexity {_three_digits(float(value))}")
-    where = "test" if data_set == "test" else "validation"
-    return f"{where}{suffix.replace('-', ' ', 1)} at step {iteration}: {', '.join(parts)}"
-
-
-def _short(value: float) -> str:
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{_three_digits(value / limit)}{unit}"
-    return _three_digits(value)
-
-
-def _three_digits(value: float) -> str:
-    if not math.isfinite(value):
-        return str(value)
-    decimals = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
-    return f"{value:.{decimals}f}"
-
-
-def _plain(value: str) -> str:
-    """A number that Megatron prints with an exponent, without it."""
-    return f"{float(value):.4g}" if re.fullmatch(r"\s*-?\d\.\d+E[+-]\d+\s*", value) else value.strip()
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    clock = f"{hours}:{minutes:02d}:{seconds:02d}"
-    return f"{days}d {clock}" if days else clock
-
-
-def _routing_scalars(interval: Interval) -> dict[str, float]:
-    return scalars(summarize(interval.routing)) if torch.is_tensor(interval.routing) else {}
-
-
-def _plots(args) -> bool:
-    """Whether some process writes plots: the same answer in all of them, for collecting metrics takes them all."""
-    return bool(getattr(args, "tensorboard_dir", None) or getattr(args, "wandb_project", None))
-
-
-_console = Console()
-_captured: list[str] | None = None
-
-
-@contextmanager
-def _captured_lines():
-    """Keeps Megatron's iteration line from the screen, and yields a list that receives it."""
-    global _captured
-    _captured = lines = []
-    try:
-        yield lines
-    finally:
-        _captured = None
-
-
-def _log(training_log, *args, **kwargs) -> bool:
-    global _console
-    call = inspect.signature(training_log).bind(*args, **kwargs)
-    call.apply_defaults()
-    if call.arguments["is_first_iteration"]:
-        _console = Console()
-    return _console.log(training_log, call.arguments)
-
-
-def _print(print_rank_last, message) -> None:
-    text = str(message)
-    if _captured is not None and re.match(r" \[[^]]*\] iteration +\d+/", text):
-        _captured.append(text)
-    elif text.startswith("---") and not text.strip("-"):
-        return  # the rules around a validation line
-    else:
-        print_rank_last(validation_line(text) or message)
-
-
-console_patch = Patch(
-    name="console",
-    reason="Megatron's iteration line is too long to read, and has no place for the memories or the time left",
-    removed_when="megatron.training lets a callback print and plot",
-    targets=(
-        wrap("megatron.training.training", "training_log", _log),
-        wrap("megatron.training.training", "print_rank_last", _print),
-    ),
-)
-
-
-def install() -> None:
-    """Counts MoM layers in FLOPs and takes over Megatron's console lines. May be called more than once."""
-    apply_all((flops_patch, console_patch))
