@@ -9,7 +9,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mom_layers.common.kernels import KERNELS
-from mom_layers.layer import check_sizes, check_triton_head_sizes
+from mom_layers.settings import MixerSettings
 
 TOKEN_MIXERS = ("attention", "mom")
 MOM_REFUSES = "--token-mixer mom does not work with"
@@ -111,10 +111,11 @@ class MomTransformerConfig(TransformerConfig):
         """Value size of a head."""
         return int(self.mom_head_dim * self.mom_expand_v)
 
-    @property
-    def mom_num_groups(self) -> int:
-        """Memories with the shared one."""
-        return self.mom_num_memories + int(self.mom_shared_memory)
+    def mixer_settings(self) -> MixerSettings:
+        """Sizes and choices of a MoM layer, of all tensor-parallel ranks together."""
+        names = {f.name for f in fields(self)}
+        settings = {f.name: getattr(self, f"mom_{f.name}") for f in fields(MixerSettings) if f"mom_{f.name}" in names}
+        return MixerSettings(rule_name=self.mom_rule, norm_eps=self.layernorm_epsilon, **settings)
 
     def mom_layer_pattern(self) -> list[bool]:
         """For each of the model's layers, whether its token mixer is Mixture-of-Memories."""
@@ -128,15 +129,16 @@ class MomTransformerConfig(TransformerConfig):
         return [bool(layer) for layer in freq]
 
     def _check_mom(self) -> None:
-        check_sizes(
-            rule=self.mom_rule, num_heads=self.mom_num_heads, head_dim=self.mom_head_dim,
-            expand_v=self.mom_expand_v, num_memories=self.mom_num_memories, topk=self.mom_topk,
-            conv_kernel=self.mom_conv_kernel,
-        )  # fmt: skip
         if self.mom_kernels not in KERNELS:
             raise ValueError(f"--mom-kernels must be one of {', '.join(KERNELS)}, got {self.mom_kernels!r}")
+        settings = self.mixer_settings()
         if self.mom_kernels != "torch":
-            check_triton_head_sizes(self.mom_rule, self.mom_head_dim, self.mom_value_dim)
+            settings.check_head_sizes()
+        if settings.rule.key_heads is not None and self.tensor_model_parallel_size > 1:
+            raise ValueError(
+                f"--mom-rule {self.mom_rule} shares keys between heads, which tensor parallelism would split: "
+                f"--tensor-model-parallel-size must be 1, got {self.tensor_model_parallel_size}"
+            )
         if self.mom_num_heads % self.tensor_model_parallel_size:
             raise ValueError(
                 f"--mom-num-heads {self.mom_num_heads} does not divide over "

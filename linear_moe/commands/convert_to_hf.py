@@ -162,7 +162,7 @@ def check_complete(checkpoint: MegatronCheckpoint, table: Sequence[Entry]) -> No
         name = checkpoint.name(entry)
         used.add(name)
         shape, expected = checkpoint.describe(entry)[0], entry.shape
-        if shape[1:] != expected[1:] or shape[0] < expected[0] or (shape != expected and not entry.rule.padded):
+        if shape[1:] != expected[1:] or shape[0] < expected[0] or (shape != expected and not entry.row.padded):
             raise ConversionError(f"{name} is {list(shape)}, and the arguments stored with it make it {list(expected)}")
     if unknown := sorted(checkpoint.names() - used):
         raise ConversionError(f"the Hugging Face format has no place for {', '.join(unknown[:3])}")
@@ -170,7 +170,7 @@ def check_complete(checkpoint: MegatronCheckpoint, table: Sequence[Entry]) -> No
 
 def _dtype(checkpoint: MegatronCheckpoint, entry: Entry, wanted: str | None) -> torch.dtype:
     stored = checkpoint.describe(entry)[1]
-    return stored if wanted is None or entry.rule.exact else DTYPES[wanted]
+    return stored if wanted is None or entry.row.exact else DTYPES[wanted]
 
 
 def _converted(

@@ -10,7 +10,6 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hyb
 
 from linear_moe.config import MomTransformerConfig
 from megatron_patches.patch import wrap
-from mom_layers.mixing import projection_sizes
 from mom_layers.recur.rules import get_rule
 
 FORWARD_AND_BACKWARD = 3
@@ -72,7 +71,7 @@ def mom_layer_flops(args, tokens: float) -> float:
     router = 2 * tokens * hidden * args.mom_num_memories
     query_gate_out = 2 * tokens * hidden * (keys + 2 * values)
     projected = tokens if args.mom_single_kv_proj else rows
-    memory = 2 * projected * hidden * sum(projection_sizes(rule, heads, key_dim, value_dim))
+    memory = 2 * projected * hidden * sum(rule.projection_sizes(heads, key_dim, value_dim))
     convolutions = 2 * rows * args.mom_conv_kernel * (2 * keys + values)
     recurrence = rule.recurrence_flops(rows, heads, key_dim, value_dim)
     return FORWARD_AND_BACKWARD * (router + query_gate_out + memory + convolutions + recurrence)

@@ -7,13 +7,18 @@ import torch
 KERNELS = ("auto", "torch", "triton")
 
 
+def check_kernels(kernels: str) -> None:
+    """Raises ValueError for a name that is not in KERNELS."""
+    if kernels not in KERNELS:
+        raise ValueError(f"unknown kernels {kernels!r}: choose one of {', '.join(KERNELS)}")
+
+
 def resolve_kernels(kernels: str, tensor: torch.Tensor) -> str:
     """Returns ``"torch"`` or ``"triton"``; ``"auto"`` means Triton on a CUDA device and PyTorch elsewhere.
 
     Raises ValueError for any other name.
     """
-    if kernels not in KERNELS:
-        raise ValueError(f"unknown kernels {kernels!r}: choose one of {', '.join(KERNELS)}")
+    check_kernels(kernels)
     if kernels == "auto":
         return "triton" if tensor.is_cuda else "torch"
     return kernels

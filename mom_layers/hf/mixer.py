@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn as nn
 
-from mom_layers.convolve.operation import UNIT_LENGTH_EPS
 from mom_layers.hf.cache import MemoryLayer
 from mom_layers.hf.configuration_mom import MomConfig
 from mom_layers.hf.layers import RMSNorm
 from mom_layers.hf.sequence import TokenSequence
-from mom_layers.layer import steps_in_kernels
-from mom_layers.mixing import MemoryParameters, mix_memories, projection_sizes
-from mom_layers.recur.rules import get_rule, kept_exact
-from mom_layers.route.plan import build_routing_plan
-from mom_layers.route.router import route
-
-# The format's letter for a gate of the rule: gate "beta" is projected by b_proj.M and shared_b.
-GATE_LETTERS = {"beta": "b"}
+from mom_layers.mixing import MemoryParameters, TokenMaps, has_step, mix_tokens, step_tokens
+from mom_layers.recur.rules import kept_exact
 
 
 class MomAttention(nn.Module):
@@ -31,20 +22,15 @@ class MomAttention(nn.Module):
 
     def __init__(self, config: MomConfig):
         super().__init__()
-        self.rule = get_rule(config.mom_backend)
-        self.num_heads = config.num_heads
-        self.head_dim = config.head_dim
-        self.num_memories = config.num_memories
-        self.topk = config.topk
-        self.shared_mem = config.shared_mem
-        self.norm_eps = config.norm_eps
-        value_dim = round(config.head_dim * config.expand_v)
-        hidden, keys, values = config.hidden_size, config.num_heads * config.head_dim, config.num_heads * value_dim
+        self.settings = config.mixer_settings()
+        self.rule = self.settings.rule
+        hidden, keys, values = config.hidden_size, self.settings.key_width, self.settings.value_width
 
         self.q_proj = nn.Linear(hidden, keys, bias=False)
         self.gate = nn.Linear(hidden, config.num_memories, bias=False)
-        self.letters = ["k", "v", *(GATE_LETTERS.get(name, name) for name in self.rule.gate_widths)]
-        sizes = projection_sizes(self.rule, config.num_heads, config.head_dim, value_dim)
+        # The format's letter of each piece of a projection: "k" is projected by k_proj.M and shared_k.
+        self.letters = ["k", "v", *(gate.hf for gate in self.rule.raw_gates)]
+        sizes = self.settings.projection_sizes
         for letter, size in zip(self.letters, sizes, strict=True):
             if not config.single_kv_proj:
                 linears = [nn.Linear(hidden, size, bias=False) for _ in range(config.num_memories)]
@@ -57,10 +43,9 @@ class MomAttention(nn.Module):
         for name, value in self.rule.init_parameters(config.num_heads, config.head_dim).items():
             self.register_parameter(name, nn.Parameter(value))
         self.g_proj = nn.Linear(hidden, values, bias=False)
-        self.o_norm = RMSNorm(value_dim, config.norm_eps)
+        self.o_norm = RMSNorm(self.settings.value_dim, config.norm_eps)
         self.o_proj = nn.Linear(values, hidden, bias=False)
-        has_kernels = config.head_dim in self.rule.head_sizes and value_dim in self.rule.head_sizes
-        self.kernels = "auto" if has_kernels else "torch"
+        self.kernels = "auto" if self.settings.has_kernels() else "torch"
 
     def forward(
         self, x: torch.Tensor, sequence: TokenSequence, past: MemoryLayer | None = None
@@ -71,48 +56,28 @@ class MomAttention(nn.Module):
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        tokens = x.flatten(0, 1)
         kernels = "torch" if x.dtype == torch.float64 else self.kernels
-        router_logits = self.gate(tokens)
-        mask = sequence.token_mask
-        if self._decodes(tokens, sequence, past, kernels):
-            y = self.rule.decode_step(
-                tokens.contiguous(), self.q_proj(tokens), self.g_proj(tokens), router_logits,
-                self.memory_parameters(x.dtype), past.state, self.topk, self.shared_mem, UNIT_LENGTH_EPS,
-            )  # fmt: skip
+        maps = TokenMaps(query=self.q_proj, output_gate=self.g_proj, out=self.o_proj)
+        parameters = self.memory_parameters(x.dtype)
+        if self._decodes(x, sequence, past, kernels):
+            out, router_logits = step_tokens(x[:, 0], self.gate, maps, parameters, self.settings, past.state)
             past.advance(past.state, 1)
-            return self.o_proj(y)[:, None], router_logits
-        weights, ids = route(router_logits, self.topk, kernels=kernels)
-        plan = build_routing_plan(
-            ids,
-            sequence.cu_seqlens,
-            num_memories=self.num_memories,
-            shared=self.shared_mem,
-            token_mask=None if mask is None else mask.flatten(),
-            kernels=kernels,
-        )
-        y, state = mix_memories(
-            tokens,
-            self.q_proj(tokens),
-            partial(self.g_proj, tokens),
-            weights,
-            plan,
-            self.memory_parameters(x.dtype),
-            state=None if past is None else past.state,
-            output_state=past is not None,
-            kernels=kernels,
-        )
+            return out[:, None], router_logits
+        out, state, router_logits = mix_tokens(
+            x, self.gate, maps, parameters, self.settings, sequence.cu_seqlens,
+            token_mask=sequence.token_mask, state=None if past is None else past.state,
+            output_state=past is not None, kernels=kernels,
+        )  # fmt: skip
         if past is not None:
             past.advance(state, sequence.length)
-        out = self.o_proj(y).unflatten(0, x.shape[:2])
-        return out if mask is None else out * mask[..., None], router_logits
+        return out, router_logits
 
-    def _decodes(self, tokens, sequence: TokenSequence, past: MemoryLayer | None, kernels: str) -> bool:
+    def _decodes(self, x, sequence: TokenSequence, past: MemoryLayer | None, kernels: str) -> bool:
         """Whether the new tokens, one of every sequence, can go through the kernels that change the state in place."""
         one_each = sequence.length == 1 and sequence.token_mask is None and past is not None and past.state is not None
-        if not one_each or torch.is_grad_enabled() or self.q_conv1d.weight.dtype != tokens.dtype:
+        if not one_each or torch.is_grad_enabled() or self.q_conv1d.weight.dtype != x.dtype:
             return False
-        return steps_in_kernels(self.rule, kernels, tokens)
+        return has_step(self.rule, kernels, x)
 
     def memory_parameters(self, dtype: torch.dtype) -> MemoryParameters:
         return MemoryParameters(
@@ -123,8 +88,8 @@ class MomAttention(nn.Module):
             v_conv=self.v_conv1d.weight.squeeze(1),
             rule_parameters={name: getattr(self, name) for name in self.rule.parameter_names},
             norm_weight=self.o_norm.weight,
-            num_heads=self.num_heads,
-            norm_eps=self.norm_eps,
+            num_heads=self.settings.num_heads,
+            norm_eps=self.settings.norm_eps,
         )
 
     def memory_projection(self) -> torch.Tensor:
@@ -172,7 +137,7 @@ class MomAttention(nn.Module):
     @torch.no_grad()
     def reset_rule_parameters(self) -> None:
         """Draws A_log, dt_bias and their like anew, save for those that were loaded."""
-        for name, value in self.rule.init_parameters(self.num_heads, self.head_dim).items():
+        for name, value in self.rule.init_parameters(self.settings.num_heads, self.settings.head_dim).items():
             parameter = getattr(self, name)
             if not getattr(parameter, "_is_hf_initialized", False):
                 parameter.copy_(value)

@@ -19,6 +19,7 @@ from mom_layers.hf.configuration_mom import MomConfig
 from mom_layers.hf.layers import Attention, GatedMLP, RMSNorm
 from mom_layers.hf.mixer import MomAttention
 from mom_layers.hf.sequence import TokenSequence
+from mom_layers.recur.rules import get_rule, rule_names
 from mom_layers.route.router import load_balancing_loss
 
 
@@ -52,7 +53,7 @@ class MomPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _input_embed_layer = "embeddings"
     _is_stateful = True
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+    _keep_in_fp32_modules_strict = sorted({name for rule in rule_names() for name in get_rule(rule).parameter_names})
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

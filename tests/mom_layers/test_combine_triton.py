@@ -4,8 +4,8 @@ import pytest
 import torch
 from comparison import DEVICE, TOLERANCE, draw, make_plan, relative_error
 
+from mom_layers.combine.reference import combine_reference
 from mom_layers.combine.triton import combine_triton
-from mom_layers.recur.reference import combine_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

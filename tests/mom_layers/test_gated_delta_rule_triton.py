@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mom_layers.recur.chunk_table import chunk_table
-from mom_layers.recur.reference import gated_delta_rule_reference
+from mom_layers.recur.rules.gated_deltanet import gated_delta_rule_reference
 from mom_layers.recur.scalar_delta import autograd as entry
 from mom_layers.recur.scalar_delta import launch
 from mom_layers.recur.scalar_delta.autograd import gated_delta_rule_triton

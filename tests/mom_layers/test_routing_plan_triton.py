@@ -4,9 +4,9 @@ import pytest
 import torch
 from comparison import DEVICE
 
-from mom_layers.recur.reference import routing_plan_reference
 from mom_layers.route.plan import _plan_torch, build_routing_plan
 from mom_layers.route.plan_triton import plan_triton
+from mom_layers.route.reference import routing_plan_reference
 
 NAMES = ("token_of_row", "row_of_choice", "segment_of_row", "position_of_row", "cu_seqlens", "memory_offsets")
 RAGGED = [0, 1, 2, 3, 63, 64, 65, 0]

@@ -5,8 +5,8 @@ import torch
 from comparison import DEVICE, RAGGED, TOLERANCE, draw, make_plan, relative_error
 
 from mom_layers.convolve.memories import convolve_memories
+from mom_layers.convolve.reference import segment_convolution_reference
 from mom_layers.convolve.triton import segment_convolution_triton
-from mom_layers.recur.reference import segment_convolution_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
