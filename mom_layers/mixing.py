@@ -21,8 +21,8 @@ import torch
 
 from mom_layers.combine.operation import combine
 from mom_layers.common.kernels import resolve_kernels
-from mom_layers.convolve.memories import convolve_memories
 from mom_layers.convolve.operation import UNIT_LENGTH_EPS, segment_convolution
+from mom_layers.convolve.qkv import convolve_qkv
 from mom_layers.project.operation import grouped_projection
 from mom_layers.recur.rules import MemoryRule, RuleInputs
 from mom_layers.route.plan import RoutingPlan, build_routing_plan
@@ -278,7 +278,7 @@ def read_memories(
 
     # k, v, raw gates of every row, in one product. Where all memories share one projection, tokens are projected, and
     # rows gathered afterwards.
-    one_projection = parameters.projection.shape[0] == 1 and plan.num_groups > 1
+    one_projection = parameters.projection.shape[0] == 1 and plan.num_all_memories > 1
     if one_projection:
         projected = torch.nn.functional.linear(x, parameters.projection[0])
     else:
@@ -298,14 +298,14 @@ def read_memories(
     unit = key_heads if rule.unit_length_keys else None
     if one_projection:
         k, v, raw = projected.split((sizes[0], sizes[1], sum(sizes[2:])), dim=1)
-        raw = gather_rows(raw, plan)
+        raw = gather_rows(raw, plan, kernels=kernels)
         options = {"gather": True, "output_tail": output_state, "kernels": kernels}
         unit_length = options | {"unit_length_heads": unit}
         q, q_tail = segment_convolution(q, parameters.q_conv, plan, initial_tail=tails[0], **unit_length)
         k, k_tail = segment_convolution(k, parameters.k_conv, plan, initial_tail=tails[1], **unit_length)
         v, v_tail = segment_convolution(v, parameters.v_conv, plan, initial_tail=tails[2], **options)
     else:
-        q, k, v, raw, (q_tail, k_tail, v_tail) = convolve_memories(
+        q, k, v, raw, (q_tail, k_tail, v_tail) = convolve_qkv(
             q, projected, parameters.q_conv, parameters.k_conv, parameters.v_conv, plan,
             unit_length_heads=unit, tails=tails, output_tail=output_state, kernels=kernels,
         )  # fmt: skip

@@ -91,7 +91,7 @@ class ContextSlice:
     @staticmethod
     def _all_segments(plan: RoutingPlan) -> Crossing:
         starts, ends = (
-            edges.unflatten(0, (plan.num_groups, -1)) for edges in (plan.cu_seqlens[:-1], plan.cu_seqlens[1:])
+            edges.unflatten(0, (plan.num_all_memories, -1)) for edges in (plan.cu_seqlens[:-1], plan.cu_seqlens[1:])
         )
         return Crossing(None, starts, ends, plan.cu_seqlens, slice(None))
 
@@ -99,7 +99,7 @@ class ContextSlice:
         """The segments of the document that holds a token of the whole row; where it begins and ends, [1] each."""
         at = torch.full((1,), token, dtype=torch.int32, device=self.documents.device)
         document = torch.searchsorted(self.documents, at, right=True) - 1
-        segments = torch.arange(plan.num_groups, device=at.device) * plan.num_sequences + document
+        segments = torch.arange(plan.num_all_memories, device=at.device) * plan.num_sequences + document
         return segments, self.documents[document], self.documents[document + 1]
 
     @staticmethod

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from triton.runtime.jit import KernelInterface
 
 
 @pytest.fixture
 def poisoned_memory(monkeypatch):
-    """Fresh memory holds NaN, so that an element left unwritten is seen."""
+    """Fresh memory holds NaN, so that a test sees an element that no kernel wrote."""
     for name in ("empty", "empty_like"):
         fresh = getattr(torch, name)
 
@@ -15,3 +16,13 @@ def poisoned_memory(monkeypatch):
             return out.fill_(float("nan")) if out.is_floating_point() else out
 
         monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture
+def refused_launches(monkeypatch):
+    """Every launch of a Triton kernel raises RuntimeError, on a GPU and in Triton's interpreter."""
+
+    def refuse(self, grid):
+        raise RuntimeError(f"the Triton kernel {self.__name__} was launched")
+
+    monkeypatch.setattr(KernelInterface, "__getitem__", refuse)

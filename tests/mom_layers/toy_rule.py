@@ -1,7 +1,7 @@
 """A rule that says everything that a rule may say, in plain PyTorch: the rules of the papers need each part.
 
-Keys that all heads share (Mamba2), made longer by a feature map (Taylor); a parameter that the recurrence reads (RWKV6);
-two states side by side, and outputs that are not linear in them (normalised attention).
+Keys that all heads share (Mamba2), made longer by a feature map (Taylor); a parameter that the recurrence reads
+(RWKV6); two states side by side, and outputs that are not linear in them (normalised attention).
 """
 
 import torch

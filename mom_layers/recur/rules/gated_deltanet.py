@@ -105,9 +105,9 @@ def reference(q, k, v, raw, parameters, cu_seqlens, initial_state=None):
 
 
 def decode_step(*arguments):
-    from mom_layers.decode.triton import decode_step_triton
+    from mom_layers.decode import operation
 
-    return decode_step_triton(*arguments)
+    return operation.decode_step(*arguments)
 
 
 def recurrence_flops(rows: int, heads: int, k_dim: int, v_dim: int) -> float:

@@ -81,7 +81,7 @@ class MemoryRule:
         initial_state_gradient: (inputs, gradient of o, cu_seqlens, initial state, kernels) -> the gradient of the
             initial state through the outputs alone. ``inputs.v`` and the initial state are None where
             ``linear_in_state``. None differentiates ``recur``.
-        decode_step: the arguments and the result of :func:`mom_layers.decode.triton.decode_step_triton`; None where a
+        decode_step: the arguments and the result of :func:`mom_layers.decode.operation.decode_step`; None where a
             step of one token takes the general path.
     """
 
