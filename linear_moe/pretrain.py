@@ -21,6 +21,7 @@ def main() -> None:
     """Parses the command line, builds the model and trains it."""
     prepare_machine()
 
+    # Without a GPU, Megatron can be imported only after the patches of the machine.
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args

@@ -179,7 +179,7 @@ def two_processes(rank, store):
 
 
 def test_collect_over_two_processes(tmp_path):
-    warm_python.server()  # from now on it makes multiprocessing's forks: everything on the CPU, for gloo
+    warm_python.server()  # starts the server of multiprocessing's forks without GPUs, for gloo
     arguments = (str(tmp_path / "store"),)
     context = mp.start_processes(two_processes, arguments, nprocs=2, join=False, start_method="forkserver")
     deadline = time.monotonic() + 150

@@ -46,7 +46,7 @@ def test_without_memories_only_the_arguments_are_added():
     assert [patch.name for patch in applied()] == ["arguments"]
 
 
-def test_a_missing_target_is_named_and_nothing_is_changed(monkeypatch):
+def test_a_missing_target_is_named_and_no_patch_is_applied(monkeypatch):
     before = stored_targets()
     monkeypatch.delattr("megatron.training.models.gpt.default_layer_spec")
     with pytest.raises(PatchError, match="'model' cannot be applied: there is no .*gpt.default_layer_spec"):
