@@ -23,6 +23,11 @@ def refuse(refusal: str, cases: Iterable[tuple[object, str, str]]) -> None:
             raise ValueError(f"{refusal} {what}: {instead}")
 
 
+def has_memories(settings: object) -> bool:
+    """Whether a model's arguments or configuration choose memories. Megatron's own have no token_mixer."""
+    return getattr(settings, "token_mixer", "attention") == "mom"
+
+
 @dataclass
 class MomTransformerConfig(TransformerConfig):
     """TransformerConfig for a model whose token mixers may be Mixture-of-Memories layers.

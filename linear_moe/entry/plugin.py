@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import megatron_patches
+from linear_moe.config import MomTransformerConfig, has_memories
 from linear_moe.entry import arguments, log
 from megatron_patches import float32_parameters, releases, reshardable_optimizer
 from megatron_patches.patch import Patch, applied, apply_all, undo_all, wrap
@@ -11,17 +12,10 @@ from megatron_patches.patch import Patch, applied, apply_all, undo_all, wrap
 # arguments, imports neither the layers nor megatron.training.training.
 
 
-def _has_memories(settings) -> bool:
-    """Whether the arguments or the configuration of a model choose memories; Megatron's own have no token_mixer."""
-    return getattr(settings, "token_mixer", "attention") == "mom"
-
-
 def _configure(core_transformer_config_from_args, args, config_class=None):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from linear_moe.config import MomTransformerConfig
-
-    if _has_memories(args) and config_class in (None, TransformerConfig):
+    if has_memories(args) and config_class in (None, TransformerConfig):
         config_class = MomTransformerConfig
     return core_transformer_config_from_args(args, config_class)
 
@@ -30,11 +24,11 @@ def _layers(config, vp_stage):
     """The decoder layers of a model with memories; None for a model without."""
     from linear_moe.layer.specs import mom_block_spec
 
-    return mom_block_spec(config, vp_stage=vp_stage) if _has_memories(config) else None
+    return mom_block_spec(config, vp_stage=vp_stage) if has_memories(config) else None
 
 
 def _routed_memories(config) -> int | None:
-    return config.mom_num_memories if _has_memories(config) else None
+    return config.mom_num_memories if has_memories(config) else None
 
 
 def _choose_layers(default_layer_spec, model_config, vp_stage):
@@ -46,7 +40,7 @@ def _choose_hybrid_layers(hybrid_config_from_args, args, *positional, **keywords
     from linear_moe.layer.hybrid_specs import hybrid_stack_spec
 
     model_config = hybrid_config_from_args(args, *positional, **keywords)
-    if args.token_mixer == "mom":
+    if has_memories(args):
         model_config.hybrid_stack_spec = hybrid_stack_spec(model_config.transformer, model_config.hybrid_stack_spec)
     return model_config
 

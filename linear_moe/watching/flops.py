@@ -8,7 +8,7 @@ import re
 import torch
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hybrid_layer_counts
 
-from linear_moe.config import MomTransformerConfig
+from linear_moe.config import MomTransformerConfig, has_memories
 from megatron_patches.patch import wrap
 from mom_layers.recur.rules import get_rule
 
@@ -105,7 +105,7 @@ def _count(
     total_real_tokens_in_batch=None,
 ):
     lengths = (seqlen_squared_sum_in_batch, total_real_tokens_in_batch)
-    if getattr(args, "token_mixer", "attention") != "mom":
+    if not has_memories(args):
         return num_floating_point_operations(args, batch_size, *lengths)
     tokens = total_real_tokens_in_batch
     if tokens is None:

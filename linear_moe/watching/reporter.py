@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from megatron.training import training
 
+from linear_moe.config import has_memories
 from linear_moe.watching.flops import FLOPS_TARGET, device_peak_flops
 from linear_moe.watching.lines import memory_line, other_fields, step_line, validation_line
 from linear_moe.watching.metrics import memory_metrics, scalars, summarize, write
@@ -71,11 +72,6 @@ class Interval:
         peak = device_peak_flops()
         speed = {"tokens-per-second": self.tokens / seconds, "tflops-per-device": flops / 1e12}
         return speed | ({} if peak is None else {"mfu": flops / peak})
-
-
-def has_memories(settings) -> bool:
-    """Whether the arguments of a run choose memories; a script without our arguments has no token_mixer."""
-    return getattr(settings, "token_mixer", "attention") == "mom"
 
 
 class Reporter:
