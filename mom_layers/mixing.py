@@ -54,7 +54,8 @@ class MemoryParameters:
     Attributes:
         rule: the update rule.
         projection: [A, O, D] with O = H K + H V + H * (columns of the raw gates): keys, values and raw gates of each
-            memory in one matrix, in this order; [1, O, D] where all memories share one projection.
+            memory in one matrix, in this order; [1, O, D] where all memories share one projection. Or a function that
+            projects tokens [N, D] to [A, N, O] (or [1, N, O]), for modules that must be called.
         q_conv, k_conv: [H K, W]. v_conv: [H V, W].
         rule_parameters: the rule's own, [H, ...] each.
         norm_weight: [V].
@@ -63,7 +64,7 @@ class MemoryParameters:
     """
 
     rule: MemoryRule
-    projection: torch.Tensor
+    projection: torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
     q_conv: torch.Tensor
     k_conv: torch.Tensor
     v_conv: torch.Tensor
@@ -276,13 +277,8 @@ def read_memories(
     key_heads = rule.num_key_heads(heads)
     sizes = rule.projection_sizes(heads, q.shape[1] // key_heads, parameters.v_conv.shape[0] // heads)
 
-    # k, v, raw gates of every row, in one product. Where all memories share one projection, tokens are projected, and
-    # rows gathered afterwards.
-    one_projection = parameters.projection.shape[0] == 1 and plan.num_all_memories > 1
-    if one_projection:
-        projected = torch.nn.functional.linear(x, parameters.projection[0])
-    else:
-        projected = grouped_projection(x, parameters.projection, plan, kernels=kernels)
+    # k, v, raw gates: of every row, in one grouped product; or of every token, where all memories share one projection.
+    projected, by_token = _project(x, plan, parameters.projection, kernels)
 
     # What lies before each segment: nothing, what an earlier call left, or what other ranks hold.
     tails, initial_state = (None, None, None), None
@@ -291,12 +287,12 @@ def read_memories(
         initial_state = plan.to_segments(state.recurrent)
     if sequence_slice is not None:
         width = parameters.q_conv.shape[1]
-        (q, projected), (q_tail, tail) = sequence_slice.tails(plan, (q, projected), (True, one_projection), width)
+        (q, projected), (q_tail, tail) = sequence_slice.tails(plan, (q, projected), (True, by_token), width)
         tails = (q_tail, *tail.tensor_split((sizes[0], sizes[0] + sizes[1]), dim=-1)[:2])
 
     # q, k = unit length (SiLU(conv)), v = SiLU(conv)
     unit = key_heads if rule.unit_length_keys else None
-    if one_projection:
+    if by_token:
         k, v, raw = projected.split((sizes[0], sizes[1], sum(sizes[2:])), dim=1)
         raw = gather_rows(raw, plan, kernels=kernels)
         options = {"gather": True, "output_tail": output_state, "kernels": kernels}
@@ -320,3 +316,17 @@ def read_memories(
     if not output_state:
         return o, None
     return o, MemoryState(*(plan.from_segments(part) for part in (recurrent, q_tail, k_tail, v_tail)))
+
+
+def _project(x, plan: RoutingPlan, projection, kernels: str) -> tuple[torch.Tensor, bool]:
+    """Keys, values and raw gates of every row [R, O] and False; or of every token [N, O] and True."""
+    if torch.is_tensor(projection):
+        if projection.shape[0] == 1 and plan.num_all_memories > 1:
+            return torch.nn.functional.linear(x, projection[0]), True
+        return grouped_projection(x, projection, plan, kernels=kernels), False
+    tokens = projection(x)
+    if tokens.shape[0] == 1 and plan.num_all_memories > 1:
+        return tokens[0], True
+    # Masked rows lie in one more segment at the end, whose memory does not matter.
+    memory_of_row = (plan.segment_of_row // plan.num_sequences).clamp(max=tokens.shape[0] - 1)
+    return tokens.flatten(0, 1).index_select(0, memory_of_row * tokens.shape[1] + plan.token_of_row), False

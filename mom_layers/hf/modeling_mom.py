@@ -18,6 +18,7 @@ from mom_layers.hf.cache import CACHE_NAME, MomCache, one_cache
 from mom_layers.hf.configuration_mom import MomConfig
 from mom_layers.hf.layers import Attention, GatedMLP, RMSNorm
 from mom_layers.hf.mixer import MomAttention
+from mom_layers.hf.projections import MemoryLinear, MemoryProjections
 from mom_layers.hf.sequence import TokenSequence
 from mom_layers.recur.rules import get_rule, rule_names
 from mom_layers.route.router import load_balancing_loss
@@ -58,7 +59,9 @@ class MomPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Normal projections and embeddings, uniform convolutions, and the memory rule's own parameters."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, MemoryProjections):
+            return  # its parts are modules of their own
+        if isinstance(module, (nn.Linear, MemoryLinear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
