@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 
+from mom_layers.common.checks import check_borders
 from mom_layers.mixing import MemoryParameters, TokenMaps, has_step, mix_tokens, step_tokens
 from mom_layers.recur.rules import kept_exact
 from mom_layers.settings import MixerSettings
@@ -117,7 +118,8 @@ class MixtureOfMemories(nn.Module):
             x: [B, T, D].
             state: of an earlier call over the same sequences, to continue from; T may be 1 (decoding).
             output_state: also return the state after the last token.
-            cu_seqlens: [docs + 1] int32, for packed documents in one row (B = 1): nothing crosses their borders.
+            cu_seqlens: [docs + 1] int32, for packed documents in one row (B = 1): nothing crosses their borders. Values
+                are checked on the CPU; on a GPU with ``MOM_CHECK=1``, since the check waits for the device.
             token_mask: [B, T] bool, False at padding, which reaches no memory; its outputs are zero.
 
         Returns:
@@ -134,6 +136,8 @@ class MixtureOfMemories(nn.Module):
             cu_seqlens = cu_seqlens if length else cu_seqlens.new_zeros(batch + 1)
         elif batch != 1:
             raise ValueError(f"cu_seqlens describes one packed row of tokens; got a batch of {batch}")
+        else:
+            check_borders(cu_seqlens, length)
         if state is not None and state.recurrent.shape[0] != cu_seqlens.shape[0] - 1:
             raise ValueError(
                 f"the state holds {state.recurrent.shape[0]} sequences, the input {cu_seqlens.shape[0] - 1}"
