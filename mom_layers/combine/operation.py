@@ -50,6 +50,7 @@ def _check(o, weights, row_of_choice, output_gate, norm_weight, kernels) -> None
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, o, weights, row_of_choice, output_gate, norm_weight, eps):
+        # Imported on use, because Triton is not installed on every machine.
         from mom_layers.combine.triton import combine_forward
 
         ctx.save_for_backward(o, weights, row_of_choice, output_gate, norm_weight)
@@ -70,8 +71,10 @@ def _combine_torch(o, weights, row_of_choice, output_gate, norm_weight, eps):
     rows = o.index_select(0, row_of_choice.flatten()).unflatten(0, row_of_choice.shape).to(dtype)
     topk = weights.shape[1]
     mixed = (rows[:, :topk] * weights.to(dtype)[:, :, None, None]).sum(1)
+    # The shared memory's row is the last choice and has no weight.
     if row_of_choice.shape[1] > topk:
         mixed = mixed + rows[:, topk]
+    # RMSNorm over the values of a head, then the output gate.
     mixed = mixed * torch.rsqrt((mixed * mixed).mean(-1, keepdim=True) + eps) * norm_weight.to(dtype)
     return (mixed * F.silu(output_gate.to(dtype))).to(o.dtype)
 

@@ -114,6 +114,7 @@ def _backward_kernel(
         b_n = ((i_program * BLOCKS + i) * BN + tl.arange(0, BN)).to(tl.int64)
         m_n = b_n < num_tokens
         b_rows, b_w = _rows_and_weights(weights, row_of_choice, b_n, m_n, TOPK, CHOICES)
+        # dw of the tokens' k weights, summed over the heads.
         b_dw = tl.zeros([BN, BK], dtype=tl.float32)
         for i_h in range(H):
             p_gate = output_gate + (b_n * stride_gate_n + i_h * stride_gate_h)[:, None] + b_v[None, :]
@@ -164,6 +165,7 @@ def combine_forward(
 ) -> torch.Tensor:
     """The y [N, H, V] of :func:`mom_layers.combine.operation.combine`; all tensors but the output gate contiguous."""
     (_, heads, size), (tokens, topk) = o.shape, weights.shape
+    # A program has one head of its tokens.
     block = FORWARD_TILE_ELEMENTS // size
     y = torch.empty(tokens, heads, size, dtype=o.dtype, device=o.device)
     _forward_kernel[(triton.cdiv(tokens, block), heads)](
@@ -199,6 +201,8 @@ def combine_backward(
     """The gradients of o, weights, output_gate and norm_weight, each in its tensor's type; dy [N, H, V]."""
     (_, heads, size), (tokens, topk) = o.shape, weights.shape
     block = BACKWARD_TILE_ELEMENTS // size
+    # A program has all heads of its tokens, because a token's dw is a sum over the heads. A power of two of blocks:
+    # Triton compiles a kernel for each number.
     blocks = triton.next_power_of_2(max(1, triton.cdiv(tokens, block * GRADIENT_PROGRAMS)))
     programs = triton.cdiv(tokens, block * blocks)
     do = torch.empty_like(o)

@@ -20,10 +20,12 @@ def _sum_parts_kernel(
     """out[n] = sum over p of parts[p, n]; with TRANSPOSE the sum [N / COLUMNS, COLUMNS] is stored transposed."""
     b_n = tl.program_id(0) * BN + tl.arange(0, BN)
     b_p = tl.arange(0, BP)
+    # Each of BP rows of the tile adds up every BP-th part; the sum over the tile comes last.
     b_sum = tl.zeros([BP, BN], dtype=tl.float32)
     for i in range(0, num_parts, BP):
         m_tile = (i + b_p < num_parts)[:, None] & (b_n < N)[None, :]
         b_sum += tl.load(parts + (i + b_p).to(tl.int64)[:, None] * N + b_n[None, :], mask=m_tile, other=0.0)
+    # Column n of the parts is (n // COLUMNS, n % COLUMNS) of the sum.
     p_out = out + (b_n % COLUMNS * (N // COLUMNS) + b_n // COLUMNS if TRANSPOSE else b_n)
     tl.store(p_out, tl.sum(b_sum, axis=0).to(out.dtype.element_ty), mask=b_n < N)
 

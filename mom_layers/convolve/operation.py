@@ -30,6 +30,7 @@ def check_convolution(x, weight, plan, gather, unit_length_heads, initial_tail, 
     if heads is not None and (heads < 1 or channels % heads):
         raise ValueError(f"unit_length_heads must be a divisor of the {channels} channels, got {heads}")
     width = weight.shape[1]
+    # One tail for each segment, the masked tokens' too.
     tail_shape = (plan.num_segments, width - 1, channels)
     if initial_tail is not None and initial_tail.shape != tail_shape:
         raise ValueError(f"initial_tail must be {list(tail_shape)}, got {list(initial_tail.shape)}")
@@ -62,6 +63,7 @@ class _SegmentConvolution(torch.autograd.Function):
 
         ctx.save_for_backward(x, weight, initial_tail)
         ctx.plan, ctx.options = plan, (gather, unit_length_heads)
+        # A gradient that does not exist stays None, so that the kernels skip the work for it.
         ctx.set_materialize_grads(False)
         convolution = Convolution(x, weight, initial_tail, gather, unit_length_heads)
         (y,), (tail,), _ = convolve_forward((convolution,), plan, output_tail, UNIT_LENGTH_EPS)
@@ -82,6 +84,7 @@ class _SegmentConvolution(torch.autograd.Function):
 def _final_tail(rows, plan, width, initial_tail):
     """The last W - 1 inputs of every segment; a shorter segment's begin with the latest of its initial tail."""
     start, end = plan.cu_seqlens[:-1, None].long(), plan.cu_seqlens[1:, None].long()
+    # Row numbers of the last W - 1 inputs; those before the segment's start come from its initial tail.
     index = end - (width - 1) + torch.arange(width - 1, device=rows.device)  # [S, W - 1]
     tail = F.pad(rows, (0, 0, 0, 1))[torch.where(index >= start, index, rows.shape[0])]
     if initial_tail is not None:
@@ -100,6 +103,7 @@ def _convolution_torch(x, weight, plan, gather, unit_length_heads, initial_tail,
     # u_t = sum_j weight[:, W - 1 - j] x_{t - j}, one j at a time over all rows
     y = inputs * taps[:, -1]
     for back in range(1, width):
+        # The input `back` rows earlier, or an entry of the initial tail at the segment's first rows.
         earlier = F.pad(inputs, (0, 0, back, 0))[: rows.shape[0]]
         if initial_tail is None:
             before = torch.zeros((), dtype=dtype, device=rows.device)

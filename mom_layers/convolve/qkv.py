@@ -44,11 +44,13 @@ class _ConvolveQKV(torch.autograd.Function):
         inputs = (q, projected, q_conv, k_conv, v_conv, q_tail, k_tail, v_tail)
         ctx.save_for_backward(*inputs)
         ctx.plan, ctx.unit_heads = plan, unit_heads
+        # A gradient that does not exist stays None, so that the kernels skip the work for it.
         ctx.set_materialize_grads(False)
         convolutions, raw_gates = _convolutions(*inputs, unit_heads)
         (q, k, v), tails, raw_gates = convolve_forward(
             convolutions, plan, output_tail, UNIT_LENGTH_EPS, copied=raw_gates
         )
+        # There are no columns to copy.
         if raw_gates is None:
             raw_gates = projected.new_empty(plan.num_rows, 0)
         return q, k, v, raw_gates, *tails
@@ -60,6 +62,7 @@ class _ConvolveQKV(torch.autograd.Function):
 
         _, projected, _, k_conv, v_conv, *tails = ctx.saved_tensors
         convolutions, _ = _convolutions(*ctx.saved_tensors, ctx.unit_heads)
+        # The kernels write each gradient to its columns: no concatenation.
         dprojected = torch.empty_like(projected)
         dk_in, dv_in, d_raw_gates_in = _split(dprojected, k_conv.shape[0], v_conv.shape[0])
         if d_raw_gates is None:
@@ -114,6 +117,7 @@ def convolve_qkv(
     if len(set(widths)) > 1:
         raise ValueError(f"q_conv, k_conv and v_conv must be equally wide, got {widths}")
     if kernels == "triton":
+        # Checked here, because one launch replaces the three calls.
         k, v = projected[:, :keys], projected[:, keys : keys + values]
         check_convolution(q, q_conv, plan, True, unit_length_heads, tails[0], kernels)
         check_convolution(k, k_conv, plan, False, unit_length_heads, tails[1], kernels)
@@ -124,6 +128,7 @@ def convolve_qkv(
             q, projected, *weights, *tails, plan, unit_length_heads, output_tail
         )
         return q, k, v, raw_gates, tuple(tails)
+    # segment_convolution checks its own arguments.
     k, v, raw_gates = _split(projected, keys, values)
     options = {"output_tail": output_tail, "kernels": kernels}
     unit = {"unit_length_heads": unit_length_heads}

@@ -31,6 +31,7 @@ def _input(
     C: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """[BS, BC] float32 inputs j rows before rows b_r; before a segment's first row its initial tail, or zero."""
+    # An input is either a row of the segment or an entry of its initial tail: the sum of two masked loads.
     m_inside = m_r & (b_position >= j)
     b_from = b_r - j
     if token_of_row is not None:
@@ -116,6 +117,7 @@ def _walks(convolutions, plan, eps, columns):
         block = channels // heads if heads else min(256, max(16, triton.next_power_of_2(channels)))
         blocks.append(block)
         first.append(first[-1] + triton.cdiv(channels, block))
+    # Triton takes a tuple for each argument, with one item for each convolution.
     xs, weights, tails, gathers, heads = (tuple(part) for part in zip(*convolutions, strict=True))
     return first[-1] + bool(columns), dict(
         x=xs,
@@ -162,6 +164,7 @@ def convolve_forward(
         the outputs [R, C], the tails [S, W - 1, C] or None, and a contiguous copy of ``copied`` or None.
     """
     rows = plan.num_rows
+    # The outputs are contiguous, whatever tensor the inputs are slices of.
     ys = tuple(x.new_empty(rows, weight.shape[0]) for x, weight, *_ in convolutions)
     columns = 0 if copied is None else copied.shape[1]
     copy = copied.new_empty(copied.shape) if columns else None
@@ -227,6 +230,7 @@ def convolve_backward(
     """
     rows, width = plan.num_rows, convolutions[0].weight.shape[1]
     sizes = [weight.shape[0] for _, weight, *_ in convolutions]
+    # A convolution without a gradient still runs with the others, on zeros.
     dys = tuple(
         x.new_zeros(rows, size) if dy is None else dy if dy.stride(1) == 1 else dy.contiguous()
         for (x, *_), size, dy in zip(convolutions, sizes, dys, strict=True)
@@ -236,6 +240,7 @@ def convolve_backward(
         x.new_empty(rows, size) if dx is None else dx
         for (x, *_), size, dx in zip(convolutions, sizes, dxs, strict=True)
     )
+    # du is written only where an initial tail needs its gradient.
     dus = tuple(
         x.new_empty(rows, size) if needed else None
         for (x, *_), size, needed in zip(convolutions, sizes, needs_initial, strict=True)
@@ -265,6 +270,7 @@ def convolve_backward(
         _initial_tail_gradient(convolution, plan, du, dtail) if needed else None
         for convolution, du, dtail, needed in zip(convolutions, dus, dtails, needs_initial, strict=True)
     )
+    # A token's gradient is the sum over its rows.
     dxs = tuple(
         sum_rows_triton(dx, plan.row_of_choice) if convolution.gather else dx
         for convolution, dx in zip(convolutions, dxs, strict=True)

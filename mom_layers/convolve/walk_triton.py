@@ -136,6 +136,7 @@ def _inputs_before_segment(
 @triton.jit
 def _silu(b_w, b_inputs, W: tl.constexpr, dtype: tl.constexpr):
     """t = tanh(h) and y = SiLU(u) = h + h t, [BC], with h = u / 2 the sum over the halved taps."""
+    # h = u / 2, in float32 like all sums.
     b_h = b_w[0] * b_inputs[0]
     for j in tl.static_range(1, W):
         b_h += b_w[j] * b_inputs[j]
@@ -173,6 +174,7 @@ def _forward_walk(
     i_position = i_first - tl.load(cu_seqlens + i_segment)
     i_end = tl.load(cu_seqlens + i_segment + 1)
     b_window = _inputs_before(x, stride_x, initial_tail, token_of_row, i_first, i_position, i_segment, b_c, m_c, C, W)
+    # The first AHEAD rows' inputs, and the indices for the next AHEAD rows.
     b_rows = _rows(x, stride_x, _sources(token_of_row, i_first, num_rows, AHEAD), b_c, m_c)
     i_from = _sources(token_of_row, i_first + AHEAD, num_rows, AHEAD)
     for i_step in range(0, i_last - i_first, AHEAD):
@@ -292,8 +294,10 @@ def _backward_walk(
     i_end = tl.load(cu_seqlens + i_segment + 1)
     i_open = i_first
     b_window = _inputs_before(x, stride_x, initial_tail, token_of_row, i_first, i_position, i_segment, b_c, m_c, C, W)
+    # Unfinished gradients of the W - 1 inputs before the present row, and dw of the taps.
     b_sums = _zeros(W - 1, BC)
     b_dw = _zeros(W, BC)
+    # The first AHEAD rows' inputs and gradients, and the indices for the next AHEAD rows.
     b_rows = _rows(x, stride_x, _sources(token_of_row, i_first, num_rows, AHEAD), b_c, m_c)
     b_dys = _rows(dy, stride_dy, _sources(None, i_first, num_rows, AHEAD), b_c, m_c)
     i_from = _sources(token_of_row, i_first + AHEAD, num_rows, AHEAD)

@@ -17,6 +17,7 @@ def _steps(state) -> tuple[int, int]:
     found = set()
     for tensor in tensors:
         part = tensor[0, 0]
+        # A dimension of size 1 has no distance: PyTorch's stride there may be any number.
         steps = tuple(tensor.stride(d) // part.numel() if tensor.shape[d] > 1 else 0 for d in (0, 1))
         found.add(steps if part.is_contiguous() else None)
     if len(found) > 1 or None in found:
@@ -65,6 +66,7 @@ def decode_step(
     Raises:
         ValueError: a state whose tensors place sequences and memories differently, or not contiguously.
     """
+    # Imported on use, because Triton is not installed on every machine.
     from mom_layers.decode.triton import decode_step_triton
 
     steps = _steps(state)

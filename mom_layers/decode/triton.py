@@ -31,6 +31,7 @@ def _choose(logits, i_b, M: tl.constexpr, TOPK: tl.constexpr, SHARED: tl.constex
     ids = ()
     odds = ()
     total = 0.0
+    # The k largest logits, one after another; odds are relative to the largest.
     for _ in tl.static_range(TOPK):
         i_m = tl.argmax(b_logit, axis=0)
         odd = tl.exp(tl.max(b_logit, axis=0) - largest)
@@ -55,6 +56,7 @@ def _project_kernel(
     """projected[b, i] = projection[memory of choice i] x[b]."""
     i_b, i_choice = tl.program_id(0) // CHOICES, tl.program_id(0) % CHOICES
     ids, _ = _choose(logits, i_b, M, TOPK, CHOICES > TOPK, BM)
+    # A tuple cannot be indexed by a number that is known on the device only.
     i_m = ids[0]
     for i in tl.static_range(1, CHOICES):
         i_m = tl.where(i_choice == i, ids[i], i_m)
@@ -191,9 +193,11 @@ def decode_step_triton(
     values = parameters.v_conv.shape[0]
     projection = parameters.projection
     projections, row_width, _ = projection.shape  # A, or 1 where all memories share one
+    # In float32: the sum over the memories is normalised before it is rounded.
     mixed = torch.empty(batch, values, dtype=torch.float32, device=x.device)
     y = torch.empty(batch, values, dtype=x.dtype, device=x.device)
     routing = dict(logits=logits, M=memories, TOPK=topk, CHOICES=choices, BM=triton.next_power_of_2(memories))
+    # One matrix product, once the tokens' choices would read as many weights as it does.
     by_memory = batch * choices >= projections
     if by_memory:
         projected = torch.nn.functional.linear(x, projection.flatten(0, 1))
@@ -215,6 +219,7 @@ def decode_step_triton(
     sizes = dict(H=heads, K=keys // heads, V=values // heads, W=width, **routing)
     step_b, step_m = steps
     tails = dict(q_tail=state.q_tail, k_tail=state.k_tail, v_tail=state.v_tail, step_b=step_b, step_m=step_m)
+    # A program has BV columns of a head's state: columns do not depend on one another.
     BV = min(VALUE_TILE, values // heads)
     _update_kernel[(batch * heads, values // heads // BV)](
         q=q,

@@ -52,11 +52,13 @@ class _GroupedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, plan, kernels):
+        # Rows of zeros in the weight become columns of zeros in the result.
         ctx.columns = weight.shape[1]
         weight = F.pad(weight, (0, 0, 0, -ctx.columns % ALIGNMENT)) if ctx.columns % ALIGNMENT else weight
         ctx.save_for_backward(x, weight)
         ctx.plan, ctx.kernels = plan, kernels
         rows = x.index_select(0, plan.token_of_row)
+        # memory_offsets stays on the device: the host waits for nothing.
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=plan.memory_offsets)
 
     @staticmethod
@@ -91,6 +93,7 @@ class _TritonProjection(torch.autograd.Function):
         from mom_layers.project.triton import project, weight_gradient
 
         (x, weight), plan = ctx.saved_tensors, ctx.plan
+        # The kernels read adjacent columns.
         if dy.stride(1) != 1:
             dy = dy.contiguous()
         dx = dweight = None
@@ -137,8 +140,10 @@ def grouped_projection(
     kernels = resolve_kernels(kernels, x)
     _check(x, weight, plan)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        # PyTorch casts for its own products; the kernels here are none of them.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
+    # PyTorch's product comes first where the chip has it; the Triton kernels serve other chips and types.
     if has_device_grouped_mm(x, weight):
         return _GroupedProduct.apply(x, weight, plan, kernels)
     if kernels == "triton":

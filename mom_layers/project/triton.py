@@ -44,6 +44,7 @@ def _rows_of_tile(i_tile, memory_offsets, A: tl.constexpr, BA: tl.constexpr, BM:
     """(memory, first row, one past the memory's last row) of a row tile."""
     b_m = tl.arange(0, BA)
     b_start = tl.load(memory_offsets + b_m - 1, mask=(b_m > 0) & (b_m < A), other=0)  # [BA]
+    # The last memory whose first row tile is not after this tile.
     i_m = tl.sum(((b_m < A) & (b_start // BM + b_m <= i_tile)).to(tl.int32), axis=0) - 1
     start = tl.sum(tl.where(b_m == i_m, b_start, 0), axis=0)
     end = tl.load(memory_offsets + i_m)
@@ -85,6 +86,7 @@ def _project_kernel(
         b_in = tl.load(p_in + i_k, mask=m_r[:, None] & m_k[None, :], other=0.0)  # [BM, BK]
         b_w = tl.load(p_w + i_k * stride_weight_k, mask=m_k[:, None] & m_n[None, :], other=0.0)  # [BK, BN]
         b_sum = tl.dot(b_in, b_w, b_sum, input_precision="ieee")
+    # Masked stores: a tile of a memory's last rows must not write the next memory's.
     p_out = out + b_r.to(tl.int64)[:, None] * N + b_n[None, :]
     tl.store(p_out, b_sum.to(out.dtype.element_ty), mask=m_r[:, None] & m_n[None, :])
 
@@ -108,6 +110,7 @@ def _weight_gradient_kernel(
     for i_r in range(start, end, BK):
         b_r = i_r + tl.arange(0, BK)
         m_r = b_r < end
+        # x is read by token number, so that no gathered copy of x exists.
         b_token = tl.load(token_of_row + b_r, mask=m_r, other=0)  # [BK]
         p_dy = dy + b_r.to(tl.int64)[None, :] * stride_dy + b_o[:, None]
         p_x = x + b_token.to(tl.int64)[:, None] * stride_x + b_d[None, :]
@@ -131,6 +134,7 @@ def project(inputs: torch.Tensor, weight: torch.Tensor, plan, token_of_row: torc
     """
     all_memories, columns, _ = weight.shape
     tile = TILES[inputs.dtype]
+    # Every memory may have one tile that is not full.
     row_tiles = plan.num_rows // tile.BM + all_memories
     out = torch.empty(plan.num_rows, columns, dtype=inputs.dtype, device=inputs.device)
     _project_kernel[(row_tiles * triton.cdiv(columns, tile.BN),)](

@@ -62,11 +62,13 @@ class RoutingPlan:
         """State [B, A, ...] of sequences to [S, ...] of segments; zeros for the masked tokens' segment."""
         segments = state.transpose(0, 1).flatten(0, 1)
         if self.has_masked_segment:
+            # Masked tokens start from an empty state, which from_segments drops again.
             segments = torch.cat([segments, segments.new_zeros(1, *segments.shape[1:])])
         return segments
 
     def from_segments(self, segments: torch.Tensor) -> torch.Tensor:
         """The inverse of :meth:`to_segments`."""
+        # The masked tokens' segment is the last one.
         unmasked = segments[: self.num_all_memories * self.num_sequences]
         return unmasked.unflatten(0, (self.num_all_memories, self.num_sequences)).transpose(0, 1)
 
@@ -103,13 +105,16 @@ def _plan_torch(memory_ids, token_cu_seqlens, num_memories, shared, token_mask):
     token_of_row.scatter_(0, row_of_choice.flatten().long(), token.flatten())
 
     # A segment starts after the rows that its memory has of earlier sequences.
+    # before[b] = rows that each bucket has of the sequences before b
     before = torch.cat([after.new_zeros(1, buckets), after])[token_cu_seqlens[:-1].long()]  # [B, buckets]
     starts = (start + before)[:, :all_memories].t().flatten()
     edges = [starts, end[-1:]] if token_mask is None else [starts, start[-1:], end[-1:]]
     cu_seqlens = torch.cat(edges)
+    # The last memory's rows end at R, so that a grouped product over the memories covers the masked rows too.
     memory_offsets = end[:all_memories].clone()
     memory_offsets[-1:] = end[-1:]
 
+    # Rows are sorted by segment, so that a binary search finds the segment of each.
     row = torch.arange(rows, dtype=torch.int32, device=device)
     segment_of_row = torch.searchsorted(cu_seqlens, row, right=True, out_int32=True) - 1
     position_of_row = row - cu_seqlens[segment_of_row]
@@ -129,6 +134,7 @@ def _check(memory_ids, token_cu_seqlens, num_memories, shared, token_mask, kerne
         )
     if token_mask is not None and (token_mask.dtype != torch.bool or token_mask.shape != memory_ids.shape[:1]):
         raise ValueError(f"token_mask must be bool [{tokens}], got {token_mask.dtype} {list(token_mask.shape)}")
+    # A larger number would wrap around and name wrong rows.
     rows = tokens * (topk + int(shared))
     if rows >= 2**31:
         raise ValueError(f"rows are numbered in int32: {tokens} tokens must have fewer than 2^31 rows, got {rows}")

@@ -29,6 +29,7 @@ def _block_of_tokens(i_block, token_cu_seqlens, num_sequences, SEARCH_STEPS: tl.
     for _ in range(SEARCH_STEPS):
         middle = (low + high) // 2
         owns = tl.load(token_cu_seqlens + middle) // BT + middle <= i_block
+        # Every step halves the range; after SEARCH_STEPS of them one sequence is left.
         low = tl.where(owns, middle, low)
         high = tl.where(owns, high, middle)
     start = tl.load(token_cu_seqlens + low)
@@ -54,6 +55,7 @@ def _rows_of_buckets(
 ):  # fmt: skip
     """How many rows every token has in each bucket, [BT, BC]; and which tokens are masked, [BT]."""
     b_c = tl.arange(0, BC)
+    # One comparison of all buckets for each choice: a histogram without atomics.
     b_chosen = tl.zeros([BT, BC], dtype=tl.int32)
     for i_choice in range(CHOICES):
         b_id = _memory_of_choice(memory_ids, stride_n, stride_k, i_choice, b_n, m_n, TOPK, SHARED_ID)
@@ -81,6 +83,7 @@ def _count_kernel(
     b_chosen, _ = _rows_of_buckets(
         memory_ids, token_mask, stride_n, stride_k, b_n, b_n < end, TOPK, CHOICES, SHARED_ID, A, BT, BC
     )
+    # Bucket-major, so that the running sum over all counts is in the order of the rows.
     b_c = tl.arange(0, BC)
     tl.store(counts + b_c.to(tl.int64) * num_blocks + i_block, tl.sum(b_chosen, axis=0), mask=b_c < BUCKETS)
 
@@ -134,9 +137,11 @@ def _write_kernel(
     for i_choice in range(CHOICES):
         b_id = _memory_of_choice(memory_ids, stride_n, stride_k, i_choice, b_n, m_n, TOPK, SHARED_ID)
         b_id = tl.where(b_masked, A, b_id)
+        # The token's row and its segment's first row, picked from the bucket's column.
         b_hit = b_id[:, None] == b_c[None, :]
         b_r = tl.sum(tl.where(b_hit, b_row, 0), axis=1) + tl.where(b_masked, i_choice, 0)
         b_position = b_r - tl.sum(tl.where(b_hit, b_start[None, :], 0), axis=1)
+        # Segment m B + b; all masked tokens have segment A B.
         b_segment = b_id * num_sequences + tl.where(b_masked, 0, i_sequence)
         tl.store(row_of_choice + b_n.to(tl.int64) * CHOICES + i_choice, b_r, mask=m_n)
         tl.store(token_of_row + b_r, b_n, mask=m_n)
@@ -158,8 +163,10 @@ def plan_triton(
     all_memories, choices = num_memories + int(shared), topk + int(shared)
     buckets = all_memories + int(token_mask is not None)
     rows, sequences = tokens * choices, token_cu_seqlens.shape[0] - 1
+    # A block has at most 128 tokens, and fewer where there are many buckets, but at least 16.
     padded_buckets = triton.next_power_of_2(buckets)
     block = min(128, max(16, TILE_ELEMENTS // padded_buckets))
+    # The bound that the module's text explains: no data is read for the grid.
     num_blocks = tokens // block + sequences
     segments = all_memories * sequences + int(token_mask is not None)
     device, int32 = memory_ids.device, torch.int32
@@ -188,6 +195,7 @@ def plan_triton(
         BT=block,
         BC=padded_buckets,
     )
+    # Count, running sum, write.
     _count_kernel[(num_blocks,)](counts=counts, **inputs)
     ends = counts.cumsum(0, dtype=int32)
     _write_kernel[(num_blocks,)](

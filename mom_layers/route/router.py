@@ -31,6 +31,7 @@ def _check(logits: torch.Tensor, topk: int, kernels: str) -> None:
 class _TopKRouting(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, topk):
+        # Imported on use, because Triton is not installed on every machine.
         from mom_layers.route.router_triton import top_k_forward
 
         weights, ids = top_k_forward(logits, topk)
@@ -67,11 +68,13 @@ def route(logits: torch.Tensor, topk: int, *, kernels: str = "auto") -> tuple[to
         ValueError: a shape, size, type or stride that is not supported.
     """
     kernels = resolve_kernels(kernels, logits)
+    # The kernels compute in float32.
     if logits.dtype == torch.float64:
         kernels = "torch"
     _check(logits, topk, kernels)
     if kernels == "triton":
         return _TopKRouting.apply(logits, topk)
+    # The softmax of the kept logits is the softmax of all, renormalised: the other terms cancel.
     kept, ids = logits.to(compute_dtype(logits.dtype)).topk(topk, dim=-1)
     return torch.softmax(kept, dim=-1), ids
 

@@ -27,11 +27,13 @@ def _forward_kernel(
     # The logits to choose from are finite, so that a row of NaN or -inf has k different choices too.
     b_left = tl.where(b_logits == b_logits, tl.maximum(b_logits, SMALLEST), SMALLEST)  # [BN, BM]
     b_left = tl.where((b_m < M)[None, :], b_left, float("-inf"))
+    # Columns past k keep -inf, whose exponential is zero in the softmax.
     b_kept = tl.full([BN, BK], float("-inf"), tl.float32)
     b_ids = tl.zeros([BN, BK], tl.int32)
     # The k largest logits, one after another.
     for i in range(TOPK):
         b_id = tl.argmax(b_left, axis=1)  # [BN]
+        # argmax takes the lower column of equal logits.
         m_chosen = b_m[None, :] == b_id[:, None]
         b_logit = tl.sum(tl.where(m_chosen, b_logits, 0.0), axis=1)  # [BN]
         b_left = tl.where(m_chosen, float("-inf"), b_left)
@@ -40,6 +42,7 @@ def _forward_kernel(
     # w = softmax of the k kept logits.
     b_exp = tl.exp(b_kept - tl.max(b_kept, axis=1)[:, None])
     b_weights = b_exp / tl.sum(b_exp, axis=1)[:, None]
+    # A NaN logit must show in the weights, although its memory was replaced by another.
     b_nan = tl.sum(tl.where(m_nm & (b_logits != b_logits), 1, 0), axis=1) > 0  # [BN]
     b_weights = tl.where(b_nan[:, None], float("nan"), b_weights)
     at = b_n[:, None] * TOPK + b_k[None, :]
@@ -59,6 +62,7 @@ def _backward_kernel(
     b_k = tl.arange(0, BK)
     at = b_n[:, None] * TOPK + b_k[None, :]
     m_nk = m_n[:, None] & (b_k < TOPK)[None, :]
+    # The weights are all that the gradient needs; the logits are not kept.
     b_w = tl.load(weights + at, mask=m_nk, other=0.0)  # [BN, BK]
     b_dw = tl.load(dweights + at, mask=m_nk, other=0.0)
     b_ids = tl.load(ids + at, mask=m_nk, other=0).to(tl.int32)
@@ -77,6 +81,7 @@ def _backward_kernel(
 
 def _tile(tokens: int, memories: int, topk: int):
     """The grid and the sizes of both kernels."""
+    # A token's logits lie in one tile, so that a program sees all of them.
     columns = triton.next_power_of_2(memories)
     block = max(1, TILE_ELEMENTS // columns)
     sizes = dict(M=memories, TOPK=topk, BN=block, BM=columns, BK=triton.next_power_of_2(topk))

@@ -26,6 +26,7 @@ def sum_rows(rows: torch.Tensor, row_of_choice: torch.Tensor, kernels: str) -> t
         from mom_layers.route.rows_triton import sum_rows_triton
 
         return sum_rows_triton(rows.contiguous(), row_of_choice)
+    # A gather and a sum: the number of a token's rows is the same for all tokens.
     return rows.index_select(0, row_of_choice.flatten()).unflatten(0, row_of_choice.shape).sum(1)
 
 
@@ -63,4 +64,5 @@ def gather_rows(x: torch.Tensor, plan: RoutingPlan, *, kernels: str = "auto") ->
 def rows_of_tokens(rows: torch.Tensor, plan: RoutingPlan, *, kernels: str = "auto") -> torch.Tensor:
     """The inverse of :func:`gather_rows` for a plan with one row a token: rows [R, C] in the order of their tokens."""
     kernels = resolve_kernels(kernels, rows)
+    # With one row a token the plan's two maps exchange their roles.
     return _GatherRows.apply(rows, plan.row_of_choice.flatten(), plan.token_of_row[:, None], kernels)

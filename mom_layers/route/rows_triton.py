@@ -22,6 +22,7 @@ def _sum_rows_kernel(
     b_c = tl.program_id(1) * BC + tl.arange(0, BC)
     m_t = b_t < num_tokens
     m_tile = m_t[:, None] & (b_c < C)[None, :]
+    # A token's rows lie far apart; each is read once, in whole vectors.
     b_sum = tl.zeros([BT, BC], dtype=tl.float32)
     for i_choice in tl.static_range(CHOICES):
         b_r = tl.load(row_of_choice + b_t * CHOICES + i_choice, mask=m_t, other=0).to(tl.int64)  # [BT]

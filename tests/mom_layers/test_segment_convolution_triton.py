@@ -156,8 +156,8 @@ def test_triton_launches_a_kernel(refused_launches):
         triton_convolution(draw(5, 16), draw(16, 4), plan, True)
 
 
-@pytest.mark.parametrize("with_tails, gates_have_gradient", [(True, True), (False, False)])
-def test_three_convolutions_in_one_launch(with_tails, gates_have_gradient):
+@pytest.mark.parametrize("with_tails, raw_gates_have_gradient", [(True, True), (False, False)])
+def test_three_convolutions_in_one_launch(with_tails, raw_gates_have_gradient):
     plan, channels, columns = make_plan([2, 0, 39], masked=True), (32, 32, 48), 6
     shapes = [(plan.row_of_choice.shape[0], 32), (plan.num_rows, 32 + 48 + columns), *((c, 4) for c in channels)]
     shapes += [(plan.num_segments, 3, c) for c in channels] if with_tails else []
@@ -169,7 +169,7 @@ def test_three_convolutions_in_one_launch(with_tails, gates_have_gradient):
             *leaves[:5], plan, unit_length_heads=2, tails=tails, output_tail=with_tails, kernels=kernels
         )
         outputs = [*rows, *(new_tails if with_tails else ())]
-        used = [out for i, out in enumerate(outputs) if gates_have_gradient or i != 3]
+        used = [out for i, out in enumerate(outputs) if raw_gates_have_gradient or i != 3]
         grads = [draw(*out.shape, seed=20 + i) for i, out in enumerate(used)]
         return [*outputs, *torch.autograd.grad(used, leaves, grads)]
 
