@@ -18,7 +18,9 @@ from mom_layers.hf.cache import CACHE_NAME, MomCache, one_cache
 from mom_layers.hf.configuration_mom import MomConfig
 from mom_layers.hf.layers import Attention, GatedMLP, RMSNorm
 from mom_layers.hf.mixer import MomAttention
+from mom_layers.hf.projections import MemoryLinear, MemoryProjections, ShortConvolution
 from mom_layers.hf.sequence import TokenSequence
+from mom_layers.recur.rules import get_rule, rule_names
 from mom_layers.route.router import load_balancing_loss
 
 
@@ -52,18 +54,19 @@ class MomPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _input_embed_layer = "embeddings"
     _is_stateful = True
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+    _keep_in_fp32_modules_strict = sorted({name for rule in rule_names() for name in get_rule(rule).parameter_names})
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Normal projections and embeddings, uniform convolutions, and the memory rule's own parameters."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, MemoryProjections):
+            return  # its parts are modules of their own
+        if isinstance(module, (nn.Linear, MemoryLinear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv1d):
-            bound = module.kernel_size[0] ** -0.5
-            nn.init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, ShortConvolution):
+            module.reset_parameters()
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, MomAttention):

@@ -16,28 +16,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mom_layers.recur.chunk_table import chunk_table
 from mom_layers.recur.kernel_sets import Chip
-from mom_layers.recur.reference import gated_delta_rule_reference
-from mom_layers.recur.scalar_delta import autograd, gated_delta_rule, hopper, kernel_sets, triton
+from mom_layers.recur.rules.gated_deltanet import gated_delta_rule_reference
+from mom_layers.recur.scalar_delta import gated_delta_rule, hopper, kernel_sets, triton
 from mom_layers.recur.scalar_delta.hopper import launches as hopper_launches
 from mom_layers.recur.scalar_delta.hopper.tiles import tiles
 from mom_layers.recur.scalar_delta.operation import initial_state_gradient_triton
 from mom_layers.recur.scalar_delta.triton.launches import TABLES, Launch, Table, table_for
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 RAGGED = [0, 1, 63, 64, 65, 0, 130]
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fresh memory holds NaN, so that an element read before it is written is seen."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        fresh = getattr(owner, name)
-
-        def poisoned(*args, fresh=fresh, **kwargs):
-            out = fresh(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() else out
-
-        monkeypatch.setattr(owner, name, poisoned)
 
 
 def gated_delta_rule_triton(q, k, v, g, beta, cu_seqlens, initial_state=None, output_final_state=False, scale=None):
@@ -205,11 +193,10 @@ def test_gated_delta_rule_triton_without_rows(lengths):
     assert not last.any() and last.shape == leaves["initial_state"].shape
 
 
-def test_gated_delta_rule_triton_refuses(monkeypatch):
+def test_gated_delta_rule_triton_refuses(refused_launches):
     leaves, cu_seqlens = inputs([5, 3], 2, 16, 32)
     good = [leaf.detach() for leaf in leaves.values()]
     good.insert(5, cu_seqlens)
-    monkeypatch.setattr(autograd, "kernel_set", lambda *_: pytest.fail("launched"))
 
     def refuses(message, position, value):
         with pytest.raises(ValueError, match=message):
