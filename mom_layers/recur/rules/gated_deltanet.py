@@ -62,7 +62,7 @@ def recur(inputs: RuleInputs, cu_seqlens, initial_state, output_final_state, ker
 def initial_state_gradient(inputs: RuleInputs, do, cu_seqlens, initial_state, kernels):
     """One walk against time in Triton; by the gradient of :func:`recur` elsewhere."""
     if resolve_kernels(kernels, do) == "triton":
-        from mom_layers.recur.scalar_delta.autograd import initial_state_gradient_triton
+        from mom_layers.recur.scalar_delta.operation import initial_state_gradient_triton
 
         return initial_state_gradient_triton(
             inputs.q, inputs.k, inputs.gates["g"], inputs.gates["beta"], do, cu_seqlens

@@ -1,18 +1,21 @@
-"""The gated delta rule's gradients inside a chunk, for Hopper: equations as in the Triton kernels' file of that name.
+"""The gradients inside a chunk, for Hopper. Names and equations as in `triton.local_gradients`.
 
-One kernel instead of two, because a chunk's dP and dN stay in shared memory, where both they and their transposes are
-left operands.
+One kernel instead of two: dP and dN stay in shared memory, where both they and their transposes can be left operands.
 
-Shape legend: rows R, segments S, heads H, key size K, value size V, chunk length BT, chunk slots N, group slots M.
+Shape legend: rows R, segments S, heads H, key size K, value size V, chunk length BT, chunk slots N, span slots M.
 """
 
 from __future__ import annotations
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
+from mom_layers.recur.chunk_table import CHUNK
+from mom_layers.recur.chunks import SPAN, Chunks
+from mom_layers.recur.scalar_delta.hopper.launches import LOCAL_GRADIENTS
 from mom_layers.recur.scalar_delta.hopper.tiles import (
     copy_layout,
     copy_rows,
@@ -20,11 +23,12 @@ from mom_layers.recur.scalar_delta.hopper.tiles import (
     publish,
     shared_layout,
 )
+from mom_layers.recur.scalar_delta.tensors import ErrorRows, Inputs, StateGradients
 
 
 @gluon.jit
 def _decay_between(b_g, BT: gl.constexpr, layout: gl.constexpr):
-    """exp(G_i - G_j) [BT, BT], zero above the diagonal; G in two parts, as in the Triton kernels."""
+    """exp(G_i - G_j) [BT, BT], zero above the diagonal; G in two parts, as `triton.chunk_local` explains."""
     o_i = gl.arange(0, BT, layout=gl.SliceLayout(1, layout))
     o_j = gl.arange(0, BT, layout=gl.SliceLayout(0, layout))
     below = o_i[:, None] >= o_j[None, :]
@@ -39,31 +43,31 @@ def _decay_between(b_g, BT: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _decay_gradient(
-    totals, boundary, chunk_offsets, group_offsets, i_c, i_s, i_h, i_index, num_slots,
-    H: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr, BOUNDARY_PARTS: gl.constexpr,
+    totals, boundary, chunk_offsets, span_offsets, i_c, i_s, i_h, i_index, num_slots,
+    H: gl.constexpr, SPAN: gl.constexpr, PARTS: gl.constexpr, BOUNDARY_PARTS: gl.constexpr,
     FROM_ZERO: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """exp(G_last) <S, dS>: as decay_gradient of the Triton kernels, with 32 lanes for whatever is summed."""
-    i_place = i_index % GROUP
-    i_group = (gl.load(group_offsets + i_s) + i_index // GROUP).to(gl.int64) * H + i_h
+    """exp(G_last) <S, dS> as the general set's function of this name computes it, with 32 lanes for every sum."""
+    i_place = i_index % SPAN
+    i_span = (gl.load(span_offsets + i_s) + i_index // SPAN).to(gl.int64) * H + i_h
     i_left = gl.load(chunk_offsets + i_s + 1) - i_c
-    known = FROM_ZERO | (i_index >= GROUP)
-    num_later = gl.minimum(GROUP - i_place, i_left)
+    known = FROM_ZERO | (i_index >= SPAN)
+    num_later = gl.minimum(SPAN - i_place, i_left)
     from_start = gl.where(known, (2.0 * num_later - 1.0) / (2.0 * num_later + 2.0 * i_place), 0.0)
     o = gl.arange(0, 32, layout=layout)
     o_chunk = o - i_place
-    m_group = (o < GROUP) & (o_chunk < i_left)
+    m_span = (o < SPAN) & (o_chunk < i_left)
     p_totals = totals + ((i_c + o_chunk).to(gl.int64) * H + i_h) * PARTS
     to_state = num_slots.to(gl.int64) * H * PARTS
     b_sum = gl.zeros([32], gl.float32, layout=layout)
     for i_part in gl.static_range(PARTS):
-        b_from = gl.load(p_totals + i_part, mask=m_group, other=0.0)
-        b_to = gl.load(p_totals + to_state + i_part, mask=m_group & (o_chunk < i_left - 1), other=0.0)
+        b_from = gl.load(p_totals + i_part, mask=m_span, other=0.0)
+        b_to = gl.load(p_totals + to_state + i_part, mask=m_span & (o_chunk < i_left - 1), other=0.0)
         b_sum += gl.where(o_chunk > 0, b_from, 0.0) - gl.where(o_chunk >= 0, b_to, 0.0)
         b_sum += from_start * (b_to - b_from)
-    p_boundary = boundary + i_group * BOUNDARY_PARTS + o
+    p_boundary = boundary + i_span * BOUNDARY_PARTS + o
     b_sum += (1.0 - from_start) * gl.load(p_boundary, mask=o < BOUNDARY_PARTS, other=0.0)
-    m_before = (o < BOUNDARY_PARTS) & (i_index >= GROUP)
+    m_before = (o < BOUNDARY_PARTS) & (i_index >= SPAN)
     b_sum += from_start * gl.load(p_boundary - H * BOUNDARY_PARTS, mask=m_before, other=0.0)
     return gl.sum(b_sum, 0)
 
@@ -85,7 +89,7 @@ def local_gradients_kernel(
     chunk_segment,
     chunk_index,
     chunk_offsets,
-    group_offsets,
+    span_offsets,
     dq,
     dk,
     dg,
@@ -98,13 +102,13 @@ def local_gradients_kernel(
     V: gl.constexpr,
     BT: gl.constexpr,
     BK: gl.constexpr,
-    GROUP: gl.constexpr,
+    SPAN: gl.constexpr,
     PARTS: gl.constexpr,
     BOUNDARY_PARTS: gl.constexpr,
     FROM_ZERO: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """dq, dk (the states' share is there already), dg and dbeta of one chunk and head; d_errors turns from y to dv."""
+    """Equations (16) to (22) of one chunk and head. dq and dk hold the parts that come through the states already."""
     low: gl.constexpr = k.dtype.element_ty
     NW: gl.constexpr = num_warps
     i_c, i_h = gl.program_id(0) // H, gl.program_id(0) % H
@@ -122,7 +126,7 @@ def local_gradients_kernel(
     L_j: gl.constexpr = gl.SliceLayout(0, L_tt)
     L_d: gl.constexpr = product_layout(BT, BK, NW)
     L_v: gl.constexpr = copy_layout(V, NW)
-    # Two programs share a multiprocessor where two wide buffers and one for e are enough: q and k follow do and y.
+    # Two wide buffers and one for e, so that two programs share a multiprocessor: q and k follow do and y there.
     wide: gl.constexpr = max(K, V)
     s_1 = gl.allocate_shared_memory(low, [BT, wide], shared_layout(BT, wide, low))
     s_2 = gl.allocate_shared_memory(low, [BT, wide], shared_layout(BT, wide, low))
@@ -133,6 +137,7 @@ def local_gradients_kernel(
     copy_rows(s_y, d_errors + rows * V, H * V, left, BT, V, NW)
     copy_rows(s_e, errors + rows * V, H * V, left, BT, V, NW)
     async_copy.commit_group()
+    # While the tiles come: (22), the exponents of the states and of the chunk's decay.
     o_i = gl.arange(0, BT, layout=L_i)
     o_j = gl.arange(0, BT, layout=L_j)
     b_beta_i = gl.load(beta + rows + o_i * H, mask=o_i < left, other=0.0).to(gl.float32)
@@ -147,11 +152,12 @@ def local_gradients_kernel(
         b_dG += gl.load(p_from_state + i_part * BT + o_i)
         b_d_to_end += gl.load(p_to_state + i_part * BT + o_i)
     d_chunk_decay = _decay_gradient(
-        totals, boundary, chunk_offsets, group_offsets, i_c, i_s, i_h, i_index, num_slots,
-        H, GROUP, PARTS, BOUNDARY_PARTS, FROM_ZERO, L_j,
+        totals, boundary, chunk_offsets, span_offsets, i_c, i_s, i_h, i_index, num_slots,
+        H, SPAN, PARTS, BOUNDARY_PARTS, FROM_ZERO, L_j,
     )  # fmt: skip
     b_between = _decay_between(b_g, BT, L_tt)
 
+    # The products of (18) and (19); meanwhile (16) and (17).
     zero = gl.zeros([BT, BT], gl.float32, layout=L_tt)
     async_copy.wait_group(0)
     publish()
@@ -166,7 +172,7 @@ def local_gradients_kernel(
     gl.store(dbeta + rows + o_row * H, b_dbeta.to(dbeta.dtype.element_ty), mask=o_row < left)
     b_dP, b_dN = warpgroup_mma_wait(0, deps=[b_dP, b_dN])
     gl.thread_barrier()
-    # dq and dk come and go by way of shared memory, so that whole cache lines are read and written.
+    # dq and dk are loaded and stored through shared memory, so that whole cache lines are read and written.
     s_dq = gl.allocate_shared_memory(low, [2, BT, BK], shared_layout(BT, BK, low))
     s_dk = gl.allocate_shared_memory(low, [2, BT, BK], shared_layout(BT, BK, low))
     copy_rows(s_dq.index(0), dq + rows * K, H * K, left, BT, BK, NW)
@@ -175,6 +181,7 @@ def local_gradients_kernel(
     copy_rows(s_k, k + rows * K, H * K, left, BT, K, NW)
     async_copy.commit_group()
 
+    # The factors of (18) and (19), and P's part of (22), which leaves i = j out.
     below = o_i[:, None] > o_j[None, :]
     b_dP = b_dP * (scale * b_beta_j)[None, :]
     b_exponent = gl.where(below, b_dP * b_P, 0.0)
@@ -187,6 +194,8 @@ def local_gradients_kernel(
     async_copy.wait_group(0)
     publish()
 
+    # (20) and (21), BK columns at a time, with N's part of (22) on the way. The four products of a step run at once,
+    # while the next step's dq and dk are fetched.
     L_out: gl.constexpr = copy_layout(BK, NW)
     o_t = gl.arange(0, BT, layout=gl.SliceLayout(1, L_out))
     o_k = gl.arange(0, BK, layout=gl.SliceLayout(0, L_out))
@@ -213,5 +222,60 @@ def local_gradients_kernel(
         gl.store(dq + p_out, s_dqb.load(L_out), mask=(o_t < left)[:, None])
         gl.store(dk + p_out, s_dkb.load(L_out), mask=(o_t < left)[:, None])
 
+    # (22): from the exponents to g, whose row t is part of G from t on, and of G_last - G before t.
     b_dg = gl.sum(gl.where(o_i[:, None] >= o_j[None, :], b_dG[:, None], b_d_to_end[:, None]), 0) + d_chunk_decay
     gl.store(dg + rows + o_j * H, b_dg.to(dg.dtype.element_ty), mask=o_j < left)
+
+
+def local_gradients(
+    *,
+    inputs: Inputs,
+    rows: ErrorRows,
+    scores: torch.Tensor,
+    chunks: Chunks,
+    so_far: StateGradients,
+    boundary: torch.Tensor,
+    from_zero: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the general set's."""
+    (_, heads, key_size), value_size = inputs.k.shape, rows.do.shape[2]
+    slots = chunks.num_slots
+    dg, dbeta = torch.empty_like(inputs.g), torch.empty_like(inputs.beta)
+    launch = LOCAL_GRADIENTS[max(key_size, value_size)]
+    local_gradients_kernel[(slots * heads,)](
+        q=inputs.q,
+        k=inputs.k,
+        g=inputs.g,
+        beta=inputs.beta,
+        scores=scores,
+        errors=rows.errors,
+        d_errors=rows.d_errors,
+        do=rows.do,
+        row_terms=so_far.row_terms,
+        totals=so_far.totals,
+        boundary=boundary,
+        cu_seqlens=chunks.cu_seqlens,
+        chunk_segment=chunks.table.segment,
+        chunk_index=chunks.table.index,
+        chunk_offsets=chunks.table.offsets,
+        span_offsets=chunks.spans.offsets,
+        dq=so_far.dq,
+        dk=so_far.dk,
+        dg=dg,
+        dbeta=dbeta,
+        scale=inputs.scale,
+        num_segments=chunks.num_segments,
+        num_slots=slots,
+        H=heads,
+        K=key_size,
+        V=value_size,
+        BT=CHUNK,
+        BK=launch.tile,
+        SPAN=SPAN,
+        PARTS=so_far.parts,
+        BOUNDARY_PARTS=boundary.shape[2],
+        FROM_ZERO=from_zero,
+        num_warps=launch.num_warps,
+        maxnreg=launch.registers,
+    )
+    return dg, dbeta
