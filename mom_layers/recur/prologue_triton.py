@@ -66,6 +66,15 @@ def chunk_of_program(chunk_segment, H: tl.constexpr):
 
 
 @triton.jit
+def tile_of_chunk(chunk_segment, H: tl.constexpr, TILES: tl.constexpr):
+    """Tile, head, chunk slot and the chunk's segment, of a program in a chunk that takes one of its tiles.
+
+    The segment is the number of segments where the slot is past the last chunk: the program must return.
+    """
+    return span_of_program(chunk_segment, H, TILES)
+
+
+@triton.jit
 def rows_of_chunk(cu_seqlens, chunk_index, i_c, i_s, BT: tl.constexpr):
     """A chunk's place in its segment, its first row, and the row where its segment ends."""
     i_index = tl.load(chunk_index + i_c)

@@ -1,14 +1,22 @@
-"""Backward kernels of gated linear attention inside a chunk; names and equations as in the forward file.
+"""Gated linear attention: the parts of dq, dk and dg that a chunk's own rows give.
 
 Shape legend: rows R, segments S, heads H, key size K, value size V, chunk length BT, block length BC, chunk slots N.
 
-    dP = scale * lower(do v^T)
-    dq_i = from_state_q + sum_{j <= i} dP_ij k_j exp(g(j, i])
-    dk_j = to_state_k + sum_{i >= j} dP_ij q_i exp(g(j, i])
+Sums of g are written as in `chunk_local`. To the parts that the states give, these are added:
 
-in blocks as P is: products with earlier and later blocks, and channel by channel inside a block. g_t takes part in
-every term with j < t <= i: dg_t gets the sum over i >= t of q * dq less that over j >= t of k * dk, both without the
-terms i = j. Those have no decay and would have to cancel: under strong decay they would bury dg.
+    (15)  dP = scale * lower(do v^T)
+    (16)  dq_i = sum_{j <= i} dP_ij k_j exp(g(j, i])
+    (17)  dk_j = sum_{i >= j} dP_ij q_i exp(g(j, i])
+    (18)  dg_t = sum_{i >= t} (q_i * dq_i - k_i * dk_i)    dq and dk without the terms i = j
+
+in blocks of BC = 16 rows, as P is. For a block with first row f and last row l, the pairs with rows of other blocks are
+matrix products,
+
+    (19)  dq_i = exp(g[f, i]) * sum_{j < f} dP_ij k_j exp(g(j, f))
+    (20)  dk_j = exp(g(j, l]) * sum_{i > l} dP_ij q_i exp(g(l, i])
+
+and the pairs inside the block are summed channel by channel. The terms i = j have no decay: in (18) they would have to
+cancel, and under strong decay their rounding errors would be larger than dg.
 """
 
 from __future__ import annotations
@@ -18,9 +26,12 @@ import triton
 import triton.language as tl
 
 from mom_layers.common.activations_triton import exp
-from mom_layers.recur.channel_decay.launch import launch_for
-from mom_layers.recur.channel_decay.triton.forward import BLOCK, PRECISION, keys_until
-from mom_layers.recur.chunk_table import CHUNK, ChunkTable
+from mom_layers.recur.channel_decay.tensors import Gradients, Inputs
+from mom_layers.recur.channel_decay.triton.chunk_local import BLOCK, PRECISION, keys_until
+from mom_layers.recur.channel_decay.triton.launches import Launch, launches_for
+from mom_layers.recur.chunk_table import CHUNK
+from mom_layers.recur.chunks import Chunks
+from mom_layers.recur.prologue_triton import chunk_of_program, rows_of_chunk, tile_of_chunk
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -38,15 +49,14 @@ def _score_gradients_kernel(
     BT: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """dP of one chunk and head."""
-    i_c, i_h = tl.program_id(0) // H, tl.program_id(0) % H
-    i_s = tl.load(chunk_segment + i_c)
+    """dP (15) of one chunk and head."""
+    i_c, i_h, i_s = chunk_of_program(chunk_segment, H)
     if i_s >= num_segments:
         return
-    i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
+    _, i_row, end = rows_of_chunk(cu_seqlens, chunk_index, i_c, i_s, BT)
     rows = i_row.to(tl.int64) * H + i_h
     o_t = tl.arange(0, BT)
-    m_t = (i_row + o_t < tl.load(cu_seqlens + i_s + 1))[:, None]
+    m_t = (i_row + o_t < end)[:, None]
     b_dP = tl.zeros([BT, BT], tl.float32)
     for i_v in range(0, V, BV):
         o_tv = o_t[:, None] * (H * V) + i_v + tl.arange(0, BV)[None, :]
@@ -87,15 +97,12 @@ def _query_key_gradients_kernel(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """BK channels of dq, dk and dg of one chunk and head: the states' share is there already."""
-    i_kb = tl.program_id(0) % (K // BK)
-    i_h = tl.program_id(0) // (K // BK) % H
-    i_c = tl.program_id(0) // (K // BK) // H
-    i_s = tl.load(chunk_segment + i_c)
+    """BK channels of dq, dk and dg of one chunk and head, added to what the states gave."""
+    i_kb, i_h, i_c, i_s = tile_of_chunk(chunk_segment, H, K // BK)
     if i_s >= num_segments:
         return
-    i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
-    last = tl.load(cu_seqlens + i_s + 1) - i_row
+    _, i_row, end = rows_of_chunk(cu_seqlens, chunk_index, i_c, i_s, BT)
+    last = end - i_row
     rows = i_row.to(tl.int64) * H + i_h
     p_dP = d_scores + (i_c.to(tl.int64) * H + i_h) * BT * BT
     o_t = tl.arange(0, BT)
@@ -103,7 +110,7 @@ def _query_key_gradients_kernel(
     o_k = i_kb * BK + tl.arange(0, BK)
     low = q.dtype.element_ty
 
-    b_later = tl.zeros([BK], tl.float32)  # q * dq - k * dk of the blocks after this one
+    b_later = tl.zeros([BK], tl.float32)  # q * dq - k * dk, summed over the blocks after this one
     num_blocks = tl.cdiv(tl.minimum(last, BT), BC)
     for i_back in range(0, num_blocks):
         first = (num_blocks - 1 - i_back) * BC
@@ -116,6 +123,7 @@ def _query_key_gradients_kernel(
         b_g = tl.load(g + p_rk, mask=m_r[:, None], other=0.0).to(tl.float32)  # [BC, BK]
         b_next = tl.load(g + p_rk + H * K, mask=m_next[:, None], other=0.0).to(tl.float32)  # [BC, BK]
 
+        # Equations (19) and (20): the pairs with rows of other blocks.
         b_dP = tl.load(p_dP + (first + o_r)[:, None] * BT + o_t[None, :])  # [BC, BT]
         b_earlier = keys_until(k, g, rows, o_t, o_k, first, last, H, K).to(low)  # [BT, BK]
         b_dq = exp(tl.cumsum(b_g, 0)) * tl.dot(b_dP, b_earlier, input_precision=PRECISION)
@@ -124,8 +132,7 @@ def _query_key_gradients_kernel(
         b_dk = tl.dot(b_dP, b_later_q, input_precision=PRECISION)
         b_dk = exp(tl.cumsum(b_next, 0, reverse=True)) * b_dk
 
-        # Row after row of the block: from its end as the key, b_A is g(j, i] of the rows i after it; from its start as
-        # the query, g(j, i] of the rows j before it.
+        # Equation (16) for the pairs j < i of this block, the last key first: b_A is g(j, i] of the queries i after j.
         b_A = tl.zeros([BC, BK], tl.float32)
         for i in range(0, num_rows):
             j = num_rows - 1 - i
@@ -135,6 +142,8 @@ def _query_key_gradients_kernel(
             b_column = tl.load(p_dP + (first + o_r) * BT + first + j).to(tl.float32)  # [BC]
             b_dq += tl.where((o_r > j)[:, None], b_column[:, None] * b_kj[None, :] * exp(b_A), 0.0)
             b_A += tl.where((o_r >= j)[:, None], b_gj[None, :], 0.0)
+
+        # Equation (17) for the same pairs, the first query first: b_A is g(j, i] of the keys j before i.
         b_A = tl.zeros([BC, BK], tl.float32)
         for i in range(0, num_rows):
             p_i = rows * K + (first + i) * (H * K) + o_k
@@ -144,11 +153,14 @@ def _query_key_gradients_kernel(
             b_A += tl.where((o_r < i)[:, None], b_gi[None, :], 0.0)
             b_dk += tl.where((o_r < i)[:, None], b_row[:, None] * b_qi[None, :] * exp(b_A), 0.0)
 
+        # Equation (18), before the terms i = j join dq and dk.
         b_exponent = b_q * b_dq - b_k * b_dk
         b_dg = tl.cumsum(b_exponent, 0, reverse=True) + b_later[None, :]
         b_later += tl.sum(b_exponent, 0)
         b_dg += tl.load(dg + p_rk, mask=m_r[:, None], other=0.0)
         tl.store(dg + p_rk, b_dg, mask=m_r[:, None])
+
+        # Equations (16) and (17) for i = j, and the sums with what the states gave.
         b_diagonal = tl.load(p_dP + (first + o_r) * (BT + 1)).to(tl.float32)[:, None]  # [BC, 1]
         b_dq += b_diagonal * b_k + tl.load(dq + p_rk, mask=m_r[:, None], other=0.0).to(tl.float32)
         b_dk += b_diagonal * b_q + tl.load(dk + p_rk, mask=m_r[:, None], other=0.0).to(tl.float32)
@@ -156,45 +168,61 @@ def _query_key_gradients_kernel(
         tl.store(dk + p_rk, b_dk.to(low), mask=m_r[:, None])
 
 
-def run_local_gradients(q, k, v, g, do, dq, dk, dg, cu_seqlens, table: ChunkTable, scale):
-    """Completes dq, dk and dg [R, H, K], which hold what the states owe to them."""
-    (_, heads, key_size), value_size, slots = q.shape, v.shape[2], table.segment.shape[0]
-    d_scores = torch.empty(slots, heads, CHUNK, CHUNK, dtype=q.dtype, device=q.device)
-    launch = launch_for("score_gradients", q, value_size)
-    _score_gradients_kernel[(slots * heads,)](
-        v=v,
-        do=do,
-        cu_seqlens=cu_seqlens,
-        chunk_segment=table.segment,
-        chunk_index=table.index,
-        d_scores=d_scores,
-        scale=scale,
-        num_segments=cu_seqlens.shape[0] - 1,
-        H=heads,
-        V=value_size,
-        BT=CHUNK,
-        BV=launch.tile,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
-    launch = launch_for("query_key_gradients", q, key_size)
-    _query_key_gradients_kernel[(slots * heads * (key_size // launch.tile),)](
+def local_gradients(
+    *, inputs: Inputs, do: torch.Tensor, chunks: Chunks, so_far: Gradients, launches_for=launches_for
+) -> None:
+    """Equations (15) to (20) of every chunk, added to the gradients in place.
+
+    Args:
+        inputs, chunks: of the same rows.
+        do: [R, H, V], the gradient of o, contiguous.
+        so_far: the parts that the states give, from ``state_gradients``; becomes the gradients.
+        launches_for: a kernel set's, with fields as the general set's.
+    """
+    q, heads, k_dim = inputs.q, inputs.num_heads, inputs.k_dim
+    launches = launches_for(q.device, q.dtype, k_dim, inputs.v_dim)
+    d_scores = _score_gradients(inputs, do, chunks, launches.score_gradients)
+    launch = launches.query_key_gradients
+    _query_key_gradients_kernel[(chunks.num_slots * heads * (k_dim // launch.tile),)](
         q=q,
-        k=k,
-        g=g,
+        k=inputs.k,
+        g=inputs.g,
         d_scores=d_scores,
-        cu_seqlens=cu_seqlens,
-        chunk_segment=table.segment,
-        chunk_index=table.index,
-        dq=dq,
-        dk=dk,
-        dg=dg,
-        num_segments=cu_seqlens.shape[0] - 1,
+        cu_seqlens=chunks.cu_seqlens,
+        chunk_segment=chunks.table.segment,
+        chunk_index=chunks.table.index,
+        dq=so_far.dq,
+        dk=so_far.dk,
+        dg=so_far.dg,
+        num_segments=chunks.num_segments,
         H=heads,
-        K=key_size,
+        K=k_dim,
         BT=CHUNK,
         BC=BLOCK,
         BK=launch.tile,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
+
+
+def _score_gradients(inputs: Inputs, do: torch.Tensor, chunks: Chunks, launch: Launch) -> torch.Tensor:
+    """dP of every chunk [N, H, BT, BT] in q's type."""
+    v, heads, v_dim = inputs.v, inputs.num_heads, inputs.v_dim
+    d_scores = torch.empty(chunks.num_slots, heads, CHUNK, CHUNK, dtype=v.dtype, device=v.device)
+    _score_gradients_kernel[(chunks.num_slots * heads,)](
+        v=v,
+        do=do,
+        cu_seqlens=chunks.cu_seqlens,
+        chunk_segment=chunks.table.segment,
+        chunk_index=chunks.table.index,
+        d_scores=d_scores,
+        scale=inputs.scale,
+        num_segments=chunks.num_segments,
+        H=heads,
+        V=v_dim,
+        BT=CHUNK,
+        BV=launch.tile,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    return d_scores
