@@ -41,8 +41,3 @@ PATCH = Patch(
         wrap(_OPTIMIZER, "DistributedOptimizer._build_optimizer_group_ranges", _float32_first),
     ),
 )
-
-
-def apply() -> None:
-    """Makes the distributed optimizer safe for float32 parameters."""
-    PATCH.apply()

@@ -42,8 +42,3 @@ PATCH = Patch(
         ),
     ),
 )
-
-
-def apply() -> None:
-    """Makes the fully reshardable format save the right state for buckets of any length."""
-    PATCH.apply()

@@ -21,9 +21,17 @@ def number(kind: Callable[[str], float], accepts: Callable[[float], bool], expec
     return parse
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """Whole numbers from `least` on."""
-    return number(int, lambda value: value >= least, f"a whole number of at least {least}")
+def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """Whole numbers from `least` to `most`."""
+    at_least = number(int, lambda value: value >= least, f"a whole number of at least {least}")
+
+    def parse(text: str) -> int:
+        value = at_least(text)
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at most {most}")
+        return value
+
+    return parse
 
 
 positive = number(float, lambda value: 0 < value < float("inf"), "a number above 0")

@@ -10,6 +10,10 @@ from importlib.metadata import version
 import torch
 
 from megatron_patches import dataset_helpers, float32_parameters, reshardable_optimizer
+from megatron_patches.patch import apply_all
+
+TRAINING_PATCHES = (float32_parameters.PATCH, reshardable_optimizer.PATCH)
+"""Patches of every run with MoM layers, whichever door it came through."""
 
 
 def start() -> None:
@@ -30,8 +34,7 @@ def start() -> None:
 def prepare_machine() -> None:
     """`start`, and the patches that training with MoM layers needs. Call it before importing ``megatron.training``."""
     start()
-    float32_parameters.apply()
-    reshardable_optimizer.apply()
+    apply_all(TRAINING_PATCHES)
 
 
 def accelerated_parts() -> dict[str, str | None]:

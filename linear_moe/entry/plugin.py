@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import megatron_patches
 from linear_moe.config import MomTransformerConfig, has_memories
-from linear_moe.entry import arguments, log
-from megatron_patches import float32_parameters, releases, reshardable_optimizer
+from linear_moe.entry import arguments, log, machine
+from megatron_patches import releases
 from megatron_patches.patch import Patch, applied, apply_all, undo_all, wrap
 
 # linear_moe.layer and linear_moe.watching are imported inside functions: a run without memories, which gets only our
@@ -65,7 +65,7 @@ def training_patches() -> tuple[Patch, ...]:
     """Patches of a run of another script with MoM layers, once Megatron has built the configuration."""
     from linear_moe.watching.reporter import AddedLineReporter
 
-    return (float32_parameters.PATCH, reshardable_optimizer.PATCH, AddedLineReporter().patch())
+    return (*machine.TRAINING_PATCHES, AddedLineReporter().patch())
 
 
 def launcher_patches() -> tuple[Patch, ...]:

@@ -70,7 +70,8 @@ def test_work_without_an_error_returns_0_and_another_error_passes(capsys):
     ("kind", "accepted", "refused"),
     [
         (whole(0), ["0", "7"], ["-1", "1.5", "x", ""]),
-        (whole(1), ["1"], ["0"]),
+        (whole(1), ["1"], ["0", "9" * 30, "9" * 9999]),
+        (whole(1, 8), ["8"], ["9"]),
         (positive, ["0.5", "3"], ["0", "-1", "inf", "nan", "x"]),
         (share, ["0.1", "1"], ["0", "1.1", "nan"]),
         (fraction, ["0", "0.9"], ["1", "-0.1", "nan"]),
