@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from mom_layers.common.kernels import compute_dtype
-from mom_layers.recur.rules import MemoryRule
+from mom_layers.recur.rules import MemoryRule, RuleInputs
 from mom_layers.recur.state_passing import fold_gradients, fold_states, join_tails, last_inputs
 from mom_layers.route.plan import RoutingPlan
 
@@ -91,7 +91,7 @@ class ContextSlice:
     @staticmethod
     def _all_segments(plan: RoutingPlan) -> Crossing:
         starts, ends = (
-            edges.unflatten(0, (plan.num_groups, -1)) for edges in (plan.cu_seqlens[:-1], plan.cu_seqlens[1:])
+            edges.unflatten(0, (plan.num_all_memories, -1)) for edges in (plan.cu_seqlens[:-1], plan.cu_seqlens[1:])
         )
         return Crossing(None, starts, ends, plan.cu_seqlens, slice(None))
 
@@ -99,7 +99,7 @@ class ContextSlice:
         """The segments of the document that holds a token of the whole row; where it begins and ends, [1] each."""
         at = torch.full((1,), token, dtype=torch.int32, device=self.documents.device)
         document = torch.searchsorted(self.documents, at, right=True) - 1
-        segments = torch.arange(plan.num_groups, device=at.device) * plan.num_sequences + document
+        segments = torch.arange(plan.num_all_memories, device=at.device) * plan.num_sequences + document
         return segments, self.documents[document], self.documents[document + 1]
 
     @staticmethod
@@ -140,44 +140,40 @@ class ContextSlice:
         tails = self.incoming(plan).spread(tails, plan).split([x.shape[1] for x in inputs], dim=-1)
         return passed, [tail.contiguous() for tail in tails]
 
-    def recur(
-        self,
-        plan: RoutingPlan,
-        rule: MemoryRule,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        gates: dict[str, torch.Tensor],
-        kernels: str,
-    ) -> torch.Tensor:
+    def recur(self, plan: RoutingPlan, rule: MemoryRule, inputs: RuleInputs, kernels: str) -> torch.Tensor:
         """See :meth:`mom_layers.mixing.SequenceSlice.recur`."""
         with torch.no_grad():
-            transition, contribution = self._own_map(plan, rule, q, k, v, gates, kernels)
+            transition, contribution = self._own_map(plan, rule, inputs, kernels)
             transitions, contributions = self._exchange(transition, contribution)
-            state = fold_states(transitions[: self.rank], contributions[: self.rank])[-1]
-            state = self.incoming(plan).spread(state, plan)
-        o, final_state = rule.recur(q, k, v, plan.cu_seqlens, gates, state, torch.is_grad_enabled(), kernels)
+            before = fold_states(transitions[: self.rank], contributions[: self.rank])[-1]
+            state = self.incoming(plan).spread(before, plan)
+        o, final_state = rule.recur(inputs, plan.cu_seqlens, state, torch.is_grad_enabled(), kernels)
         if final_state is None or not final_state.requires_grad:
             return o
+        # Values and states cost memory: they are kept for the backward pass only where the rule needs them.
+        kept = (None, None) if rule.linear_in_state else (inputs.v, before)
         return _FromLaterRanks.apply(
-            o, final_state, transition, self, plan, rule, kernels, tuple(gates), q, k, *gates.values()
-        )
+            o, final_state, transition, self, plan, rule, kernels, tuple(inputs.gates),
+            *kept, inputs.q, inputs.k, *inputs.gates.values(),
+        )  # fmt: skip
 
-    def _own_map(self, plan, rule, q, k, v, gates, kernels):
-        """Transition [N, H, K, K] ([N, H, K] if diagonal) and contribution [N, H, K, V] of what goes on on the next
-        rank; zeros where nobody asks for them."""
+    def _own_map(self, plan, rule, inputs: RuleInputs, kernels):
+        """Transition [N, H, K, K] ([N, H, K] if diagonal) and contribution [N, H, K, V] of the segments that go on on
+        the next rank; zeros where no rank reads them."""
+        k, v = inputs.k, inputs.v
         outgoing, dtype = self.outgoing(plan), compute_dtype(k.dtype)
-        shape = (outgoing.starts.numel(), *k.shape[1:])
+        state_shape = rule.state_shape(k.shape[2], v.shape[2])
+        shape = (outgoing.starts.numel(), v.shape[1], state_shape[0])
         if self.rank < self.size - 1:
-            contribution = rule.recur(q, k, v, outgoing.cu_seqlens, gates, None, True, kernels)[1]
+            contribution = rule.recur(inputs, outgoing.cu_seqlens, None, True, kernels)[1]
             contribution = _where(outgoing.crosses, contribution[outgoing.places])
         else:
-            contribution = k.new_zeros(*shape, v.shape[2], dtype=dtype)
+            contribution = k.new_zeros(*shape[:2], *state_shape, dtype=dtype)
         if 0 < self.rank < self.size - 1:
-            transition = rule.transition(k, outgoing.cu_seqlens, gates, kernels)
+            transition = rule.transition(inputs, outgoing.cu_seqlens, kernels)
             transition = _where(outgoing.through, transition[outgoing.places])
         else:
-            transition = k.new_zeros(shape if rule.diagonal_transition else (*shape, k.shape[2]), dtype=dtype)
+            transition = k.new_zeros(shape if rule.diagonal_transition else (*shape, shape[2]), dtype=dtype)
         return transition, contribution
 
     def _exchange(self, transition: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,26 +207,33 @@ class _GatherFromRanks(torch.autograd.Function):
 
 
 class _FromLaterRanks(torch.autograd.Function):
-    """Returns o, and backward knows what the later ranks' outputs want of the final state, before o's own backward pass
-    runs: it depends on the initial states' gradients through each rank's own outputs alone, which do not wait for
-    another rank."""
+    """Returns o. The backward pass supplies the final state's gradient, through the later ranks' outputs, before o's
+    own backward pass runs: that gradient depends on the gradients of the ranks' initial states through each rank's own
+    outputs alone, which wait for no other rank."""
 
     @staticmethod
-    def forward(ctx, o, final_state, transition, context_slice, plan, rule, kernels, gate_names, q, k, *gates):
-        ctx.save_for_backward(transition, q, k, *gates)
+    def forward(
+        ctx, o, final_state, transition, context_slice, plan, rule, kernels, gate_names, v, state, q, k, *gates
+    ):
+        ctx.save_for_backward(transition, v, state, q, k, *gates)
         ctx.options = context_slice, plan, rule, kernels, gate_names
         return o.view_as(o)
 
     @staticmethod
     def backward(ctx, do):
         here, plan, rule, kernels, gate_names = ctx.options
-        transition, q, k, *gates = (saved.detach() for saved in ctx.saved_tensors)
+        transition, v, state, q, k, *gates = (x if x is None else x.detach() for x in ctx.saved_tensors)
         incoming = here.incoming(plan)
+        segments = incoming.cu_seqlens.shape[0] - 1
+        state_shape = (segments, do.shape[1], *rule.state_shape(k.shape[2], do.shape[2]))
         if here.rank > 0:
-            gates = dict(zip(gate_names, gates, strict=True))
-            start = rule.initial_state_gradient(q, k, do, incoming.cu_seqlens, gates, kernels)
+            if state is not None:  # the incoming segments' states at their places in the list of segments
+                state, before = k.new_zeros(state_shape, dtype=state.dtype), state
+                state[incoming.places] = before
+            inputs = RuleInputs(q, k, v, dict(zip(gate_names, gates, strict=True)))
+            start = rule.gradient_of_initial_state(inputs, do, incoming.cu_seqlens, state, kernels)
         else:
-            start = k.new_zeros(incoming.cu_seqlens.shape[0] - 1, *k.shape[1:], do.shape[2], dtype=transition.dtype)
+            start = k.new_zeros(state_shape, dtype=transition.dtype)
         gradient = _where(incoming.crosses, start[incoming.places])
         transitions, gradients = here._exchange(transition, gradient)
         d_final_state = None
@@ -238,4 +241,4 @@ class _FromLaterRanks(torch.autograd.Function):
             later = slice(here.rank + 1, None)
             d_final_state = fold_gradients(transitions[later], gradients[later])[0]
             d_final_state = here.outgoing(plan).spread(d_final_state, plan)
-        return do, d_final_state, *[None] * (len(gate_names) + 8)
+        return do, d_final_state, *[None] * (len(gate_names) + 10)

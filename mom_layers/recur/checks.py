@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# What the Triton kernels take: K and V, and the type that q, k and v share.
-HEAD_SIZES = (16, 32, 64, 128, 256)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from mom_layers.common.sizes import FLOAT_TYPES, HEAD_SIZES
 
 
 def check_shapes(
@@ -38,11 +36,11 @@ def check_for_triton(
     for name, size in (("K", q.shape[2]), ("V", v.shape[2])):
         if size not in HEAD_SIZES:
             raise ValueError(f"head size {name} = {size} is not supported: choose one of {HEAD_SIZES}")
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"q, k and v must share one type of {DTYPES}, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if q.dtype not in FLOAT_TYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"q, k and v must share one type of {FLOAT_TYPES}, got {q.dtype}, {k.dtype} and {v.dtype}")
     for name, gate in gates.items():
-        if gate.dtype not in DTYPES:
-            raise ValueError(f"{name} must be of a type in {DTYPES}, got {gate.dtype}")
+        if gate.dtype not in FLOAT_TYPES:
+            raise ValueError(f"{name} must be of a type in {FLOAT_TYPES}, got {gate.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens must be [S + 1] int32, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
     if initial_state is not None and initial_state.dtype != torch.float32:

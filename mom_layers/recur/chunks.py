@@ -8,7 +8,8 @@ import torch
 
 from mom_layers.recur.chunk_table import CHUNK, ChunkTable, chunk_table
 
-# Chunks a span: the forward pass stores one state a span for the backward pass, which computes the others again.
+# Chunks a span: the forward pass stores one state a span for the backward pass, which computes the others again. At
+# 49152 rows of 4 heads of 256 the spans' states take 106 MB; those of all chunks would take 848. Not tuned for speed.
 SPAN = 8
 
 

@@ -5,7 +5,7 @@ import torch
 from comparison import DEVICE, relative_error
 
 from mom_layers.convolve.operation import segment_convolution
-from mom_layers.recur.rules import get_rule, rule_names
+from mom_layers.recur.rules import RuleInputs, get_rule, rule_names
 from mom_layers.recur.state_passing import fold_gradients, fold_states, join_tails, last_inputs
 from mom_layers.route.plan import build_routing_plan
 
@@ -44,15 +44,18 @@ def rule_inputs(rule, rows, segments):
         q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
     raw = {name: random(rows, HEADS * width, seed=3) for name, width in rule.gate_widths.items()}
     parameters = {name: 0.1 + 0.3 * random(HEADS, *shape, seed=4) for name, shape in rule.parameter_shapes(K).items()}
-    gates = rule.gates(raw, parameters, "torch")
+    gates = rule.prepare(q, k, v, raw, parameters, "torch").gates
     state, final_gradient = (random(segments, HEADS, K, V, seed=seed) for seed in (5, 6))
     return {"q": q, "k": k, "v": v, **gates}, state, random(rows, HEADS, V, seed=7), final_gradient
 
 
-def run(rule, inputs, lengths, state):
+def as_inputs(inputs):
     gates = {name: x for name, x in inputs.items() if name not in ("q", "k", "v")}
-    q, k, v = inputs["q"], inputs["k"], inputs["v"]
-    return rule.recur(q, k, v, borders(lengths), gates, state, True, "torch")
+    return RuleInputs(inputs["q"], inputs["k"], inputs["v"], gates)
+
+
+def run(rule, inputs, lengths, state):
+    return rule.recur(as_inputs(inputs), borders(lengths), state, True, "torch")
 
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
@@ -68,8 +71,7 @@ def test_slices_equal_one_run(name, cuts):
     slices = [{name: x.detach()[index].requires_grad_() for name, x in whole.items()} for index in rows]
     transitions, contributions = [], []
     for part, cut in zip(slices, cuts, strict=True):
-        gates = {name: x for name, x in part.items() if name not in ("q", "k", "v")}
-        transitions.append(rule.transition(part["k"], borders(cut), gates, "torch").detach())
+        transitions.append(rule.transition(as_inputs(part), borders(cut), "torch").detach())
         contributions.append(run(rule, part, cut, None)[1].detach())
         assert transitions[-1].dim() == (3 if rule.diagonal_transition else 4)
     states = fold_states(torch.stack(transitions), torch.stack(contributions), state.detach())
@@ -98,8 +100,7 @@ def test_slices_equal_one_run(name, cuts):
 def test_an_empty_segment_changes_no_state(name, cuts):
     rule, lengths = get_rule(name), torch.tensor(cuts).sum(0).tolist()
     inputs, *_ = rule_inputs(rule, sum(lengths), len(lengths))
-    gates = {name: x for name, x in inputs.items() if name not in ("q", "k", "v")}
-    transition = rule.transition(inputs["k"], borders(lengths), gates, "torch")
+    transition = rule.transition(as_inputs(inputs), borders(lengths), "torch")
     unchanged = torch.ones(HEADS, K) if rule.diagonal_transition else torch.eye(K).expand(HEADS, K, K)
     for length, matrix in zip(lengths, transition, strict=True):
         assert torch.equal(matrix, unchanged.double()) == (length == 0)
@@ -109,10 +110,9 @@ def test_an_empty_segment_changes_no_state(name, cuts):
 def test_transition_of_the_kernels(name):
     rule, lengths = get_rule(name), [17, 0, 1, 66]
     inputs, *_ = rule_inputs(rule, sum(lengths), len(lengths))
-    gates = {name: x for name, x in inputs.items() if name not in ("q", "k", "v")}
-    expected = rule.transition(inputs["k"], borders(lengths), gates, "torch")
-    gates = {name: x.float().to(DEVICE) for name, x in gates.items()}
-    got = rule.transition(inputs["k"].float().to(DEVICE), borders(lengths).to(DEVICE), gates, "triton")
+    expected = rule.transition(as_inputs(inputs), borders(lengths), "torch")
+    inputs = {name: x.float().to(DEVICE) for name, x in inputs.items()}
+    got = rule.transition(as_inputs(inputs), borders(lengths).to(DEVICE), "triton")
     assert got.dtype == torch.float32 and relative_error(got, expected) < 1e-5
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from mom_layers.route.rows_triton import sum_parts
+from mom_layers.common.sums_triton import sum_parts
 
 # Rows a program; not tuned.
 ROWS_TILE = 128

@@ -1,4 +1,4 @@
-"""Console lines and plotted values, with a stand-in for Megatron's training_log."""
+"""Console lines and plotted values of both reporters, with a stand-in for Megatron's training_log."""
 
 import math
 from types import SimpleNamespace
@@ -7,8 +7,10 @@ import pytest
 import torch
 from megatron.training import training
 
-from linear_moe.watching import console, metrics
-from linear_moe.watching.console import console_patch, other_fields, validation_line
+from linear_moe.watching import metrics, reporter
+from linear_moe.watching.lines import other_fields, validation_line
+from linear_moe.watching.metrics import MemoryMetrics
+from linear_moe.watching.reporter import AddedLineReporter, WholeLineReporter
 
 # As Megatron 0.19.2 prints them.
 ITERATION_LINE = (
@@ -21,7 +23,7 @@ WARNING = "WARNING: something else that goes through print_rank_last"
 
 
 class Timer:
-    """Megatron's interval timer, wound by hand: its reading is brought up to date only when it is stopped."""
+    """Megatron's interval timer, set by hand: `elapsed` updates what `active_time` returns."""
 
     def __init__(self):
         self.time = self.read = 0.0
@@ -46,7 +48,7 @@ class Run:
 
     def __init__(self, monkeypatch, capsys):
         self.capsys = capsys
-        self.timer, self.writer = Timer(), Writer()
+        self.timer, self.writer, self.flops = Timer(), Writer(), 2e12
         self.args = SimpleNamespace(
             token_mixer="mom", num_layers=2, mtp_num_layers=None, mom_num_memories=2, train_iters=40, log_interval=5,
             tensorboard_dir=None, tensorboard_log_interval=1, micro_batch_size=1, data_parallel_size=2,
@@ -60,10 +62,9 @@ class Run:
             training, "get_tensorboard_writer", lambda: self.writer if self.args.tensorboard_dir else None
         )
         monkeypatch.setattr(training, "get_wandb_writer", lambda: None)
-        monkeypatch.setattr(training, "num_floating_point_operations", lambda *args, **kwargs: 2e12)
         monkeypatch.setattr(training, "training_log", self.training_log)
         monkeypatch.setattr(metrics, "_metrics", None)
-        monkeypatch.setattr(console, "device_peak_flops", lambda: 10e12)
+        monkeypatch.setattr(reporter, "device_peak_flops", lambda: 10e12)
 
     def training_log(
         self, loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter,
@@ -99,18 +100,16 @@ class Run:
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    was_applied = console_patch.is_applied
-    console_patch.undo()
     run = Run(monkeypatch, capsys)
-    console_patch.apply()
-    yield run
-    console_patch.undo()
-    monkeypatch.undo()
-    if was_applied:
-        console_patch.apply()
+    patch = WholeLineReporter().patch()
+    patch.apply()
+    with pytest.MonkeyPatch.context() as stand_in:
+        stand_in.setattr(training, "num_floating_point_operations", lambda *args, **kwargs: run.flops)
+        yield run
+    patch.undo()
 
 
-def test_the_whole_line(run):
+def test_a_line_has_every_part(run):
     run.step(1, loss=9.0)
     for iteration in range(2, 6):
         run.route(1, 0, 0, 1)
@@ -189,8 +188,8 @@ def test_softmax_attention_has_no_memory_parts(run):
 
 
 def test_no_mfu_where_the_peak_is_unknown(run, monkeypatch):
-    monkeypatch.setattr(console, "device_peak_flops", lambda: None)
-    monkeypatch.setattr(training, "num_floating_point_operations", lambda *args, **kwargs: 3e9)
+    monkeypatch.setattr(reporter, "device_peak_flops", lambda: None)
+    run.flops = 3e9
     assert "| 4.10k tok/s | 3.00 GFLOP/s | " in run.step(1)
 
 
@@ -244,6 +243,53 @@ def test_evaluation_is_printed_in_one_line(run):
     for text in ("-" * len(line), line, "-" * len(line)):
         training.print_rank_last(text)
     assert run.capsys.readouterr().out == "validation at step 200: loss 2.910, perplexity 18.4\n"
+
+
+def test_two_runs_in_one_process_are_counted_apart(run):
+    for iteration in range(1, 6):
+        run.step(iteration, loss=100.0)
+    run.started = None
+    line = run.step(1, loss=2.0)
+    assert "| loss 2.000 |" in line and "left" not in line
+
+
+@pytest.fixture
+def added(monkeypatch):
+    """A reporter for other scripts, and the settings of a run with a stand-in for training_log."""
+    settings = SimpleNamespace(token_mixer="mom", log_interval=2, num_layers=2, mtp_num_layers=None, mom_num_memories=2)
+    monkeypatch.setattr(training, "get_args", lambda: settings)
+    monkeypatch.setattr(training, "get_tensorboard_writer", lambda: None)
+    monkeypatch.setattr(training, "get_wandb_writer", lambda: None)
+    monkeypatch.setattr(metrics, "_metrics", MemoryMetrics())
+    return AddedLineReporter(), settings
+
+
+def training_log(iteration):
+    print(f"Megatron's line {iteration}")
+    return "flag"
+
+
+def test_a_line_is_added_to_another_scripts_lines(added, capsys):
+    reporter, _ = added
+    for iteration in (1, 2):
+        metrics.memory_metrics().record_routing(1, torch.eye(2).bool(), torch.zeros(2, 2))
+        assert reporter.log(training_log, iteration) == "flag"
+    assert capsys.readouterr().out.splitlines() == [
+        "Megatron's line 1", "Megatron's line 2", " memories at iteration 2 | load 50-50%",
+    ]  # fmt: skip
+
+
+def test_no_line_is_added_to_a_run_of_softmax_attention(added, capsys):
+    reporter, settings = added
+    del settings.token_mixer
+    reporter.log(training_log, iteration=2)
+    assert capsys.readouterr().out == "Megatron's line 2\n"
+
+
+def test_a_run_that_built_no_memories_stops(added):
+    reporter, _ = added
+    with pytest.raises(RuntimeError, match="--token-mixer mom: no layer of the model .* has memories; run a script"):
+        reporter.log(training_log, iteration=2)
 
 
 def test_other_fields():

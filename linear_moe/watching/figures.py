@@ -1,0 +1,20 @@
+"""matplotlib without a screen, for every picture of this project."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+
+__all__ = ["plt", "save"]
+
+
+def save(figure, path: Path) -> None:
+    """Writes a PNG file, with its folder where that is missing, and frees the figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
