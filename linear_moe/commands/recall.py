@@ -30,7 +30,7 @@ from linear_moe.recall.matching import names_of_set, parse_mom  # noqa: E402
 from linear_moe.recall.models import Mixer, Shape  # noqa: E402
 from linear_moe.recall.report import write_report  # noqa: E402
 from linear_moe.recall.runs import Plan, run  # noqa: E402
-from linear_moe.recall.task import Task  # noqa: E402
+from linear_moe.recall.task import MOST_SEEDS, Task  # noqa: E402
 from linear_moe.recall.training import Settings, Training  # noqa: E402
 
 # what a GPU trains, and the tiny sizes that stand in for it
@@ -117,6 +117,8 @@ def plan_of(args: argparse.Namespace) -> Plan:
             raise ValueError(f"--{name} has a value twice: {getattr(args, name)}")
     if min(args.rates) <= 0:
         raise ValueError(f"--rates must be positive, got {args.rates}")
+    if not all(0 <= seed < MOST_SEEDS for seed in args.seeds):
+        raise ValueError(f"--seeds must be from 0 to {MOST_SEEDS - 1}, got {args.seeds}")
     base = Mixer(args.rule, args.heads, args.head_dim, args.head_dim)
     moms = [parse_mom(text, base) for text in args.mom or names_of_set(args.set)]
     training = Training(
