@@ -26,7 +26,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # hardware queues, s
 import torch  # noqa: E402
 
 from linear_moe.recall import records  # noqa: E402
-from linear_moe.recall.matching import names_of_set, parse_mom  # noqa: E402
+from linear_moe.recall.matching import MATCHES, names_of_set, parse_mom  # noqa: E402
 from linear_moe.recall.models import Mixer, Shape  # noqa: E402
 from linear_moe.recall.report import write_report  # noqa: E402
 from linear_moe.recall.runs import Plan, run  # noqa: E402
@@ -35,12 +35,12 @@ from linear_moe.recall.training import Settings, Training  # noqa: E402
 
 # what a GPU trains, and the tiny sizes that stand in for it
 FULL = {
-    "vocabulary": 1024, "length": 128, "pairs": [4, 8, 16, 32], "batch": 128, "hidden": 128, "steps": 12000,
-    "rates": [1e-3, 2e-3, 4e-3], "seeds": [0, 1, 2], "evaluations": 32,
+    "vocabulary": 1024, "length": 256, "pairs": [4, 8, 16, 32, 64], "batch": 80, "hidden": 128, "heads": 2,
+    "steps": 16000, "rates": [1e-3, 2e-3, 4e-3], "seeds": [0, 1, 2], "evaluations": 32,
 }  # fmt: skip
 QUICK = {
-    "vocabulary": 32, "length": 16, "pairs": [2, 4], "batch": 16, "hidden": 16, "steps": 16,
-    "rates": [3e-3, 1e-2], "seeds": [0, 1], "evaluations": 8,
+    "vocabulary": 32, "length": 16, "pairs": [2, 4], "batch": 16, "hidden": 16, "heads": 1,
+    "steps": 16, "rates": [3e-3, 1e-2], "seeds": [0, 1], "evaluations": 8,
 }  # fmt: skip
 
 
@@ -77,8 +77,9 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of rows, table and pictures")
     parser.add_argument("--set", choices=("decisive", "all"), default="decisive", help="MoM models [%(default)s]")
     parser.add_argument("--mom", nargs="+", metavar="M/K", help="these MoM models instead, as 8/2, 4/2+shared, gla:4/2")
+    parser.add_argument("--baselines", nargs="+", choices=tuple(MATCHES), default=list(MATCHES), help="[all of them]")
     parser.add_argument("--rule", default="gated_deltanet", help="rule of MoM models without one [%(default)s]")
-    parser.add_argument("--heads", type=_positive, default=1, help="of a MoM model [%(default)s]")
+    parser.add_argument("--heads", type=_positive, help=f"of a MoM model [{FULL['heads']}]")
     parser.add_argument("--head-dim", type=_positive, default=16, help="key and value size of a head [%(default)s]")
     parser.add_argument("--layers", type=_positive, default=2, help="[%(default)s]")
     parser.add_argument("--hidden", type=_positive, help=f"hidden size [{FULL['hidden']}]")
@@ -137,6 +138,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         max_steps=args.max_steps,
         rates=tuple(args.rates),
         seeds=tuple(args.seeds),
+        baselines=tuple(name for key, name in MATCHES.items() if key in args.baselines),
         all_rates=args.all_rates,
         group_size=args.group_size,
     )

@@ -84,7 +84,7 @@ def comparison_table(
     head = ["equal", "model", "state a layer", "parameters", "ms a step", "rate", *map(str, pairs), "seeds", "flat"]
     lines = [_line(head), _line(["---"] * len(head))]
     named = {"": comparison.mom} | {
-        name: comparison.baselines[name] for name in MATCHES if name in comparison.baselines
+        name: comparison.baselines[name] for name in MATCHES.values() if name in comparison.baselines
     }
     for equal, mixer in named.items():
         if mixer not in best:

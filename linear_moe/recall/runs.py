@@ -12,7 +12,7 @@ import torch
 import triton
 
 from linear_moe.recall import records
-from linear_moe.recall.matching import Comparison, all_mixers, compare
+from linear_moe.recall.matching import MATCHES, TIME, Comparison, all_mixers, compare
 from linear_moe.recall.models import Mixer
 from linear_moe.recall.timing import compile_kernels, step_milliseconds
 from linear_moe.recall.training import Job, OutOfTime, Settings, free_memory, train_group
@@ -31,6 +31,7 @@ class Plan:
         max_steps: the steps are doubled, for all models, until the best curves are flat or this is passed.
         rates: learning rates, all tried on the first seed; the best goes on to the other seeds.
         seeds: of weights and batches.
+        baselines: what is equal to MoM in them.
         all_rates: try all rates on all seeds.
         group_size: models that train at once on a GPU, at most.
     """
@@ -40,6 +41,7 @@ class Plan:
     max_steps: int
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
+    baselines: tuple[str, ...] = tuple(MATCHES.values())
     all_rates: bool = False
     group_size: int = 16
 
@@ -100,7 +102,7 @@ def find_comparisons(plan: Plan, times: StepTimes) -> list[Comparison]:
     comparisons = []
     for mom in plan.moms:
         times(mom)
-        comparison = compare(mom, plan.settings.shape, plan.settings.task.vocabulary, times)
+        comparison = compare(mom, plan.settings.shape, plan.settings.task.vocabulary, times, plan.baselines)
         running = {}
         for name, mixer in comparison.baselines.items():
             try:
@@ -117,8 +119,9 @@ def _compile(plan: Plan, times: StepTimes) -> None:
     wanted = []
     for mom in plan.moms:
         alone = replace(mom, memories=1, topk=1, shared=False)
-        wanted += compare(mom, plan.settings.shape, plan.settings.task.vocabulary).mixers
-        wanted += [replace(alone, heads=alone.heads * factor) for factor in TIMED_HEADS]
+        wanted += compare(mom, plan.settings.shape, plan.settings.task.vocabulary, wanted=plan.baselines).mixers
+        if TIME in plan.baselines:
+            wanted += [replace(alone, heads=alone.heads * factor) for factor in TIMED_HEADS]
     cache = Path(triton.knobs.cache.dir)
     empty = not cache.is_dir() or not any(cache.iterdir())
     wanted = [mixer for mixer in dict.fromkeys(wanted) if empty or times.find(mixer) is None]

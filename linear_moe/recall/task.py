@@ -34,9 +34,9 @@ class Task:
     """
 
     vocabulary: int = 1024
-    length: int = 128
-    pairs: tuple[int, ...] = (4, 8, 16, 32)
-    batch: int = 128
+    length: int = 256
+    pairs: tuple[int, ...] = (4, 8, 16, 32, 64)
+    batch: int = 80
 
     def __post_init__(self):
         if not self.pairs or min(self.pairs) < 1:

@@ -36,7 +36,7 @@ def step_milliseconds(mixer: Mixer, settings: Settings, device: torch.device) ->
 
 
 def compile_kernels(mixers: Sequence[Mixer], settings: Settings, device: torch.device) -> None:
-    """Runs a step of every mixer in a process of its own, all at once, so that Triton's cache holds their kernels.
+    """Runs a step and an evaluation of every mixer, each in its own process, all at once: Triton keeps their kernels.
 
     A step that fails here fails again, and is reported, when the mixer is timed.
     """
@@ -46,8 +46,11 @@ def compile_kernels(mixers: Sequence[Mixer], settings: Settings, device: torch.d
 
 
 def _one_step(mixer: Mixer, settings: Settings, device: torch.device) -> None:
-    batch = Sampler(settings.task, device, 0).draw()
-    TrainedModel(Job(mixer, 1e-3, 0), settings, batch, torch.zeros((), device=device)).step()
+    sampler = Sampler(settings.task, device, 0)
+    batch = sampler.draw()
+    model = TrainedModel(Job(mixer, 1e-3, 0), settings, batch, torch.zeros((), device=device))
+    model.step()
+    model.accuracy([batch], sampler.pairs_of_query)
 
 
 def _seconds(model: TrainedModel, count: int) -> float:

@@ -31,7 +31,7 @@ class Training:
         evaluations: along training, evenly spread.
     """
 
-    steps: int = 12000
+    steps: int = 16000
     warm_up: float = 0.05
     decay: float = 0.25
     weight_decay: float = 0.01

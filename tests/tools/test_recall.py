@@ -140,7 +140,7 @@ def test_baselines_match_state_parameters_and_time(text):
         return 1.5 if mixer == mom else times[mixer.heads]
 
     found = matching.compare(mom, SHAPE, 1024, milliseconds).baselines
-    assert set(found) == set(matching.MATCHES)
+    assert set(found) == set(matching.MATCHES.values())
     assert all(mixer.memories == 1 and not mixer.shared for mixer in found.values())
     assert found[matching.STATE_PER_MEMORY].state * mom.all_memories == mom.state
     assert found[matching.STATE_BY_HEADS].state == mom.state
@@ -151,6 +151,8 @@ def test_baselines_match_state_parameters_and_time(text):
     assert count_parameters(replace(by_parameters, heads=by_parameters.heads - 1), SHAPE, 1024) < target
     assert found[matching.TIME].heads == 5  # 1.5 ms
     assert matching.TIME not in matching.compare(mom, SHAPE, 1024).baselines
+    wanted = (matching.STATE_BY_KEYS, matching.ATTENTION)
+    assert set(matching.compare(mom, SHAPE, 1024, milliseconds, wanted).baselines) == set(wanted)
 
 
 def test_a_model_has_the_state_and_the_parameters_that_are_stated():
@@ -168,7 +170,7 @@ def test_the_time_match_ends_at_the_most_heads():
 
 
 def test_sets_name_mom_models_and_a_wrong_name_is_refused():
-    assert matching.names_of_set("decisive") == ["8/2"]
+    assert matching.names_of_set("decisive") == ["4/2"]
     moms = {matching.parse_mom(name, GDN) for name in matching.names_of_set("all")}
     wanted = {
         (rule, memories, topk, shared)
@@ -358,7 +360,7 @@ def test_a_baseline_that_does_not_run_here_is_left_out_and_said(tmp_path, monkey
     lines = []
     times = runs.StepTimes(tmp_path / "times.csv", SETTINGS, CPU, ORIGIN, lines.append)
     (comparison,) = runs.find_comparisons(plan(), times)
-    assert set(comparison.baselines) == set(matching.MATCHES) - {matching.STATE_BY_KEYS}
+    assert set(comparison.baselines) == set(matching.MATCHES.values()) - {matching.STATE_BY_KEYS}
     assert any("left out" in line and "out of registers" in line for line in lines)
 
 
@@ -400,6 +402,7 @@ def test_a_step_is_timed():
 
 def test_the_command_trains_reports_and_does_not_train_again(tmp_path, capsys):
     words = ["--output", str(tmp_path / "out"), "--mom", "2/1", "--steps", "2", "--evaluations", "1", "--device", "cpu"]
+    words += ["--baselines", "memory", "time"]
     assert command.main([*words, "--time-limit", "0"]) == 0
     assert "goes on with them" in capsys.readouterr().out
     assert command.main(words) == 0
