@@ -5,6 +5,7 @@ Shape legend: sequences B, tokens T, hidden size D, heads H, key size K, value s
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -194,6 +195,7 @@ class RecallModel(nn.Module):
         return loss if uneven is None else loss + balancing * uneven, loss
 
 
+@functools.cache
 def count_parameters(mixer: Mixer, shape: Shape, vocabulary: int) -> int:
     """Numbers that training changes; the router of a single memory is not among them."""
     with torch.device("meta"):
