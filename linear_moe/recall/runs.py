@@ -237,7 +237,6 @@ def train_groups(groups, settings, output, device, deadline, origin, say=print) 
     """Trains groups one after the other on one device and writes their rows. Returns whether all were finished."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    whole = True
     for number, group in enumerate(groups, 1):
         say(f"group {number} of {len(groups)} on {device}: " + ", ".join(_label(job) for job in group))
         try:
@@ -249,9 +248,10 @@ def train_groups(groups, settings, output, device, deadline, origin, say=print) 
         for result in results:
             percent = " ".join(f"{100 * accuracy:.0f}" for accuracy in result.accuracy)
             say(f"{_label(result.job)}: {percent} %{'' if result.flat else ', still rising'}")
-        whole = whole and len(results) == len(group)
+        if len(results) < len(group):
+            return False  # the others of the group did not fit the time, and the next group would not either
         free_memory()
-    return whole
+    return True
 
 
 def _process(groups, settings, output, device, left, origin):

@@ -222,6 +222,8 @@ def train_group(
         OutOfTime: no job can end, or did end, before the deadline.
     """
     start = time.monotonic()
+    if start >= deadline:
+        raise OutOfTime(f"{len(jobs)} models were not begun: no time is left")
     training, task = settings.training, settings.task
     scale = torch.zeros((), device=device)
     samplers = {job.seed: Sampler(task, device, job.seed) for job in jobs}
