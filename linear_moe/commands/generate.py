@@ -43,6 +43,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument("--load", type=Path, required=True, help="folder of an export, or that Megatron saved to")
     model.add_argument("--iteration", type=int, help="Megatron checkpoint to use [the latest]")
     model.add_argument("--tokenizer", type=Path, help="folder of the tokenizer [the model's]")
+    model.add_argument(
+        "--trust-checkpoint", action="store_true", help="run whatever code a Megatron checkpoint's files name"
+    )
     model.add_argument("--dtype", choices=DTYPES, help="type to compute in [as stored]")
     model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
     prompt = parser.add_argument_group("prompt, from standard input unless one of these is given")
@@ -144,6 +147,7 @@ def model_folder(args: argparse.Namespace) -> Iterator[Path]:
         command = ["--load", str(args.load), "--save", str(Path(temporary) / "export")]
         command += ["--iteration", str(args.iteration)] if args.iteration is not None else []
         command += ["--tokenizer", str(args.tokenizer)] if args.tokenizer else []
+        command += ["--trust-checkpoint"] if args.trust_checkpoint else []
         convert_to_hf.convert(convert_to_hf.parse_arguments(command))
         yield Path(temporary) / "export"
 

@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 import torch
 
-from megatron_patches import dataset_helpers, float32_parameters, reshardable_optimizer
+from megatron_patches import dataset_helpers, float32_parameters, reshardable_optimizer, trusted_checkpoints
 
 logger = logging.getLogger(__name__)
 OUR_PACKAGES = ("linear_moe", "megatron_patches")
@@ -23,6 +23,7 @@ def prepare_machine() -> None:
     start()
     float32_parameters.apply()
     reshardable_optimizer.apply()
+    trusted_checkpoints.PATCH.apply()
 
 
 def start() -> None:

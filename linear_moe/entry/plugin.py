@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from linear_moe.entry import arguments, core_v018, machine
-from megatron_patches import float32_parameters, reshardable_optimizer
+from megatron_patches import float32_parameters, reshardable_optimizer, trusted_checkpoints
 from megatron_patches.patch import Patch, apply_all, undo_all, wrap
 
 
@@ -53,7 +53,7 @@ def training_patches() -> tuple[Patch, ...]:
     """Patches that a run with MoM layers needs once its model is known."""
     from linear_moe.watching import training_log
 
-    return (float32_parameters.PATCH, reshardable_optimizer.PATCH, training_log.PATCH)
+    return (float32_parameters.PATCH, reshardable_optimizer.PATCH, trusted_checkpoints.PATCH, training_log.PATCH)
 
 
 def patches() -> tuple[Patch, ...]:
@@ -83,7 +83,7 @@ def join_running_script(settings: dict[str, object]) -> None:
         setattr(args, name, value)
     arguments.fill_mom_arguments(args)
     arguments.check_context_parallel(args)
-    arguments.check_run(args)
     machine.show_log()
-    apply_all(training_patches())
+    apply_all(training_patches())  # one of which limits what the check of --load may unpickle
+    arguments.check_run(args)
     machine.announce()
