@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from linear_moe.corpus import files as corpus_files
 from linear_moe.corpus.files import DEFAULT_SUFFIXES, BadDocuments, Chunk, CorpusError, find_files, read_chunks
 from linear_moe.corpus.tokenizer import (
+    LARGEST_VOCABULARY,
     SMALLEST_VOCABULARY,
     ChunkEncoder,
     EncodedChunk,
@@ -43,6 +45,7 @@ from linear_moe.corpus.writer import DatasetWriter, publish, staging_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CHUNKS_IN_FLIGHT = 4  # for each worker: bounds the memory, and hides the reader's pauses
+MOST_WORKERS = 1024
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,7 +101,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of a Hugging Face tokenizer")
     source.add_argument(
         "--train-tokenizer",
-        type=_whole(SMALLEST_VOCABULARY),
+        type=_whole(SMALLEST_VOCABULARY, LARGEST_VOCABULARY),
         metavar="VOCAB_SIZE",
         help="train a byte-level BPE tokenizer on the input",
     )
@@ -115,7 +118,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="end each document with the tokenizer's EOS token",
     )
     parser.add_argument(
-        "--workers", type=_whole(1), default=os.cpu_count(), help="tokenizing processes; 1 stays in this one"
+        "--workers",
+        type=_whole(1, MOST_WORKERS),
+        default=os.cpu_count(),
+        help="tokenizing processes; 1 stays in this one",
     )
     args = parser.parse_args(argv)
     _check(args, parser.error)
@@ -126,6 +132,8 @@ def _check(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
     for path in args.input:
         if not path.exists():
             refuse(f"--input {path}: no such file or folder")
+        if not path.is_dir() and not path.is_file():  # a pipe, whose other end may never come, or a device without end
+            refuse(f"--input {path}: expected a regular file or a folder")
     for suffix in args.suffixes:
         if not suffix.startswith("."):
             refuse(f"--suffixes {suffix}: expected a leading dot, as in .txt")
@@ -150,10 +158,12 @@ def _check(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
             refuse(f"--tokenizer-output {args.tokenizer_output}: expected a new or empty folder, found {strangers[:3]}")
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def _whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
+        if not text.isdecimal() or len(text) > 100 or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least {least}")
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at most {most}")
         return int(text)
 
     return parse
@@ -188,7 +198,7 @@ def preprocess(args: argparse.Namespace) -> dict:
         OSError: a file cannot be read or written. Nothing is left behind in either case.
     """
     started = time.monotonic()
-    files = find_files(args.input, args.suffixes)
+    files = find_files(args.input, args.suffixes, partial(print, file=sys.stderr))
     if not files:
         raise CorpusError(f"no file ends in one of {args.suffixes} under {[str(path) for path in args.input]}")
     outputs = output_files(args)
@@ -284,7 +294,8 @@ def _write(
             bad.add(chunk.bad)
             empty += chunk.empty
             for document in chunk.documents:
-                (held_out if held_out and document.validation else training).add(document)
+                kept = (held_out if held_out and document.validation else training).add(document)
+                empty += not kept
             progress.update(chunk.disk_bytes)
     return bad, empty
 
