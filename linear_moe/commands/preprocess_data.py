@@ -106,6 +106,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="train a byte-level BPE tokenizer on the input",
     )
     tokens.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that the folder of --tokenizer may bring along"
+    )
+    tokens.add_argument(
         "--tokenizer-output", type=Path, metavar="DIR", help="folder for a trained tokenizer [PREFIX-tokenizer]"
     )
     tokens.add_argument(
@@ -233,7 +236,7 @@ def preprocess(args: argparse.Namespace) -> dict:
 
 def _tokenizer(args: argparse.Namespace, files: list[Path]) -> TokenizerSpec:
     if not args.train_tokenizer:
-        return load_tokenizer(args.tokenizer.resolve())
+        return load_tokenizer(args.tokenizer.resolve(), args.trust_remote_code)
     bad = BadDocuments(args.max_bad_lines)
     texts = sample_texts(read_chunks(files), args.json_key, args.tokenizer_bytes, bad)
     if not any(texts):

@@ -140,8 +140,22 @@ def write_json(path: Path, content) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def check_inside(folder: Path, names: Iterable[str]) -> None:
+    """Raises ConversionError for a file that is outside ``folder``, by its name or by a link.
+
+    A link to the blobs of the Hugging Face cache stays within the cache: its snapshots consist of such links.
+    """
+    root = folder.resolve()
+    roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    for name in names:
+        target = (folder / name).resolve()
+        if not any(target.is_relative_to(allowed) for allowed in roots):
+            raise ConversionError(f"{folder / name} leads to {target}, outside its folder: put a copy there")
+
+
 def read_json(path: Path) -> dict:
-    """Raises ConversionError for a file that is missing or not JSON."""
+    """Raises ConversionError for a file that is missing, not JSON, or a link out of its folder."""
+    check_inside(path.parent, [path.name])
     if not path.is_file():
         raise ConversionError(f"{path.parent} has no {path.name}")
     try:
@@ -153,7 +167,7 @@ def read_json(path: Path) -> dict:
 class Weights:
     """The tensors of a Hugging Face folder, each read when asked for. Safetensors, or PyTorch's older pickled files.
 
-    Raises ConversionError where there are none, or where a file is missing or broken.
+    Raises ConversionError where there are none, or where a file is missing, broken or outside the folder.
     """
 
     def __init__(self, folder: Path):
@@ -161,6 +175,7 @@ class Weights:
         self._open: dict[str, object] = {}
         files = self._files()
         self._file_of: dict[str, str] = {}
+        check_inside(folder, files)
         for file in files:
             if not (folder / file).is_file():
                 raise ConversionError(f"{folder} is incomplete: {file} is missing")
@@ -220,19 +235,20 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def copy_tokenizer(folder: Path, target: Path) -> None:
-    """Copies a tokenizer's files, as they are."""
+    """Copies a tokenizer's files, as they are. Raises ConversionError for a link out of the folder."""
+    check_inside(folder, [file.name for file in tokenizer_files(folder)])
     target.mkdir(exist_ok=True)
     for file in tokenizer_files(folder):
         shutil.copyfile(file, target / file.name)
 
 
 def load_tokenizer(folder: Path):
-    """The tokenizer of a folder; raises ConversionError where there is none."""
+    """The tokenizer of a folder, none of whose own code runs; raises ConversionError where there is none."""
     if not tokenizer_files(folder):
         raise ConversionError(f"{folder} has no tokenizer: expected a folder that save_pretrained wrote")
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # any of many libraries' own
         raise ConversionError(f"the tokenizer in {folder} cannot be loaded: {error}") from error

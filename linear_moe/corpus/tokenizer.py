@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from linear_moe.corpus.files import BadDocument, BadDocuments, Chunk, CorpusError, document_text, hash64
 from linear_moe.corpus.pieces import LONGEST_PIECE, pieces_of
+from linear_moe.vocabulary import vocabulary_size
 
 EOS_TOKEN = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte and the end-of-document token
@@ -59,12 +60,14 @@ class TokenizerSpec:
         folder: where `AutoTokenizer` finds it; read by workers only when `backend_json` is None.
         vocab_size: one more than the largest token id.
         eod_id: id of the end-of-document token, or None where the tokenizer has none.
+        trust_remote_code: whether code of the folder may run.
     """
 
     backend_json: str | None
     folder: str
     vocab_size: int
     eod_id: int | None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,26 +80,28 @@ class EncodingSettings:
     validation_fraction: float
 
 
-def load_tokenizer(folder: Path) -> TokenizerSpec:
-    """Reads a Hugging Face tokenizer folder as Megatron's HuggingFaceTokenizer does, through `AutoTokenizer`.
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> TokenizerSpec:
+    """Reads a Hugging Face tokenizer folder as Megatron's HuggingFaceTokenizer does, through `AutoTokenizer`. The
+    folder's own code runs only with `trust_remote_code`.
 
     The end of a document is the EOS token, or SEP where there is no EOS: Megatron's own fallback.
     """
-    tokenizer = _auto_tokenizer(str(folder))
+    tokenizer = _auto_tokenizer(str(folder), trust_remote_code)
     eod_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     return TokenizerSpec(
         backend_json=tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None,
         folder=str(folder),
-        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        vocab_size=vocabulary_size(tokenizer),
         eod_id=eod_id,
+        trust_remote_code=trust_remote_code,
     )
 
 
-def _auto_tokenizer(folder: str):
+def _auto_tokenizer(folder: str, trust_remote_code: bool):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a malformed folder makes it raise
         raise CorpusError(f"cannot load a Hugging Face tokenizer from {folder!r}: {error}") from error
 
@@ -117,7 +122,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
     )
     # In pieces, for the trainer takes a hundred bytes of memory a character of what it gets at once.
     tokenizer.train_from_iterator((piece for text in texts for piece in pieces_of(text)), trainer)
-    return TokenizerSpec(tokenizer.to_str(), str(folder), tokenizer.get_vocab_size(), tokenizer.token_to_id(EOS_TOKEN))
+    return TokenizerSpec(tokenizer.to_str(), str(folder), vocabulary_size(tokenizer), tokenizer.token_to_id(EOS_TOKEN))
 
 
 def save_trained_tokenizer(spec: TokenizerSpec, folder: Path) -> None:
@@ -227,7 +232,7 @@ def _text_encoder(spec: TokenizerSpec) -> Callable[[list[str]], list[list[int]]]
     A special token that the text spells out becomes that token, as everywhere with Hugging Face tokenizers.
     """
     if spec.backend_json is None:
-        tokenizer = _auto_tokenizer(spec.folder)
+        tokenizer = _auto_tokenizer(spec.folder, spec.trust_remote_code)
         return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
     backend = Tokenizer.from_str(spec.backend_json)
     backend.no_truncation()  # a tokenizer.json may carry the maximum length of the model it came with
