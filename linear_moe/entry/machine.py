@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 import torch
 
+from linear_moe.entry.launch import use_loopback_store
 from megatron_patches import dataset_helpers, float32_parameters, reshardable_optimizer, trusted_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ def start() -> None:
         # Port 0 is any free one: nobody else has to know it.
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
         os.environ.update({name: str(value) for name, value in alone.items()})
+    use_loopback_store("torch.distributed.rendezvous")
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         from megatron_patches import cpu
