@@ -27,6 +27,7 @@ from transformers.utils import logging
 from linear_moe.commands import convert_to_hf
 from linear_moe.conversion.config import DTYPES
 from linear_moe.conversion.files import ConversionError, load_tokenizer, read_json, run_tool, tokenizer_files
+from linear_moe.temporary import temporary_folder
 from mom_layers.hf import MomForCausalLM
 from mom_layers.hf.cache import CACHE_NAME
 
@@ -143,13 +144,13 @@ def model_folder(args: argparse.Namespace) -> Iterator[Path]:
             raise ConversionError(f"--load {args.load} is not a Mixture-of-Memories model")
         yield args.load
         return
-    with tempfile.TemporaryDirectory(prefix="mom-generate-") as temporary:
-        command = ["--load", str(args.load), "--save", str(Path(temporary) / "export")]
+    with temporary_folder(Path(tempfile.gettempdir(), "mom-generate")) as temporary:
+        command = ["--load", str(args.load), "--save", str(temporary / "export")]
         command += ["--iteration", str(args.iteration)] if args.iteration is not None else []
         command += ["--tokenizer", str(args.tokenizer)] if args.tokenizer else []
         command += ["--trust-checkpoint"] if args.trust_checkpoint else []
         convert_to_hf.convert(convert_to_hf.parse_arguments(command))
-        yield Path(temporary) / "export"
+        yield temporary / "export"
 
 
 def find_tokenizer(args: argparse.Namespace, folder: Path) -> Path:

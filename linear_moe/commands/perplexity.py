@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from linear_moe.temporary import save_figure
 from mom_layers.hf.cache import CACHE_NAME  # importing the package registers the model type
 
 matplotlib.use("Agg")
@@ -229,8 +230,7 @@ def draw(measurement: Measurement, train_length: int, name: str, path: Path) -> 
     right.set_ylabel("perplexity")
     axes.grid(alpha=0.3)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
     plt.close(figure)
 
 

@@ -41,7 +41,8 @@ from linear_moe.corpus.tokenizer import (
     save_trained_tokenizer,
     train_tokenizer,
 )
-from linear_moe.corpus.writer import DatasetWriter, publish, staging_folder
+from linear_moe.corpus.writer import DatasetWriter, publish
+from linear_moe.temporary import temporary_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CHUNKS_IN_FLIGHT = 4  # for each worker: bounds the memory, and hides the reader's pauses
@@ -209,7 +210,7 @@ def preprocess(args: argparse.Namespace) -> dict:
         raise CorpusError(f"{sorted(overlap)[0]} is an input file and would be overwritten; give another --output")
 
     with ExitStack() as stack:
-        staging = stack.enter_context(staging_folder(Path(args.output)))
+        staging = stack.enter_context(temporary_folder(Path(args.output)))
         tokenizer = _tokenizer(args, files)
         if args.append_eod and tokenizer.eod_id is None:
             raise CorpusError(f"the tokenizer in {tokenizer.folder!r} has no EOS token; give --no-append-eod")
@@ -219,7 +220,7 @@ def preprocess(args: argparse.Namespace) -> dict:
         # From here on the workers are busy, while this process imports what it needs for writing.
         staged = [staging / path.name for path in outputs]
         if args.train_tokenizer:
-            tokenizer_staging = stack.enter_context(staging_folder(args.tokenizer_output))
+            tokenizer_staging = stack.enter_context(temporary_folder(args.tokenizer_output))
             save_trained_tokenizer(tokenizer, tokenizer_staging)
             staged[: len(TOKENIZER_FILES)] = [tokenizer_staging / name for name in TOKENIZER_FILES]
         writers = {}

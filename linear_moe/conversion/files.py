@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,8 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from linear_moe.temporary import REPLACED, remove_leftovers, temporary_folder, umask
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -57,7 +57,8 @@ def _reason(error: Exception) -> str:
 
 def check_target(target: Path, marks: Iterable[str], overwrite: bool) -> None:
     """Raises ConversionError unless ``target`` can be written: it is new, an empty folder, or, with ``overwrite``, a
-    folder that this tool wrote, which has one of the files ``marks``."""
+    folder that this tool wrote, which has one of the files ``marks``. Removes what killed runs left beside it."""
+    remove_leftovers(target.absolute())
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir():
@@ -79,29 +80,19 @@ def new_folder(target: Path) -> Iterator[Path]:
     A folder that has that name already is replaced.
     """
     target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        folder.chmod(0o777 & ~_umask())
+    with temporary_folder(target) as folder:
+        folder.chmod(0o777 & ~umask())
         yield folder
-        replaced = folder.with_suffix(".replaced")
+        replaced = folder.with_suffix(REPLACED)
         if target.is_dir():
             target.rename(replaced)
         try:
             folder.rename(target)
-        except OSError:
-            if replaced.is_dir():
+        except BaseException:
+            if replaced.is_dir() and not target.exists():
                 replaced.rename(target)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_weights(
@@ -130,7 +121,7 @@ def write_weights(
         missing[file] -= 1
         if not missing[file]:
             save_file(pending.pop(file), folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(0o666 & ~_umask())  # safetensors makes it private
+            (folder / file).chmod(0o666 & ~umask())  # safetensors makes it private
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": file_of}
         write_json(folder / WEIGHTS_INDEX, index)

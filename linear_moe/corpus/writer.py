@@ -1,11 +1,9 @@
 """Megatron's `.bin` and `.idx` files: written beside their place, renamed into it when all are complete."""
 
 import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -75,17 +73,6 @@ def unigram_entropy(counts: np.ndarray) -> float:
     """Entropy in nats of tokens drawn by `counts`: the loss of the best model that ignores the context."""
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
-
-
-@contextmanager
-def staging_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target`, so that renaming into place never copies; gone at the end, with all that is in it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(staged: Sequence[Path], outputs: Sequence[Path]) -> None:
