@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from linear_moe.corpus.files import BadDocument, BadDocuments, Chunk, CorpusError, document_text, hash64
 from linear_moe.corpus.pieces import LONGEST_PIECE, pieces_of
-from linear_moe.vocabulary import vocabulary_size
+from linear_moe.vocabulary import encode_texts, end_of_document, vocabulary_size
 
 EOS_TOKEN = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte and the end-of-document token
@@ -87,12 +87,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> TokenizerSp
     The end of a document is the EOS token, or SEP where there is no EOS: Megatron's own fallback.
     """
     tokenizer = _auto_tokenizer(str(folder), trust_remote_code)
-    eod_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     return TokenizerSpec(
         backend_json=tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None,
         folder=str(folder),
         vocab_size=vocabulary_size(tokenizer),
-        eod_id=eod_id,
+        eod_id=end_of_document(tokenizer),
         trust_remote_code=trust_remote_code,
     )
 
@@ -227,13 +226,10 @@ class ChunkEncoder:
 
 
 def _text_encoder(spec: TokenizerSpec) -> Callable[[list[str]], list[list[int]]]:
-    """Encodes without adding special tokens, since a BOS or SEP would double the end-of-document token.
-
-    A special token that the text spells out becomes that token, as everywhere with Hugging Face tokenizers.
-    """
+    """What `encode_texts` does, by the `tokenizers` library where the tokenizer is one of its own."""
     if spec.backend_json is None:
         tokenizer = _auto_tokenizer(spec.folder, spec.trust_remote_code)
-        return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
+        return lambda texts: encode_texts(tokenizer, texts)
     backend = Tokenizer.from_str(spec.backend_json)
     backend.no_truncation()  # a tokenizer.json may carry the maximum length of the model it came with
     backend.no_padding()
