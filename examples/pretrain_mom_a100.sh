@@ -110,7 +110,7 @@ if [ $((TP * CP)) -gt 1 ] || [[ " $* " == *--tensor-model-parallel-size* || " $*
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 fi
 if [ "$GPUS" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / PROCESSES))}; fi
-"$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" \
+"$PYTHON" -m linear_moe.entry.launch --nnodes "$NNODES" --node-rank "$NODE_RANK" \
     --nproc-per-node "$PROCESSES" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
     -m linear_moe.pretrain "${model[@]}" "${training[@]}" "${parallel[@]}" "${watching[@]}" \
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER" --data-cache-path "$OUT/data-cache" \

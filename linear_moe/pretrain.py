@@ -38,6 +38,7 @@ def main() -> None:
     args = parse_and_validate_args(extra_args_provider=add_machine_defaults)
     check_entry(args)
     data.check_data_paths(args)
+    data.check_vocabulary(args)
     args.contiguous_context_slices = data.cuts_contiguously(args)
     config = core_transformer_config_from_args(args, MomTransformerConfig)
     model = gpt_config_from_args(args, config=config)

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from benchmark import VERSIONS, append_csv, device_kind, versions
 
+from linear_moe.temporary import save_figure
 from linear_moe.watching.plots import read_scalars
 
 ROOT = Path(__file__).parents[1]
@@ -184,7 +185,7 @@ def draw(path: Path, runs: dict[str, dict], title: str) -> None:
     for axis in (upper, lower):
         axis.grid(alpha=0.3)
     upper.legend(ncols=2)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
     plt.close(figure)
 
 

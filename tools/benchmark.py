@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from triton import AsyncCompileMode
 
+from linear_moe.temporary import save_figure
+
 VERSIONS = ("device", "torch", "triton")
 
 
@@ -176,5 +178,5 @@ def plot_growth(
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
     plt.close(figure)

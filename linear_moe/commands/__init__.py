@@ -18,9 +18,12 @@ from safetensors import SafetensorError
 def run(name: str) -> int:
     """Runs a command with the words of the command line. Returns the exit status.
 
-    SIGTERM ends the command by ``SystemExit``, so that a half-written file is removed on the way out.
+    SIGTERM, and SIGHUP unless nohup has it ignored, end the command by ``SystemExit``, so that a half-written file is
+    removed on the way out.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
     return import_module(f"{__name__}.{name}").main()
 
 

@@ -32,6 +32,7 @@ from linear_moe.conversion.files import (
     tokenizer_files,
 )
 from linear_moe.conversion.names import Entry, Layout, entries
+from linear_moe.vocabulary import vocabulary_size
 from mom_layers.hf.configuration_mom import MomConfig
 
 TIED_WEIGHT = "lm_head.weight"
@@ -119,7 +120,7 @@ def find_tokenizer(args: argparse.Namespace, config: MomConfig) -> Path | None:
     folder = args.tokenizer or (args.load if tokenizer_files(args.load) else None)
     if folder is None:
         return None
-    size = len(load_tokenizer(folder))
+    size = vocabulary_size(load_tokenizer(folder))
     if size > config.vocab_size:
         raise ConversionError(
             f"the tokenizer in {folder} has {size} tokens, and the model's embedding only {config.vocab_size}: "

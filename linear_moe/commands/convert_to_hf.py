@@ -47,6 +47,7 @@ from linear_moe.conversion.files import (
 )
 from linear_moe.conversion.names import Entry, entries
 from linear_moe.conversion.verify import verify
+from megatron_patches.trusted_checkpoints import trusting
 from mom_layers.hf.remote_code import save_remote_code
 
 
@@ -73,6 +74,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--max-shard-size", type=_size, default="5GB", help="largest size of a file of weights [5GB]")
     parser.add_argument("--overwrite", action="store_true", help="replace --save if it is an earlier export")
+    parser.add_argument(
+        "--trust-checkpoint", action="store_true", help="run whatever code the checkpoint's files name, as PyTorch does"
+    )
     verify = parser.add_argument_group("check")
     verify.add_argument(
         "--verify", action="store_true", help="run one batch through both models in float32 and compare"
@@ -94,7 +98,7 @@ def convert(args: argparse.Namespace) -> None:
     """Writes the folder ``args.save``, all of it or nothing. Raises the errors of `export`."""
     checkpoint = find_checkpoint(args.load, args.iteration)
     check_target(args.save, ["config.json"], args.overwrite)
-    with new_folder(args.save) as folder:
+    with trusting(args.trust_checkpoint), new_folder(args.save) as folder:
         export(checkpoint, folder, args)
         if args.verify:
             verify(checkpoint, folder, bound=args.verify_bound, length=args.verify_tokens)

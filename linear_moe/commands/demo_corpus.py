@@ -16,11 +16,11 @@ import json
 import os
 import re
 import sysconfig
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from linear_moe.commands import run_command
+from linear_moe.temporary import replaced_file
 
 LEAST_BYTES = 1_000_000
 TEXT_SUFFIXES = (".py", ".txt", ".rst", ".md")
@@ -123,14 +123,6 @@ def select(documents: Iterator[tuple[str, str]], max_bytes: int) -> list[bytes]:
 
 
 def write(lines: Sequence[bytes], output: Path) -> None:
-    """Writes under a temporary name and renames, so that `output` is whole or absent."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            file.writelines(lines)
-        os.chmod(partial, 0o644)
-        os.replace(partial, output)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    """Writes under a temporary name and renames, so that `output` is the new file, or what it was."""
+    with replaced_file(output) as partial, open(partial, "wb") as file:
+        file.writelines(lines)

@@ -28,6 +28,7 @@ from linear_moe.commands import convert_to_hf, run_command
 from linear_moe.commands.values import positive, share, whole
 from linear_moe.conversion.config import DTYPES
 from linear_moe.conversion.files import ConversionError, load_tokenizer, read_json, tokenizer_files
+from linear_moe.temporary import temporary_folder
 from mom_layers.hf import MomForCausalLM
 from mom_layers.hf.cache import CACHE_NAME
 
@@ -44,6 +45,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument("--load", type=Path, required=True, help="folder of an export or of Megatron checkpoints")
     model.add_argument("--iteration", type=int, help="Megatron checkpoint to use [the latest]")
     model.add_argument("--tokenizer", type=Path, help="folder of the tokenizer [the model's]")
+    model.add_argument(
+        "--trust-checkpoint", action="store_true", help="run whatever code a Megatron checkpoint's files name"
+    )
     model.add_argument("--dtype", choices=DTYPES, help="type to compute in [as stored]")
     model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
     prompt = parser.add_argument_group("prompt, from standard input without --prompt and --prompt-file")
@@ -127,12 +131,13 @@ def model_folder(args: argparse.Namespace) -> Iterator[Path]:
             )
         yield args.load
         return
-    with tempfile.TemporaryDirectory(prefix="mom-generate-") as temporary:
-        command = ["--load", str(args.load), "--save", str(Path(temporary) / "export")]
+    with temporary_folder(Path(tempfile.gettempdir(), "mom-generate")) as temporary:
+        command = ["--load", str(args.load), "--save", str(temporary / "export")]
         command += ["--iteration", str(args.iteration)] if args.iteration is not None else []
         command += ["--tokenizer", str(args.tokenizer)] if args.tokenizer else []
+        command += ["--trust-checkpoint"] if args.trust_checkpoint else []
         convert_to_hf.convert(convert_to_hf.parse_arguments(command))
-        yield Path(temporary) / "export"
+        yield temporary / "export"
 
 
 def find_tokenizer(args: argparse.Namespace, folder: Path) -> Path:

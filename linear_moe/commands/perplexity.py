@@ -86,6 +86,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=whole(1), default=1, help="windows side by side [%(default)s]")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="[as stored]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that --load may bring along")
     parser.add_argument("--output", type=Path, default=Path("perplexity.png"), help="the picture [%(default)s]")
     return parser.parse_args(argv)
 
@@ -94,9 +95,16 @@ def run(args: argparse.Namespace) -> None:
     """Loads, measures, prints and draws. Raises PerplexityError."""
     if not (args.load / "config.json").is_file():
         raise PerplexityError(f"--load {args.load} has no config.json: expected an export in the Hugging Face format")
-    tokenizer = AutoTokenizer.from_pretrained(args.load)
+    trust = {"trust_remote_code": args.trust_remote_code}  # without this argument transformers asks standard input
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = AutoModelForCausalLM.from_pretrained(args.load, dtype=dtype).to(args.device).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.load, **trust)
+        model = AutoModelForCausalLM.from_pretrained(args.load, dtype=dtype, **trust)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise PerplexityError(f"{args.load} brings code of its own along: --trust-remote-code runs that") from error
+    model = model.to(args.device).eval()
     train_length = args.train_length or model.config.max_position_embeddings
 
     texts = [_encode(tokenizer, path, model.config.vocab_size) for path in args.text]

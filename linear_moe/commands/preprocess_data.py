@@ -15,12 +15,14 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,6 +34,7 @@ from linear_moe.commands.values import fraction, whole
 from linear_moe.corpus import files as corpus_files
 from linear_moe.corpus.files import DEFAULT_SUFFIXES, BadDocuments, Chunk, CorpusError, find_files, read_chunks
 from linear_moe.corpus.tokenizer import (
+    LARGEST_VOCABULARY,
     SMALLEST_VOCABULARY,
     ChunkEncoder,
     EncodedChunk,
@@ -42,10 +45,12 @@ from linear_moe.corpus.tokenizer import (
     save_trained_tokenizer,
     train_tokenizer,
 )
-from linear_moe.corpus.writer import DatasetWriter, publish, staging_folder
+from linear_moe.corpus.writer import DatasetWriter, publish
+from linear_moe.temporary import temporary_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CHUNKS_IN_FLIGHT = 4  # for each worker: few enough to bound the memory, enough to cover the reader's pauses (not tuned)
+MOST_WORKERS = 1024
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,9 +90,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of a Hugging Face tokenizer")
     source.add_argument(
         "--train-tokenizer",
-        type=whole(SMALLEST_VOCABULARY),
+        type=whole(SMALLEST_VOCABULARY, LARGEST_VOCABULARY),
         metavar="VOCAB_SIZE",
         help="train a byte-level BPE tokenizer on the input",
+    )
+    tokens.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that the folder of --tokenizer may bring along"
     )
     tokens.add_argument(
         "--tokenizer-output", type=Path, metavar="DIR", help="folder for a trained tokenizer [PREFIX-tokenizer]"
@@ -102,7 +110,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="end each document with the tokenizer's EOS token",
     )
     parser.add_argument(
-        "--workers", type=whole(1), default=os.cpu_count(), help="tokenizing processes; 1 tokenizes in the main process"
+        "--workers",
+        type=whole(1, MOST_WORKERS),
+        default=os.cpu_count(),
+        help="tokenizing processes; 1 tokenizes in the main process",
     )
     args = parser.parse_args(argv)
     _check(args, parser.error)
@@ -113,6 +124,8 @@ def _check(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
     for path in args.input:
         if not path.exists():
             refuse(f"--input {path}: no such file or folder")
+        if not path.is_dir() and not path.is_file():  # a pipe, whose other end may never come, or a device without end
+            refuse(f"--input {path}: expected a regular file or a folder")
     for suffix in args.suffixes:
         if not suffix.startswith("."):
             refuse(f"--suffixes {suffix}: expected a leading dot, as in .txt")
@@ -159,7 +172,7 @@ def preprocess(args: argparse.Namespace) -> dict:
         OSError: a file cannot be read or written. Nothing is left behind in either case.
     """
     started = time.monotonic()
-    files = find_files(args.input, args.suffixes)
+    files = find_files(args.input, args.suffixes, partial(print, file=sys.stderr))
     if not files:
         raise CorpusError(f"no file ends in one of {args.suffixes} under {[str(path) for path in args.input]}")
     outputs = output_files(args)
@@ -167,7 +180,7 @@ def preprocess(args: argparse.Namespace) -> dict:
         raise CorpusError(f"{sorted(overlap)[0]} is an input file and would be overwritten; give another --output")
 
     with ExitStack() as stack:
-        staging = stack.enter_context(staging_folder(Path(args.output)))
+        staging = stack.enter_context(temporary_folder(Path(args.output)))
         tokenizer = _tokenizer(args, files)
         if args.append_eod and tokenizer.eod_id is None:
             raise CorpusError(f"the tokenizer in {tokenizer.folder!r} has no EOS token; give --no-append-eod")
@@ -177,7 +190,7 @@ def preprocess(args: argparse.Namespace) -> dict:
         # The workers tokenize already, while this process imports the packages for writing.
         staged = [staging / path.name for path in outputs]
         if args.train_tokenizer:
-            tokenizer_staging = stack.enter_context(staging_folder(args.tokenizer_output))
+            tokenizer_staging = stack.enter_context(temporary_folder(args.tokenizer_output))
             save_trained_tokenizer(tokenizer, tokenizer_staging)
             staged[: len(TOKENIZER_FILES)] = [tokenizer_staging / name for name in TOKENIZER_FILES]
         writers = {}
@@ -194,7 +207,7 @@ def preprocess(args: argparse.Namespace) -> dict:
 
 def _tokenizer(args: argparse.Namespace, files: list[Path]) -> TokenizerSpec:
     if not args.train_tokenizer:
-        return load_tokenizer(args.tokenizer.resolve())
+        return load_tokenizer(args.tokenizer.resolve(), args.trust_remote_code)
     bad = BadDocuments(args.max_bad_lines)
     texts = sample_texts(read_chunks(files), args.json_key, args.tokenizer_bytes, bad)
     if not any(texts):
@@ -257,7 +270,8 @@ def _write(
             bad.add(chunk.bad)
             empty += chunk.empty
             for document in chunk.documents:
-                (held_out if held_out and document.validation else training).add(document)
+                kept = (held_out if held_out and document.validation else training).add(document)
+                empty += not kept
             progress.update(chunk.disk_bytes)
     return bad, empty
 

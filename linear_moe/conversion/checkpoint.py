@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from linear_moe.conversion.files import ConversionError, write_json
 from linear_moe.conversion.names import EXTRA_STATES, Entry, Layout, entries
+from megatron_patches.trusted_checkpoints import UnsafeCheckpoint, read_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.", "encoder.")
@@ -131,7 +132,9 @@ class MegatronCheckpoint:
         self.folder = folder
         self._reader = dcp.FileSystemReader(folder)
         try:
-            metadata = self._reader.read_metadata()
+            metadata = read_metadata(self._reader)
+        except UnsafeCheckpoint as error:
+            raise ConversionError(str(error)) from error
         except BROKEN as error:
             raise ConversionError(f"{folder / '.metadata'} cannot be read: {error}") from error
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,8 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from linear_moe.temporary import REPLACED, remove_leftovers, temporary_folder, umask
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -32,7 +32,8 @@ class ConversionError(ValueError):
 
 def check_target(target: Path, marks: Iterable[str], overwrite: bool) -> None:
     """Raises ConversionError unless ``target`` can be written: it is new, an empty folder, or, with ``overwrite``, a
-    folder that this tool wrote, which has one of the files ``marks``."""
+    folder that this tool wrote, which has one of the files ``marks``. Removes what killed runs left beside it."""
+    remove_leftovers(target.absolute())
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir():
@@ -54,29 +55,19 @@ def new_folder(target: Path) -> Iterator[Path]:
     A folder that has that name already is replaced.
     """
     target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        folder.chmod(0o777 & ~_umask())
+    with temporary_folder(target) as folder:
+        folder.chmod(0o777 & ~umask())
         yield folder
-        replaced = folder.with_suffix(".replaced")
+        replaced = folder.with_suffix(REPLACED)
         if target.is_dir():
             target.rename(replaced)
         try:
             folder.rename(target)
-        except OSError:
-            if replaced.is_dir():
+        except BaseException:
+            if replaced.is_dir() and not target.exists():
                 replaced.rename(target)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_weights(
@@ -105,7 +96,7 @@ def write_weights(
         missing[file] -= 1
         if not missing[file]:
             save_file(pending.pop(file), folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(0o666 & ~_umask())  # safetensors makes it private
+            (folder / file).chmod(0o666 & ~umask())  # safetensors makes it private
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": file_of}
         write_json(folder / WEIGHTS_INDEX, index)
@@ -115,8 +106,22 @@ def write_json(path: Path, content) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def check_inside(folder: Path, names: Iterable[str]) -> None:
+    """Raises ConversionError for a file that is outside ``folder``, by its name or by a link.
+
+    A link to the blobs of the Hugging Face cache stays within the cache: its snapshots consist of such links.
+    """
+    root = folder.resolve()
+    roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    for name in names:
+        target = (folder / name).resolve()
+        if not any(target.is_relative_to(allowed) for allowed in roots):
+            raise ConversionError(f"{folder / name} leads to {target}, outside its folder: put a copy there")
+
+
 def read_json(path: Path) -> dict:
-    """Raises ConversionError for a file that is missing or not JSON."""
+    """Raises ConversionError for a file that is missing, not JSON, or a link out of its folder."""
+    check_inside(path.parent, [path.name])
     if not path.is_file():
         raise ConversionError(f"{path.parent} has no {path.name}")
     try:
@@ -128,7 +133,7 @@ def read_json(path: Path) -> dict:
 class Weights:
     """The tensors of a Hugging Face folder, each read when asked for. Safetensors, or PyTorch's older pickled files.
 
-    Raises ConversionError where there are none, or where a file is missing or broken.
+    Raises ConversionError where there are none, or where a file is missing, broken or outside the folder.
     """
 
     def __init__(self, folder: Path):
@@ -136,6 +141,7 @@ class Weights:
         self._open: dict[str, object] = {}
         files = self._files()
         self._file_of: dict[str, str] = {}
+        check_inside(folder, files)
         for file in files:
             if not (folder / file).is_file():
                 raise ConversionError(f"{folder} is incomplete: {file} is missing")
@@ -195,19 +201,20 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def copy_tokenizer(folder: Path, target: Path) -> None:
-    """Copies a tokenizer's files, as they are."""
+    """Copies a tokenizer's files, as they are. Raises ConversionError for a link out of the folder."""
+    check_inside(folder, [file.name for file in tokenizer_files(folder)])
     target.mkdir(exist_ok=True)
     for file in tokenizer_files(folder):
         shutil.copyfile(file, target / file.name)
 
 
 def load_tokenizer(folder: Path):
-    """The tokenizer of a folder; raises ConversionError where there is none."""
+    """The tokenizer of a folder, none of whose own code runs; raises ConversionError where there is none."""
     if not tokenizer_files(folder):
         raise ConversionError(f"{folder} has no tokenizer: expected a folder that save_pretrained wrote")
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # any of many libraries' own
         raise ConversionError(f"the tokenizer in {folder} cannot be loaded: {error}") from error

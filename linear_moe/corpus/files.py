@@ -2,24 +2,33 @@
 
 A text file is one document. A file of JSON lines (`.jsonl`, `.ndjson`, `.json`) is one document a line. Either may be
 compressed (`.gz`, `.zst`). Only bytes are read here, in one process and in a fixed order; decoding UTF-8 and JSON is
-left to whoever receives a chunk, because that is the part worth doing in parallel.
+left to the receiver of a chunk, because that is the part worth doing in parallel. A long text is the exception: it is
+decoded here, cut, and passed on in pieces, so that its size bounds no process's memory.
 """
 
+import codecs
 import gzip
+import hashlib
 import io
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+
+from linear_moe.corpus.pieces import pieces_of_stream
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
 COMPRESSION_SUFFIXES = (".gz", ".zst")
 DEFAULT_SUFFIXES = (".txt", ".md", ".jsonl")
 CHUNK_BYTES = 1 << 18  # a tenth of a second of tokenizing: what an interrupted run still finishes
+LONG_TEXT = 1 << 22  # bytes; a text file of more is read in pieces
+LONGEST_LINE = 1 << 28  # bytes of a JSON line, which is decoded as a whole
+BLOCK_BYTES = 1 << 20
 
 
 class CorpusError(Exception):
@@ -30,12 +39,27 @@ class BadDocument(ValueError):
     """One document is unusable; the message starts with its place, `file:line`."""
 
 
+class Part(NamedTuple):
+    """The place of a piece in a long document, and the size and the hash of the whole text in UTF-8."""
+
+    first: bool
+    last: bool
+    text_bytes: int
+    hash64: int
+
+
 class Document(NamedTuple):
-    """The raw bytes of one document; `line` is 0 where the document is a whole file."""
+    """The raw bytes of one document; `line` is 0 where the document is a whole file.
+
+    A long text comes as several of these, one after the other, each with its `part`. One that cannot be used has no
+    data, and a `problem`.
+    """
 
     path: str
     line: int
     data: bytes
+    part: Part | None = None
+    problem: str = ""
 
 
 @dataclass
@@ -70,18 +94,24 @@ class BadDocuments:
         return "\n".join(f"  {example}" for example in self.examples)
 
 
-def find_files(inputs: Iterable[Path], suffixes: Sequence[str]) -> list[Path]:
+def find_files(inputs: Iterable[Path], suffixes: Sequence[str], report: Callable[[str], None]) -> list[Path]:
     """Lists the corpus files: a file stands for itself, a folder for its files that end in one of `suffixes`.
 
     Folders are walked recursively and sorted by relative path, so that the order is the same on any file system.
-    Compressed variants of each suffix match too; hidden files and folders do not.
+    Compressed variants of each suffix match too; hidden files and folders do not. What is no file in a folder, such as
+    a pipe or a link to nothing, is left out, and `report` is called with a line about it.
     """
     files = []
     for path in inputs:
-        if path.is_dir():
-            files.extend(path / relative for relative in sorted(_walk(path, suffixes)))
-        else:
+        if not path.is_dir():
             files.append(path)
+            continue
+        for found in (path / relative for relative in sorted(_walk(path, suffixes))):
+            if found.is_file():
+                files.append(found)
+            else:
+                kind = "a link to nothing" if found.is_symlink() and not found.exists() else "not a regular file"
+                report(f"{found} is left out: {kind}")
     return files
 
 
@@ -94,7 +124,8 @@ def _walk(root: Path, suffixes: Sequence[str]) -> Iterator[str]:
 
 
 def read_chunks(files: Iterable[Path]) -> Iterator[Chunk]:
-    """Streams the documents of `files` in order; a chunk is larger than `CHUNK_BYTES` only by its last document."""
+    """Streams the documents of `files` in order; a chunk is larger than `CHUNK_BYTES` only by its last document, or
+    piece of one."""
     chunk, size = Chunk(), 0
     for path in files:
         try:
@@ -117,20 +148,89 @@ def read_chunks(files: Iterable[Path]) -> Iterator[Chunk]:
 
 def _documents(path: Path, stream: BinaryIO) -> Iterator[Document]:
     if _without_compression(path.name).endswith(JSON_LINES_SUFFIXES):
-        for number, line in enumerate(stream, 1):
-            if not line.isspace():
-                yield Document(str(path), number, line)
-    else:
-        yield Document(str(path), 0, stream.read())
+        yield from _json_lines(path, stream)
+        return
+    start = stream.read(LONG_TEXT + 1)
+    if len(start) <= LONG_TEXT:
+        yield Document(str(path), 0, start)
+        return
+    try:
+        text_bytes, hash64 = _survey(path)
+    except BadDocument as error:
+        yield Document(str(path), 0, b"", problem=str(error))
+        return
+    pieces = pieces_of_stream(_decoded(path, chain([start], _blocks(stream))))
+    piece, read = next(pieces), 0
+    for following in chain(pieces, [None]):
+        data = piece.encode()
+        yield Document(str(path), 0, data, Part(read == 0, following is None, text_bytes, hash64))
+        piece, read = following, read + len(data)
+    if read != text_bytes:
+        raise CorpusError(f"{path} has changed while it was read")
+
+
+def _json_lines(path: Path, stream: BinaryIO) -> Iterator[Document]:
+    number = 0
+    while line := stream.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(BLOCK_BYTES)
+            problem = f"a line of more than {LONGEST_LINE} bytes; give its text as a file"
+            yield Document(str(path), number, b"", problem=f"{path}:{number}: {problem}")
+        elif not line.isspace():
+            yield Document(str(path), number, line)
+
+
+def _blocks(stream: BinaryIO) -> Iterator[bytes]:
+    while block := stream.read(BLOCK_BYTES):
+        yield block
+
+
+def _decoded(path: Path, blocks: Iterable[bytes]) -> Iterator[str]:
+    """The text of a file in UTF-8, block by block. Raises BadDocument with the line of the first wrong byte."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    lines = 1
+    try:
+        for block in blocks:
+            text = decoder.decode(block)
+            lines += text.count("\n")
+            yield text
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise _bad_utf8(path, lines, error) from error
+
+
+def _bad_utf8(path: Path | str, first_line: int, error: UnicodeDecodeError) -> BadDocument:
+    line = first_line + error.object[: error.start].count(b"\n")
+    return BadDocument(f"{path}:{line}: invalid UTF-8, byte 0x{error.object[error.start]:02x}")
+
+
+def _survey(path: Path) -> tuple[int, int]:
+    """Size and `hash64` of the text of a file in UTF-8, found before its first piece is passed on: the hash says which
+    data set the text belongs to. Raises BadDocument where the file is not UTF-8."""
+    size, digest = 0, hashlib.blake2b(digest_size=8)
+    with _opened(path) as (stream, _):
+        for text in _decoded(path, _blocks(stream)):
+            data = text.encode()
+            size += len(data)
+            digest.update(data)
+    return size, int.from_bytes(digest.digest(), "big")
+
+
+def hash64(data: bytes) -> int:
+    """A hash of 64 bits, the same on any machine."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 def document_text(document: Document, json_key: str) -> str:
-    """Decodes one document; raises BadDocument, naming file and line, where it is not text."""
+    """Decodes one document, or its part; raises BadDocument, naming file and line, where it is not text."""
+    if document.problem:
+        raise BadDocument(document.problem)
     try:
-        text = document.data.decode("utf-8-sig")
+        text = document.data.decode("utf-8" if document.part else "utf-8-sig")
     except UnicodeDecodeError as error:
-        line = document.line or document.data[: error.start].count(b"\n") + 1
-        raise BadDocument(f"{document.path}:{line}: invalid UTF-8, byte 0x{document.data[error.start]:02x}") from error
+        raise _bad_utf8(document.path, document.line or 1, error) from error
     if document.line == 0:
         return text
     try:
@@ -183,6 +283,7 @@ class _ZstdReader(io.RawIOBase):
     """
 
     LARGEST_WINDOW = 1 << 31  # what `zstd --long=31` writes
+    BLOCK = 1 << 12  # bytes, which become 128 MB at most: a repeated byte takes four bytes for 128 KB
 
     def __init__(self, source: BinaryIO):
         try:
@@ -200,7 +301,7 @@ class _ZstdReader(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         while not self._output:
-            block = self._source.read(1 << 17)
+            block = self._source.read(self.BLOCK)
             if not block:
                 if self._frame is not None:
                     raise EOFError("it ends inside a zstd frame")

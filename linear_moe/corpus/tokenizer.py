@@ -4,7 +4,6 @@
 `tokenizers` library underneath.
 """
 
-import hashlib
 import heapq
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -15,19 +14,31 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from linear_moe.corpus.files import BadDocument, BadDocuments, Chunk, CorpusError, document_text
+from linear_moe.corpus.files import BadDocument, BadDocuments, Chunk, CorpusError, document_text, hash64
+from linear_moe.corpus.pieces import LONGEST_PIECE, pieces_of
+from linear_moe.vocabulary import encode_texts, end_of_document, vocabulary_size
 
 EOS_TOKEN = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte and the end-of-document token
-LONGEST_PIECE = 1 << 20  # characters; a whole book in one call takes 250 bytes of memory a character
+LARGEST_VOCABULARY = 1 << 20  # the trainer reserves memory for all of it
 
 
 class EncodedDocument(NamedTuple):
-    """Token ids of one document, the size of its text in UTF-8, and whether it belongs to the validation set."""
+    """Token ids of one document, or of the next piece of a long one.
+
+    Attributes:
+        tokens: the ids.
+        text_bytes: size of the whole document's text in UTF-8; 0 in a piece that others follow.
+        validation: whether the document belongs to the validation set.
+        last: whether it ends here.
+        tail: how many of the tokens stand for its end and not for its text.
+    """
 
     tokens: np.ndarray
     text_bytes: int
     validation: bool
+    last: bool = True
+    tail: int = 0
 
 
 @dataclass
@@ -49,12 +60,14 @@ class TokenizerSpec:
         folder: where `AutoTokenizer` finds it; read by workers only when `backend_json` is None.
         vocab_size: one more than the largest token id.
         eod_id: id of the end-of-document token, or None where the tokenizer has none.
+        trust_remote_code: whether code of the folder may run.
     """
 
     backend_json: str | None
     folder: str
     vocab_size: int
     eod_id: int | None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,26 +80,27 @@ class EncodingSettings:
     validation_fraction: float
 
 
-def load_tokenizer(folder: Path) -> TokenizerSpec:
-    """Reads a Hugging Face tokenizer folder as Megatron's HuggingFaceTokenizer does, through `AutoTokenizer`.
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> TokenizerSpec:
+    """Reads a Hugging Face tokenizer folder as Megatron's HuggingFaceTokenizer does, through `AutoTokenizer`. The
+    folder's own code runs only with `trust_remote_code`.
 
     The end of a document is the EOS token, or SEP where there is no EOS: Megatron's own fallback.
     """
-    tokenizer = _auto_tokenizer(str(folder))
-    eod_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    tokenizer = _auto_tokenizer(str(folder), trust_remote_code)
     return TokenizerSpec(
         backend_json=tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None,
         folder=str(folder),
-        vocab_size=max(tokenizer.get_vocab().values()) + 1,
-        eod_id=eod_id,
+        vocab_size=vocabulary_size(tokenizer),
+        eod_id=end_of_document(tokenizer),
+        trust_remote_code=trust_remote_code,
     )
 
 
-def _auto_tokenizer(folder: str):
+def _auto_tokenizer(folder: str, trust_remote_code: bool):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a malformed folder makes it raise
         raise CorpusError(f"cannot load a Hugging Face tokenizer from {folder!r}: {error}") from error
 
@@ -105,8 +119,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    return TokenizerSpec(tokenizer.to_str(), str(folder), tokenizer.get_vocab_size(), tokenizer.token_to_id(EOS_TOKEN))
+    # In pieces, for the trainer takes a hundred bytes of memory a character of what it gets at once.
+    tokenizer.train_from_iterator((piece for text in texts for piece in pieces_of(text)), trainer)
+    return TokenizerSpec(tokenizer.to_str(), str(folder), vocabulary_size(tokenizer), tokenizer.token_to_id(EOS_TOKEN))
 
 
 def save_trained_tokenizer(spec: TokenizerSpec, folder: Path) -> None:
@@ -130,23 +145,33 @@ def sample_texts(chunks: Iterable[Chunk], json_key: str, max_bytes: int, bad: Ba
     """
     kept: list[tuple[int, int, str]] = []  # a heap, the largest hash first: (-hash, size, text)
     total = 0
-    for chunk in chunks:
-        for document in chunk.documents:
-            try:
-                text = document_text(document, json_key)[:max_bytes]
-            except BadDocument as error:
-                bad.add([str(error)])
-                continue
-            data = text.encode()
-            heapq.heappush(kept, (-_hash64(data), len(data), text))
-            total += len(data)
-            while total > max_bytes and len(kept) > 1:
-                total -= heapq.heappop(kept)[1]
+    for text in _beginnings(chunks, json_key, max_bytes, bad):
+        data = text.encode()
+        heapq.heappush(kept, (-hash64(data), len(data), text))
+        total += len(data)
+        while total > max_bytes and len(kept) > 1:
+            total -= heapq.heappop(kept)[1]
     return [text for _, _, text in sorted(kept)]
 
 
-def _hash64(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+def _beginnings(chunks: Iterable[Chunk], json_key: str, longest: int, bad: BadDocuments) -> Iterator[str]:
+    """The first `longest` characters of every document, a long one's from its pieces."""
+    pieces, length = [], 0
+    for chunk in chunks:
+        for document in chunk.documents:
+            try:
+                text = document_text(document, json_key)[: longest - length]
+            except BadDocument as error:
+                bad.add([str(error)])
+                continue
+            if document.part is None:
+                yield text
+                continue
+            pieces.append(text)
+            length += len(text)
+            if document.part.last:
+                yield "".join(pieces)
+                pieces, length = [], 0
 
 
 class ChunkEncoder:
@@ -163,49 +188,48 @@ class ChunkEncoder:
         texts = []
         for document in chunk.documents:
             try:
-                texts.append(document_text(document, self.settings.json_key))
+                texts.append((document_text(document, self.settings.json_key), document.part))
             except BadDocument as error:
                 result.bad.append(str(error))
-        pieces = [list(pieces_of(text)) for text in texts]
-        encoded = iter(self.encode_texts([piece for group in pieces for piece in group]))
-        for text, group in zip(texts, pieces, strict=True):
-            ids = [token for _ in group for token in next(encoded)]
-            if not ids:
+        pieces = [list(pieces_of(text)) for text, _ in texts]
+        encoded = self._encoded(piece for group in pieces for piece in group)
+        for (text, part), group in zip(texts, pieces, strict=True):
+            tokens = np.concatenate([next(encoded) for _ in group])
+            if part is None and not len(tokens):
                 result.empty += 1
                 continue
-            data = text.encode()
+            last = part is None or part.last
+            if part is None:
+                data = text.encode()
+                size, place = len(data), hash64(data)
+            else:
+                size, place = part.text_bytes if last else 0, part.hash64
             # The text decides, not its place: the split outlives a reordering, and no duplicate is on both sides.
-            validation = _hash64(data) < self.settings.validation_fraction * 2**64
-            result.documents.append(EncodedDocument(np.array(ids + self.tail, dtype=self.dtype), len(data), validation))
+            validation = place < self.settings.validation_fraction * 2**64
+            tail = np.array(self.tail if last else [], dtype=self.dtype)
+            result.documents.append(EncodedDocument(np.concatenate([tokens, tail]), size, validation, last, len(tail)))
         return result
 
+    def _encoded(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """The tokens of every piece. One call of the tokenizer gets pieces of `LONGEST_PIECE` characters together."""
+        batch, size = [], 0
+        for piece in pieces:
+            if batch and size + len(piece) > LONGEST_PIECE:
+                yield from self._encoded_batch(batch)
+                batch, size = [], 0
+            batch.append(piece)
+            size += len(piece)
+        yield from self._encoded_batch(batch)
 
-def pieces_of(text: str, longest: int = LONGEST_PIECE) -> Iterator[str]:
-    """Cuts a long text between two lines, at a newline with visible characters on both sides.
-
-    There the pre-tokenizers of byte-level BPE cut as well, so the tokens are those of the whole text. (Blank lines and
-    indentation are no such place: how whitespace is grouped depends on what follows.) A text without one within
-    `longest` characters is cut there, at the cost of one token boundary.
-    """
-    start = 0
-    while len(text) - start > longest:
-        cut = text.rfind("\n", start + 1, start + longest)
-        while cut > 0 and (text[cut - 1].isspace() or text[cut + 1].isspace()):
-            cut = text.rfind("\n", start + 1, cut)
-        end = cut + 1 if cut > 0 else start + longest
-        yield text[start:end]
-        start = end
-    yield text[start:]
+    def _encoded_batch(self, batch: list[str]) -> list[np.ndarray]:
+        return [np.array(ids, dtype=self.dtype) for ids in self.encode_texts(batch)]
 
 
 def _text_encoder(spec: TokenizerSpec) -> Callable[[list[str]], list[list[int]]]:
-    """Encodes without adding special tokens, since a BOS or SEP would double the end-of-document token.
-
-    A special token that the text spells out becomes that token, as everywhere with Hugging Face tokenizers.
-    """
+    """What `encode_texts` does, by the `tokenizers` library where the tokenizer is one of its own."""
     if spec.backend_json is None:
-        tokenizer = _auto_tokenizer(spec.folder)
-        return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
+        tokenizer = _auto_tokenizer(spec.folder, spec.trust_remote_code)
+        return lambda texts: encode_texts(tokenizer, texts)
     backend = Tokenizer.from_str(spec.backend_json)
     backend.no_truncation()  # a tokenizer.json may carry the maximum length of the model it came with
     backend.no_padding()

@@ -1,16 +1,17 @@
 """Megatron's `.bin` and `.idx` files: written beside their place, renamed into it when all are complete."""
 
 import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from linear_moe.corpus.files import CorpusError
 from linear_moe.corpus.tokenizer import EncodedDocument
+
+LONGEST_DOCUMENT = 2**31 - 1  # tokens
 
 
 class DatasetWriter:
@@ -22,15 +23,29 @@ class DatasetWriter:
             from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
         self.prefix = prefix
         self.builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size))
+        self._length = 0  # tokens of the document that is not complete
         self.documents = 0
         self.text_bytes = 0
         self.token_counts = np.zeros(vocab_size, dtype=np.int64)
 
-    def add(self, document: EncodedDocument) -> None:
-        self.builder.add_document(document.tokens, [len(document.tokens)])
+    def add(self, document: EncodedDocument) -> bool:
+        """Appends a document, or the next piece of a long one. Returns False at the end of one whose text has no token,
+        of which nothing is kept."""
+        self._length += len(document.tokens)
+        if self._length > LONGEST_DOCUMENT:
+            raise CorpusError(f"a document of more than {LONGEST_DOCUMENT} tokens: Megatron's index counts no further")
+        if document.last and self._length == document.tail:
+            self._length = 0
+            return False
+        np.add.at(self.token_counts, document.tokens, 1)
+        if not document.last:
+            self.builder.data_file.write(document.tokens.astype(self.builder.dtype).tobytes())
+            return True
+        self.builder.add_document(document.tokens, [self._length])
+        self._length = 0
         self.documents += 1
         self.text_bytes += document.text_bytes
-        np.add.at(self.token_counts, document.tokens, 1)
+        return True
 
     def finish(self) -> None:
         """Writes the index; both files are on disk, not only in memory, when this returns."""
@@ -58,17 +73,6 @@ def unigram_entropy(counts: np.ndarray) -> float:
     """Entropy in nats of tokens drawn by `counts`: the loss of the best model that ignores the context."""
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
-
-
-@contextmanager
-def staging_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target`, so that renaming into place never copies; gone at the end, with all that is in it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(staged: Sequence[Path], outputs: Sequence[Path]) -> None:

@@ -20,11 +20,12 @@ from megatron.core.utils import (
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import get_args, get_timers
+from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from linear_moe.config import MomTransformerConfig
+from linear_moe.vocabulary import vocabulary_size
 
 FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids", "cu_seqlens", "cu_seqlens_padded",
           "max_seqlen", "local_cp_size", "hybrid_cp_group")  # fmt: skip
@@ -61,6 +62,23 @@ def check_data_paths(args) -> None:
     for prefixes, _ in blends:
         for prefix in prefixes:
             check_dataset_files(prefix)
+
+
+def check_vocabulary(args) -> None:
+    """Raises ValueError where the tokenizer makes ids that the embedding has no row for: Megatron counts tokens, which
+    are fewer than the largest id says where the ids have holes.
+    """
+    tokenizer = getattr(getattr(get_tokenizer(), "_tokenizer", None), "tokenizer", None)
+    if not hasattr(tokenizer, "get_vocab"):  # one of Megatron's own, whose ids have no holes
+        return
+    size = vocabulary_size(tokenizer)
+    if size > args.padded_vocab_size:
+        multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+        raise ValueError(
+            f"the largest token id of {args.tokenizer_model} is {size - 1}, and the embedding has "
+            f"{args.padded_vocab_size} rows: give --padded-vocab-size {-(-size // multiple) * multiple}, "
+            "or the tokenizer that the checkpoint was trained with"
+        )
 
 
 def _builds_datasets(vp_stage=None) -> bool:

@@ -9,10 +9,11 @@ from importlib.metadata import version
 
 import torch
 
-from megatron_patches import dataset_helpers, float32_parameters, reshardable_optimizer
+from linear_moe.entry.launch import use_loopback_store
+from megatron_patches import dataset_helpers, float32_parameters, reshardable_optimizer, trusted_checkpoints
 from megatron_patches.patch import apply_all
 
-TRAINING_PATCHES = (float32_parameters.PATCH, reshardable_optimizer.PATCH)
+TRAINING_PATCHES = (float32_parameters.PATCH, reshardable_optimizer.PATCH, trusted_checkpoints.PATCH)
 """Patches of every run with MoM layers, whichever door it came through."""
 
 
@@ -22,6 +23,7 @@ def start() -> None:
         # Port 0 is any free port. No other process connects to it.
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
         os.environ.update({name: str(value) for name, value in alone.items()})
+    use_loopback_store("torch.distributed.rendezvous")
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         from megatron_patches import cpu

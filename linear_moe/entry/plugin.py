@@ -108,7 +108,7 @@ def join_running_script(settings: dict[str, object]) -> None:
         setattr(args, name, value)
     arguments.fill_mom_arguments(args)
     arguments.check_context_parallel(args)
-    arguments.check_run(args)
     log.show_log()
-    apply_all(training_patches())
+    apply_all(training_patches())  # one of them limits what the check of --load may unpickle
+    arguments.check_run(args)
     log.announce()

@@ -10,11 +10,12 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 
+from linear_moe.temporary import save_figure  # noqa: E402
+
 __all__ = ["plt", "save"]
 
 
 def save(figure, path: Path) -> None:
-    """Writes a PNG file, with its folder where that is missing, and frees the figure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    """Writes a picture, with its folder where that is missing, and frees the figure. An error keeps the old one."""
+    save_figure(figure, path, dpi=130)
     plt.close(figure)

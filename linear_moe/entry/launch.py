@@ -1,0 +1,50 @@
+"""torchrun for the processes of one machine, whose meeting place no other machine reaches.
+
+    python -m linear_moe.entry.launch <torchrun's arguments>
+
+PyTorch's store listens on every interface of the machine, and does what anyone who connects to it says. Here it listens
+on the loopback interface where --master-addr names that (127.0.0.1 or localhost), and everywhere else as before.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import sys
+from importlib import import_module
+
+from torch.distributed import TCPStore
+
+
+class LoopbackStore(TCPStore):
+    """A TCPStore whose server, where its host is the loopback interface, listens there alone."""
+
+    def __init__(self, host_name, port, world_size=None, is_master=False, *args, **kwargs):
+        if is_master and _is_loopback(host_name):
+            listener = socket.create_server((socket.gethostbyname(host_name), port), backlog=2048)
+            port = listener.getsockname()[1]
+            kwargs["master_listen_fd"] = listener.detach()  # the server closes the socket
+        super().__init__(host_name, port, world_size, is_master, *args, **kwargs)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
+    except (OSError, ValueError):
+        return False
+
+
+def use_loopback_store(module: str) -> None:
+    """Makes a module of PyTorch that creates stores create `LoopbackStore`."""
+    import_module(module).TCPStore = LoopbackStore
+
+
+def main() -> int:
+    from torch.distributed import run
+
+    use_loopback_store("torch.distributed.elastic.rendezvous.static_tcp_rendezvous")
+    return run.main() or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
