@@ -1,6 +1,5 @@
 """The few changes to Megatron that have no hook. `patches()` lists them, each with its reason."""
 
-from megatron_patches import cpu, dataset_helpers, reshardable_optimizer
 from megatron_patches.patch import Patch, PatchError, applied
 
 __all__ = ["Patch", "PatchError", "applied", "patches"]
@@ -8,4 +7,6 @@ __all__ = ["Patch", "PatchError", "applied", "patches"]
 
 def patches() -> tuple[Patch, ...]:
     """Every patch of this package, applied or not: what is changed, why, and what would make it unnecessary."""
-    return (dataset_helpers.PATCH, reshardable_optimizer.PATCH, *cpu.PATCHES)
+    from megatron_patches import checkpoints, cpu, dataset_helpers, reshardable_optimizer  # these import torch
+
+    return (dataset_helpers.PATCH, reshardable_optimizer.PATCH, *checkpoints.PATCHES, *cpu.PATCHES)

@@ -10,7 +10,8 @@ from importlib.metadata import version
 
 import torch
 
-from megatron_patches import dataset_helpers, float32_parameters, reshardable_optimizer
+from megatron_patches import checkpoints, dataset_helpers, float32_parameters, reshardable_optimizer
+from megatron_patches.patch import apply_all
 
 logger = logging.getLogger(__name__)
 OUR_PACKAGES = ("linear_moe", "megatron_patches")
@@ -23,6 +24,7 @@ def prepare_machine() -> None:
     start()
     float32_parameters.apply()
     reshardable_optimizer.apply()
+    apply_all(checkpoints.PATCHES)
 
 
 def start() -> None:
