@@ -40,6 +40,7 @@ from linear_moe.corpus.tokenizer import (
     train_tokenizer,
 )
 from linear_moe.corpus.writer import DatasetWriter, publish, staging_folder
+from megatron_patches.child_processes import end_with_parent
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CHUNKS_IN_FLIGHT = 4  # for each worker: bounds the memory, and hides the reader's pauses
@@ -241,6 +242,7 @@ _encoder: ChunkEncoder | None = None
 
 def _start_worker(settings: EncodingSettings) -> None:
     global _encoder
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = ChunkEncoder(settings)
