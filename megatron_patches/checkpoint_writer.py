@@ -21,7 +21,7 @@ import torch
 
 from megatron_patches import child_processes
 from megatron_patches.checkpoint_errors import CheckpointError
-from megatron_patches.patch import Patch, replace, wrap
+from megatron_patches.patch import Patch, apply_all, replace, wrap
 
 _WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 _ASYNC = "megatron.core.dist_checkpointing.strategies.async_utils"
@@ -34,9 +34,7 @@ class ResultsQueue:
     """
 
     def __init__(self):
-        # A name in Linux's abstract namespace leaves no file behind, however the run ends.
-        name = f"\0checkpoint-results-{uuid.uuid4().hex}" if sys.platform.startswith("linux") else None
-        listener = connection.Listener(name, authkey=multiprocessing.current_process().authkey)
+        listener = connection.Listener(authkey=multiprocessing.current_process().authkey)
         self.owner, self.address, self.results = os.getpid(), listener.address, queue.SimpleQueue()
         threading.Thread(target=self._take, args=(listener,), name="checkpoint-results", daemon=True).start()
 
@@ -126,7 +124,7 @@ def run_worker(*positional, **keywords) -> None:
 
     child_processes.end_with_parent()
     PATCH.undo()  # for the original loop, where this process is a fork
-    FILES.apply()
+    apply_all((SOCKETS, FILES))
     if torch.cuda.is_available():
         return PersistentAsyncCaller.async_loop(*positional, **keywords)
     from megatron_patches import cpu
@@ -175,6 +173,20 @@ def _close(close, caller, *positional, **keywords):
     _closing = True
     return close(caller, *positional, **keywords)
 
+
+def _without_file(init, listener, address=None, family=None, backlog=1, authkey=None) -> None:
+    """Listener.__init__ with a name in Linux's abstract namespace, where whoever connects has to have the key."""
+    if address is None and family is None and authkey is not None and sys.platform.startswith("linux"):
+        address = f"\0listener-{uuid.uuid4().hex}"
+    init(listener, address, family, backlog, authkey)
+
+
+SOCKETS = Patch(
+    name="listeners-without-files",
+    reason="a run that is killed leaves the sockets, and their folder, through which it sends tensors to its children",
+    removed_when="multiprocessing.connection makes listeners that have a key without a file",
+    targets=(wrap("multiprocessing.connection", "Listener.__init__", _without_file),),
+)
 
 FILES = Patch(
     name="checkpoint-files",

@@ -4,6 +4,7 @@ from megatron_patches import checkpoint_errors, checkpoint_tracker, checkpoint_w
 
 PATCHES = (
     checkpoint_tracker.PATCH,
+    checkpoint_writer.SOCKETS,
     checkpoint_writer.FILES,
     checkpoint_writer.PATCH,
     checkpoint_errors.PATCH,

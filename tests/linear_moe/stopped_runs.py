@@ -23,10 +23,17 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path, *arguments, processes=1, words=("-m", "linear_moe.pretrain"), ignore_sigterm=False
+        self,
+        folder: Path,
+        *arguments,
+        processes=1,
+        words=("-m", "linear_moe.pretrain"),
+        ignore_sigterm=False,
+        environment=None,
     ):
         self.mark, self.output = uuid.uuid4().hex, folder / f"output-{uuid.uuid4().hex[:8]}.txt"
-        environment = os.environ | warm_python.ENVIRONMENT | {MARK: self.mark, "PYTHONPATH": str(ROOT)}
+        environment = os.environ | warm_python.ENVIRONMENT | (environment or {})
+        environment |= {MARK: self.mark, "PYTHONPATH": str(ROOT)}
         environment.pop("TRITON_INTERPRET", None)
         command = [sys.executable, "-W", "ignore"]
         if processes > 1:
