@@ -105,6 +105,23 @@ def _describe(error: Exception, buckets) -> str:
     return f"{text if isinstance(error, OSError) else f'{type(error).__name__}: {text}'} in {names}"
 
 
+_in_worker = False
+
+
+def _copy_host_tensors(preload_tensors, buckets, non_blocking=True):
+    """FileSystemWriterAsync.preload_tensors. The run goes on as soon as its tensors are copied to the host: those that
+    are there already, and that this worker shares with the run, are copied too.
+    """
+    preloaded = preload_tensors(buckets, non_blocking)
+    if _in_worker:
+        for (_, _, (_, copies)), (_, _, (_, tensors)) in zip(preloaded, buckets, strict=True):
+            copies[:] = [
+                (item, copy if tensor.is_cuda else copy.clone())
+                for (item, copy), (_, tensor) in zip(copies, tensors, strict=True)
+            ]
+    return preloaded
+
+
 def _end_with_run(function, *positional, **keywords):
     """Calls a function in a fork of this process."""
     child_processes.end_with_parent()
@@ -122,6 +139,8 @@ def run_worker(*positional, **keywords) -> None:
     """The process that writes asynchronous checkpoints: a new interpreter, in which nothing is patched yet."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
+    global _in_worker
+    _in_worker = True
     child_processes.end_with_parent()
     PATCH.undo()  # for the original loop, where this process is a fork
     apply_all((SOCKETS, FILES))
@@ -190,9 +209,12 @@ SOCKETS = Patch(
 
 FILES = Patch(
     name="checkpoint-files",
-    reason="what stops the writing of a checkpoint's file is lost on the way to the message",
-    removed_when="write_preloaded_data_multithread puts the exception of a file into its queue",
+    reason="what stops the writing of a checkpoint's file is lost on the way to the message; tensors on the host change "
+    "while the worker of --async-save writes them",
+    removed_when="write_preloaded_data_multithread puts the exception of a file into its queue, and preload_tensors "
+    "copies every tensor",
     targets=(
+        wrap(_WRITER, "FileSystemWriterAsync.preload_tensors", _copy_host_tensors),
         wrap(_WRITER, "FileSystemWriterAsync.write_preloaded_data", _write_file),
         wrap(_WRITER, "FileSystemWriterAsync.write_preloaded_data_multithread", _write_files),
     ),

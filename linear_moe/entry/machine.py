@@ -24,7 +24,9 @@ def prepare_machine() -> None:
     start()
     float32_parameters.apply()
     reshardable_optimizer.apply()
-    apply_all(checkpoints.PATCHES)
+    from linear_moe.entry import checks
+
+    apply_all((*checkpoints.PATCHES, checks.PATCH))
 
 
 def start() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linear_moe.entry import arguments, core_v018, machine
+from linear_moe.entry import arguments, checks, core_v018, machine
 from megatron_patches import checkpoints, float32_parameters, reshardable_optimizer
 from megatron_patches.patch import Patch, apply_all, undo_all, wrap
 
@@ -53,7 +53,13 @@ def training_patches() -> tuple[Patch, ...]:
     """Patches that a run with MoM layers needs once its model is known."""
     from linear_moe.watching import training_log
 
-    return (float32_parameters.PATCH, reshardable_optimizer.PATCH, *checkpoints.PATCHES, training_log.PATCH)
+    return (
+        float32_parameters.PATCH,
+        reshardable_optimizer.PATCH,
+        *checkpoints.PATCHES,
+        checks.PATCH,
+        training_log.PATCH,
+    )
 
 
 def patches() -> tuple[Patch, ...]:
