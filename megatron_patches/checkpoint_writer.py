@@ -209,8 +209,8 @@ SOCKETS = Patch(
 
 FILES = Patch(
     name="checkpoint-files",
-    reason="what stops the writing of a checkpoint's file is lost on the way to the message; tensors on the host change "
-    "while the worker of --async-save writes them",
+    reason="what stops the writing of a checkpoint's file is lost on the way to the message; tensors on the host "
+    "change while the worker of --async-save writes them",
     removed_when="write_preloaded_data_multithread puts the exception of a file into its queue, and preload_tensors "
     "copies every tensor",
     targets=(

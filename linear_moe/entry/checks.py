@@ -142,8 +142,8 @@ def _check_documents(get_num_epochs, dataset, tokens: int) -> int:
     if tokens == 0:
         split = dataset.index_split.name
         raise ValueError(
-            f"the {split} data ({dataset.dataset.path_prefix}) hold no token: --split leaves no document for them, or the "
-            "file is empty: use another --split, or more documents"
+            f"the {split} data ({dataset.dataset.path_prefix}) hold no token: --split leaves no document for "
+            "them, or the file is empty: use another --split, or more documents"
         )
     return get_num_epochs(dataset, tokens)
 
