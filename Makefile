@@ -1,4 +1,4 @@
-# PYTHON: an interpreter with the packages already there; without it .venv is made (see tools/environment.sh).
+# PYTHON: an interpreter that has the packages; without PYTHON the commands make .venv (see tools/environment.sh).
 PYTHON ?= $(shell DEV=1 bash tools/environment.sh)
 
 .PHONY: setup train test test-gpu bench lint format
@@ -9,8 +9,8 @@ setup:
 train:
 	bash examples/pretrain_mom_a100.sh
 
-# Two workers on two cores: neither they nor what they start may take more threads. Tests of the parallel layouts share
-# training runs and go to whoever is free; elsewhere a file's tests share fixtures and stay together.
+# Two workers on two cores: the workers and the processes that they start take one thread each. Tests of the parallel
+# layouts share training runs and go to any free worker; elsewhere the tests of a file share fixtures and stay together.
 test: export OMP_NUM_THREADS = 1
 test:
 	"$(PYTHON)" -m pytest -n 2 --dist worksteal tests/linear_moe/parallel
@@ -31,6 +31,7 @@ bench:
 lint:
 	"$(PYTHON)" -m ruff check .
 	"$(PYTHON)" -m ruff format --check .
+	"$(PYTHON)" -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
 format:
 	"$(PYTHON)" -m ruff check --fix .

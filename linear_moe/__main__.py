@@ -3,7 +3,7 @@
     python -m linear_moe path/to/pretrain_gpt.py <the script's arguments> --token-mixer mom
     torchrun <torchrun's arguments> -m linear_moe path/to/pretrain_gpt.py <the script's arguments> --token-mixer mom
 
-The Megatron that runs is the one that the script itself would import: the clone around it, or else the installed one.
+The run uses the Megatron that the script itself would import: the clone around the script, or else the installed one.
 """
 
 from __future__ import annotations
@@ -12,34 +12,42 @@ import runpy
 import sys
 from pathlib import Path
 
+USAGE = __doc__.splitlines()[2].strip()
+
 
 def asks_for_mom(arguments: list[str]) -> bool:
-    """Whether the command line chooses memories, or may find that a checkpoint does."""
+    """Whether the command line chooses memories, or takes its arguments from a checkpoint that may choose memories."""
     if "--use-checkpoint-args" in arguments or "--token-mixer=mom" in arguments:
         return True
     return ("--token-mixer", "mom") in zip(arguments, arguments[1:], strict=False)
 
 
 def main() -> int:
-    """Runs the script that the command line names. Returns the exit status of a wrong command line."""
+    """Runs the script that the command line names. Returns 2 for a wrong command line, and 1 for a Megatron that the
+    patches do not fit.
+    """
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__)
         return 0 if len(sys.argv) > 1 else 2
     script = Path(sys.argv[1])
     if not script.is_file():
-        print(f"error: there is no script {str(script)!r}; {__doc__.splitlines()[2].strip()}", file=sys.stderr)
+        print(f"error: there is no script {str(script)!r}; {USAGE}", file=sys.stderr)
         return 2
     sys.argv = [str(script), *sys.argv[2:]]
-    sys.path.insert(0, str(script.resolve().parent))  # as Python does; before anything of Megatron is imported
+    sys.path.insert(0, str(script.resolve().parent))  # as Python does; before any import of Megatron
 
-    from linear_moe.entry import machine
+    from linear_moe.entry import log, machine
     from megatron_patches.patch import PatchError
 
     mom = asks_for_mom(sys.argv[1:])
     if mom and any(word.partition("=")[0] == "--yaml-cfg" for word in sys.argv):
-        print("error: beside --yaml-cfg Megatron ignores all arguments, --token-mixer too", file=sys.stderr)
+        print(
+            "error: with --yaml-cfg Megatron ignores all arguments, --token-mixer too; "
+            "give the settings of the file as arguments",
+            file=sys.stderr,
+        )
         return 2
-    machine.show_log()
+    log.show_log()
     try:
         machine.start()
         from linear_moe.entry import plugin
@@ -49,7 +57,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if mom:
-        machine.announce()
+        log.announce()
     runpy.run_path(str(script), run_name="__main__")
     return 0
 

@@ -9,7 +9,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mom_layers.common.kernels import KERNELS
-from mom_layers.layer import check_sizes, check_triton_head_sizes
+from mom_layers.settings import MixerSettings
 
 TOKEN_MIXERS = ("attention", "mom")
 MOM_REFUSES = "--token-mixer mom does not work with"
@@ -23,14 +23,20 @@ def refuse(refusal: str, cases: Iterable[tuple[object, str, str]]) -> None:
             raise ValueError(f"{refusal} {what}: {instead}")
 
 
+def has_memories(settings: object) -> bool:
+    """Whether a model's arguments or configuration choose memories. Megatron's own have no token_mixer."""
+    return getattr(settings, "token_mixer", "attention") == "mom"
+
+
 @dataclass
 class MomTransformerConfig(TransformerConfig):
     """TransformerConfig for a model whose token mixers may be Mixture-of-Memories layers.
 
-    ``linear_attention_freq`` keeps Megatron's meaning with MoM as the linear attention: an integer N makes every N-th
-    layer softmax attention, a list says it layer by layer (1 = MoM, 0 = softmax attention); None makes every layer MoM.
+    ``linear_attention_freq`` has Megatron's meaning, with MoM as the linear attention: an integer N makes every N-th
+    layer softmax attention, a list names every layer's mixer (1 = MoM, 0 = softmax attention), None makes every layer
+    MoM.
 
-    Raises ValueError for a value, or a combination with Megatron's own settings, that cannot work.
+    Raises ValueError for a value, or a combination with Megatron's own settings, that does not work.
     """
 
     token_mixer: str = "attention"
@@ -40,13 +46,13 @@ class MomTransformerConfig(TransformerConfig):
     """Name of the memory update rule."""
 
     mom_num_memories: int = 4
-    """Memories a layer keeps, without the shared one."""
+    """Memories of a layer, without the shared memory."""
 
     mom_topk: int = 2
     """Memories that the router sends a token to."""
 
     mom_shared_memory: bool = True
-    """Keep one more memory, which every token goes to."""
+    """Whether a layer has one more memory, which every token goes to."""
 
     mom_num_heads: int = 4
     """Heads of a memory."""
@@ -61,33 +67,34 @@ class MomTransformerConfig(TransformerConfig):
     """Width of the causal convolutions on queries, keys and values."""
 
     mom_single_kv_proj: bool = False
-    """Share one key, value and gate projection between all memories."""
+    """Whether all memories use one key, value and gate projection."""
 
     mom_aux_loss_coeff: float = 1e-3
-    """Coefficient of the memory router's load-balancing loss; 0 switches it off."""
+    """Coefficient of the memory router's load-balancing loss; 0 switches the loss off."""
 
     mom_z_loss_coeff: float | None = None
-    """Coefficient of the memory router's z-loss; None switches it off."""
+    """Coefficient of the memory router's z-loss; None switches the loss off."""
 
     mom_kernels: str = "auto"
     """Implementation of the mixer's operations: "auto" (Triton on GPUs, PyTorch elsewhere), "torch" or "triton"."""
 
     contiguous_context_slices: bool = False
-    """Under context parallelism every rank's tokens are one stretch of time, and not two as Megatron cuts batches."""
+    """Whether a context-parallel rank holds one contiguous slice of a sequence; Megatron's batches have two."""
 
     def __post_init__(self) -> None:
         size = self.expert_model_parallel_size
         if self.token_mixer == "mom" and self.num_moe_experts is None:
-            self.expert_model_parallel_size = 1  # Megatron refuses another one in a model without experts
+            self.expert_model_parallel_size = 1  # in a model without experts Megatron accepts only 1
         super().__post_init__()
         self.expert_model_parallel_size = size
         self._check_token_mixer()
 
     @classmethod
     def adopt(cls, config: TransformerConfig, **settings) -> None:
-        """Makes Megatron's own configuration one of this class, with these of our fields; others get their default.
+        """Makes a configuration of Megatron's class one of this class, with the given values of our fields and the
+        defaults of the others.
 
-        In place, for Megatron has handed the object on already: data parallelism, schedules and the optimizer read it.
+        Changes the object in place: data parallelism, schedules and the optimizer hold a reference to it already.
         """
         config.__class__ = cls
         for field in fields(cls):
@@ -102,8 +109,9 @@ class MomTransformerConfig(TransformerConfig):
         if self.token_mixer == "mom":
             self._check_mom()
             if self.num_moe_experts is None and getattr(self, LOSS_SCALE_HOOK, None) is None:
-                # Without experts nobody tells the router's losses the main loss's scale; this hook is always called
-                # (core_v0.18 has none: see linear_moe.entry.core_v018).
+                # Megatron passes the scale of the main loss to the router losses of models with experts, and to this
+                # hook in every model. A release without the hook ignores the attribute, and says in
+                # megatron_patches.releases what takes its place.
                 setattr(self, LOSS_SCALE_HOOK, MoEAuxLossAutoScaler.set_loss_scale)
 
     @property
@@ -111,10 +119,11 @@ class MomTransformerConfig(TransformerConfig):
         """Value size of a head."""
         return int(self.mom_head_dim * self.mom_expand_v)
 
-    @property
-    def mom_num_groups(self) -> int:
-        """Memories with the shared one."""
-        return self.mom_num_memories + int(self.mom_shared_memory)
+    def mixer_settings(self) -> MixerSettings:
+        """Sizes and choices of a MoM layer, of all tensor-parallel ranks together."""
+        names = {f.name for f in fields(self)}
+        settings = {f.name: getattr(self, f"mom_{f.name}") for f in fields(MixerSettings) if f"mom_{f.name}" in names}
+        return MixerSettings(rule_name=self.mom_rule, norm_eps=self.layernorm_epsilon, **settings)
 
     def mom_layer_pattern(self) -> list[bool]:
         """For each of the model's layers, whether its token mixer is Mixture-of-Memories."""
@@ -128,15 +137,16 @@ class MomTransformerConfig(TransformerConfig):
         return [bool(layer) for layer in freq]
 
     def _check_mom(self) -> None:
-        check_sizes(
-            rule=self.mom_rule, num_heads=self.mom_num_heads, head_dim=self.mom_head_dim,
-            expand_v=self.mom_expand_v, num_memories=self.mom_num_memories, topk=self.mom_topk,
-            conv_kernel=self.mom_conv_kernel,
-        )  # fmt: skip
         if self.mom_kernels not in KERNELS:
             raise ValueError(f"--mom-kernels must be one of {', '.join(KERNELS)}, got {self.mom_kernels!r}")
+        settings = self.mixer_settings()
         if self.mom_kernels != "torch":
-            check_triton_head_sizes(self.mom_rule, self.mom_head_dim, self.mom_value_dim)
+            settings.check_head_sizes()
+        if settings.rule.key_heads is not None and self.tensor_model_parallel_size > 1:
+            raise ValueError(
+                f"--mom-rule {self.mom_rule} shares keys between heads, which tensor parallelism would split: "
+                f"--tensor-model-parallel-size must be 1, got {self.tensor_model_parallel_size}"
+            )
         if self.mom_num_heads % self.tensor_model_parallel_size:
             raise ValueError(
                 f"--mom-num-heads {self.mom_num_heads} does not divide over "
@@ -160,7 +170,7 @@ class MomTransformerConfig(TransformerConfig):
         self._check_pattern()
         if self.cuda_graph_impl != "none" and self.expert_model_parallel_size > 1:
             raise ValueError(
-                f"memories over ranks exchange as many rows as were routed, which the host must learn in every layer: "
+                f"with memories over ranks the host reads in every layer how many rows the ranks exchange: "
                 f"--cuda-graph-impl {self.cuda_graph_impl} needs --expert-model-parallel-size 1, got "
                 f"{self.expert_model_parallel_size}"
             )
@@ -169,7 +179,7 @@ class MomTransformerConfig(TransformerConfig):
         refuse(MOM_REFUSES, [
             (self.hybrid_context_parallel, "--hybrid-context-parallel", "use --context-parallel-size alone"),
             (self.multi_latent_attention, "--multi-latent-attention", "use plain or grouped-query attention layers"),
-            (variant is not None, f"--experimental-attention-variant {variant}", "choose one of the two mixers"),
+            (variant is not None, f"--experimental-attention-variant {variant}", "leave out one of the two mixers"),
             (self.heterogeneous_block_specs, "--heterogeneous-layers-config-path", "use --linear-attention-freq"),
             (inference, "--transformer-impl inference_optimized", "use local or transformer_engine"),
         ])  # fmt: skip
@@ -178,15 +188,15 @@ class MomTransformerConfig(TransformerConfig):
         size, experts = self.context_parallel_size, self.expert_model_parallel_size
         if size > 1 and experts > 1 and experts % size:
             raise ValueError(
-                f"memories over ranks get whole sequences: --expert-model-parallel-size {experts} must be 1 or a "
-                f"multiple of --context-parallel-size {size}"
+                f"with memories over ranks a memory reads whole sequences: --expert-model-parallel-size {experts} "
+                f"must be 1 or a multiple of --context-parallel-size {size}"
             )
         softmax = self.mtp_num_layers or not all(self.mom_layer_pattern())
         if size > 1 and self.transformer_impl == "local" and softmax:
             raise ValueError(
                 f"softmax attention layers need --transformer-impl transformer_engine with --context-parallel-size "
-                f"{size}; local ones cannot split a sequence: make every layer MoM (no --linear-attention-freq, no "
-                "--mtp-num-layers)"
+                f"{size}; local attention cannot split a sequence: make every layer MoM (no --linear-attention-freq, "
+                "no --mtp-num-layers)"
             )
 
     def _check_pattern(self) -> None:

@@ -11,8 +11,8 @@ from linear_moe.layer.specs import mom_block_spec
 
 
 def mom_layer_spec(model_config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Decoder layers for a command that our launcher did not start: Mixture-of-Memories in every layer, or in the
-    layers that ``--linear-attention-freq`` says.
+    """Decoder layers for a command without our launcher: Mixture-of-Memories in every layer, or in the layers that
+    ``--linear-attention-freq`` says.
 
     The settings come from the environment and from the file that ``MOM_CONFIG`` names (`linear_moe.entry.settings`).
     """

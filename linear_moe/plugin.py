@@ -1,4 +1,4 @@
-"""The door for programs that put Mixture-of-Memories into Megatron, or take it out again."""
+"""The door for programs that put Mixture-of-Memories into Megatron, or take Mixture-of-Memories out again."""
 
 from linear_moe.entry.plugin import install, patches, uninstall
 

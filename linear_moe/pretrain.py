@@ -2,25 +2,26 @@
 
     python -m linear_moe.pretrain --token-mixer mom <Megatron's arguments>          (or under torchrun -m)
 
-Every argument of Megatron keeps its meaning. On a machine with no GPU it runs over gloo.
+Every argument of Megatron keeps its meaning. On a machine without a GPU the processes communicate over gloo.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
 
 import torch
 
-from linear_moe.entry.machine import OUR_PACKAGES, add_machine_defaults, announce, prepare_machine
+from linear_moe.entry.log import announce, show_log
+from linear_moe.entry.machine import add_machine_defaults, prepare_machine
 
 
 def main() -> None:
     """Parses the command line, builds the model and trains it."""
     prepare_machine()
 
+    # Without a GPU, Megatron can be imported only after the patches of the machine.
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
@@ -29,10 +30,10 @@ def main() -> None:
     from linear_moe.config import MomTransformerConfig
     from linear_moe.entry import arguments, data
     from linear_moe.layer.specs import gpt_layer_spec
-    from linear_moe.watching.console import install as install_console
+    from linear_moe.watching.reporter import WholeLineReporter
 
     arguments.PATCH.apply()
-    install_console()
+    WholeLineReporter().patch().apply()
     announce()
     args = parse_and_validate_args(extra_args_provider=add_machine_defaults)
     check_entry(args)
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 def check_entry(args) -> None:
-    """Raises ValueError for what Megatron-LM's scripts know and this entry does not: another model, or other data."""
+    """Raises ValueError for the models and the data that only Megatron-LM's own scripts can build."""
     from linear_moe.config import refuse
     from linear_moe.entry.arguments import OUR_SPEC
 
@@ -64,24 +65,16 @@ def check_entry(args) -> None:
 
 
 def _explain(error: BaseException) -> str:
-    """The error's message; where it has none (a bare assert), the line that raised it."""
+    """The error's message; for an error without a message (a bare assert), the line that raised it."""
     if str(error):
         return str(error)
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} at {last.filename}:{last.lineno}: {last.line}"
 
 
-def _set_up_logging() -> None:
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)  # a line at every evaluation
-    if os.environ.get("RANK", "0") == "0":
-        for package in OUR_PACKAGES:
-            logging.getLogger(package).setLevel(logging.INFO)
-
-
 def run() -> int:
-    """main() with what a user got wrong told in one line. Returns the exit status."""
-    _set_up_logging()
+    """Calls main(), and prints an error in one line. Returns the exit status."""
+    show_log(megatron_too=True)
     try:
         main()
     except Exception as error:

@@ -1,11 +1,14 @@
 """The few changes to Megatron that have no hook. `patches()` lists them, each with its reason."""
 
-from megatron_patches import cpu, dataset_helpers, reshardable_optimizer, trusted_checkpoints
 from megatron_patches.patch import Patch, PatchError, applied
 
 __all__ = ["Patch", "PatchError", "applied", "patches"]
 
 
 def patches() -> tuple[Patch, ...]:
-    """Every patch of this package, applied or not: what is changed, why, and what would make it unnecessary."""
-    return (dataset_helpers.PATCH, reshardable_optimizer.PATCH, trusted_checkpoints.PATCH, *cpu.PATCHES)
+    """Every patch of this package, applied or not, each once: what it changes, why, and when it can go."""
+    # These modules import torch, which a process that only imports the package may do without.
+    from megatron_patches import cpu, dataset_helpers, float32_parameters, reshardable_optimizer, trusted_checkpoints
+
+    training = (float32_parameters.PATCH, reshardable_optimizer.PATCH, trusted_checkpoints.PATCH)
+    return tuple({patch.name: patch for patch in (dataset_helpers.PATCH, *training, *cpu.PATCHES)}.values())

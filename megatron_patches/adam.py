@@ -7,17 +7,17 @@ from torch.optim.adam import adam
 class FusedAdam(torch.optim.Optimizer):
     """Adam whose step count is a number in the parameter group, and whose only state per parameter is two moments.
 
-    Megatron's distributed optimizer is written for this layout, that of Transformer Engine's and Apex's FusedAdam:
-    with torch's own, whose step is a tensor in the state of each parameter, it cannot load a checkpoint. A checkpoint
-    written through this class has the same entries as one written on a GPU.
+    Megatron's distributed optimizer expects this layout, the layout of Transformer Engine's and Apex's FusedAdam, and
+    cannot load a checkpoint of torch's own Adam, whose step count is a tensor in every parameter's state. A checkpoint
+    written through this class has the same entries as a checkpoint written on a GPU.
 
     adam_w_mode: decoupled weight decay.
-    capturable: accepted because Megatron passes it. It has to be false, for there is no CUDA graph to capture.
+    capturable: Megatron passes this argument. ValueError for True: a CPU has no CUDA graph to capture the step in.
     """
 
     def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode=True, capturable=False):
         if capturable:
-            raise ValueError("--optimizer-cuda-graph needs a GPU, this optimizer is for machines without one")
+            raise ValueError("--optimizer-cuda-graph needs a GPU, and this machine has none: leave the option out")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.adam_w_mode = adam_w_mode
 

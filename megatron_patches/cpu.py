@@ -1,11 +1,11 @@
 """Lets Megatron train on a machine with no GPU, over gloo: for tests and demonstrations.
 
-Megatron names CUDA in a few hundred places. `torch.cuda.is_available()` stays false; what changes is what a program
-gets when it asks torch for a CUDA device, stream or generator all the same, and the few places where Megatron insists.
-The patches below are one list, each with its reason.
+Megatron names CUDA in a few hundred places. `torch.cuda.is_available()` stays false. The patches change what torch
+returns for a CUDA device, stream or generator, and the few places where Megatron stops without a GPU. `PATCHES` lists
+the patches, each with its reason.
 
-An entry script calls `apply()` before it parses Megatron's arguments, and needs nothing else: the arguments of a run
-without a GPU become Megatron's defaults.
+An entry script calls `apply()` before the script parses Megatron's arguments. `apply()` also makes the arguments of a
+run without a GPU Megatron's defaults.
 """
 
 import collections
@@ -20,8 +20,8 @@ from megatron_patches import float32_parameters
 from megatron_patches.adam import FusedAdam
 from megatron_patches.patch import Patch, Target, apply_all, replace, undo_all, wrap
 
-# Defaults of Megatron's parser, by argparse destination; what the command line gives still wins. The `args_defaults`
-# of parse_and_validate_args are no place for them: those count only where Megatron's own default is None.
+# Defaults of Megatron's parser, by argparse destination; the command line still wins. The `args_defaults` of
+# parse_and_validate_args would not do: they count only for arguments whose default in Megatron is None.
 CPU_ARGUMENTS = {
     "distributed_backend": "gloo",
     "use_cpu_initialization": True,
@@ -55,7 +55,7 @@ def _is_cuda(device) -> bool:
 
 
 def _on_cpu(factory, *args, **kwargs):
-    """Calls a function that makes a tensor, on the CPU where CUDA was asked for, and in pageable memory."""
+    """Calls a function that makes a tensor, with "cpu" in place of a CUDA device, and in pageable memory."""
     if _is_cuda(kwargs.get("device")):
         kwargs["device"] = _CPU
     if kwargs.get("pin_memory"):
@@ -72,7 +72,7 @@ def _nothing(original, *args, **kwargs) -> None:
 
 
 class NoStream:
-    """A stream on a machine that runs everything in order."""
+    """Stands for a CUDA stream on a machine that runs every operation in order."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -91,7 +91,7 @@ class NoStream:
 
 
 class NoEvent:
-    """An event that happens the moment it is recorded."""
+    """Stands for a CUDA event; the event happens at the moment of `record`."""
 
     def __init__(self, *args, **kwargs):
         self._seconds = 0.0
@@ -117,15 +117,15 @@ _ONLY_STREAM = NoStream()
 
 
 def _seed_cpu(original, seed: int) -> None:
-    # Not torch.manual_seed, which would queue the seed for CUDA as well.
+    # torch.manual_seed would queue the seed for CUDA as well.
     torch.default_generator.manual_seed(seed)
 
 
 @contextlib.contextmanager
 def _fork(tracker, name: str = "model-parallel-rng"):
-    """CudaRNGStatesTracker.fork for one generator: without its warning that the CPU's generator has moved."""
+    """CudaRNGStatesTracker.fork on the CPU's generator, without Megatron's warning that this generator has moved."""
     if name not in tracker.states_:
-        raise ValueError(f"there is no random state named {name!r}, only {sorted(tracker.states_)}")
+        raise ValueError(f"there is no random state {name!r}: expected one of {sorted(tracker.states_)}")
     outer_name, outer_state = tracker._current_state_name, torch.get_rng_state()
     if outer_name in tracker.states_:
         tracker.states_[outer_name] = outer_state
@@ -149,9 +149,9 @@ def _split_sizes_as_numbers(all_to_all_single, output, input, *sizes, **kwargs):
 
 
 def _checkpoint_worker(*args, **kwargs) -> None:
-    """The process that writes asynchronous checkpoints, which is a new one: nothing is patched in it yet.
+    """Main function of the process that writes asynchronous checkpoints. No patch is applied in the new process yet.
 
-    It is started by this function's name, so its target cannot be a closure that `wrap` makes.
+    multiprocessing finds the function by name, which a closure made by `wrap` does not have.
     """
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
@@ -183,7 +183,7 @@ _DEVICE = Patch(
         wrap(
             "torch.cuda",
             "get_device_properties",
-            # The version is that of the newest device Megatron asks about, so that no check for an old one fires.
+            # The newest compute capability that Megatron compares with, so that no check for an old device fails.
             lambda original, device=None: SimpleNamespace(name="cpu", major=10, minor=0, total_memory=0),
         ),
     ),
@@ -209,7 +209,7 @@ _STREAMS = Patch(
 _WORKER = Patch(
     name="cpu-checkpoint-worker",
     reason="the persistent checkpoint worker divides by the number of GPUs",
-    removed_when="it leaves the device alone when there is none",
+    removed_when="the worker sets no device on a machine without GPUs",
     targets=(
         replace(
             "megatron.core.dist_checkpointing.strategies.async_utils",
@@ -255,11 +255,11 @@ PATCHES = (
     Patch(
         name="cpu-eager",
         reason="functions decorated with torch.compile would be compiled for the CPU, which takes longer than they run",
-        removed_when="--disable-jit-fuser works on functions that are decorated already",
+        removed_when="--disable-jit-fuser works on functions that were decorated earlier",
         targets=(
             replace("torch._dynamo.config", "disable", True),
-            # What is not compiled needs no warming up, which would also use up random numbers before initialisation,
-            # and not as many on every tensor parallel layout.
+            # Uncompiled functions need no warm-up. The warm-up would also draw random numbers before initialisation,
+            # and the number of draws depends on the tensor-parallel layout.
             wrap("megatron.training.initialize", "_warmup_jit_function", _nothing),
         ),
     ),
@@ -282,8 +282,8 @@ PATCHES = (
     ),
     Patch(
         name="cpu-transformer-engine",
-        reason="the router's product and a plain model's last norm go to Transformer Engine wherever that is installed",
-        removed_when="both look at --transformer-impl",
+        reason="the router's product and a plain model's last norm use Transformer Engine wherever it is installed",
+        removed_when="the router and the last norm read --transformer-impl",
         targets=(
             replace("megatron.core.transformer.moe.moe_utils", "te_general_gemm", None),
             Target("megatron.core.transformer.transformer_block", "LayerNormImpl", _torch_norm),
@@ -293,20 +293,20 @@ PATCHES = (
     _WORKER,
     Patch(
         name="cpu-collectives",
-        reason="gloo takes the split sizes of all_to_all as numbers, Megatron converts only those on a GPU",
+        reason="gloo takes the split sizes of all_to_all as numbers, and Megatron converts only tensors on a GPU",
         removed_when="maybe_move_tensor_to_cpu converts tensors that are on the CPU already",
         targets=(wrap("torch.distributed", "all_to_all_single", _split_sizes_as_numbers),),
     ),
     Patch(
         name="cpu-optimizer-types",
         reason="optimizers and gradient clipping compare Tensor.type() with 'torch.cuda.FloatTensor' and the like",
-        removed_when="they compare dtype",
+        removed_when="optimizers and gradient clipping compare dtype",
         targets=(wrap("torch", "Tensor.type", _type_name_on_cuda),),
     ),
     Patch(
         name="cpu-adam",
-        reason="without Transformer Engine or Apex the distributed optimizer cannot load what it saved",
-        removed_when="its load_state_dict works with torch.optim.AdamW",
+        reason="without Transformer Engine or Apex the distributed optimizer cannot load its own checkpoint",
+        removed_when="the distributed optimizer's load_state_dict works with torch.optim.AdamW",
         targets=(
             replace("megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER", False),
             replace("megatron.core.optimizer", "Adam", FusedAdam),
@@ -318,7 +318,7 @@ PATCHES = (
     Patch(
         name="cpu-memory-report",
         reason="training_log reads keys of torch.cuda.memory_stats(), which is empty without a GPU",
-        removed_when="it uses memory_stats().get(key, 0)",
+        removed_when="training_log uses memory_stats().get(key, 0)",
         targets=(wrap("torch.cuda", "memory_stats", lambda original, device=None: collections.Counter()),),
     ),
 )
@@ -327,19 +327,20 @@ PATCHES = (
 def apply() -> None:
     """Applies PATCHES. A second call does nothing.
 
-    Raises RuntimeError on a machine with a GPU and PatchError when a patch does not fit the installed Megatron, in
-    both cases having changed nothing.
+    Raises RuntimeError on a machine with a GPU, and PatchError when a patch does not fit the installed Megatron.
+    Neither error leaves a patch applied.
     """
     if torch.cuda.is_available():
         raise RuntimeError(
-            f"megatron_patches.cpu is for machines without a GPU, and this one has {torch.cuda.get_device_name()}"
+            f"megatron_patches.cpu is for machines without a GPU, and this machine has {torch.cuda.get_device_name()}: "
+            "train on the GPU, or hide it with CUDA_VISIBLE_DEVICES=''"
         )
-    # `with torch.device(...)` knows torch's factories from a list that torch makes when it is first needed. It has to
-    # hold the originals, which the replacements call.
+    # `with torch.device(...)` finds torch's factories in a list that torch makes at its first use. The list must hold
+    # the originals, which the replacements call.
     torch.utils._device._device_constructors()
     apply_all(PATCHES)
 
 
 def undo() -> None:
-    """Takes back every patch of PATCHES."""
+    """Undoes every patch of PATCHES."""
     undo_all(PATCHES)

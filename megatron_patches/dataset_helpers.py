@@ -1,6 +1,6 @@
 """Lets Megatron start from its wheel, which ships the data set helpers compiled and without their Makefile.
 
-`compile_helpers` runs `make` and ends the program when that fails, which it does on every machine, GPU or not. A clone
+`compile_helpers` runs `make`, and ends the program when `make` fails: without the Makefile, on every machine. A clone
 of Megatron-LM has the Makefile and needs no patch.
 """
 
@@ -18,8 +18,8 @@ def _use_compiled_library(compile_helpers) -> None:
         importlib.import_module(_LIBRARY)
     except ImportError as error:
         raise ImportError(
-            f"{_LIBRARY} cannot be imported ({error}). The megatron-core wheel holds it compiled for its own Python "
-            "version and platform: install the wheel built for this one."
+            f"{_LIBRARY} cannot be imported ({error}). Every megatron-core wheel has the library compiled for "
+            "one Python version and platform: install the wheel for this Python and platform."
         ) from error
 
 
@@ -40,7 +40,3 @@ def is_needed() -> bool:
 def apply() -> None:
     """Makes `compile_helpers` check that the compiled library is importable instead of building it."""
     PATCH.apply()
-
-
-def undo() -> None:
-    PATCH.undo()

@@ -1,7 +1,7 @@
 """Lets the distributed optimizer save and load the state of parameters that are float32 themselves, on any device.
 
-It concerns whole models trained in float32 and, more so, single float32 parameters of a bfloat16 model, such as the
-decay rates of a recurrence.
+Models trained in float32 need this, and so do models in bfloat16 with a few float32 parameters, such as the decay
+rates of a recurrence.
 """
 
 import torch
@@ -10,16 +10,16 @@ from megatron_patches.patch import Patch, wrap
 
 
 def _without_gradient(load, *args, **kwargs):
-    """Loading copies into the main parameter, which is a view of a model parameter that requires a gradient."""
+    """Loads with autograd off: the main parameter that is loaded is a view of a parameter that requires a gradient."""
     with torch.no_grad():
         return load(*args, **kwargs)
 
 
 def _float32_first(build, *args, **kwargs):
-    """Puts each group's parameters in the order in which the optimizer will hold them: those of float32 first.
+    """Sorts each group's parameters as the optimizer does: float32 parameters first.
 
-    The map from a parameter to its place in the optimizer's list is made in the buffers' order instead, so that in a
-    group of both types it names another parameter's state.
+    Megatron makes the map from a parameter to its place in the optimizer's list in the buffers' order. In a group of
+    float32 and 16-bit parameters that map names another parameter's state.
     """
     places, groups = build(*args, **kwargs)
     for group_index, group in enumerate(groups):
@@ -41,12 +41,3 @@ PATCH = Patch(
         wrap(_OPTIMIZER, "DistributedOptimizer._build_optimizer_group_ranges", _float32_first),
     ),
 )
-
-
-def apply() -> None:
-    """Makes the distributed optimizer safe for float32 parameters."""
-    PATCH.apply()
-
-
-def undo() -> None:
-    PATCH.undo()

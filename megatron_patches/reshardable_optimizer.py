@@ -1,8 +1,8 @@
 """Lets the distributed optimizer save its state in the fully reshardable format when it has several buckets.
 
-It gathers the state without the padding between buckets, and then cuts it by places that count that padding: every
-parameter after a bucket whose length is no round number is saved from a shifted place, its float32 value included.
-Small parameters, such as the decay rates of a recurrence, make such buckets.
+Megatron gathers the state without the padding between buckets, and then cuts the state at offsets that count the
+padding. Every parameter after a padded bucket is then saved from a shifted offset, its float32 value included. Small
+parameters, such as the decay rates of a recurrence, make padded buckets.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -12,7 +12,7 @@ from megatron_patches.patch import Patch, wrap
 
 @contextmanager
 def _counted_with_padding(holder, numel: int):
-    """The buffer or bucket says that no element of it is padding."""
+    """Sets `numel_unpadded` of a buffer or bucket to its whole length for a while."""
     unpadded = holder.numel_unpadded
     holder.numel_unpadded = numel
     try:
@@ -33,7 +33,7 @@ def _keep_padding(build, optimizer, *args, **kwargs):
 PATCH = Patch(
     name="reshardable-optimizer",
     reason="with several buckets --dist-ckpt-optim-fully-reshardable saves another parameter's state",
-    removed_when="sharded_param_state_fully_reshardable cuts by places that leave the padding out",
+    removed_when="sharded_param_state_fully_reshardable cuts at offsets without the padding",
     targets=(
         wrap(
             "megatron.core.optimizer.distrib_optimizer",
@@ -42,12 +42,3 @@ PATCH = Patch(
         ),
     ),
 )
-
-
-def apply() -> None:
-    """Makes the fully reshardable format right for buckets of any length."""
-    PATCH.apply()
-
-
-def undo() -> None:
-    PATCH.undo()

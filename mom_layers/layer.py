@@ -2,52 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn as nn
 
-from mom_layers.common.kernels import resolve_kernels
-from mom_layers.convolve.operation import UNIT_LENGTH_EPS
-from mom_layers.mixing import MemoryParameters, mix_memories, projection_sizes
-from mom_layers.recur.rules import MemoryRule, get_rule, kept_exact
-from mom_layers.route.plan import build_routing_plan
-from mom_layers.route.router import route
+from mom_layers.common.checks import check_borders
+from mom_layers.mixing import MemoryParameters, TokenMaps, has_step, mix_tokens, step_tokens
+from mom_layers.recur.rules import kept_exact
+from mom_layers.settings import MixerSettings
 from mom_layers.state import MemoryState
-
-
-def check_sizes(
-    *, rule: str, num_heads: int, head_dim: int, expand_v: float, num_memories: int, topk: int, conv_kernel: int
-) -> None:
-    """Raises ValueError, naming the value, for sizes that no MoM layer can have."""
-    get_rule(rule)
-    for name, value in [("num_heads", num_heads), ("head_dim", head_dim), ("num_memories", num_memories)]:
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 1 <= topk <= num_memories:
-        raise ValueError(f"topk must be between 1 and the number of memories ({num_memories}), got {topk}")
-    if expand_v <= 0 or head_dim * expand_v != int(head_dim * expand_v):
-        raise ValueError(
-            f"expand_v must be positive and make head_dim * expand_v a whole number, got {head_dim} * {expand_v}"
-        )
-    if not 2 <= conv_kernel <= 8:
-        raise ValueError(f"conv_kernel must be between 2 and 8, got {conv_kernel}")
-
-
-def steps_in_kernels(rule: MemoryRule, kernels: str, x: torch.Tensor) -> bool:
-    """Whether one token of every sequence, x [B, D], is decoded by the rule's own kernels (``rule.decode_step``)."""
-    return resolve_kernels(kernels, x) == "triton" and rule.decode_step is not None
-
-
-def check_triton_head_sizes(rule: str, head_dim: int, value_dim: int) -> None:
-    """Raises ValueError where the rule's Triton kernels do not take these key and value sizes."""
-    sizes = get_rule(rule).head_sizes
-    for name, value in [("head_dim", head_dim), ("head_dim * expand_v", value_dim)]:
-        if value not in sizes:
-            raise ValueError(
-                f"{name} = {value} is not supported by the {rule} kernels: "
-                f"use one of {', '.join(map(str, sizes))}, or the kernels 'torch'"
-            )
 
 
 class MixtureOfMemories(nn.Module):
@@ -68,7 +30,7 @@ class MixtureOfMemories(nn.Module):
         rule: name of the update rule.
         single_kv_proj: one key, value and gate projection for all memories instead of one each.
         norm_eps: of the output norm.
-        kernels: "auto" (Triton on CUDA, PyTorch elsewhere), "torch" or "triton".
+        kernels: "auto" (Triton on CUDA, PyTorch elsewhere), "torch" or "triton"; also taken as ``backend``.
 
     Raises:
         ValueError: a size or name that is not supported.
@@ -88,33 +50,31 @@ class MixtureOfMemories(nn.Module):
         single_kv_proj: bool = False,
         norm_eps: float = 1e-6,
         kernels: str = "auto",
+        *,
+        backend: str | None = None,
     ):
         super().__init__()
-        check_sizes(
-            rule=rule, num_heads=num_heads, head_dim=head_dim, expand_v=expand_v,
-            num_memories=num_memories, topk=topk, conv_kernel=conv_kernel,
+        if backend is not None:  # the name of `kernels` in version 0.1
+            kernels = backend
+        self.settings = MixerSettings(
+            num_heads=num_heads, head_dim=head_dim, expand_v=expand_v, num_memories=num_memories, topk=topk,
+            shared_memory=shared_memory, conv_kernel=conv_kernel, rule_name=rule, single_kv_proj=single_kv_proj,
+            norm_eps=norm_eps, kernels=kernels,
         )  # fmt: skip
-        self.hidden_size = hidden_size
-        self.num_heads = num_heads
-        self.head_dim = head_dim
-        self.value_dim = int(head_dim * expand_v)
-        self.num_memories = num_memories
-        self.topk = topk
-        self.shared_memory = shared_memory
-        self.rule = get_rule(rule)
-        self.norm_eps = norm_eps
-        self.kernels = kernels
         if kernels == "triton":
-            check_triton_head_sizes(rule, self.head_dim, self.value_dim)
-
-        keys, values = num_heads * self.head_dim, num_heads * self.value_dim
-        groups = num_memories + int(shared_memory)
-        width = sum(projection_sizes(self.rule, num_heads, self.head_dim, self.value_dim))
+            self.settings.check_head_sizes()
+        self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
+        self.value_dim = self.settings.value_dim
+        self.num_memories, self.topk, self.shared_memory = num_memories, topk, shared_memory
+        self.rule = self.settings.rule
+        self.kernels = kernels
+        keys, values = self.settings.key_width, self.settings.value_width
+        width = sum(self.settings.projection_sizes)
         self.router = nn.Linear(hidden_size, num_memories, bias=False)
         self.q_proj = nn.Linear(hidden_size, keys, bias=False)
         self.gate_proj = nn.Linear(hidden_size, values, bias=False)
         self.out_proj = nn.Linear(values, hidden_size, bias=False)
-        self.memory_proj = nn.Parameter(torch.empty(1 if single_kv_proj else groups, width, hidden_size))
+        self.memory_proj = nn.Parameter(torch.empty(self.settings.num_projections, width, hidden_size))
         self.q_conv = nn.Parameter(torch.empty(keys, conv_kernel))
         self.k_conv = nn.Parameter(torch.empty(keys, conv_kernel))
         self.v_conv = nn.Parameter(torch.empty(values, conv_kernel))
@@ -158,7 +118,8 @@ class MixtureOfMemories(nn.Module):
             x: [B, T, D].
             state: of an earlier call over the same sequences, to continue from; T may be 1 (decoding).
             output_state: also return the state after the last token.
-            cu_seqlens: [docs + 1] int32, for packed documents in one row (B = 1): nothing crosses their borders.
+            cu_seqlens: [docs + 1] int32, for packed documents in one row (B = 1): nothing crosses their borders. Values
+                are checked on the CPU; on a GPU with ``MOM_CHECK=1``, since the check waits for the device.
             token_mask: [B, T] bool, False at padding, which reaches no memory; its outputs are zero.
 
         Returns:
@@ -175,6 +136,8 @@ class MixtureOfMemories(nn.Module):
             cu_seqlens = cu_seqlens if length else cu_seqlens.new_zeros(batch + 1)
         elif batch != 1:
             raise ValueError(f"cu_seqlens describes one packed row of tokens; got a batch of {batch}")
+        else:
+            check_borders(cu_seqlens, length)
         if state is not None and state.recurrent.shape[0] != cu_seqlens.shape[0] - 1:
             raise ValueError(
                 f"the state holds {state.recurrent.shape[0]} sequences, the input {cu_seqlens.shape[0] - 1}"
@@ -182,30 +145,10 @@ class MixtureOfMemories(nn.Module):
         if token_mask is not None and token_mask.shape != x.shape[:2]:
             raise ValueError(f"token_mask must be {[batch, length]}, got {list(token_mask.shape)}")
 
-        tokens = x.flatten(0, 1)
-        weights, ids = route(self.router(tokens), self.topk, kernels=self.kernels)
-        plan = build_routing_plan(
-            ids,
-            cu_seqlens,
-            num_memories=self.num_memories,
-            shared=self.shared_memory,
-            token_mask=None if token_mask is None else token_mask.flatten(),
-            kernels=self.kernels,
-        )
-        y, new_state = mix_memories(
-            tokens,
-            self.q_proj(tokens),
-            partial(self.gate_proj, tokens),
-            weights,
-            plan,
-            self.memory_parameters(),
-            state=state,
-            output_state=output_state,
-            kernels=self.kernels,
-        )
-        out = self.out_proj(y).unflatten(0, (batch, length))
-        if token_mask is not None:
-            out = out * token_mask[..., None]
+        out, new_state, _ = mix_tokens(
+            x, self.router, self._token_maps(), self.memory_parameters(), self.settings, cu_seqlens,
+            token_mask=token_mask, state=state, output_state=output_state, kernels=self.kernels,
+        )  # fmt: skip
         return out, new_state
 
     @torch.no_grad()
@@ -227,15 +170,14 @@ class MixtureOfMemories(nn.Module):
             raise ValueError(f"x must be [B, {self.hidden_size}], got {list(x.shape)}")
         if state.recurrent.shape[0] != x.shape[0]:
             raise ValueError(f"the state holds {state.recurrent.shape[0]} sequences, the input {x.shape[0]}")
-        if not steps_in_kernels(self.rule, self.kernels, x):
+        if not has_step(self.rule, self.kernels, x):
             out, new_state = self(x[:, None], state=state, output_state=True)
             state.copy_(new_state)
             return out[:, 0]
-        y = self.rule.decode_step(
-            x.contiguous(), self.q_proj(x), self.gate_proj(x), self.router(x), self.memory_parameters(), state,
-            self.topk, self.shared_memory, UNIT_LENGTH_EPS,
-        )  # fmt: skip
-        return self.out_proj(y)
+        return step_tokens(x, self.router, self._token_maps(), self.memory_parameters(), self.settings, state)[0]
+
+    def _token_maps(self) -> TokenMaps:
+        return TokenMaps(query=self.q_proj, output_gate=self.gate_proj, out=self.out_proj)
 
     def memory_parameters(self) -> MemoryParameters:
         return MemoryParameters(
@@ -247,5 +189,5 @@ class MixtureOfMemories(nn.Module):
             rule_parameters=self.rule_parameters,
             norm_weight=self.norm_weight,
             num_heads=self.num_heads,
-            norm_eps=self.norm_eps,
+            norm_eps=self.settings.norm_eps,
         )

@@ -1,35 +1,61 @@
-"""Tokens through the memories: the one forward that training, evaluation, prefill and decoding share.
+"""Tokens through the memories: the only place that puts a layer's operations together.
 
-Shape legend: tokens N, rows R, segments S, groups G (memories and the shared one), heads H, key size K, value size V,
-hidden size D, convolution width W.
+    mix_tokens      a whole layer, from tokens to tokens, for training, evaluation and prefill
+    step_tokens     a whole layer for one new token of every sequence
+    mix_routed      the part after a router of the caller's: plan, memories, mixing (Megatron's layer enters here)
+    mix_memories    the part after the routing plan
+    read_memories   what every row reads from its memory (expert parallelism enters here)
+
+Shape legend: sequences B, tokens N, rows R, segments S, all memories A (routed and shared), heads H, key size K, value
+size V, hidden size D, convolution width W.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from mom_layers.combine.operation import combine
-from mom_layers.convolve.memories import convolve_memories
-from mom_layers.convolve.operation import segment_convolution
+from mom_layers.common.kernels import resolve_kernels
+from mom_layers.convolve.operation import UNIT_LENGTH_EPS, segment_convolution
+from mom_layers.convolve.qkv import convolve_qkv
 from mom_layers.project.operation import grouped_projection
-from mom_layers.recur.rules import MemoryRule
-from mom_layers.route.plan import RoutingPlan
+from mom_layers.recur.rules import MemoryRule, RuleInputs
+from mom_layers.route.plan import RoutingPlan, build_routing_plan
+from mom_layers.route.router import route
 from mom_layers.route.rows import gather_rows
+from mom_layers.settings import MixerSettings
 from mom_layers.state import MemoryState
 
 
 @dataclass(frozen=True)
+class TokenMaps:
+    """The linear maps of a layer that act on tokens. The maps are called, so that hooks and adapters take effect.
+
+    Attributes:
+        query: [N, D] -> [N, H K], queries before the convolution.
+        output_gate: [N, D] -> [N, H V], the output gate before SiLU.
+        out: [N, H V] -> [N, D], the output projection.
+    """
+
+    query: Callable[[torch.Tensor], torch.Tensor]
+    output_gate: Callable[[torch.Tensor], torch.Tensor]
+    out: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
 class MemoryParameters:
-    """The weights that act on rows, for the heads that are here (all of them, or one tensor-parallel rank's).
+    """The weights that act on rows, for the heads that are here (all heads, or those of one tensor-parallel rank).
 
     Attributes:
         rule: the update rule.
-        projection: [G, O, D] with O = H K + H V + H * (gates' widths): keys, values and gates of each memory in
-            one matrix, in this order; [1, O, D] where all memories share one.
+        projection: [A, O, D] with O = H K + H V + H * (columns of the raw gates): keys, values and raw gates of each
+            memory in one matrix, in this order; [1, O, D] where all memories share one projection. Or a function that
+            projects tokens [N, D] to [A, N, O] (or [1, N, O]), for modules that must be called.
         q_conv, k_conv: [H K, W]. v_conv: [H V, W].
         rule_parameters: the rule's own, [H, ...] each.
         norm_weight: [V].
@@ -38,7 +64,7 @@ class MemoryParameters:
     """
 
     rule: MemoryRule
-    projection: torch.Tensor
+    projection: torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
     q_conv: torch.Tensor
     k_conv: torch.Tensor
     v_conv: torch.Tensor
@@ -49,7 +75,7 @@ class MemoryParameters:
 
 
 class SequenceSlice(Protocol):
-    """Where the tokens here are a slice of longer sequences: gets what crosses its edges from whoever has the rest."""
+    """Supplies the boundary states when this rank holds only a part, a slice, of each sequence."""
 
     def tails(
         self, plan: RoutingPlan, inputs: Sequence[torch.Tensor], gathered: Sequence[bool], width: int
@@ -57,22 +83,172 @@ class SequenceSlice(Protocol):
         """The inputs of convolutions before every segment.
 
         Args:
-            inputs: [R, C] rows, or [N, C] tokens where ``gathered`` says so; any number of them.
+            inputs: [R, C] rows, or [N, C] tokens where ``gathered`` says so; any number of tensors.
             width: W.
 
         Returns:
-            the inputs, to be used in place of the arguments, and the initial tails [S, W - 1, C].
+            the inputs, which the caller uses in place of its arguments, and the initial tails [S, W - 1, C].
         """
         ...
 
-    def recur(self, plan: RoutingPlan, rule: MemoryRule, q, k, v, gates, kernels: str) -> torch.Tensor:
-        """What ``rule.recur`` reads, o [R, H, V], with states that go on from slice to slice."""
+    def recur(self, plan: RoutingPlan, rule: MemoryRule, inputs: RuleInputs, kernels: str) -> torch.Tensor:
+        """The outputs o [R, H, V] of ``rule.recur``, with states that go on from slice to slice."""
         ...
 
 
-def projection_sizes(rule: MemoryRule, num_heads: int, head_dim: int, value_dim: int) -> list[int]:
-    """Widths of the pieces of one memory's fused projection: keys, values, then each gate of the rule."""
-    return [num_heads * width for width in (head_dim, value_dim, *rule.gate_widths.values())]
+def mix_tokens(
+    x: torch.Tensor,
+    router: Callable[[torch.Tensor], torch.Tensor],
+    maps: TokenMaps,
+    parameters: MemoryParameters,
+    settings: MixerSettings,
+    cu_seqlens: torch.Tensor,
+    *,
+    token_mask: torch.Tensor | None = None,
+    state: MemoryState | None = None,
+    output_state: bool = False,
+    kernels: str = "auto",
+) -> tuple[torch.Tensor, MemoryState | None, torch.Tensor]:
+    """A whole layer: routes tokens, runs the memories, mixes what they answer, projects the output.
+
+    Args:
+        x: [B, T, D].
+        router: [N, D] -> [N, M] logits.
+        maps, parameters, settings: of the layer.
+        cu_seqlens: [sequences + 1] int32, first of the B T tokens of every sequence, then their number.
+        token_mask: [B, T] bool, False at padding. Padding reaches no memory, and its outputs are zero.
+        state: what earlier calls left for these sequences.
+        output_state: also return the state after the last token.
+
+    Returns:
+        out [B, T, D], the new state or None, and the router's logits [B T, M].
+    """
+    if token_mask is not None:
+        # Padding may hold anything, NaN too, which a product with zero would keep.
+        x = x.masked_fill(~token_mask[..., None], 0)
+    tokens = x.flatten(0, 1)
+    logits = router(tokens)
+    weights, ids = route(logits, settings.topk, kernels=kernels)
+    y, new_state = mix_routed(
+        tokens, maps.query(tokens), partial(maps.output_gate, tokens), weights, ids, cu_seqlens, parameters, settings,
+        token_mask=None if token_mask is None else token_mask.flatten(),
+        state=state, output_state=output_state, kernels=kernels,
+    )  # fmt: skip
+    out = maps.out(y).unflatten(0, x.shape[:2])
+    if token_mask is not None:
+        out = out.masked_fill(~token_mask[..., None], 0)
+    return out, new_state, logits
+
+
+def has_step(rule: MemoryRule, kernels: str, x: torch.Tensor) -> bool:
+    """Whether :func:`step_tokens` decodes tokens such as x [B, D] with this rule."""
+    return resolve_kernels(kernels, x) == "triton" and rule.decode_step is not None
+
+
+def step_tokens(
+    x: torch.Tensor,
+    router: Callable[[torch.Tensor], torch.Tensor],
+    maps: TokenMaps,
+    parameters: MemoryParameters,
+    settings: MixerSettings,
+    state: MemoryState,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A whole layer for one new token of every sequence, in few launches; changes ``state`` in place.
+
+    Reads and writes only the memories that a token goes to. No gradients. A CUDA graph can hold the step.
+
+    Args:
+        x: [B, D].
+        router, maps, parameters, settings: as of :func:`mix_tokens`; :func:`has_step` must hold.
+        state: of the B sequences.
+
+    Returns:
+        out [B, D] and the router's logits [B, M].
+    """
+    logits = router(x)
+    y = parameters.rule.decode_step(
+        x.contiguous(), maps.query(x), maps.output_gate(x), logits, parameters, state,
+        settings.topk, settings.shared_memory, UNIT_LENGTH_EPS,
+    )  # fmt: skip
+    return maps.out(y), logits
+
+
+def mix_routed(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    output_gate: torch.Tensor | Callable[[], torch.Tensor],
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    parameters: MemoryParameters,
+    settings: MixerSettings,
+    *,
+    token_mask: torch.Tensor | None = None,
+    time_major: bool = False,
+    state: MemoryState | None = None,
+    output_state: bool = False,
+    sequence_slice: SequenceSlice | None = None,
+    kernels: str = "auto",
+) -> tuple[torch.Tensor, MemoryState | None]:
+    """Sorts tokens into rows by the router's choices, then :func:`mix_memories`.
+
+    Args:
+        x: [N, D] tokens.
+        weights, ids: [N, k], the router's; ids sequence by sequence, whatever ``time_major`` says.
+        cu_seqlens: [B + 1] int32, first token of every sequence, then N.
+        token_mask: [N] bool, False at padding.
+        time_major: x, q, output_gate, weights and the result are stored time first, [T, B] flattened.
+    """
+    plan = build_routing_plan(
+        ids, cu_seqlens,
+        num_memories=settings.num_memories, shared=settings.shared_memory, token_mask=token_mask, kernels=kernels,
+    )  # fmt: skip
+    return mix_memories(
+        x, q, output_gate, weights, plan.time_major() if time_major else plan, parameters,
+        state=state, output_state=output_state, sequence_slice=sequence_slice, kernels=kernels,
+    )  # fmt: skip
+
+
+def mix_memories(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    output_gate: torch.Tensor | Callable[[], torch.Tensor],
+    weights: torch.Tensor,
+    plan: RoutingPlan,
+    parameters: MemoryParameters,
+    *,
+    state: MemoryState | None = None,
+    output_state: bool = False,
+    sequence_slice: SequenceSlice | None = None,
+    kernels: str = "auto",
+) -> tuple[torch.Tensor, MemoryState | None]:
+    """Projects, convolves, runs every memory's recurrence, and mixes what the memories answer.
+
+    Args:
+        x: [N, D] tokens, in the plan's order.
+        q: [N, H K] queries before convolution, a token's for all its memories.
+        output_gate: [N, H V] before SiLU; or a function that returns the gate. The function is called after the
+            recurrence, so that the backward pass has freed the gate when the recurrence's backward pass begins.
+        weights: [N, k], the router's.
+        plan: where each (token, memory) row lies.
+        parameters: weights of the heads that are here.
+        state: what earlier calls left, for the plan's sequences.
+        output_state: also return the state after the last token.
+        sequence_slice: given where other ranks hold the rest of the sequences; excludes ``state`` and ``output_state``.
+
+    Returns:
+        y [N, H V] before the output projection, and the new state or None.
+    """
+    o, new_state = read_memories(
+        x, q, plan, parameters,
+        state=state, output_state=output_state, sequence_slice=sequence_slice, kernels=kernels,
+    )  # fmt: skip
+    output_gate = output_gate() if callable(output_gate) else output_gate
+    y = combine(
+        o, weights, plan.row_of_choice, output_gate.unflatten(1, o.shape[1:]), parameters.norm_weight,
+        eps=parameters.norm_eps, kernels=kernels,
+    )  # fmt: skip
+    return y.flatten(1), new_state
 
 
 def read_memories(
@@ -90,95 +266,67 @@ def read_memories(
 
     Returns:
         o [R, H, V], what every row reads from its memory, and the new state or None.
+
+    Raises:
+        ValueError: ``sequence_slice`` together with ``state`` or ``output_state``.
     """
+    if sequence_slice is not None and (state is not None or output_state):
+        given = "a state" if state is not None else "output_state=True"
+        raise ValueError(f"sequence_slice supplies the states of slices of sequences: {given} cannot be given as well")
     rule, heads = parameters.rule, parameters.num_heads
-    k_dim = q.shape[1] // heads
-    v_dim = parameters.v_conv.shape[0] // heads
-    sizes = projection_sizes(rule, heads, k_dim, v_dim)
-    one_projection = parameters.projection.shape[0] == 1 and plan.num_groups > 1
-    if one_projection:  # the same for every memory: project tokens, and gather them by row afterwards
-        projected = torch.nn.functional.linear(x, parameters.projection[0])
-    else:
-        projected = grouped_projection(x, parameters.projection, plan, kernels=kernels)
-    unit = heads if rule.unit_length_keys else None
-    tails = (None, None, None)
-    initial_state = None
+    key_heads = rule.num_key_heads(heads)
+    sizes = rule.projection_sizes(heads, q.shape[1] // key_heads, parameters.v_conv.shape[0] // heads)
+
+    # k, v, raw gates: of every row, in one grouped product; or of every token, where all memories share one projection.
+    projected, by_token = _project(x, plan, parameters.projection, kernels)
+
+    # What lies before each segment: nothing, what an earlier call left, or what other ranks hold.
+    tails, initial_state = (None, None, None), None
     if state is not None:
         tails = tuple(plan.to_segments(tail) for tail in (state.q_tail, state.k_tail, state.v_tail))
         initial_state = plan.to_segments(state.recurrent)
     if sequence_slice is not None:
-        if state is not None or output_state:
-            given = "a state" if state is not None else "output_state=True"
-            raise ValueError(f"a slice of longer sequences gets its state from those who hold the rest: got {given}")
         width = parameters.q_conv.shape[1]
-        (q, projected), (q_tail, tail) = sequence_slice.tails(plan, (q, projected), (True, one_projection), width)
+        (q, projected), (q_tail, tail) = sequence_slice.tails(plan, (q, projected), (True, by_token), width)
         tails = (q_tail, *tail.tensor_split((sizes[0], sizes[0] + sizes[1]), dim=-1)[:2])
 
-    if one_projection:
+    # q, k = unit length (SiLU(conv)), v = SiLU(conv)
+    unit = key_heads if rule.unit_length_keys else None
+    if by_token:
         k, v, raw = projected.split((sizes[0], sizes[1], sum(sizes[2:])), dim=1)
-        raw = gather_rows(raw, plan)
+        raw = gather_rows(raw, plan, kernels=kernels)
         options = {"gather": True, "output_tail": output_state, "kernels": kernels}
-        q, q_tail = segment_convolution(
-            q, parameters.q_conv, plan, unit_length_heads=unit, initial_tail=tails[0], **options
-        )
-        k, k_tail = segment_convolution(
-            k, parameters.k_conv, plan, unit_length_heads=unit, initial_tail=tails[1], **options
-        )
+        unit_length = options | {"unit_length_heads": unit}
+        q, q_tail = segment_convolution(q, parameters.q_conv, plan, initial_tail=tails[0], **unit_length)
+        k, k_tail = segment_convolution(k, parameters.k_conv, plan, initial_tail=tails[1], **unit_length)
         v, v_tail = segment_convolution(v, parameters.v_conv, plan, initial_tail=tails[2], **options)
     else:
-        q, k, v, raw, (q_tail, k_tail, v_tail) = convolve_memories(
+        q, k, v, raw, (q_tail, k_tail, v_tail) = convolve_qkv(
             q, projected, parameters.q_conv, parameters.k_conv, parameters.v_conv, plan,
             unit_length_heads=unit, tails=tails, output_tail=output_state, kernels=kernels,
         )  # fmt: skip
-    raw_gates = raw[:, : sum(sizes[2:])].split(sizes[2:], dim=1)
-    gates = rule.gates(dict(zip(rule.gate_widths, raw_gates, strict=True)), parameters.rule_parameters, kernels)
-    q, k, v = (rows.unflatten(1, (heads, -1)) for rows in (q, k, v))
+
+    # The rule's gates, and the recurrence along every segment.
+    raw = dict(zip(rule.gate_widths, raw[:, : sum(sizes[2:])].split(sizes[2:], dim=1), strict=True))
+    q, k, v = (rows.unflatten(1, (n, -1)) for rows, n in ((q, key_heads), (k, key_heads), (v, heads)))
+    inputs = rule.prepare(q, k, v, raw, parameters.rule_parameters, kernels)
     if sequence_slice is not None:
-        return sequence_slice.recur(plan, rule, q, k, v, gates, kernels), None
-    o, recurrent = rule.recur(q, k, v, plan.cu_seqlens, gates, initial_state, output_state, kernels)
-    new_state = None
-    if output_state:
-        new_state = MemoryState(*(plan.from_segments(part) for part in (recurrent, q_tail, k_tail, v_tail)))
-    return o, new_state
+        return sequence_slice.recur(plan, rule, inputs, kernels), None
+    o, recurrent = rule.recur(inputs, plan.cu_seqlens, initial_state, output_state, kernels)
+    if not output_state:
+        return o, None
+    return o, MemoryState(*(plan.from_segments(part) for part in (recurrent, q_tail, k_tail, v_tail)))
 
 
-def mix_memories(
-    x: torch.Tensor,
-    q: torch.Tensor,
-    gate: torch.Tensor | Callable[[], torch.Tensor],
-    weights: torch.Tensor,
-    plan: RoutingPlan,
-    parameters: MemoryParameters,
-    *,
-    state: MemoryState | None = None,
-    output_state: bool = False,
-    sequence_slice: SequenceSlice | None = None,
-    kernels: str = "auto",
-) -> tuple[torch.Tensor, MemoryState | None]:
-    """Projects, convolves, runs every memory's recurrence, and mixes what the memories answer.
-
-    Args:
-        x: [N, D] tokens, in the plan's order.
-        q: [N, H K] queries before convolution, one per token for all its memories.
-        gate: [N, H V] output gate before SiLU; or a function that gives it, called after the recurrence, so that
-            backward is done with it, and has freed it, when the recurrence's begins.
-        weights: [N, k] the router's.
-        plan: where each (token, memory) row lies.
-        parameters: weights of the heads that are here.
-        state: what earlier calls left, for the plan's sequences.
-        output_state: also return the state after the last token.
-        sequence_slice: where others hold the rest of the sequences; without ``state`` and ``output_state``.
-
-    Returns:
-        y [N, H V] before the output projection, and the new state or None.
-    """
-    o, new_state = read_memories(
-        x, q, plan, parameters,
-        state=state, output_state=output_state, sequence_slice=sequence_slice, kernels=kernels,
-    )  # fmt: skip
-    gate = gate() if callable(gate) else gate
-    y = combine(
-        o, weights, plan.row_of_choice, gate.unflatten(1, o.shape[1:]), parameters.norm_weight,
-        eps=parameters.norm_eps, kernels=kernels,
-    )  # fmt: skip
-    return y.flatten(1), new_state
+def _project(x, plan: RoutingPlan, projection, kernels: str) -> tuple[torch.Tensor, bool]:
+    """Keys, values and raw gates of every row [R, O] and False; or of every token [N, O] and True."""
+    if torch.is_tensor(projection):
+        if projection.shape[0] == 1 and plan.num_all_memories > 1:
+            return torch.nn.functional.linear(x, projection[0]), True
+        return grouped_projection(x, projection, plan, kernels=kernels), False
+    tokens = projection(x)
+    if tokens.shape[0] == 1 and plan.num_all_memories > 1:
+        return tokens[0], True
+    # Masked rows lie in one more segment at the end, whose memory does not matter.
+    memory_of_row = (plan.segment_of_row // plan.num_sequences).clamp(max=tokens.shape[0] - 1)
+    return tokens.flatten(0, 1).index_select(0, memory_of_row * tokens.shape[1] + plan.token_of_row), False

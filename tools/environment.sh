@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Finds a Python >= 3.12, makes .venv with what requirements.txt names, and prints the path of its python.
-#   MOM_PYTHON=python3   use that interpreter as it is and install nothing (containers, clusters)
+#   MOM_PYTHON=python3   use that interpreter and install nothing (containers, clusters)
 #   DEV=1                install the test and lint tools too
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,7 +14,7 @@ find_python() {
     local candidate
     {
         for name in python3.12 python3.13 python3.14 python3 python; do command -v "$name" || true; done
-        # pyenv's own commands answer only for the chosen version: look at all that it has.
+        # pyenv's own commands answer only for the chosen version: look at every version.
         for version in 3.12 3.13 3.14; do
             ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$version"*/bin/python 2>/dev/null || true
         done
@@ -34,7 +34,7 @@ if [ -n "${MOM_PYTHON:-}" ]; then
 fi
 
 extras=()
-if [ -n "${DEV:-}" ]; then extras=("pytest>=8" "pytest-timeout>=2.3" "pytest-xdist>=3.6" "lm_eval>=0.4.9" "ruff>=0.12"); fi
+if [ -n "${DEV:-}" ]; then extras=("pytest>=8" "pytest-timeout>=2.3" "pytest-xdist>=3.6" "lm_eval>=0.4.9" "ruff>=0.12" "import-linter>=2.17"); fi
 wanted="$(cat requirements.txt) ${extras[*]-}"
 if [ -x .venv/bin/python ] && [[ "$(cat .venv/installed 2>/dev/null)" == "$wanted"* ]]; then
     echo "$PWD/.venv/bin/python"

@@ -1,10 +1,18 @@
-"""What the files in tools/ do, a module a command, each with a ``main`` that returns the exit status."""
+"""What the files in tools/ do, a module for each command.
+
+Every module has ``main(argv) -> int``, which returns the exit status, and ``parse_arguments(argv)``, which raises
+SystemExit(2) for a wrong command line. `run_command` is the one path from an error to the exit status.
+"""
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
+from collections.abc import Callable
 from importlib import import_module
+
+from safetensors import SafetensorError
 
 
 def run(name: str) -> int:
@@ -17,3 +25,35 @@ def run(name: str) -> int:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda received, _: sys.exit(128 + received))
     return import_module(f"{__name__}.{name}").main()
+
+
+def run_command(name: str, work: Callable[[], object], *errors: type[Exception], note: str = "") -> int:
+    """Calls ``work()``. Returns 0; 1 after an error, and 130 after an interrupt, with the reason on stderr.
+
+    Args:
+        name: of the file in tools/.
+        errors: exceptions whose message is for the user, beside OSError and SafetensorError. Other exceptions pass.
+        note: a line to print after the reason.
+    """
+    try:
+        work()
+    except errors as error:
+        return _failed(name, str(error), note)
+    except (OSError, SafetensorError) as error:
+        return _failed(name, " ".join(_reason(error).split()), note)
+    except KeyboardInterrupt:
+        _failed(name, "interrupted", note)
+        return 130
+    return 0
+
+
+def _failed(name: str, reason: str, note: str) -> int:
+    print(f"{name}: error: {reason}" + (f"\n{note}" if note else ""), file=sys.stderr)
+    return 1
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror + (f": {error.filename}" if error.filename else "")
+        return f"{text}; nothing was written" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else text
+    return f"{error}; nothing was written"

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from linear_moe.commands import run_command
+from linear_moe.commands.values import whole
 from linear_moe.conversion.checkpoint import TRACKER, write_checkpoint
 from linear_moe.conversion.config import arguments_from_config, layout_of, parse_config
 from linear_moe.conversion.files import (
@@ -27,7 +29,6 @@ from linear_moe.conversion.files import (
     load_tokenizer,
     new_folder,
     read_json,
-    run_tool,
     tokenizer_files,
 )
 from linear_moe.conversion.names import Entry, Layout, entries
@@ -38,23 +39,23 @@ TIED_WEIGHT = "lm_head.weight"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns 0, or 1 for a model that cannot be converted. SystemExit(2): a wrong command line."""
+    """Runs the command. Returns 0, or 1 for a model that cannot be converted."""
     args = parse_arguments(argv)
-    return run_tool("convert_from_hf.py", lambda: convert(args))
+    return run_command("convert_from_hf.py", lambda: convert(args), ConversionError)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--load", type=Path, required=True, help="folder with config.json and the weights")
     parser.add_argument("--save", type=Path, required=True, help="new folder, for Megatron's --load")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer [--load, where it has one]")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer [--load, if it has one]")
     parser.add_argument(
         "--make-vocab-size-divisible-by",
-        type=int,
+        type=whole(1),
         default=128,
-        help="pad the vocabulary for Megatron, as its option of this name does [128]",
+        help="pad the vocabulary for Megatron, as Megatron's option of this name does [128]",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace --save where it is an earlier conversion")
+    parser.add_argument("--overwrite", action="store_true", help="replace --save if it is an earlier conversion")
     return parser.parse_args(argv)
 
 
@@ -62,7 +63,7 @@ def convert(args: argparse.Namespace) -> None:
     """Writes the folder ``args.save``, all of it or nothing, and prints how to train from it.
 
     Raises:
-        ConversionError: the model is not MoM, incomplete, or has something that Megatron's lacks.
+        ConversionError: the model is not MoM, incomplete, or has a feature that Megatron's model lacks.
         OSError: a file cannot be written.
     """
     if not args.load.is_dir():
@@ -101,7 +102,7 @@ def check_complete(weights: Weights, table: Sequence[Entry], layout: Layout) -> 
     expected = {name: shape for entry in table for name, shape in entry.hf}
     found = weights.names() - ({TIED_WEIGHT} if layout.tied else set())
     if missing := sorted(expected.keys() - found):
-        raise ConversionError(f"the weights lack {', '.join(missing[:3])}: they are not what config.json describes")
+        raise ConversionError(f"the weights lack {', '.join(missing[:3])}, which config.json describes")
     if unknown := sorted(found - expected.keys()):
         raise ConversionError(f"the weights have {', '.join(unknown[:3])}, which config.json does not describe")
     for name, shape in expected.items():
@@ -115,18 +116,21 @@ def check_complete(weights: Weights, table: Sequence[Entry], layout: Layout) -> 
 
 
 def find_tokenizer(args: argparse.Namespace, config: MomConfig) -> Path | None:
-    """The folder given, or the model's where it has one. Raises ConversionError where it does not fit the model."""
+    """The folder given, or the model's own tokenizer, or None. Raises ConversionError for too large a vocabulary."""
     folder = args.tokenizer or (args.load if tokenizer_files(args.load) else None)
     if folder is None:
         return None
     size = vocabulary_size(load_tokenizer(folder))
     if size > config.vocab_size:
-        raise ConversionError(f"the tokenizer has {size} tokens, and the model's embedding {config.vocab_size}")
+        raise ConversionError(
+            f"the tokenizer in {folder} has {size} tokens, and the model's embedding only {config.vocab_size}: "
+            "give the model's --tokenizer"
+        )
     return folder
 
 
 def set_vocabulary(stored: Namespace, config: MomConfig, tokenizer: Path | None, args: argparse.Namespace) -> None:
-    """Tells Megatron which tokenizer to use and how many rows its embedding has."""
+    """Stores which tokenizer Megatron uses and how many rows its embedding has."""
     multiple = args.make_vocab_size_divisible_by
     stored.make_vocab_size_divisible_by = multiple
     stored.padded_vocab_size = -(-config.vocab_size // multiple) * multiple
@@ -135,7 +139,7 @@ def set_vocabulary(stored: Namespace, config: MomConfig, tokenizer: Path | None,
 
 
 def command_line(save: Path, stored: Namespace) -> str:
-    """What ``--use-checkpoint-args`` leaves to say."""
+    """The options that ``--use-checkpoint-args`` does not restore."""
     words = [f"--load {save} --use-checkpoint-args --norm-epsilon {stored.layernorm_epsilon:g}"]
     if stored.window_size is not None:
         words.append(f"--window-size {stored.window_size[0]},{stored.window_size[1]}")

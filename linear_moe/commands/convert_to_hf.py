@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from linear_moe.commands import run_command
+from linear_moe.commands.values import whole
 from linear_moe.conversion.card import model_card
 from linear_moe.conversion.checkpoint import MegatronCheckpoint, find_checkpoint
 from linear_moe.conversion.config import (
@@ -39,7 +41,6 @@ from linear_moe.conversion.files import (
     copy_tokenizer,
     load_tokenizer,
     new_folder,
-    run_tool,
     tokenizer_files,
     write_json,
     write_weights,
@@ -51,13 +52,13 @@ from mom_layers.hf.remote_code import save_remote_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns 0, or 1 for a checkpoint that cannot be converted. SystemExit(2): a wrong command line."""
+    """Runs the command. Returns 0, or 1 for a checkpoint that cannot be converted."""
     args = parse_arguments(argv)
     if args.verify and argv is None and torch.cuda.is_available():
-        # Both models are to run in float32 on the CPU, and Megatron does only where there is no GPU to see.
+        # Both models run in float32 on the CPU. Megatron runs on the CPU only in a process that sees no GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.execv(sys.executable, sys.orig_argv)
-    return run_tool("convert_to_hf.py", lambda: convert(args))
+    return run_command("convert_to_hf.py", lambda: convert(args), ConversionError)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -67,12 +68,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--save", type=Path, required=True, help="new folder")
     parser.add_argument("--iteration", type=int, help="checkpoint to convert [the latest]")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer [the one that training used]")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer [the tokenizer of the training]")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="type of the weights [as stored]; A_log and dt_bias stay float32"
     )
-    parser.add_argument("--max-shard-size", type=_size, default="5GB", help="of a file of weights [5GB]")
-    parser.add_argument("--overwrite", action="store_true", help="replace --save where it is an earlier export")
+    parser.add_argument("--max-shard-size", type=_size, default="5GB", help="largest size of a file of weights [5GB]")
+    parser.add_argument("--overwrite", action="store_true", help="replace --save if it is an earlier export")
     parser.add_argument(
         "--trust-checkpoint", action="store_true", help="run whatever code the checkpoint's files name, as PyTorch does"
     )
@@ -83,7 +84,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     verify.add_argument(
         "--verify-bound", type=float, default=1e-4, help="largest difference relative to the logits [1e-4]"
     )
-    verify.add_argument("--verify-tokens", type=int, default=128, help="length of that batch's sequences [128]")
+    verify.add_argument("--verify-tokens", type=whole(1), default=128, help="length of the batch's sequences [128]")
     return parser.parse_args(argv)
 
 
@@ -94,7 +95,7 @@ def _size(text: str) -> str:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Writes the folder ``args.save``, all of it or nothing; `export` says what it raises."""
+    """Writes the folder ``args.save``, all of it or nothing. Raises the errors of `export`."""
     checkpoint = find_checkpoint(args.load, args.iteration)
     check_target(args.save, ["config.json"], args.overwrite)
     with trusting(args.trust_checkpoint), new_folder(args.save) as folder:
@@ -119,7 +120,7 @@ def export(checkpoint_folder: Path, folder: Path, args: argparse.Namespace) -> N
     content["vocab_size"] = vocabulary(checkpoint.args, rows, tokenizer)
     layout = layout_of(parse_config(content, set()))
     if content["attn"] and content["attn"]["rope_theta"] != FLA_ROTARY_BASE:
-        print(f"FLA reads no rope_theta, and computes with {FLA_ROTARY_BASE:g}: other logits there", file=sys.stderr)
+        print(f"FLA ignores rope_theta and computes with {FLA_ROTARY_BASE:g}: its logits will differ", file=sys.stderr)
 
     table = list(entries(layout))
     types = {name: _dtype(checkpoint, entry, args.dtype) for entry in table for name in entry.hf_names}
@@ -142,7 +143,7 @@ def export(checkpoint_folder: Path, folder: Path, args: argparse.Namespace) -> N
 
 
 def find_tokenizer(given: Path | None, args: argparse.Namespace) -> Path | None:
-    """The folder given, or the one that training used where it is still there; None, and a word about it, otherwise."""
+    """The folder given, or the training's if its files still exist; otherwise None, and a warning on stderr."""
     if given is not None:
         return given
     trained = getattr(args, "tokenizer_model", None)
@@ -152,7 +153,7 @@ def find_tokenizer(given: Path | None, args: argparse.Namespace) -> Path | None:
         f"no tokenizer in {trained}" if trained else f"trained with {getattr(args, 'tokenizer_type', 'no tokenizer')}"
     )
     print(
-        f"{found}: the export has no tokenizer, and perhaps a padded vocabulary; --tokenizer gives it one",
+        f"{found}: the export has no tokenizer, and perhaps a padded vocabulary; give --tokenizer to add one",
         file=sys.stderr,
     )
     return None
@@ -165,7 +166,7 @@ def check_complete(checkpoint: MegatronCheckpoint, table: Sequence[Entry]) -> No
         name = checkpoint.name(entry)
         used.add(name)
         shape, expected = checkpoint.describe(entry)[0], entry.shape
-        if shape[1:] != expected[1:] or shape[0] < expected[0] or (shape != expected and not entry.rule.padded):
+        if shape[1:] != expected[1:] or shape[0] < expected[0] or (shape != expected and not entry.row.padded):
             raise ConversionError(f"{name} is {list(shape)}, and the arguments stored with it make it {list(expected)}")
     if unknown := sorted(checkpoint.names() - used):
         raise ConversionError(f"the Hugging Face format has no place for {', '.join(unknown[:3])}")
@@ -173,7 +174,7 @@ def check_complete(checkpoint: MegatronCheckpoint, table: Sequence[Entry]) -> No
 
 def _dtype(checkpoint: MegatronCheckpoint, entry: Entry, wanted: str | None) -> torch.dtype:
     stored = checkpoint.describe(entry)[1]
-    return stored if wanted is None or entry.rule.exact else DTYPES[wanted]
+    return stored if wanted is None or entry.row.exact else DTYPES[wanted]
 
 
 def _converted(

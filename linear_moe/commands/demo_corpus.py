@@ -1,11 +1,13 @@
-"""Gathers a small training corpus from what every machine has: the Python installation's own sources and texts.
+"""Gathers a small training corpus from the sources and texts of the Python installation.
 
     python tools/demo_corpus.py --output data/corpus.jsonl
 
-One JSON line a document, {"path": ..., "text": ...}: library modules, the few text files beside them, and the chapters
-of the language reference behind `help()`. What distributions leave out or generate (tests, build settings, character
-tables) is left out everywhere, so that two machines with the same Python get almost the same corpus.
+Writes one JSON line a document, {"path": ..., "text": ...}: library modules, the few text files beside them, and the
+chapters of the language reference that `help()` prints. Leaves out everything that some distributions leave out or
+generate (tests, build settings, character tables): two machines with the same Python write almost the same corpus.
 """
+
+from __future__ import annotations
 
 import argparse
 import hashlib
@@ -13,16 +15,16 @@ import importlib
 import json
 import os
 import re
-import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from linear_moe.commands import run_command
 from linear_moe.temporary import replaced_file
 
 LEAST_BYTES = 1_000_000
 TEXT_SUFFIXES = (".py", ".txt", ".rst", ".md")
-SHORTEST_TEXT = 200  # characters; below are empty __init__.py files and one-line launchers
+SHORTEST_TEXT = 200  # characters; shorter are empty __init__.py files and one-line launchers
 SKIPPED_FOLDERS = {
     "__pycache__",
     "site-packages",
@@ -30,32 +32,20 @@ SKIPPED_FOLDERS = {
     "test",
     "tests",
     "idle_test",
-    "encodings",  # one character table after the other
-    "pydoc_data",  # its texts come unquoted, from help_topics
+    "encodings",  # character tables
+    "pydoc_data",  # help_topics yields these texts without quotes
 }
 SKIPPED_FILES = re.compile(r"_sysconfigdata|config-[\d.]+|(^|/)(stringprep|entities|_casefix)\.py$")
 
 
+class TooLittleText(ValueError):
+    """The Python installation has too little text; the message is for the user."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns 0, or 1 where there is too little text or no place for it."""
+    """Runs the command. Returns 0, or 1 for too little text and for an output that cannot be written."""
     args = parse_arguments(argv)
-    root = Path(sysconfig.get_path("stdlib"))
-    lines = select(gather(root), args.max_bytes)
-    size = sum(map(len, lines))
-    if size < LEAST_BYTES:
-        print(
-            f"demo_corpus.py: only {size} bytes of text in {root}, expected at least {LEAST_BYTES}; "
-            "give preprocess_data.py texts of your own instead",
-            file=sys.stderr,
-        )
-        return 1
-    try:
-        write(lines, args.output)
-    except OSError as error:
-        print(f"demo_corpus.py: cannot write {args.output}: {error.strerror}", file=sys.stderr)
-        return 1
-    print(f"{args.output}: {len(lines)} documents, {size} bytes, from {root}")
-    return 0
+    return run_command("demo_corpus.py", lambda: gather_corpus(args), TooLittleText)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -75,6 +65,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def gather_corpus(args: argparse.Namespace) -> None:
+    """Writes ``args.output`` and prints its size. Raises TooLittleText, or OSError where the file cannot be written."""
+    root = Path(sysconfig.get_path("stdlib"))
+    lines = select(gather(root), args.max_bytes)
+    size = sum(map(len, lines))
+    if size < LEAST_BYTES:
+        raise TooLittleText(
+            f"only {size} bytes of text in {root}, expected at least {LEAST_BYTES}; "
+            "give preprocess_data.py texts of your own instead"
+        )
+    write(lines, args.output)
+    print(f"{args.output}: {len(lines)} documents, {size} bytes, from {root}")
+
+
 def gather(root: Path) -> Iterator[tuple[str, str]]:
     """Yields (path, text) of each document of the standard library at `root`."""
     for folder, subfolders, names in os.walk(root):
@@ -86,7 +90,7 @@ def gather(root: Path) -> Iterator[tuple[str, str]]:
                 try:
                     yield relative, path.read_text(encoding="utf-8")
                 except (UnicodeDecodeError, OSError):
-                    continue  # a source in an old encoding, a dangling link: the corpus does without
+                    continue  # a source in an old encoding, or a dangling link
     yield from help_topics()
 
 
@@ -95,15 +99,15 @@ def help_topics() -> Iterator[tuple[str, str]]:
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
-        return  # some distributions package it apart
+        return  # some distributions have a package of their own for these texts
     for name, text in topics.items():
         yield f"pydoc_data/topics/{name}", text
 
 
 def select(documents: Iterator[tuple[str, str]], max_bytes: int) -> list[bytes]:
-    """JSON lines of the documents in the order of a hash of their paths, as many as fit in `max_bytes`.
+    """JSON lines of the documents in the order of a hash of their paths, up to `max_bytes`.
 
-    The order is a fixed shuffle: code and prose mixed, not one package after the other. Equal texts appear once.
+    The order is a fixed shuffle, which mixes code and prose. Equal texts appear once.
     """
     lines, seen, size = [], set(), 0
     for path, text in sorted(documents, key=lambda document: hashlib.sha256(document[0].encode()).digest()):

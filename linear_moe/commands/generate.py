@@ -4,8 +4,8 @@
     python tools/generate.py --load runs/demo/checkpoints --prompt "A" "B" --greedy --max-new-tokens 50
     cat story.txt | python tools/generate.py --load DIR --temperature 0.8 --top-p 0.95 --seed 1
 
-One prompt is continued word by word as the tokens come; several are a batch, printed in their order at the end. Speed
-and the size of the model's state go to stderr.
+The continuation of one prompt is printed word by word. Several prompts are one batch, printed in order at the end.
+Speed and the size of the model's state go to stderr.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from linear_moe.commands import convert_to_hf
+from linear_moe.commands import convert_to_hf, run_command
+from linear_moe.commands.values import positive, share, whole
 from linear_moe.conversion.config import DTYPES
-from linear_moe.conversion.files import ConversionError, load_tokenizer, read_json, run_tool, tokenizer_files
+from linear_moe.conversion.files import ConversionError, load_tokenizer, read_json, tokenizer_files
 from linear_moe.temporary import temporary_folder
 from mom_layers.hf import MomForCausalLM
 from mom_layers.hf.cache import CACHE_NAME
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns 0, or 1 for a model or prompt that cannot be used. SystemExit(2): a wrong command line."""
+    """Runs the command. Returns 0, or 1 for a model or prompt that cannot be used."""
     args = parse_arguments(argv)
-    return run_tool("generate.py", lambda: generate(args))
+    return run_command("generate.py", lambda: generate(args), ConversionError)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     model = parser.add_argument_group("model")
-    model.add_argument("--load", type=Path, required=True, help="folder of an export, or that Megatron saved to")
+    model.add_argument("--load", type=Path, required=True, help="folder of an export or of Megatron checkpoints")
     model.add_argument("--iteration", type=int, help="Megatron checkpoint to use [the latest]")
     model.add_argument("--tokenizer", type=Path, help="folder of the tokenizer [the model's]")
     model.add_argument(
@@ -49,44 +50,28 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     model.add_argument("--dtype", choices=DTYPES, help="type to compute in [as stored]")
     model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
-    prompt = parser.add_argument_group("prompt, from standard input unless one of these is given")
+    prompt = parser.add_argument_group("prompt, from standard input without --prompt and --prompt-file")
     source = prompt.add_mutually_exclusive_group()
-    source.add_argument("--prompt", nargs="+", metavar="TEXT", help="several are a batch")
-    source.add_argument("--prompt-file", nargs="+", type=Path, metavar="FILE", help="several are a batch")
+    source.add_argument("--prompt", nargs="+", metavar="TEXT", help="several prompts are one batch")
+    source.add_argument("--prompt-file", nargs="+", type=Path, metavar="FILE", help="several files are one batch")
     prompt.add_argument("--lines", action="store_true", help="every line of the files or of standard input is a prompt")
     prompt.add_argument("--skip-prompt", action="store_true", help="print only what the model adds")
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=_positive, default=128, help="[%(default)s]")
+    sampling.add_argument("--max-new-tokens", type=whole(1), default=128, help="[%(default)s]")
     sampling.add_argument("--greedy", action="store_true", help="always take the most probable token")
-    sampling.add_argument("--temperature", type=_positive_number, default=1.0, help="[%(default)s]")
+    sampling.add_argument("--temperature", type=positive, default=1.0, help="[%(default)s]")
     sampling.add_argument(
-        "--top-k", type=_whole, default=0, help="sample from the k most probable tokens; 0: from all [0]"
+        "--top-k", type=whole(0), default=0, help="sample from the k most probable tokens; 0: from all tokens [0]"
     )
     sampling.add_argument(
-        "--top-p", type=_share, default=1.0, help="sample from the likeliest tokens of this mass [1.0]"
+        "--top-p",
+        type=share,
+        default=1.0,
+        help="sample from the most probable tokens that sum to this probability [1.0]",
     )
-    sampling.add_argument("--seed", type=int, help="for the same text every time")
-    sampling.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-document token")
+    sampling.add_argument("--seed", type=int, help="start of the random numbers, for the same text every time")
+    sampling.add_argument("--ignore-eos", action="store_true", help="continue after the end-of-document token")
     return parser.parse_args(argv)
-
-
-def _number(kind: type, accepts, expected: str):
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
-        return value
-
-    return parse
-
-
-_positive = _number(int, lambda value: value > 0, "a whole number above 0")
-_whole = _number(int, lambda value: value >= 0, "a whole number, or 0")
-_positive_number = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
-_share = _number(float, lambda value: 0 < value <= 1, "a number above 0, up to 1")
 
 
 @torch.inference_mode()
@@ -132,16 +117,18 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if args.lines:
         texts = [line for text in texts for line in text.splitlines() if line.strip()]
         if not texts:
-            raise ConversionError("there is no line with text to start from")
+            raise ConversionError("--lines: there is no line with text; expected a prompt on every line")
     return [text.removesuffix("\n") for text in texts]
 
 
 @contextmanager
 def model_folder(args: argparse.Namespace) -> Iterator[Path]:
-    """The folder of an export; for a Megatron checkpoint, of one that is made for the occasion."""
+    """The folder of an export; for a Megatron checkpoint, a temporary folder with its export."""
     if (args.load / "config.json").is_file():
         if read_json(args.load / "config.json").get("model_type") != "mom":
-            raise ConversionError(f"--load {args.load} is not a Mixture-of-Memories model")
+            raise ConversionError(
+                f"--load {args.load} is not a Mixture-of-Memories model: expected model_type mom in its config.json"
+            )
         yield args.load
         return
     with temporary_folder(Path(tempfile.gettempdir(), "mom-generate")) as temporary:
@@ -160,15 +147,15 @@ def find_tokenizer(args: argparse.Namespace, folder: Path) -> Path:
 
 
 def encode(tokenizer, prompts: list[str], vocab_size: int) -> list[list[int]]:
-    """Token ids of every prompt. An empty one starts as a document does."""
+    """Token ids of every prompt. An empty prompt becomes the token that starts a document."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     encoded = [tokenizer(text)["input_ids"] or ([] if start is None else [start]) for text in prompts]
     if not all(encoded):
-        raise ConversionError("the prompt is empty, and the tokenizer has no token that starts a document")
+        raise ConversionError("the prompt is empty, and the tokenizer has no token that starts a document: give a text")
     largest = max(map(max, encoded))
     if largest >= vocab_size:
         raise ConversionError(
-            f"the tokenizer makes token {largest}, the model's vocabulary has {vocab_size}: they do not belong together"
+            f"the tokenizer makes token {largest}, the model's vocabulary has {vocab_size}: give its --tokenizer"
         )
     return encoded
 
@@ -194,16 +181,16 @@ def generation_config(args: argparse.Namespace, tokenizer) -> GenerationConfig:
 
 
 def _until_end(tokens: list[int], settings: GenerationConfig) -> list[int]:
-    """The tokens up to the one that ends the text, with it."""
+    """The tokens up to and with the token that ends the text."""
     return tokens[: tokens.index(settings.eos_token_id) + 1] if settings.eos_token_id in tokens else tokens
 
 
 @dataclass
 class Stopwatch(BaseStreamer):
-    """Passes what is generated on to a streamer, and measures.
+    """Measures the speed of generation, and passes the tokens on to another streamer.
 
     Attributes:
-        streamer: that prints, or None.
+        streamer: prints the tokens; None prints nothing.
     """
 
     streamer: BaseStreamer | None
@@ -228,7 +215,7 @@ class Stopwatch(BaseStreamer):
             self.streamer.end()
 
     def report(self, prompt_tokens: int, new_tokens: int, batch: int, state_bytes: int) -> str:
-        """One line. Tokens a second are of the whole batch; the first one's time is that of reading the prompt."""
+        """One line. Tokens a second count the whole batch. The prompt's time ends with the first token."""
         reading = self._first - self._started
         speed = batch * (self._steps - 1) / (self._last - self._first) if self._steps > 1 else float("nan")
         return (

@@ -5,41 +5,37 @@
 
 Windows of the text are read from their first token to their last in small pieces, with the model's state carried from
 piece to piece, so that memory does not grow with the length. Prints a table and draws a picture; losses are in nats a
-token. A smaller --stride reads more windows that overlap: every piece of text is then met at several positions, and
-the loss of a position says less about the text that happens to stand there.
+token. A smaller --stride reads more windows, which overlap: every piece of text then stands at several positions, and
+the loss of a position depends less on the text at that position.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from linear_moe.temporary import save_figure
+from linear_moe.commands import run_command
+from linear_moe.commands.values import whole
+from linear_moe.watching.figures import plt, save
 from mom_layers.hf.cache import CACHE_NAME  # importing the package registers the model type
 
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
-
-REACH = 32  # times the training length, unless told or the text is shorter
+REACH = 32  # length of a window over the training length, without --max-length and where the text is long enough
 FIRST_LENGTH = 16
 POINTS_AN_OCTAVE = 4  # of the picture
 
 
 class PerplexityError(ValueError):
-    """Nothing can be measured; the message is for the user."""
+    """A model or text that cannot be measured; the message is for the user."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class Measurement:
         edges: [bins + 1] positions; bin i holds the positions from ``edges[i]`` up to, without, ``edges[i + 1]``.
             At position p the model has read p tokens and predicts the next one.
         tokens_per_second: over all windows.
-        state_bytes: of one window's cache at its end; None where the cache does not say.
+        state_bytes: of one window's cache at its end; None for a cache without nbytes.
     """
 
     losses: np.ndarray
@@ -62,7 +58,7 @@ class Measurement:
     def between(self, first: int, last: int) -> tuple[float, float]:
         """Mean loss of the positions from ``first`` up to ``last``, two of the edges, and its standard error.
 
-        The error is over windows, and NaN for a single one.
+        The standard error is over the windows, and NaN for a single window.
         """
         i, j = np.searchsorted(self.edges, (first, last))
         widths = np.diff(self.edges[i : j + 1])
@@ -72,27 +68,22 @@ class Measurement:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns 0, or 1 when nothing can be measured. Raises SystemExit(2) for a wrong command line."""
+    """Runs the command. Returns 0, or 1 when nothing can be measured."""
     args = parse_arguments(argv)
-    try:
-        run(args)
-    except (PerplexityError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command("perplexity.py", lambda: run(args), PerplexityError)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--load", type=Path, required=True, help="folder of an export in the Hugging Face format")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="text files; no window spans two")
-    parser.add_argument("--train-length", type=_positive, help="tokens [the configuration's max_position_embeddings]")
-    parser.add_argument("--max-length", type=_positive, help=f"tokens a window [{REACH} times the training length]")
-    parser.add_argument("--stride", type=_positive, help="tokens from one window's start to the next [--max-length]")
-    parser.add_argument("--max-windows", type=_positive, help="read no more than this many, spread over the text")
+    parser.add_argument("--train-length", type=whole(1), help="tokens [the configuration's max_position_embeddings]")
+    parser.add_argument("--max-length", type=whole(1), help=f"tokens a window [{REACH} times the training length]")
+    parser.add_argument("--stride", type=whole(1), help="tokens from one window's start to the next [--max-length]")
+    parser.add_argument("--max-windows", type=whole(1), help="read no more than this many, spread over the text")
     parser.add_argument("--lengths", type=_lengths, help="ends of the table's rows, as 512,2048,8192 [powers of two]")
-    parser.add_argument("--chunk-size", type=_positive, default=512, help="tokens a forward pass [%(default)s]")
-    parser.add_argument("--batch-size", type=_positive, default=1, help="windows side by side [%(default)s]")
+    parser.add_argument("--chunk-size", type=whole(1), default=512, help="tokens a forward pass [%(default)s]")
+    parser.add_argument("--batch-size", type=whole(1), default=1, help="windows side by side [%(default)s]")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="[as stored]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that --load may bring along")
@@ -103,7 +94,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Loads, measures, prints and draws. Raises PerplexityError."""
     if not (args.load / "config.json").is_file():
-        raise PerplexityError(f"{args.load} is not an export in the Hugging Face format: it has no config.json")
+        raise PerplexityError(f"--load {args.load} has no config.json: expected an export in the Hugging Face format")
     trust = {"trust_remote_code": args.trust_remote_code}  # without a word of ours transformers asks standard input
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     try:
@@ -155,7 +146,7 @@ def bin_edges(max_length: int, wanted: Sequence[int]) -> np.ndarray:
 def measure(
     model: PreTrainedModel, windows: list[torch.Tensor], edges: np.ndarray, chunk_size: int = 512, batch_size: int = 1
 ) -> Measurement:
-    """Loss of every window in every bin. Nothing is kept from piece to piece but the model's cache.
+    """Loss of every window in every bin. Only the model's cache is kept from piece to piece.
 
     Args:
         windows: token numbers, [length + 1] each.
@@ -176,7 +167,7 @@ def measure(
                     state_bytes = cache.nbytes // len(batch)
     speed = len(windows) * length / (time.perf_counter() - start)
     if not totals.isfinite().all():
-        raise PerplexityError("the model's loss is not a finite number")
+        raise PerplexityError("the model's loss is not finite: try --dtype float32")
     return Measurement(totals.numpy() / np.diff(edges), edges, speed, state_bytes)
 
 
@@ -230,8 +221,7 @@ def draw(measurement: Measurement, train_length: int, name: str, path: Path) -> 
     right.set_ylabel("perplexity")
     axes.grid(alpha=0.3)
     axes.legend()
-    save_figure(figure, path, dpi=130)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _encode(tokenizer, path: Path, vocab_size: int) -> torch.Tensor:
@@ -241,7 +231,7 @@ def _encode(tokenizer, path: Path, vocab_size: int) -> torch.Tensor:
         raise PerplexityError(f"--text {path} is not UTF-8: {error}") from error
     tokens = torch.tensor(tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=torch.long)
     if len(tokens) and tokens.max() >= vocab_size:
-        raise PerplexityError(f"the tokenizer gives token {tokens.max()}, the model has {vocab_size} of them")
+        raise PerplexityError(f"the tokenizer makes token {tokens.max()}, the model's vocabulary has {vocab_size}")
     return tokens
 
 
@@ -249,11 +239,5 @@ def _powers_of_two(max_length: int) -> list[int]:
     return [2**i for i in range(int(math.log2(FIRST_LENGTH)), int(math.log2(max_length)) + 1)]
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive whole number")
-    return int(text)
-
-
 def _lengths(text: str) -> list[int]:
-    return [_positive(part.strip()) for part in text.split(",")]
+    return [whole(1)(part.strip()) for part in text.split(",")]

@@ -6,41 +6,48 @@
 Writes loss.png and, where the run has Mixture-of-Memories layers, memory_load.png.
 """
 
+from __future__ import annotations
+
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from linear_moe.commands import run_command
 from linear_moe.watching.plots import LOAD, PlotError, plot_losses, plot_memory_load, read_scalars
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns 0, or 1 when there is nothing to draw. Raises SystemExit(2) for a wrong command line."""
-    parser = argparse.ArgumentParser(description="Draws a run's losses and memory load from its TensorBoard files.")
-    parser.add_argument("--tensorboard-dir", type=Path, required=True, help="Folder of the event files.")
-    parser.add_argument("--output", type=Path, required=True, help="Folder for the pictures.")
+    """Runs the command. Returns 0, or 1 for event files with nothing to draw."""
+    args = parse_arguments(argv)
+    return run_command("plot_run.py", lambda: plot(args), PlotError)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--tensorboard-dir", type=Path, required=True, help="folder of the event files")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
     parser.add_argument(
         "--reference-loss",
         nargs=2,
         action="append",
         default=[],
         metavar=("NATS", "LABEL"),
-        help="A horizontal line in the picture of the losses; may be given several times.",
+        help="a horizontal line in the picture of the losses; may be given several times",
     )
     args = parser.parse_args(argv)
     try:
-        references = [(float(nats), label) for nats, label in args.reference_loss]
+        args.reference_loss = [(float(nats), label) for nats, label in args.reference_loss]
     except ValueError as error:
-        parser.error(f"--reference-loss wants a number of nats per token, then a label: {error}")
-    try:
-        scalars = read_scalars(args.tensorboard_dir)
-        pictures = [args.output / "loss.png"]
-        plot_losses(scalars, pictures[0], references)
-        if any(LOAD.fullmatch(name) for name in scalars):
-            pictures.append(args.output / "memory_load.png")
-            plot_memory_load(scalars, pictures[1])
-    except (PlotError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        parser.error(f"--reference-loss: expected a number of nats per token, then a label: {error}")
+    return args
+
+
+def plot(args: argparse.Namespace) -> None:
+    """Draws the pictures and prints their paths. Raises PlotError."""
+    scalars = read_scalars(args.tensorboard_dir)
+    pictures = [args.output / "loss.png"]
+    plot_losses(scalars, pictures[0], args.reference_loss)
+    if any(LOAD.fullmatch(name) for name in scalars):
+        pictures.append(args.output / "memory_load.png")
+        plot_memory_load(scalars, pictures[1])
     print("\n".join(map(str, pictures)))
-    return 0

@@ -3,10 +3,12 @@
     python tools/preprocess_data.py --input corpus.jsonl --output data/corpus --train-tokenizer 4096
     python tools/preprocess_data.py --input texts/ --suffixes .md .py --output data/texts --tokenizer tokenizer/
 
-Reads text files, JSON lines, either of them compressed, and folders of these. Writes OUTPUT.bin and OUTPUT.idx, or
-OUTPUT-train.* and OUTPUT-valid.* with --validation-fraction, and OUTPUT.json with the facts about them. The output
-does not depend on the number of workers. Files appear under their names only when all of them are complete.
+Reads text files and files of JSON lines, plain or compressed, and folders of such files. Writes OUTPUT.bin and
+OUTPUT.idx, or OUTPUT-train.* and OUTPUT-valid.* with --validation-fraction, and OUTPUT.json with the facts about them.
+The output does not depend on the number of workers. No file appears under its name before all files are complete.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -19,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
@@ -27,6 +29,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from linear_moe.commands import run_command
+from linear_moe.commands.values import fraction, whole
 from linear_moe.corpus import files as corpus_files
 from linear_moe.corpus.files import DEFAULT_SUFFIXES, BadDocuments, Chunk, CorpusError, find_files, read_chunks
 from linear_moe.corpus.tokenizer import (
@@ -45,30 +49,14 @@ from linear_moe.corpus.writer import DatasetWriter, publish
 from linear_moe.temporary import temporary_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-CHUNKS_IN_FLIGHT = 4  # for each worker: bounds the memory, and hides the reader's pauses
+CHUNKS_IN_FLIGHT = 4  # for each worker: few enough to bound the memory, enough to cover the reader's pauses (not tuned)
 MOST_WORKERS = 1024
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns 0, or 1 for data that cannot be used. Raises SystemExit(2) for a wrong command line."""
+    """Runs the command. Returns 0, or 1 for data that cannot be used."""
     args = parse_arguments(argv)
-    try:
-        preprocess(args)
-    except CorpusError as error:
-        return _failed(error)
-    except OSError as error:
-        return _failed(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
-    except BrokenProcessPool:
-        return _failed("a worker process died, most likely for want of memory: try fewer --workers")
-    except KeyboardInterrupt:
-        _failed("interrupted")
-        return 130
-    return 0
-
-
-def _failed(reason) -> int:
-    print(f"preprocess_data.py: {reason}\nNothing was written.", file=sys.stderr)
-    return 1
+    return run_command("preprocess_data.py", lambda: preprocess(args), CorpusError, note="Nothing was written.")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -83,15 +71,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=list(DEFAULT_SUFFIXES),
         metavar="SUFFIX",
-        help="which files of a folder to read; compressed ones (.gz, .zst) of these are read too",
+        help="which files of a folder to read; their compressed forms (.gz, .zst) are read too",
     )
     data.add_argument("--json-key", default="text", help="where a JSON line keeps its text")
     data.add_argument(
-        "--max-bad-lines", type=_whole(0), default=1000, help="give up when more lines or files are unusable"
+        "--max-bad-lines", type=whole(0), default=1000, help="give up when more lines or files are unusable"
     )
     data.add_argument(
         "--validation-fraction",
-        type=_fraction,
+        type=fraction,
         default=0.0,
         metavar="F",
         help="share of the documents to set apart for validation, chosen by a hash of their text",
@@ -102,7 +90,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of a Hugging Face tokenizer")
     source.add_argument(
         "--train-tokenizer",
-        type=_whole(SMALLEST_VOCABULARY, LARGEST_VOCABULARY),
+        type=whole(SMALLEST_VOCABULARY, LARGEST_VOCABULARY),
         metavar="VOCAB_SIZE",
         help="train a byte-level BPE tokenizer on the input",
     )
@@ -113,7 +101,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--tokenizer-output", type=Path, metavar="DIR", help="folder for a trained tokenizer [PREFIX-tokenizer]"
     )
     tokens.add_argument(
-        "--tokenizer-bytes", type=_whole(1), default=1 << 25, help="size of the sample a tokenizer is trained on"
+        "--tokenizer-bytes", type=whole(1), default=1 << 25, help="size of the sample that trains a tokenizer"
     )
     tokens.add_argument(
         "--append-eod",
@@ -123,9 +111,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--workers",
-        type=_whole(1, MOST_WORKERS),
+        type=whole(1, MOST_WORKERS),
         default=os.cpu_count(),
-        help="tokenizing processes; 1 stays in this one",
+        help="tokenizing processes; 1 tokenizes in the main process",
     )
     args = parser.parse_args(argv)
     _check(args, parser.error)
@@ -162,24 +150,6 @@ def _check(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
             refuse(f"--tokenizer-output {args.tokenizer_output}: expected a new or empty folder, found {strangers[:3]}")
 
 
-def _whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or len(text) > 100 or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least {least}")
-        if int(text) > most:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at most {most}")
-        return int(text)
-
-    return parse
-
-
-def _fraction(text: str) -> float:
-    with suppress(ValueError):
-        if 0 <= float(text) < 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 up to, but not including, 1")
-
-
 def prefixes(args: argparse.Namespace) -> dict[str, str]:
     """Name of each data set, and the path prefix of its files."""
     if args.validation_fraction:
@@ -188,17 +158,17 @@ def prefixes(args: argparse.Namespace) -> dict[str, str]:
 
 
 def output_files(args: argparse.Namespace) -> list[Path]:
-    """In the order in which they take their final names: whoever sees the last one may trust the others."""
+    """The files in the order in which they take their final names: when the last file exists, all of them do."""
     files = [args.tokenizer_output / name for name in TOKENIZER_FILES] if args.train_tokenizer else []
     files += [Path(prefix + suffix) for prefix in prefixes(args).values() for suffix in (".bin", ".idx")]
     return [*files, Path(f"{args.output}.json")]
 
 
 def preprocess(args: argparse.Namespace) -> dict:
-    """Does what `args`, from `parse_arguments`, say; returns the facts written to OUTPUT.json.
+    """Writes the data sets that `args`, from `parse_arguments`, describe. Returns the facts written to OUTPUT.json.
 
     Raises:
-        CorpusError: the input has no document, too many bad ones, or the tokenizer cannot be loaded.
+        CorpusError: the input has no document or too many bad ones, the tokenizer cannot be loaded, or a worker died.
         OSError: a file cannot be read or written. Nothing is left behind in either case.
     """
     started = time.monotonic()
@@ -217,7 +187,7 @@ def preprocess(args: argparse.Namespace) -> dict:
         settings = EncodingSettings(tokenizer, args.json_key, args.append_eod, args.validation_fraction)
         results = stack.enter_context(_encoded(files, settings, args.workers))
 
-        # From here on the workers are busy, while this process imports what it needs for writing.
+        # The workers tokenize already, while this process imports the packages for writing.
         staged = [staging / path.name for path in outputs]
         if args.train_tokenizer:
             tokenizer_staging = stack.enter_context(temporary_folder(args.tokenizer_output))
@@ -272,7 +242,7 @@ def _encoded(files: list[Path], settings: EncodingSettings, workers: int) -> Ite
     if workers <= 1:
         yield map(ChunkEncoder(settings), chunks)
         return
-    # A fresh interpreter: a fork would inherit the tokenizer library's threads, locked for ever.
+    # New interpreters: a fork would inherit locks that threads of the tokenizer library hold, and wait for ever.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (settings,))
     try:
         pending = deque(pool.submit(_encode, chunk) for chunk in islice(chunks, CHUNKS_IN_FLIGHT * workers))
@@ -283,6 +253,8 @@ def _encoded(files: list[Path], settings: EncodingSettings, workers: int) -> Ite
                 pending.extend(pool.submit(_encode, chunk) for chunk in islice(chunks, 1))
 
         yield results()
+    except BrokenProcessPool as error:
+        raise CorpusError("a worker process died, probably because memory ran out: give fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -311,7 +283,7 @@ def _facts(args, tokenizer: TokenizerSpec, writers: dict[str, DatasetWriter], ba
         if not writer.documents:
             raise CorpusError(
                 f"--validation-fraction {args.validation_fraction} leaves the {name} set without a document, of "
-                f"{sum(writer.documents for writer in writers.values())}; change it, or give more documents"
+                f"{sum(writer.documents for writer in writers.values())}; give another fraction, or more documents"
             )
         writer.finish()
     datasets = {name: {"prefix": writers[name].prefix.name, **writers[name].facts()} for name in writers}
@@ -342,7 +314,7 @@ def _report(args: argparse.Namespace, facts: dict, bad: BadDocuments, seconds: f
         )
     print(f"tokenizer: {facts['tokenizer']}, vocabulary {facts['vocab_size']}, end of document {facts['eod_id']}")
     if args.train_tokenizer and facts["vocab_size"] < args.train_tokenizer:
-        print(f"the text has no more to merge: {facts['vocab_size']} tokens instead of {args.train_tokenizer}")
+        print(f"the text has too few pairs to merge: {facts['vocab_size']} tokens instead of {args.train_tokenizer}")
     print(f"bad lines: {bad.count}, empty documents: {facts['empty_documents']}, {seconds:.1f} s")
     if bad.count:
         print(bad.listing())

@@ -225,8 +225,8 @@ class MegatronCheckpoint:
 def _names(entry: Entry) -> tuple[str, str]:
     """Names of a tensor in a checkpoint with a name for each layer, and in one whose layers are stacked."""
     if entry.layer is None:
-        return entry.rule.megatron, entry.rule.megatron
-    return f"decoder.layers.{entry.layer}.{entry.rule.megatron}", f"decoder.layers.{entry.rule.megatron}"
+        return entry.row.megatron, entry.row.megatron
+    return f"decoder.layers.{entry.layer}.{entry.row.megatron}", f"decoder.layers.{entry.row.megatron}"
 
 
 @dataclass(frozen=True)

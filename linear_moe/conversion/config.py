@@ -7,45 +7,19 @@ from argparse import Namespace
 import torch
 
 from linear_moe.conversion.files import ConversionError
-from linear_moe.conversion.names import Layout
+from linear_moe.conversion.names import Layout, rule_dimensions
 from mom_layers.hf.configuration_mom import MomConfig
+from mom_layers.hf.fields import FIELDS
+from mom_layers.recur.rules import rule_names
 
 # Hugging Face key, Megatron argument: the same value under two names.
-KEYS = (
-    ("hidden_size", "hidden_size"),
-    ("num_hidden_layers", "num_layers"),
-    ("intermediate_size", "ffn_hidden_size"),
-    ("norm_eps", "layernorm_epsilon"),
-    ("initializer_range", "init_method_std"),
-    ("max_position_embeddings", "max_position_embeddings"),
-    ("num_heads", "mom_num_heads"),
-    ("head_dim", "mom_head_dim"),
-    ("expand_v", "mom_expand_v"),
-    ("conv_size", "mom_conv_kernel"),
-    ("num_memories", "mom_num_memories"),
-    ("topk", "mom_topk"),
-    ("shared_mem", "mom_shared_memory"),
-    ("single_kv_proj", "mom_single_kv_proj"),
-    ("mom_backend", "mom_rule"),
-)
-# What the format has besides, with the one value that means what a Megatron model computes.
-FIXED = {
-    "attn_mode": "chunk",
-    "hidden_act": "swish",
-    "hidden_ratio": None,
-    "use_output_gate": True,
-    "use_short_conv": True,
-    "capacity": 1.0,
-    "use_layer_wise_balance": True,
-    "fuse_norm": True,
-    "fuse_swiglu": True,
-    "fuse_cross_entropy": True,
-    "use_cache": True,
-    "attnres_block_size": None,
-}
+KEYS = tuple((field.name, field.megatron) for field in FIELDS if field.megatron)
+# Keys without an argument of Megatron, with the value that means what a Megatron model computes.
+COMPUTED = ("vocab_size", "aux_loss_scale", "attn")
+FIXED = {field.name: field.export for field in FIELDS if not field.megatron and field.name not in COMPUTED}
 # Megatron arguments, and the values with which a model fits the format.
 EXPORTABLE = {
-    "mom_rule": ("gated_deltanet",),
+    "mom_rule": tuple(rule_names()),
     "normalization": ("RMSNorm",),
     "swiglu": (True,),
     "add_bias_linear": (False,),
@@ -231,19 +205,20 @@ def layout_of(config: MomConfig) -> Layout:
     specs = config.attention_specs()
     head = config.hidden_size // specs[0].num_heads if specs else 0
     groups = specs[0].num_kv_heads if specs else 1
-    value = int(config.head_dim * config.expand_v)
+    settings = config.mixer_settings()
     dims = {
         "hidden": config.hidden_size,
         "vocabulary": config.vocab_size,
         "intermediate": config.mlp_size,
         "memories": config.num_memories,
         "heads": config.num_heads,
-        "keys": config.num_heads * config.head_dim,
-        "values": config.num_heads * value,
-        "value": value,
+        "keys": settings.key_width,
+        "values": settings.value_width,
+        "value": settings.value_dim,
         "width": config.conv_size,
         "keys_values": groups * head,
         "one": 1,
+        **rule_dimensions(settings.rule, config.num_heads, config.head_dim),
     }
     return Layout(
         dims=dims,
@@ -254,6 +229,7 @@ def layout_of(config: MomConfig) -> Layout:
         single_kv_proj=config.single_kv_proj,
         tied=config.tie_word_embeddings,
         num_query_groups=groups,
+        memory_rule=settings.rule_name,
     )
 
 

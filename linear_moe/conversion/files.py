@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,33 +24,10 @@ TOKENIZER_FILES = (
 
 
 class ConversionError(ValueError):
-    """Something about a checkpoint that its user can act on, told in one line."""
+    """A checkpoint or model that cannot be used, with a message of one line for the user."""
 
-
-def run_tool(name: str, tool: Callable[[], None]) -> int:
-    """Runs a command-line tool. Returns 0, or 1 (130 when interrupted) with one line on stderr for what went wrong."""
-    try:
-        tool()
-    except ConversionError as error:
-        return _failed(name, str(error))
-    except (OSError, SafetensorError) as error:
-        return _failed(name, _reason(error))
-    except KeyboardInterrupt:
-        _failed(name, "interrupted")
-        return 130
-    return 0
-
-
-def _failed(name: str, reason: str) -> int:
-    print(f"{name}: error: {' '.join(reason.split())}", file=sys.stderr)
-    return 1
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        text = error.strerror + (f": {error.filename}" if error.filename else "")
-        return f"{text}; nothing was written" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else text
-    return f"{error}; nothing was written"
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())
 
 
 def check_target(target: Path, marks: Iterable[str], overwrite: bool) -> None:

@@ -1,9 +1,10 @@
 """One table of names between Megatron's checkpoints and the Hugging Face format (FLA's), read in both directions.
 
-Megatron keeps what it multiplies together in one tensor; the Hugging Face format keeps every projection on its own. A
-rule says which Hugging Face tensors one Megatron tensor holds, and how: :class:`Transform` splits it and joins them
-back, without arithmetic, so that a round trip is exact to the bit. Shapes are part of the table: a rule names the
-dimensions of each Hugging Face tensor, and Megatron's shape follows by joining.
+Megatron keeps weights that it multiplies together in one tensor; the Hugging Face format keeps every projection on its
+own. A :class:`WeightRow` says which Hugging Face tensors one Megatron tensor holds; its :class:`Transform` splits the
+Megatron tensor and joins the parts again, without arithmetic, so that a round trip is exact to the bit. Shapes are part
+of the table: a row names the dimensions of each Hugging Face tensor, and Megatron's shape follows by joining. The rows
+of a memory's gates and parameters come from the memory update rule.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from mom_layers.recur.rules import MemoryRule, get_rule
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Layout:
         single_kv_proj: whether all memories have one projection, which is the shared one's.
         tied: the output layer uses the embedding's weight.
         num_query_groups: key-value heads of a softmax layer.
+        memory_rule: name of the memory update rule.
     """
 
     dims: dict[str, int]
@@ -38,6 +42,7 @@ class Layout:
     single_kv_proj: bool
     tied: bool
     num_query_groups: int = 1
+    memory_rule: str = "gated_deltanet"
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,9 @@ class Transform:
     """How one Megatron tensor holds several Hugging Face tensors.
 
     Attributes:
-        split: (Megatron tensor, layout, number of Hugging Face tensors) -> those, in the rule's order.
-        join: the other way.
+        split: (Megatron tensor, layout, number of Hugging Face tensors) -> the Hugging Face tensors, in the row's
+            order.
+        join: (Hugging Face tensors, layout) -> the Megatron tensor.
     """
 
     split: Callable[[Tensor, Layout, int], Sequence[Tensor]]
@@ -83,17 +89,17 @@ QKV = Transform(split=_split_qkv, join=_join_qkv)
 
 
 @dataclass(frozen=True)
-class Rule:
+class WeightRow:
     """One Megatron tensor and the Hugging Face tensors it holds.
 
     Attributes:
         megatron: name, in a layer without its prefix.
         hf: (name, dimensions) of each, in a layer without its prefix. A name with ``{memory}`` stands for one tensor a
-            memory, none where all memories share a projection.
-        transform: how they are held.
-        layers: which layers have it ("mom", "attention" or "all"), None where it is not a layer's.
+            memory, and for no tensor where all memories share a projection.
+        transform: how the Megatron tensor holds the Hugging Face tensors.
+        layers: which layers have the tensor ("mom", "attention" or "all"); None for a tensor outside the layers.
         padded: Megatron may store more rows than the model has (vocabulary padding).
-        exact: stays in the type it is stored in, whatever type the rest is converted to.
+        exact: the tensor keeps its stored type, whatever type the other tensors are converted to.
     """
 
     megatron: str
@@ -104,9 +110,9 @@ class Rule:
     exact: bool = False
 
 
-def _per_memory(letter: str, megatron: str, rows: str) -> Rule:
+def _per_memory(letter: str, megatron: str, rows: str) -> WeightRow:
     names = (f"attn.{letter}_proj.{{memory}}.weight", f"attn.shared_{letter}.weight")
-    return Rule(
+    return WeightRow(
         f"self_attention.memory_proj.{megatron}",
         tuple((name, f"{rows} hidden") for name in names),
         transform=STACKED,
@@ -114,42 +120,64 @@ def _per_memory(letter: str, megatron: str, rows: str) -> Rule:
     )
 
 
-def _mom(megatron: str, hf: str, dims: str, **kwargs) -> Rule:
-    return Rule(f"self_attention.{megatron}", ((f"attn.{hf}", dims),), layers="mom", **kwargs)
+def _mom(megatron: str, hf: str, dims: str, **kwargs) -> WeightRow:
+    return WeightRow(f"self_attention.{megatron}", ((f"attn.{hf}", dims),), layers="mom", **kwargs)
 
 
-RULES = (
-    Rule("embedding.word_embeddings.weight", (("model.embeddings.weight", "vocabulary hidden"),),
-         layers=None, padded=True),
-    Rule("input_layernorm.weight", (("attn_norm.weight", "hidden"),), layers="mom"),
+def weight_rows(rule: MemoryRule) -> tuple[WeightRow, ...]:
+    """The table for models whose memories have this update rule: before the layers, in them, after them."""
+    gates = [_per_memory(gate.hf, gate.name, f"gate.{gate.name}") for gate in rule.raw_gates]
+    parameters = [
+        _mom(name, name, " ".join(["heads", *(f"{name}.{i}" for i in range(len(shape)))]), exact=True)
+        for name, shape in rule.parameter_shapes(1).items()
+    ]
+    return (*BEFORE_THE_LAYERS, *MIXER, *gates, *parameters, *ATTENTION, *MLP, *AFTER_THE_LAYERS)
+
+
+def rule_dimensions(rule: MemoryRule, num_heads: int, head_dim: int) -> dict[str, int]:
+    """Sizes of the dimensions that :func:`weight_rows` names after a rule's gates and parameters."""
+    dims = {f"gate.{gate.name}": num_heads * gate.columns for gate in rule.raw_gates}
+    for name, shape in rule.parameter_shapes(head_dim).items():
+        dims |= {f"{name}.{i}": size for i, size in enumerate(shape)}
+    return dims
+
+
+BEFORE_THE_LAYERS = (
+    WeightRow("embedding.word_embeddings.weight", (("model.embeddings.weight", "vocabulary hidden"),),
+              layers=None, padded=True),
+)  # fmt: skip
+MIXER = (
+    WeightRow("input_layernorm.weight", (("attn_norm.weight", "hidden"),), layers="mom"),
     _mom("router.weight", "gate.weight", "memories hidden"),
     _mom("in_proj.weight.query", "q_proj.weight", "keys hidden"),
     _per_memory("k", "key", "keys"),
     _per_memory("v", "value", "values"),
-    _per_memory("b", "beta", "heads"),
-    _per_memory("a", "a", "heads"),
-    _mom("A_log", "A_log", "heads", exact=True),
-    _mom("dt_bias", "dt_bias", "heads", exact=True),
     _mom("q_conv", "q_conv1d.weight", "keys one width", transform=CHANNELS),
     _mom("k_conv", "k_conv1d.weight", "keys one width", transform=CHANNELS),
     _mom("v_conv", "v_conv1d.weight", "values one width", transform=CHANNELS),
     _mom("in_proj.weight.gate", "g_proj.weight", "values hidden"),
     _mom("norm_weight", "o_norm.weight", "value"),
     _mom("out_proj.weight", "o_proj.weight", "hidden values"),
-    Rule("self_attention.linear_qkv.layer_norm_weight", (("attn_norm.weight", "hidden"),), layers="attention"),
-    Rule("self_attention.linear_qkv.weight",
-         (("attn.q_proj.weight", "hidden hidden"), ("attn.k_proj.weight", "keys_values hidden"),
-          ("attn.v_proj.weight", "keys_values hidden")),
-         transform=QKV, layers="attention"),
-    Rule("self_attention.linear_proj.weight", (("attn.o_proj.weight", "hidden hidden"),), layers="attention"),
-    Rule("mlp.linear_fc1.layer_norm_weight", (("mlp_norm.weight", "hidden"),)),
-    Rule("mlp.linear_fc1.weight",
-         (("mlp.gate_proj.weight", "intermediate hidden"), ("mlp.up_proj.weight", "intermediate hidden")),
-         transform=ROWS),
-    Rule("mlp.linear_fc2.weight", (("mlp.down_proj.weight", "hidden intermediate"),)),
-    Rule("decoder.final_layernorm.weight", (("model.norm.weight", "hidden"),), layers=None),
-    Rule("output_layer.weight", (("lm_head.weight", "vocabulary hidden"),), layers=None, padded=True),
+)
+ATTENTION = (
+    WeightRow("self_attention.linear_qkv.layer_norm_weight", (("attn_norm.weight", "hidden"),), layers="attention"),
+    WeightRow("self_attention.linear_qkv.weight",
+              (("attn.q_proj.weight", "hidden hidden"), ("attn.k_proj.weight", "keys_values hidden"),
+               ("attn.v_proj.weight", "keys_values hidden")),
+              transform=QKV, layers="attention"),
+    WeightRow("self_attention.linear_proj.weight", (("attn.o_proj.weight", "hidden hidden"),), layers="attention"),
 )  # fmt: skip
+MLP = (
+    WeightRow("mlp.linear_fc1.layer_norm_weight", (("mlp_norm.weight", "hidden"),)),
+    WeightRow("mlp.linear_fc1.weight",
+              (("mlp.gate_proj.weight", "intermediate hidden"), ("mlp.up_proj.weight", "intermediate hidden")),
+              transform=ROWS),
+    WeightRow("mlp.linear_fc2.weight", (("mlp.down_proj.weight", "hidden intermediate"),)),
+)  # fmt: skip
+AFTER_THE_LAYERS = (
+    WeightRow("decoder.final_layernorm.weight", (("model.norm.weight", "hidden"),), layers=None),
+    WeightRow("output_layer.weight", (("lm_head.weight", "vocabulary hidden"),), layers=None, padded=True),
+)
 
 EXTRA_STATES = {
     "mom": ("input_layernorm", "self_attention.in_proj", "self_attention.out_proj"),
@@ -162,9 +190,9 @@ EXTRA_STATES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A rule applied: one tensor of one model. ``layer`` is None where it is not a layer's."""
+    """A row of the table for one tensor of one model. ``layer`` is None where the tensor is not a layer's."""
 
-    rule: Rule
+    row: WeightRow
     layer: int | None
     hf: tuple[tuple[str, tuple[int, ...]], ...]
     layout: Layout
@@ -175,41 +203,40 @@ class Entry:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the Megatron tensor, without vocabulary padding."""
+        """Shape of the Megatron tensor, without vocabulary padding."""
         return tuple(self.join([torch.empty(shape, device="meta") for _, shape in self.hf]).shape)
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Hugging Face tensors of a Megatron tensor, in the order of ``hf``."""
-        return list(self.rule.transform.split(tensor, self.layout, len(self.hf)))
+        return list(self.row.transform.split(tensor, self.layout, len(self.hf)))
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The other way."""
-        return self.rule.transform.join(parts, self.layout)
+        """The Megatron tensor of Hugging Face tensors in the order of ``hf``."""
+        return self.row.transform.join(parts, self.layout)
 
 
 def entries(layout: Layout) -> Iterator[Entry]:
     """Every tensor of a model, in the order of its layers: what comes before them, the layers, what comes after."""
-    first_of_layers = next(i for i, rule in enumerate(RULES) if rule.layers)
-    last_of_layers = max(i for i, rule in enumerate(RULES) if rule.layers)
-    yield from _model_entries(RULES[:first_of_layers], layout)
+    rows = weight_rows(get_rule(layout.memory_rule))
+    yield from _model_entries(BEFORE_THE_LAYERS, layout)
     for layer in range(layout.num_layers):
         kind = "attention" if layer in layout.attention_layers else "mom"
-        for rule in RULES[first_of_layers : last_of_layers + 1]:
-            if rule.layers in (kind, "all"):
-                yield _entry(rule, layout, layer)
-    yield from _model_entries(RULES[last_of_layers + 1 :], layout)
+        for row in rows:
+            if row.layers in (kind, "all"):
+                yield _entry(row, layout, layer)
+    yield from _model_entries(AFTER_THE_LAYERS, layout)
 
 
-def _model_entries(rules: Sequence[Rule], layout: Layout) -> Iterator[Entry]:
-    for rule in rules:
-        if not (layout.tied and rule.megatron == "output_layer.weight"):
-            yield _entry(rule, layout, None)
+def _model_entries(rows: Sequence[WeightRow], layout: Layout) -> Iterator[Entry]:
+    for row in rows:
+        if not (layout.tied and row.megatron == "output_layer.weight"):
+            yield _entry(row, layout, None)
 
 
-def _entry(rule: Rule, layout: Layout, layer: int | None) -> Entry:
+def _entry(row: WeightRow, layout: Layout, layer: int | None) -> Entry:
     prefix = "" if layer is None else f"model.layers.{layer}."
     names = []
-    for name, dims in rule.hf:
+    for name, dims in row.hf:
         shape = tuple(layout.dims[dim] for dim in dims.split())
         if "{memory}" in name:
             memories = 0 if layout.single_kv_proj else layout.num_memories
@@ -218,4 +245,4 @@ def _entry(rule: Rule, layout: Layout, layer: int | None) -> Entry:
         else:
             memories = 1
         names += [(prefix + name.format(memory=memory), shape) for memory in range(memories)]
-    return Entry(rule, layer, tuple(names), layout)
+    return Entry(row, layer, tuple(names), layout)

@@ -18,11 +18,11 @@ from transformers.utils.logging import disable_progress_bar
 from linear_moe.conversion.checkpoint import MegatronCheckpoint
 from linear_moe.conversion.config import DTYPES, KEYS
 from linear_moe.conversion.files import ConversionError, read_json
-from linear_moe.conversion.names import RULES
 from linear_moe.entry.machine import prepare_machine
 from megatron_patches.cpu import CPU_ARGUMENTS
 from megatron_patches.patch import applied, undo_all
 from mom_layers.hf import MomForCausalLM
+from mom_layers.recur.rules import get_rule
 
 BATCH = 2
 
@@ -78,10 +78,11 @@ def exported_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def megatron_logits(folder: Path, tokens: torch.Tensor, rounded_to: torch.dtype) -> torch.Tensor:
     """Logits [B, T, padded V] of Megatron's model with the weights of a checkpoint, rounded to a type, in float32."""
-    exact = tuple(rule.megatron.rpartition(".")[2] for rule in RULES if rule.exact)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with _quiet(), _megatron():
-        model = _model(MegatronCheckpoint(folder))
+        checkpoint = MegatronCheckpoint(folder)
+        exact = get_rule(checkpoint.args.mom_rule).parameter_names
+        model = _model(checkpoint)
         _load(model, folder)
         for name, parameter in model.named_parameters():
             if not name.endswith(exact):

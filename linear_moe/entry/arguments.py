@@ -1,4 +1,4 @@
-"""The command-line group, and what keeps it with a checkpoint."""
+"""The command-line group of Mixture-of-Memories, its checks, and its part of Megatron's checkpoints."""
 
 from __future__ import annotations
 
@@ -9,48 +9,55 @@ import io
 from dataclasses import fields
 
 from linear_moe.config import MOM_REFUSES, TOKEN_MIXERS, MomTransformerConfig, refuse
-from linear_moe.entry import core_v018
+from megatron_patches import releases
 from megatron_patches.patch import Patch, wrap
 from mom_layers.common.kernels import KERNELS
 from mom_layers.recur.rules import rule_names
 
-OURS = [f.name for f in fields(MomTransformerConfig) if f.name == "token_mixer" or f.name.startswith("mom_")]
+DEFAULTS = {f.name: f.default for f in fields(MomTransformerConfig)}
+OURS = [name for name in DEFAULTS if name == "token_mixer" or name.startswith("mom_")]
 SHAPE = [
     "token_mixer", "mom_rule", "mom_num_memories", "mom_topk", "mom_shared_memory", "mom_num_heads", "mom_head_dim",
     "mom_expand_v", "mom_conv_kernel", "mom_single_kv_proj", "linear_attention_freq",
 ]  # fmt: skip
-"""Arguments that a checkpoint fixes: the weights mean nothing under other values."""
+"""Arguments that a checkpoint fixes: other values give the weights another meaning."""
+OLD_NAMES = {"mom_backend": "mom_kernels"}
+"""Earlier names of arguments, which commands, settings and checkpoints may still use."""
 OUR_SPEC = "linear_moe.layer_specs mom_layer_spec"
 
 
+def option(name: str) -> str:
+    """The command line's spelling of an argument."""
+    return "--" + name.replace("_", "-")
+
+
 def add_mom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds the group to Megatron's parser. Every default is None: the configuration's own apply, or a checkpoint's."""
-    default = {f.name: f.default for f in fields(MomTransformerConfig)}
+    """Adds the group to Megatron's parser. Every default is None: a checkpoint or the configuration fills the value."""
     group = parser.add_argument_group("mixture of memories")
 
     def add(name, help, **kwargs):
-        shown = default[name.strip("-").replace("-", "_")]
-        group.add_argument(name, default=None, help=f"{help} Default: {shown}.", **kwargs)
+        old = [option(before) for before, now in OLD_NAMES.items() if now == name]
+        group.add_argument(option(name), *old, default=None, help=f"{help} Default: {DEFAULTS[name]}.", **kwargs)
 
-    add("--token-mixer", "Token mixer of the decoder's layers.", choices=TOKEN_MIXERS)
-    add("--mom-rule", "Memory update rule.", choices=rule_names())
-    add("--mom-num-memories", "Memories a layer keeps, without the shared one.", type=int)
-    add("--mom-topk", "Memories that a token goes to.", type=int)
-    add("--mom-shared-memory", "Keep a memory that sees every token.", action=argparse.BooleanOptionalAction)
-    add("--mom-num-heads", "Heads of a memory.", type=int)
-    add("--mom-head-dim", "Key size of a head.", type=int)
-    add("--mom-expand-v", "Value size of a head over its key size.", type=float)
-    add("--mom-conv-kernel", "Width of the causal convolutions.", type=int)
-    add("--mom-single-kv-proj", "One key, value and gate projection for all memories.",
+    add("token_mixer", "Token mixer of the decoder's layers.", choices=TOKEN_MIXERS)
+    add("mom_rule", "Memory update rule.", choices=rule_names())
+    add("mom_num_memories", "Memories of a layer, without the shared memory.", type=int)
+    add("mom_topk", "Memories that the router sends a token to.", type=int)
+    add("mom_shared_memory", "Keep one more memory, which every token goes to.", action=argparse.BooleanOptionalAction)
+    add("mom_num_heads", "Heads of a memory.", type=int)
+    add("mom_head_dim", "Key size of a head.", type=int)
+    add("mom_expand_v", "Value size of a head over its key size.", type=float)
+    add("mom_conv_kernel", "Width of the causal convolutions.", type=int)
+    add("mom_single_kv_proj", "One key, value and gate projection for all memories.",
         action=argparse.BooleanOptionalAction)  # fmt: skip
-    add("--mom-aux-loss-coeff", "Coefficient of the memories' load-balancing loss.", type=float)
-    add("--mom-z-loss-coeff", "Coefficient of the memory router's z-loss.", type=float)
-    add("--mom-kernels", "Implementation of the mixer's operations.", choices=KERNELS)
+    add("mom_aux_loss_coeff", "Coefficient of the memories' load-balancing loss.", type=float)
+    add("mom_z_loss_coeff", "Coefficient of the memory router's z-loss.", type=float)
+    add("mom_kernels", "Implementation of the mixer's operations.", choices=KERNELS)
     return parser
 
 
 def repair_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Escapes the percent signs of Megatron's help texts that argparse would read as formats, and fail on."""
+    """Escapes the percent signs in Megatron's help texts that argparse cannot format."""
     for action in parser._actions:
         try:
             parser._get_formatter()._expand_help(action)
@@ -60,15 +67,15 @@ def repair_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def fill_mom_arguments(args: argparse.Namespace) -> None:
-    """Gives every argument of ours that neither the command line nor a checkpoint set its default."""
-    for f in fields(MomTransformerConfig):
-        if f.name in OURS and getattr(args, f.name, None) is None:
-            setattr(args, f.name, f.default)
+    """Sets every argument of ours that neither the command line nor a checkpoint set to its default."""
+    for name in OURS:
+        if getattr(args, name, None) is None:
+            setattr(args, name, DEFAULTS[name])
 
 
 def check_optimizer(args: argparse.Namespace) -> None:
-    """Refuses what Megatron cannot save: its plain optimizer numbers 16-bit parameters only, and a MoM layer's decay
-    rates stay float32.
+    """Raises ValueError where Megatron could not save the optimizer: its plain optimizer numbers 16-bit parameters
+    only, and a MoM layer's decay rates stay float32.
     """
     saves = args.save is not None and not args.no_save_optim
     if args.token_mixer == "mom" and (args.bf16 or args.fp16) and saves and not args.use_distributed_optimizer:
@@ -79,84 +86,87 @@ def check_optimizer(args: argparse.Namespace) -> None:
 
 
 def check_model(args: argparse.Namespace) -> None:
-    """Refuses what would build another model than the one that --token-mixer mom asks for, or replay another batch's
-    documents.
+    """Raises ValueError for arguments that --token-mixer mom does not work with: they would build another model, stop
+    in the middle of start-up, or replay the documents of another batch.
     """
     spec = None if args.spec is None else " ".join(args.spec)
-    packed = args.sft or getattr(args, "dataloader_inter_document_masking", False)  # not in core_v0.18
+    pattern = args.hybrid_layer_pattern
+    packed = args.sft or releases.argument(args, "dataloader_inter_document_masking")
     graphs = args.cuda_graph_impl != "none" or args.enable_cuda_graph or args.external_cuda_graph
     refuse(MOM_REFUSES, [
         (args.multi_latent_attention, "--multi-latent-attention", "use plain or grouped-query attention layers"),
         (args.heterogeneous_layers_config_path, "--heterogeneous-layers-config-path", "use --linear-attention-freq"),
-        (spec and not args.hybrid_layer_pattern and spec != OUR_SPEC, f"--spec {spec}", f"leave it out, or {OUR_SPEC}"),
-        (args.hybrid_layer_pattern and "G" not in args.hybrid_layer_pattern,
-         f"--hybrid-layer-pattern {args.hybrid_layer_pattern}", "write G where a MoM layer is to be"),
+        (spec and not pattern and spec != OUR_SPEC, f"--spec {spec}", f"leave it out, or {OUR_SPEC}"),
+        (pattern and "G" not in pattern, f"--hybrid-layer-pattern {pattern}", "write G where a MoM layer is to be"),
         ((args.reset_attention_mask or args.reset_position_ids) and not packed,
          "--reset-attention-mask" if args.reset_attention_mask else "--reset-position-ids",
-         "memories know documents by --dataloader-inter-document-masking"),
+         "use --dataloader-inter-document-masking, which tells the memories where documents end"),
         (packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size not in (None, 1),
          f"packed documents, --pipeline-model-parallel-size {args.pipeline_model_parallel_size} and "
          f"--micro-batch-size {args.micro_batch_size}", "stages take packed rows one by one: --micro-batch-size 1"),
-        (args.hybrid_layer_pattern and core_v018.is_running(),
-         f"--hybrid-layer-pattern {args.hybrid_layer_pattern} in core_v0.18",
-         "use pretrain_gpt.py with --linear-attention-freq, or core_v0.19"),
-        (args.moe_router_enable_expert_bias and core_v018.is_running(),
-         "--moe-router-enable-expert-bias in core_v0.18",
-         "it would count the memories among the experts there: leave it out, or use core_v0.19"),
-        # Seen failing on GPUs, in the middle of start-up.
+        *releases.running().refusals(args),
+        # Megatron FSDP, torch FSDP2 and CPU offloading failed on GPUs, in the middle of start-up.
         (args.use_megatron_fsdp, "--use-megatron-fsdp", "use --use-distributed-optimizer"),
         (args.use_torch_fsdp2, "--use-torch-fsdp2", "use --use-distributed-optimizer"),
-        (getattr(args, "cpu_offloading_num_layers", 0), "--cpu-offloading-num-layers",
-         "use --fine-grained-activation-offloading"),
+        (args.cpu_offloading_num_layers, "--cpu-offloading-num-layers", "use --fine-grained-activation-offloading"),
         (packed and graphs, "CUDA graphs of packed documents",
-         "their number changes from batch to batch: leave out one of the two"),
+         "the number of documents changes from batch to batch: leave out one of the two"),
     ])  # fmt: skip
 
 
 def check_context_parallel(args: argparse.Namespace) -> None:
-    """Refuses packed documents where they are not cut as the layers want them: MoM layers take a row of documents cut
-    as a whole, softmax attention (multi-token prediction's too, and ``--sft``) cuts every document by itself.
+    """Raises ValueError for packed documents that Megatron would cut in another way than the layers: MoM layers cut a
+    row of documents as a whole, softmax attention (multi-token prediction's too, and ``--sft``) cuts every document.
     """
     if args.token_mixer != "mom" or args.context_parallel_size == 1:
         return
     split = f"--context-parallel-size {args.context_parallel_size}"
-    packed = getattr(args, "dataloader_inter_document_masking", False)
+    packed = releases.argument(args, "dataloader_inter_document_masking")
     freq = args.linear_attention_freq
     softmax = "*" in (args.hybrid_layer_pattern or "") or not (freq is None or (isinstance(freq, list) and all(freq)))
-    softmax = softmax or bool(getattr(args, "mtp_num_layers", None))
+    softmax = softmax or bool(args.mtp_num_layers)
     refuse(MOM_REFUSES, [
-        (getattr(args, "sft", False), f"--sft and {split}",
-         "every document is cut by itself there: use another layout"),
+        (args.sft, f"--sft and {split}", "--sft cuts every document by itself: use another layout"),
         (packed and softmax, f"--dataloader-inter-document-masking, {split} and softmax attention layers",
-         "these want every document cut by itself: make every layer MoM, without --mtp-num-layers, or leave out one "
-         "of the two"),
+         "softmax attention cuts every document by itself: make every layer MoM, without --mtp-num-layers, or leave "
+         "out one of the two"),
     ])  # fmt: skip
 
 
 def compare_with_checkpoint(args: argparse.Namespace, saved: argparse.Namespace) -> None:
     """Raises ValueError, naming the first difference, where a checkpoint's memories have another shape than ours."""
-    default = {f.name: f.default for f in fields(MomTransformerConfig)}
     for name in SHAPE:
-        theirs, mine = getattr(saved, name, default[name]), getattr(args, name, default[name])
+        theirs, mine = getattr(saved, name, DEFAULTS[name]), getattr(args, name, DEFAULTS[name])
         if theirs != mine:
-            option = "--" + name.replace("_", "-")
             raise ValueError(
-                f"the checkpoint was written with {option} {theirs}, the command line says {mine}: "
+                f"the checkpoint was written with {option(name)} {theirs}, the command line says {mine}: "
                 "give the same value, or --use-checkpoint-args"
             )
 
 
 def check_run(args: argparse.Namespace) -> None:
-    """Refuses what cannot be saved, and a --load whose checkpoint, if there is one, holds another model."""
+    """Raises ValueError where the run could not be saved, or where --load names a checkpoint of another model."""
     from megatron.training.checkpointing import load_args_from_checkpoint
 
     check_optimizer(args)
     if args.load is None:
         return
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells every argument that it would set on the copy
+    with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints every argument that it sets on the copy
         found = load_args_from_checkpoint(copy.copy(args))
     if isinstance(found, tuple):
         compare_with_checkpoint(args, found[1])
+
+
+def restore_from_checkpoint(args: argparse.Namespace, saved: argparse.Namespace) -> None:
+    """Our part of --use-checkpoint-args: sets the arguments that the command line leaves open as the checkpoint says,
+    which may have them under an old name.
+    """
+    held = {now: getattr(saved, before) for before, now in OLD_NAMES.items() if hasattr(saved, before)} | vars(saved)
+    for name in [*OURS, "linear_attention_freq"]:
+        if getattr(args, name, None) is None and held.get(name) is not None:
+            setattr(args, name, held[name])
+    if held.get("token_mixer") == "mom":  # every MoM layer has a norm, and the argument's default is a number
+        args.layernorm_epsilon = saved.layernorm_epsilon
 
 
 def _add_group(add_megatron_arguments, parser):
@@ -164,7 +174,7 @@ def _add_group(add_megatron_arguments, parser):
 
 
 def _validate(validate_args, args, *positional, **keywords):
-    """Megatron's checks and ours. Memories may be the only experts: Megatron's then see no expert parallelism."""
+    """Megatron's checks and ours. In a model without experts Megatron's checks see no expert parallelism."""
     fill_mom_arguments(args)
     if args.token_mixer != "mom":
         return validate_args(args, *positional, **keywords)
@@ -180,20 +190,13 @@ def _validate(validate_args, args, *positional, **keywords):
 
 
 def _restore(load_args_from_checkpoint, args, *positional, **keywords):
-    """Our part of --use-checkpoint-args: what the command line leaves open comes from the checkpoint."""
     result = load_args_from_checkpoint(args, *positional, **keywords)
     if isinstance(result, tuple):
-        saved = result[1]
-        for name in [*OURS, "linear_attention_freq"]:
-            if getattr(args, name, None) is None and getattr(saved, name, None) is not None:
-                setattr(args, name, getattr(saved, name))
-        if getattr(saved, "token_mixer", None) == "mom":  # part of every MoM layer, and not None by default
-            args.layernorm_epsilon = saved.layernorm_epsilon
+        restore_from_checkpoint(args, result[1])
     return result
 
 
 def _compare(check_checkpoint_args, saved, *positional, **keywords):
-    """The same where Megatron compares its own list."""
     from megatron.training import get_args
 
     check_checkpoint_args(saved, *positional, **keywords)

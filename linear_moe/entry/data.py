@@ -29,11 +29,11 @@ from linear_moe.vocabulary import vocabulary_size
 
 FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids", "cu_seqlens", "cu_seqlens_padded",
           "max_seqlen", "local_cp_size", "hybrid_cp_group")  # fmt: skip
-"""What a batch holds."""
+"""Names of the tensors of a batch."""
 
 
 def check_dataset_files(prefix: str) -> None:
-    """Raises ValueError, naming the file, where PREFIX.bin and PREFIX.idx are missing, broken or do not fit."""
+    """Raises ValueError, with the file, for PREFIX.bin and PREFIX.idx that are missing, broken or of two data sets."""
     binary, index = Path(prefix + ".bin"), Path(prefix + ".idx")
     for path in (binary, index):
         if not path.is_file():
@@ -41,18 +41,18 @@ def check_dataset_files(prefix: str) -> None:
     try:
         reader = _IndexReader(str(index), multimodal=False)
     except (AssertionError, ValueError, OSError, KeyError) as error:
-        raise ValueError(f"data path {prefix!r}: {index} is not a readable index: {error}") from error
+        raise ValueError(f"data path {prefix!r}: {index} is not a readable index ({error}): write it again") from error
     expected = int(reader.sequence_lengths.sum(dtype="int64")) * reader.dtype_size
     found = binary.stat().st_size
     if found != expected:
         raise ValueError(
             f"data path {prefix!r}: {binary} holds {found} bytes and its index describes {expected}: "
-            "it was cut short or belongs to another index; write it again"
+            "the file was cut short or belongs to another index; write both files again"
         )
 
 
 def check_data_paths(args) -> None:
-    """Checks every data path of the command line (blend weights between them are passed over)."""
+    """Checks every data path of the command line. Raises ValueError for a broken data path, and for none."""
     if args.mock_data or args.sft:
         return
     blend, per_split = get_blend_and_blend_per_split(args)
@@ -139,9 +139,11 @@ provide_datasets.is_distributed = True
 
 
 def cuts_contiguously(args) -> bool:
-    """Whether a context-parallel rank gets one stretch of time: where every layer wants that, none has to reorder.
+    """Whether every context-parallel rank gets one contiguous slice of a sequence: when all layers are MoM, which
+    compute on contiguous slices, so that no layer reorders its tokens.
 
-    Softmax attention wants Megatron's zigzag, which costs every rank the same; multi-token prediction has such a layer.
+    Softmax attention computes on Megatron's zigzag, which gives every rank the same work. Multi-token prediction has a
+    softmax attention layer.
     """
     if args.context_parallel_size == 1 or args.token_mixer != "mom" or args.mtp_num_layers:
         return False
@@ -149,7 +151,7 @@ def cuts_contiguously(args) -> bool:
 
 
 def get_batch(data_iterator, vp_stage=None) -> dict[str, torch.Tensor | None]:
-    """This rank's part of the next batch; every field of FIELDS, None where the rank's stage has no use for it."""
+    """This rank's part of the next batch: every name of FIELDS, None for tensors that the pipeline stage ignores."""
     args = get_args()
     packed = args.dataloader_inter_document_masking
     if not packed and not _needs_batch(args, vp_stage):
@@ -178,7 +180,7 @@ def get_batch(data_iterator, vp_stage=None) -> dict[str, torch.Tensor | None]:
     batch = flatten_batch_for_packed_sequences(batch)
     if not _needs_batch(args, vp_stage):
         return batch
-    if getattr(args, "contiguous_context_slices", False):  # the layers were built for that
+    if args.contiguous_context_slices:  # set by linear_moe.pretrain before the layers are built
         ranks, rank = args.context_parallel_size, mpu.get_context_parallel_rank()
         cut = ("tokens", "labels", "loss_mask", "position_ids")
         return batch | {name: batch[name].chunk(ranks, 1)[rank] for name in cut if batch[name] is not None}
@@ -202,16 +204,16 @@ def _packed_seq_params(batch, seq_length) -> PackedSeqParams | None:
         cu_seqlens_kv=borders if padded is None else padded,
         cu_seqlens_q_padded=padded,
         cu_seqlens_kv_padded=padded,
-        max_seqlen_q=seq_length,  # a bound is enough, and asking for the longest waits for the GPU
+        max_seqlen_q=seq_length,  # an upper bound; the exact longest length would wait for the GPU
         max_seqlen_kv=seq_length,
         tokens_per_sample=seq_length,
     )
 
 
 def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor):
-    """Sum of the per-token losses [b, s] where the mask [b, s] is 1, the number of such tokens, and what to report.
+    """Sum of the losses [b, s] of the tokens where the mask [b, s] is 1, the number of these tokens, and the report.
 
-    Raises RuntimeError on every rank that sees a loss that is not finite (``--check-for-nan-in-loss-and-grad``).
+    Raises RuntimeError on every rank with a loss that is not finite (``--check-for-nan-in-loss-and-grad``).
     """
     mask = loss_mask.reshape(-1).float()
     loss = (losses.reshape(-1).float() * mask).sum()

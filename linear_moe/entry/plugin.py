@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
-from linear_moe.entry import arguments, core_v018, machine
-from megatron_patches import float32_parameters, reshardable_optimizer, trusted_checkpoints
-from megatron_patches.patch import Patch, apply_all, undo_all, wrap
+import megatron_patches
+from linear_moe.config import MomTransformerConfig, has_memories
+from linear_moe.entry import arguments, log, machine
+from megatron_patches import releases
+from megatron_patches.patch import Patch, applied, apply_all, undo_all, wrap
+
+# linear_moe.layer and linear_moe.watching are imported inside functions: a run without memories, which gets only our
+# arguments, imports neither the layers nor megatron.training.training.
 
 
 def _configure(core_transformer_config_from_args, args, config_class=None):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from linear_moe.config import MomTransformerConfig
-
-    if getattr(args, "token_mixer", "attention") == "mom" and config_class in (None, TransformerConfig):
+    if has_memories(args) and config_class in (None, TransformerConfig):
         config_class = MomTransformerConfig
     return core_transformer_config_from_args(args, config_class)
 
 
-def _choose_layers(default_layer_spec, model_config, vp_stage):
-    from linear_moe.layer.specs import gpt_layer_spec
+def _layers(config, vp_stage):
+    """The decoder layers of a model with memories; None for a model without."""
+    from linear_moe.layer.specs import mom_block_spec
 
-    if getattr(model_config.transformer, "token_mixer", "attention") != "mom":
-        return default_layer_spec(model_config, vp_stage)
-    return gpt_layer_spec(model_config, vp_stage)
+    return mom_block_spec(config, vp_stage=vp_stage) if has_memories(config) else None
+
+
+def _routed_memories(config) -> int | None:
+    return config.mom_num_memories if has_memories(config) else None
+
+
+def _choose_layers(default_layer_spec, model_config, vp_stage):
+    layers = _layers(model_config.transformer, vp_stage)
+    return default_layer_spec(model_config, vp_stage) if layers is None else layers
 
 
 def _choose_hybrid_layers(hybrid_config_from_args, args, *positional, **keywords):
     from linear_moe.layer.hybrid_specs import hybrid_stack_spec
 
     model_config = hybrid_config_from_args(args, *positional, **keywords)
-    if args.token_mixer == "mom":
+    if has_memories(args):
         model_config.hybrid_stack_spec = hybrid_stack_spec(model_config.transformer, model_config.hybrid_stack_spec)
     return model_config
 
 
 def model_patch() -> Patch:
     """Gives the model its configuration's class and its layers."""
-    default_layers = wrap("megatron.training.models.gpt", "default_layer_spec", _choose_layers)
+    hooks = releases.ModelHooks(configure=_configure, layers=_layers, routed_memories=_routed_memories)
     return Patch(
         name="model",
         reason="the class of the configuration and the layers of a GPT or hybrid model are chosen from fixed lists",
@@ -44,35 +55,49 @@ def model_patch() -> Patch:
         targets=(
             wrap("megatron.training.argument_utils", "core_transformer_config_from_args", _configure),
             wrap("megatron.training.argument_utils", "hybrid_config_from_args", _choose_hybrid_layers),
-            *(core_v018.targets(_configure) if core_v018.is_running() else [default_layers]),
+            wrap("megatron.training.models.gpt", "default_layer_spec", _choose_layers),
+            *releases.running().model_targets(hooks),
         ),
     )
 
 
 def training_patches() -> tuple[Patch, ...]:
-    """Patches that a run with MoM layers needs once its model is known."""
-    from linear_moe.watching import training_log
+    """Patches of a run of another script with MoM layers, once Megatron has built the configuration."""
+    from linear_moe.watching.reporter import AddedLineReporter
 
-    return (float32_parameters.PATCH, reshardable_optimizer.PATCH, trusted_checkpoints.PATCH, training_log.PATCH)
+    return (*machine.TRAINING_PATCHES, AddedLineReporter().patch())
 
 
-def patches() -> tuple[Patch, ...]:
-    """Every patch of a run that the launcher starts with --token-mixer mom on a machine with GPUs."""
+def launcher_patches() -> tuple[Patch, ...]:
+    """Patches of a run that the launcher starts with --token-mixer mom, beside those of the machine."""
     return (arguments.PATCH, model_patch(), *training_patches())
 
 
+def patches() -> tuple[Patch, ...]:
+    """Every patch that a run of this project can have, each once: through the launcher, through ``--spec``, through
+    `linear_moe.pretrain`, from Megatron's wheel, and on a machine without a GPU.
+    """
+    from linear_moe.watching.reporter import WholeLineReporter
+
+    every = (*megatron_patches.patches(), *launcher_patches(), WholeLineReporter().patch())
+    return tuple({patch.name: patch for patch in every}.values())
+
+
 def install(*, mom: bool) -> None:
-    """To be called before the script is run. Without ``mom`` nothing but the arguments is added."""
-    apply_all(patches() if mom else [arguments.PATCH])
+    """Applies the patches of the launcher; without ``mom`` only the patch that adds our arguments. Call it before the
+    script runs.
+    """
+    apply_all(launcher_patches() if mom else [arguments.PATCH])
 
 
 def uninstall() -> None:
-    """Takes everything back that `install` did: Megatron is as it was."""
-    undo_all(patches())
+    """Undoes every patch of `patches` that is in effect: Megatron is as it was before this project changed it."""
+    ours = {patch.name for patch in patches()}
+    undo_all(patch for patch in applied() if patch.name in ours)
 
 
 def join_running_script(settings: dict[str, object]) -> None:
-    """What `install` does for the launcher, for ``--spec``: in a run that has parsed its arguments already.
+    """For ``--spec``, what `install` does for the launcher, in a run that has parsed its arguments already.
 
     The settings become arguments of the run, so that its checkpoints carry them.
     """
@@ -83,7 +108,7 @@ def join_running_script(settings: dict[str, object]) -> None:
         setattr(args, name, value)
     arguments.fill_mom_arguments(args)
     arguments.check_context_parallel(args)
-    machine.show_log()
+    log.show_log()
     apply_all(training_patches())  # one of which limits what the check of --load may unpickle
     arguments.check_run(args)
-    machine.announce()
+    log.announce()

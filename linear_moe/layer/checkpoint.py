@@ -14,18 +14,21 @@ def split_for_checkpoint(
 ) -> ShardedTensorFactory:
     """Stores a fused parameter as one checkpoint entry a piece, ``key.name``.
 
-    A fused dimension that is sharded as a whole would come back in another order at another tensor-parallel size;
-    its pieces, each sharded by head, do not. (megatron-core has the same for dimension 0 only.)
+    Every piece is sharded by head, and loads at any tensor-parallel size. A fused dimension sharded as a whole would
+    load in another order at another size. (megatron-core has such a function for dimension 0 only.)
 
     Args:
         tensor: the sharded parameter.
         dim: the fused dimension, of the local tensor.
         names, sizes: of the pieces, in order; the sizes are local and cover the dimension.
-        first, total: dimension 0 holds elements ``first`` and on of ``total``, of which other ranks may hold any number
-            (memories over ranks). Without ``total`` it lies as ``tensor`` says.
+        first, total: dimension 0 holds the elements from ``first`` on, of ``total`` elements on all ranks (memories
+            over ranks); ranks may hold different numbers of elements. Without ``total`` the offset is ``tensor``'s.
     """
     if sum(sizes) != tensor.local_shape[dim] or len(names) != len(sizes):
-        raise ValueError(f"pieces {dict(zip(names, sizes, strict=False))} do not cover {tensor.local_shape[dim]}")
+        raise ValueError(
+            f"pieces {dict(zip(names, sizes, strict=False))} of dimension {dim}: expected a size for each name, and "
+            f"sizes that sum to {tensor.local_shape[dim]}"
+        )
     layout = tensor.without_data()
 
     @torch.no_grad()
@@ -54,7 +57,7 @@ def _pieces(tensor: ShardedTensor, dim: int, names: list[str], sizes: list[int])
 
 
 def _elements(tensor: ShardedTensor, first: int, total: int) -> list[ShardedTensor]:
-    """One sharded tensor for each element of dimension 0: Megatron wants the parts of one entry to be of one size."""
+    """One sharded tensor for each element of dimension 0: all parts of a checkpoint entry must have one size."""
     axis = tensor.prepend_axis_num
 
     def at(values, value):

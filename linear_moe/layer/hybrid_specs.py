@@ -20,13 +20,13 @@ from linear_moe.config import MomTransformerConfig
 from linear_moe.layer.specs import input_norm, mom_mixer_spec
 
 
-def hybrid_stack_spec(config: MomTransformerConfig, chosen: ModuleSpec | None = None) -> ModuleSpec:
+def hybrid_stack_spec(config: MomTransformerConfig, chosen: ModuleSpec | None) -> ModuleSpec:
     """Layers of a hybrid model with MoM for the letter G.
 
     Args:
-        config: of the model.
-        chosen: what the command line's --spec names; its other letters stay as they are. Without it the layers are
-            Megatron's: with Transformer Engine all of them, with --transformer-impl local those for ``* - E``.
+        config: configuration of the model.
+        chosen: the stack that the command line's --spec names, which keeps its other letters. None for Megatron's
+            stack: all letters with Transformer Engine, ``* - E`` with --transformer-impl local.
     """
     if chosen is None:
         chosen = _local_stack(config) if config.transformer_impl == "local" else stack_with_transformer_engine
@@ -42,7 +42,7 @@ def hybrid_stack_spec(config: MomTransformerConfig, chosen: ModuleSpec | None = 
 
 
 class LocalHybridStack(HybridStack):
-    """Megatron's, whose last norm is Transformer Engine's whatever its layers are, with a local one."""
+    """Megatron's HybridStack with a local last norm. Megatron's own last norm is always Transformer Engine's."""
 
     def __init__(self, config: MomTransformerConfig, *args, post_layer_norm: bool = True, **kwargs):
         super().__init__(config, *args, post_layer_norm=False, **kwargs)
@@ -52,7 +52,7 @@ class LocalHybridStack(HybridStack):
 
 
 def _local_stack(config: MomTransformerConfig) -> ModuleSpec:
-    """Softmax attention, MLPs and MoE MLPs of Megatron's local modules, each a layer of its own."""
+    """A stack of Megatron's local modules: softmax attention, MLP and MoE MLP, each a separate layer."""
 
     def parts(num_experts):
         whole = get_gpt_layer_local_spec(num_experts=num_experts, normalization=config.normalization).submodules

@@ -31,9 +31,8 @@ from linear_moe.layer.router import MemoryRouter
 from linear_moe.parallel.context import ContextSlice
 from linear_moe.parallel.expert import mix_memories_over_ranks
 from linear_moe.parallel.sequence_order import SequenceOrder
-from mom_layers.mixing import MemoryParameters, mix_memories, projection_sizes
-from mom_layers.recur.rules import get_rule, kept_exact
-from mom_layers.route.plan import build_routing_plan
+from mom_layers.mixing import MemoryParameters, mix_routed
+from mom_layers.recur.rules import kept_exact
 
 
 @dataclass
@@ -77,19 +76,20 @@ class MomTokenMixer(MegatronModule):
         if self.cp_group.size() > 1 and not config.contiguous_context_slices:
             group = pg_collection.tp_cp if config.sequence_parallel else self.cp_group
             self.order = SequenceOrder(group, self.cp_group.size())
-        self.rule = get_rule(config.mom_rule)
+        self.settings = config.mixer_settings()
+        self.rule = self.settings.rule
 
         heads, tp_size = config.mom_num_heads, pg_collection.tp.size()
         self.num_heads = heads // tp_size
-        self.key_width = self.num_heads * config.mom_head_dim
+        self.key_width = self.rule.num_key_heads(self.num_heads) * config.mom_head_dim
         self.value_width = self.num_heads * config.mom_value_dim
-        self.sizes = projection_sizes(self.rule, self.num_heads, config.mom_head_dim, config.mom_value_dim)
+        self.sizes = self.rule.projection_sizes(self.num_heads, config.mom_head_dim, config.mom_value_dim)
 
         self.router = MemoryRouter(config, layer_number, pg_collection)
         self.in_proj = build_module(
             submodules.in_proj,
             config.hidden_size,
-            heads * (config.mom_head_dim + config.mom_value_dim),
+            self.settings.key_width + self.settings.value_width,
             config=config,
             init_method=config.init_method,
             gather_output=False,
@@ -123,7 +123,7 @@ class MomTokenMixer(MegatronModule):
                 set_tensor_model_parallel_attributes(weight, True, sharded_dim, 1)
             return weight
 
-        self.num_projections = 1 if config.mom_single_kv_proj else config.mom_num_groups
+        self.num_projections = self.settings.num_projections
         self.memories_here = slice(0, self.num_projections)
         self.shared_proj = None
         if self.splits_memories and not config.mom_single_kv_proj:
@@ -234,18 +234,9 @@ class MomTokenMixer(MegatronModule):
                 kernels=self.config.mom_kernels,
             )
         else:
-            plan = build_routing_plan(
-                ids,
-                borders,
-                num_memories=self.config.mom_num_memories,
-                shared=self.config.mom_shared_memory,
-                kernels=self.config.mom_kernels,
-            )
-            if batch > 1:
-                plan = plan.time_major()
-            y, _ = mix_memories(
-                x.flatten(0, 1), q, gate, weights.flatten(0, 1), plan, routed,
-                sequence_slice=sequence_slice, kernels=self.config.mom_kernels,
+            y, _ = mix_routed(
+                x.flatten(0, 1), q, gate, weights.flatten(0, 1), ids, borders, routed, self.settings,
+                time_major=batch > 1, sequence_slice=sequence_slice, kernels=self.config.mom_kernels,
             )  # fmt: skip
         y = y.unflatten(0, (length, batch))
         out, bias = self.out_proj(y)

@@ -1,4 +1,4 @@
-"""Layer norms in plain PyTorch that work under sequence parallelism (megatron-core's own refuse it)."""
+"""Layer norms in plain PyTorch with sequence parallelism, which megatron-core's PyTorch norms refuse."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _NORMS = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
 class TorchNorm:
     """Builds a torch LayerNorm or RMSNorm whose parameters Megatron reduces over the tensor-parallel group.
 
-    Raises ValueError for a setting that PyTorch's norms do not have.
+    Raises ValueError for a normalization that PyTorch lacks.
     """
 
     def __new__(cls, config, hidden_size: int, eps: float = 1e-5, **_):

@@ -15,7 +15,7 @@ from linear_moe.watching.metrics import memory_metrics
 
 
 def router_config(config: MomTransformerConfig) -> MomTransformerConfig:
-    """The configuration that the router sees: memories for experts, and none of the model's own expert settings."""
+    """The router's configuration: memories in the place of experts, without the expert settings of the model."""
     memories = copy.copy(config)
     memories.num_moe_experts = config.mom_num_memories
     memories.moe_router_topk = config.mom_topk
@@ -40,10 +40,10 @@ def router_config(config: MomTransformerConfig) -> MomTransformerConfig:
 
 
 def router_groups(pg_collection: ProcessGroupCollection, sequence_parallel: bool) -> ProcessGroupCollection:
-    """Process groups over which tokens are split, as the router's losses count them.
+    """Process groups over which tokens are split, as the router's losses count tokens.
 
-    Without sequence parallelism every tensor-parallel rank sees the same tokens: summing over them would divide the
-    losses' gradient by their number.
+    Without sequence parallelism every tensor-parallel rank has the same tokens. A sum over these ranks would divide the
+    gradient of the losses by the number of ranks.
     """
     if sequence_parallel:
         return pg_collection
@@ -55,7 +55,7 @@ def router_groups(pg_collection: ProcessGroupCollection, sequence_parallel: bool
 
 @contextmanager
 def _record_as_memories():
-    """Sends the router's losses to the memories' tracker, so that they do not mix with those of a real MoE."""
+    """Sends the router's losses to the memories' tracker, apart from the losses of the model's experts."""
     experts = get_moe_metrics_tracker()
     set_moe_metrics_tracker(memory_metrics().losses)
     try:
@@ -70,7 +70,7 @@ class MemoryRouter(TopKRouter):
     def __init__(self, config: MomTransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection):
         super().__init__(router_config(config), router_groups(pg_collection, config.sequence_parallel))
         self.set_layer_number(layer_number)
-        # finalize_model_grads visits every module that has an expert bias: keep it from updating ours.
+        # finalize_model_grads updates the expert bias of every module without this attribute.
         self.frozen_expert_bias = True
         self.local_tokens_per_expert = torch.zeros(1)
 

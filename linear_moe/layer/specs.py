@@ -32,13 +32,11 @@ def _norm(builder):
     return TorchNorm if builder is WrappedTorchNorm else builder
 
 
-def _layer_ids(config: MomTransformerConfig, vp_stage: int | None, pp_rank: int | None, count: int) -> list[int]:
-    """Which of the model's layers this pipeline stage holds."""
+def _layer_ids(config: MomTransformerConfig, vp_stage: int | None, count: int) -> list[int]:
+    """Indices of the layers that this pipeline stage holds, among all layers of the model."""
     if config.pipeline_model_parallel_layout is not None:
-        return config.pipeline_model_parallel_layout.get_layer_id_list(
-            layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
-        )
-    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+        return config.pipeline_model_parallel_layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     return list(range(first, first + count))
 
 
@@ -54,16 +52,15 @@ def mom_mixer_spec(config: MomTransformerConfig) -> ModuleSpec:
 
 
 def input_norm(config: MomTransformerConfig):
-    """The norm before a layer, a module of its own."""
+    """The norm before a layer, as a separate module."""
     rms_norm = config.normalization == "RMSNorm"
     return _norm(_backend(config).layer_norm(rms_norm=rms_norm, for_qk=False, has_residual=True))
 
 
-def mom_block_spec(
-    config: MomTransformerConfig, vp_stage: int | None = None, pp_rank: int | None = None
-) -> TransformerBlockSubmodules:
-    """Decoder layers of this pipeline stage: Megatron's own for the configuration (Transformer Engine's or local
-    modules, dense or MoE MLPs), with Mixture-of-Memories for token mixer where ``config.mom_layer_pattern`` says so.
+def mom_block_spec(config: MomTransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Decoder layers of this pipeline stage: Megatron's own layers for the configuration (Transformer Engine's or local
+    modules, dense or MoE MLPs), with Mixture-of-Memories as the token mixer of the layers in
+    ``config.mom_layer_pattern``.
     """
     block = get_gpt_decoder_block_spec(
         config,
@@ -71,14 +68,11 @@ def mom_block_spec(
         normalization=config.normalization,
         qk_l2_norm=config.qk_l2_norm,
         vp_stage=vp_stage,
-        pp_rank=pp_rank,
     )
     mixer, norm = mom_mixer_spec(config), input_norm(config)
     pattern = config.mom_layer_pattern()
     layers = []
-    for layer_id, layer in zip(
-        _layer_ids(config, vp_stage, pp_rank, len(block.layer_specs)), block.layer_specs, strict=True
-    ):
+    for layer_id, layer in zip(_layer_ids(config, vp_stage, len(block.layer_specs)), block.layer_specs, strict=True):
         submodules = replace(
             layer.submodules,
             input_layernorm=_norm(layer.submodules.input_layernorm),
@@ -90,7 +84,7 @@ def mom_block_spec(
                 submodules,
                 input_layernorm=norm,
                 self_attention=mixer,
-                # The norm is this layer's own, not part of a fused attention projection.
+                # The norm is a module of the layer. In Megatron's attention layers a fused projection holds the norm.
                 sharded_state_dict_keys_map={k: v for k, v in keys.items() if not k.startswith("input_layernorm.")},
             )
         layers.append(replace(layer, submodules=submodules))

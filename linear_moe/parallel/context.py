@@ -1,13 +1,13 @@
-"""Sequences over Megatron's context-parallel group: a rank works on its slice of each, and states are passed on.
+"""Context parallelism: every rank holds a slice of each sequence, and passes states on to the ranks of later slices.
 
-What crosses from slice to slice does not grow with the sequence: for every memory (of every sequence, or of the one
-packed document that lies over the edge) the affine map of its state in float32, H K (K + V) numbers, and the last
-W - 1 inputs of its convolutions. Every rank gathers all of them and merges those before it; backward, gradients come
-the same way from the ranks after it. The first rank needs no transition and the last none of its own map, so two ranks
-exchange H K V numbers and compute no transition at all.
+What crosses from slice to slice does not grow with the sequence's length. For all memories of every sequence (or of the
+packed document that lies over the edge between two slices), it is the affine map of the state in float32, H K (K + V)
+numbers, and the last W - 1 inputs of the convolutions. Every rank gathers the maps of all ranks and composes the maps
+of the ranks before. In the backward pass, gradients come from the ranks after in the same way. No rank reads the first
+rank's transition or the last rank's map, so that two ranks exchange H K V numbers and compute no transition.
 
-Shape legend: ranks P, memories with the shared one G, segments of the plan S, segments that may cross an edge N, heads
-here H, key size K, value size V, convolution width W.
+Shape legend: ranks P, all memories A, segments of the plan S, segments that may cross an edge N, heads on this rank H,
+key size K, value size V, convolution width W.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from mom_layers.common.kernels import compute_dtype
-from mom_layers.recur.rules import MemoryRule
+from mom_layers.recur.rules import MemoryRule, RuleInputs
 from mom_layers.recur.state_passing import fold_gradients, fold_states, join_tails, last_inputs
 from mom_layers.route.plan import RoutingPlan
 
@@ -28,13 +28,13 @@ class Crossing:
     """The segments that may cross one edge of a slice, N of them.
 
     Attributes:
-        segments: [N] int64, which of the plan's they are; None for all.
-        starts, ends: [G, N / G] int32, their first row and one past their last.
-        cu_seqlens: borders of a list of at most 2 N segments that holds these: what is asked of these alone is computed
-            on such a list, however many documents there are.
-        places: where these are in that list.
-        crosses: [1] bool, whether they do cross; None for yes (or there is no rank on the other side).
-        through: [1] bool, whether they cross the other edge too; None for yes.
+        segments: [N] int64, their numbers in the plan; None for all segments of the plan.
+        starts, ends: [A, N / A] int32, the first row of each, and the row after its last.
+        cu_seqlens: borders of a list of at most 2 N segments that contains the N segments. Computations for these N
+            segments alone run over this list, so that their cost does not grow with the number of documents.
+        places: the places of the N segments in that list.
+        crosses: [1] bool, whether the segments cross the edge; None where they do, or where no rank is beyond the edge.
+        through: [1] bool, whether the segments cross the other edge of the slice too; None where they do.
     """
 
     segments: torch.Tensor | None
@@ -57,13 +57,15 @@ def _where(condition: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
 
 
 class ContextSlice:
-    """A rank's slice of sequences that lie over a group, the earliest tokens on rank 0: a ``SequenceSlice``.
+    """A rank's slice of sequences that are cut over a process group; rank 0 holds the earliest tokens.
+
+    Implements :class:`mom_layers.mixing.SequenceSlice`.
 
     Args:
         group: the context-parallel group.
         length: tokens of a sequence on each rank.
-        documents: [B + 1] int32 borders of packed documents in the whole row of P * length tokens; without them every
-            sequence goes from the group's first token to its last.
+        documents: [B + 1] int32 borders of packed documents in the whole row of P * length tokens. When absent, every
+            sequence runs from the first token of the first rank to the last token of the last rank.
     """
 
     def __init__(self, group: torch.distributed.ProcessGroup, length: int, documents: torch.Tensor | None = None):
@@ -71,7 +73,7 @@ class ContextSlice:
         self.first, self.end, self.documents = group.rank() * length, (group.rank() + 1) * length, documents
 
     def local_documents(self) -> torch.Tensor:
-        """Borders [B + 1] of the documents in this slice; those that lie elsewhere are empty."""
+        """Borders [B + 1] of the documents within this slice; documents in other slices are empty."""
         return self.documents.clamp(self.first, self.end) - self.first
 
     def incoming(self, plan: RoutingPlan) -> Crossing:
@@ -91,21 +93,21 @@ class ContextSlice:
     @staticmethod
     def _all_segments(plan: RoutingPlan) -> Crossing:
         starts, ends = (
-            edges.unflatten(0, (plan.num_groups, -1)) for edges in (plan.cu_seqlens[:-1], plan.cu_seqlens[1:])
+            edges.unflatten(0, (plan.num_all_memories, -1)) for edges in (plan.cu_seqlens[:-1], plan.cu_seqlens[1:])
         )
         return Crossing(None, starts, ends, plan.cu_seqlens, slice(None))
 
     def _document_at(self, token: int, plan: RoutingPlan):
-        """The segments of the document that holds a token of the whole row; where it begins and ends, [1] each."""
+        """The segments of the document that contains a token of the whole row, and the document's borders, [1] each."""
         at = torch.full((1,), token, dtype=torch.int32, device=self.documents.device)
         document = torch.searchsorted(self.documents, at, right=True) - 1
-        segments = torch.arange(plan.num_groups, device=at.device) * plan.num_sequences + document
+        segments = torch.arange(plan.num_all_memories, device=at.device) * plan.num_sequences + document
         return segments, self.documents[document], self.documents[document + 1]
 
     @staticmethod
     def _crossing(plan, segments, incoming, crosses, crosses_other_edge) -> Crossing:
-        # Of a memory's rows the incoming document's are the first ones and the outgoing document's the last: the
-        # documents before and after it are empty here.
+        # The documents before the incoming document and after the outgoing document are empty in this slice. So the
+        # incoming document has the first rows of every memory, and the outgoing document the last rows.
         starts, ends = plan.cu_seqlens[segments], plan.cu_seqlens[segments + 1]
         memories = plan.cu_seqlens[:: plan.num_sequences]
         borders = torch.stack([memories[:-1], ends if incoming else starts], dim=1)
@@ -131,59 +133,55 @@ class ContextSlice:
             passed.append(x)
             own.append(_where(outgoing.crosses, tail))
         counts = (outgoing.ends - outgoing.starts).flatten().clamp(max=width - 1)
-        if outgoing.through is not None:  # a document that begins here, or ends, hides what came before
+        if outgoing.through is not None:  # a document that begins or ends here hides the slices before
             counts = torch.where(outgoing.through, counts, width - 1)
-        # A count, at most 7, travels as one more channel.
+        # A count is at most W - 1, exact in every type: it is sent as one more channel.
         counts = counts.to(own[0].dtype)[:, None, None].expand(-1, width - 1, 1)
         earlier = _GatherFromRanks.apply(torch.cat([*own, counts], dim=-1), self.group)[: self.rank]
         tails = join_tails(earlier[..., :-1], earlier[:, :, 0, -1].detach().long())
         tails = self.incoming(plan).spread(tails, plan).split([x.shape[1] for x in inputs], dim=-1)
         return passed, [tail.contiguous() for tail in tails]
 
-    def recur(
-        self,
-        plan: RoutingPlan,
-        rule: MemoryRule,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        gates: dict[str, torch.Tensor],
-        kernels: str,
-    ) -> torch.Tensor:
+    def recur(self, plan: RoutingPlan, rule: MemoryRule, inputs: RuleInputs, kernels: str) -> torch.Tensor:
         """See :meth:`mom_layers.mixing.SequenceSlice.recur`."""
         with torch.no_grad():
-            transition, contribution = self._own_map(plan, rule, q, k, v, gates, kernels)
+            transition, contribution = self._own_map(plan, rule, inputs, kernels)
             transitions, contributions = self._exchange(transition, contribution)
-            state = fold_states(transitions[: self.rank], contributions[: self.rank])[-1]
-            state = self.incoming(plan).spread(state, plan)
-        o, final_state = rule.recur(q, k, v, plan.cu_seqlens, gates, state, torch.is_grad_enabled(), kernels)
+            before = fold_states(transitions[: self.rank], contributions[: self.rank])[-1]
+            state = self.incoming(plan).spread(before, plan)
+        o, final_state = rule.recur(inputs, plan.cu_seqlens, state, torch.is_grad_enabled(), kernels)
         if final_state is None or not final_state.requires_grad:
             return o
+        # Values and states cost memory: they are kept for the backward pass only where the rule needs them.
+        kept = (None, None) if rule.linear_in_state else (inputs.v, before)
         return _FromLaterRanks.apply(
-            o, final_state, transition, self, plan, rule, kernels, tuple(gates), q, k, *gates.values()
-        )
+            o, final_state, transition, self, plan, rule, kernels, tuple(inputs.gates),
+            *kept, inputs.q, inputs.k, *inputs.gates.values(),
+        )  # fmt: skip
 
-    def _own_map(self, plan, rule, q, k, v, gates, kernels):
-        """Transition [N, H, K, K] ([N, H, K] if diagonal) and contribution [N, H, K, V] of what goes on on the next
-        rank; zeros where nobody asks for them."""
+    def _own_map(self, plan, rule, inputs: RuleInputs, kernels):
+        """Transition [N, H, K, K] ([N, H, K] if diagonal) and contribution [N, H, K, V] of the segments that continue
+        on the next rank; zeros where no rank reads them."""
+        k, v = inputs.k, inputs.v
         outgoing, dtype = self.outgoing(plan), compute_dtype(k.dtype)
-        shape = (outgoing.starts.numel(), *k.shape[1:])
+        state_shape = rule.state_shape(k.shape[2], v.shape[2])
+        shape = (outgoing.starts.numel(), v.shape[1], state_shape[0])
         if self.rank < self.size - 1:
-            contribution = rule.recur(q, k, v, outgoing.cu_seqlens, gates, None, True, kernels)[1]
+            contribution = rule.recur(inputs, outgoing.cu_seqlens, None, True, kernels)[1]
             contribution = _where(outgoing.crosses, contribution[outgoing.places])
         else:
-            contribution = k.new_zeros(*shape, v.shape[2], dtype=dtype)
+            contribution = k.new_zeros(*shape[:2], *state_shape, dtype=dtype)
         if 0 < self.rank < self.size - 1:
-            transition = rule.transition(k, outgoing.cu_seqlens, gates, kernels)
+            transition = rule.transition(inputs, outgoing.cu_seqlens, kernels)
             transition = _where(outgoing.through, transition[outgoing.places])
         else:
-            transition = k.new_zeros(shape if rule.diagonal_transition else (*shape, k.shape[2]), dtype=dtype)
+            transition = k.new_zeros(shape if rule.diagonal_transition else (*shape, shape[2]), dtype=dtype)
         return transition, contribution
 
     def _exchange(self, transition: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Every rank's transition [P, N, H, K, K] (or [P, N, H, K]) and its [P, N, H, K, V], of one gathering."""
+        """Gathers every rank's transition [P, N, H, K, K] (or [P, N, H, K]) and vectors [P, N, H, K, V] together."""
         diagonal = transition.dim() < vectors.dim()
-        if self.size == 2:  # between the two there is no rank whose transition anybody needs
+        if self.size == 2:  # no rank lies between the two, so that no transition is read
             return transition.new_zeros(2, *transition.shape), _gather(vectors, self.group)
         maps = _gather(torch.cat([vectors, transition[..., None] if diagonal else transition], dim=-1), self.group)
         vectors, transitions = maps.split([vectors.shape[-1], maps.shape[-1] - vectors.shape[-1]], dim=-1)
@@ -191,7 +189,7 @@ class ContextSlice:
 
 
 def _gather(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
-    """x of every rank, [P, ...]."""
+    """Returns x of every rank, [P, ...]."""
     gathered = x.new_empty(group.size(), *x.shape)
     torch.distributed.all_gather_into_tensor(gathered.flatten(0, 1), x.contiguous(), group=group)
     return gathered
@@ -211,26 +209,33 @@ class _GatherFromRanks(torch.autograd.Function):
 
 
 class _FromLaterRanks(torch.autograd.Function):
-    """Returns o, and backward knows what the later ranks' outputs want of the final state, before o's own backward pass
-    runs: it depends on the initial states' gradients through each rank's own outputs alone, which do not wait for
-    another rank."""
+    """Returns o. The backward pass supplies the final state's gradient, through the later ranks' outputs, before o's
+    own backward pass runs: that gradient depends on the gradients of the ranks' initial states through each rank's own
+    outputs alone, which wait for no other rank."""
 
     @staticmethod
-    def forward(ctx, o, final_state, transition, context_slice, plan, rule, kernels, gate_names, q, k, *gates):
-        ctx.save_for_backward(transition, q, k, *gates)
+    def forward(
+        ctx, o, final_state, transition, context_slice, plan, rule, kernels, gate_names, v, state, q, k, *gates
+    ):
+        ctx.save_for_backward(transition, v, state, q, k, *gates)
         ctx.options = context_slice, plan, rule, kernels, gate_names
         return o.view_as(o)
 
     @staticmethod
     def backward(ctx, do):
         here, plan, rule, kernels, gate_names = ctx.options
-        transition, q, k, *gates = (saved.detach() for saved in ctx.saved_tensors)
+        transition, v, state, q, k, *gates = (x if x is None else x.detach() for x in ctx.saved_tensors)
         incoming = here.incoming(plan)
+        segments = incoming.cu_seqlens.shape[0] - 1
+        state_shape = (segments, do.shape[1], *rule.state_shape(k.shape[2], do.shape[2]))
         if here.rank > 0:
-            gates = dict(zip(gate_names, gates, strict=True))
-            start = rule.initial_state_gradient(q, k, do, incoming.cu_seqlens, gates, kernels)
+            if state is not None:  # the incoming segments' states at their places in the list of segments
+                state, before = k.new_zeros(state_shape, dtype=state.dtype), state
+                state[incoming.places] = before
+            inputs = RuleInputs(q, k, v, dict(zip(gate_names, gates, strict=True)))
+            start = rule.gradient_of_initial_state(inputs, do, incoming.cu_seqlens, state, kernels)
         else:
-            start = k.new_zeros(incoming.cu_seqlens.shape[0] - 1, *k.shape[1:], do.shape[2], dtype=transition.dtype)
+            start = k.new_zeros(state_shape, dtype=transition.dtype)
         gradient = _where(incoming.crosses, start[incoming.places])
         transitions, gradients = here._exchange(transition, gradient)
         d_final_state = None
@@ -238,4 +243,4 @@ class _FromLaterRanks(torch.autograd.Function):
             later = slice(here.rank + 1, None)
             d_final_state = fold_gradients(transitions[later], gradients[later])[0]
             d_final_state = here.outgoing(plan).spread(d_final_state, plan)
-        return do, d_final_state, *[None] * (len(gate_names) + 8)
+        return do, d_final_state, *[None] * (len(gate_names) + 10)

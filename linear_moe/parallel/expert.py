@@ -53,9 +53,9 @@ class RowExchange:
         missing = self.plan.num_rows - arrived.shape[0]
         return F.pad(arrived, (0, 0, 0, missing)) if missing else arrived
 
-    def give_back(self, rows: torch.Tensor) -> torch.Tensor:
+    def give_back(self, rows: torch.Tensor, kernels: str = "auto") -> torch.Tensor:
         """Rows [A, C] in the plan's order to [R, C] in the order in which their ranks sent them."""
-        arrived = rows_of_tokens(rows, self.plan)
+        arrived = rows_of_tokens(rows, self.plan, kernels=kernels)
         return all_to_all(self.group, arrived[: sum(self.arriving)], self.sent, self.arriving)
 
 
@@ -89,7 +89,7 @@ def plan_arrivals(counts: torch.Tensor, num_rows: int, context_size: int = 1) ->
         cu_seqlens,
         memory_offsets=cu_seqlens[num_sequences::num_sequences].contiguous(),
         num_sequences=num_sequences,
-        num_groups=memories,
+        num_all_memories=memories,
         has_masked_segment=False,
     )
 
@@ -102,7 +102,7 @@ def gather_counts(routed: RoutingPlan, group: torch.distributed.ProcessGroup, ra
         ragged: ranks may hold different numbers of sequences (packed documents); then the host waits for the largest.
     """
     ranks = group.size()
-    counts = routed.cu_seqlens.diff().view(routed.num_groups, routed.num_sequences)
+    counts = routed.cu_seqlens.diff().view(routed.num_all_memories, routed.num_sequences)
     if ragged:
         most = torch.tensor([routed.num_sequences], device=counts.device)
         torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=group)
@@ -198,7 +198,7 @@ def mix_memories_over_ranks(
     with beside():
         counts = gather_counts(plan, group, ragged) if counts is None else counts
         exchange = plan_exchange(counts, group, context_size)
-        arrived = exchange.dispatch(gather_rows(torch.cat([x, q], dim=1), plan))
+        arrived = exchange.dispatch(gather_rows(torch.cat([x, q], dim=1), plan, kernels=kernels))
     if stream is not None:
         main = torch.cuda.current_stream()
         main.wait_stream(stream)
@@ -207,7 +207,7 @@ def mix_memories_over_ranks(
 
     x_here, q_here = arrived.split([x.shape[1], q.shape[1]], dim=1)
     answers, _ = read_memories(x_here, q_here, exchange.plan, routed, kernels=kernels)
-    outputs.insert(0, exchange.give_back(answers.flatten(1)).unflatten(1, answers.shape[1:]))
+    outputs.insert(0, exchange.give_back(answers.flatten(1), kernels).unflatten(1, answers.shape[1:]))
     row_of_choice = plan.row_of_choice
     if shared is not None:
         row_of_choice = torch.cat([row_of_choice, everyone.row_of_choice + plan.num_rows], dim=1)

@@ -1,12 +1,16 @@
-"""From the order in which Megatron's batches lie over context-parallel ranks to that of time, and back.
+"""Reorders tokens over context-parallel ranks: from the order of Megatron's batches to the order of time, and back.
 
 Megatron cuts a sequence into 2 P chunks and gives rank r the chunks r and 2 P - 1 - r, so that causal attention costs
-every rank the same. A recurrence costs the same anywhere, and wants each rank to hold one stretch of time. One
-all-to-all of hidden states on the way into a MoM layer and one on the way out do it: D numbers a token each, of which
-1 / P stay where they are, and that is the least of what a layer could exchange, for its queries, keys, values and gates
-are wider. It is done in every layer, and not once for a run of them, because the residual stream that a MoM layer's
-output is added to is not the layer's to reorder. Where all layers are MoM layers, our own entry cuts batches in the
-order of time to begin with (``contiguous_context_slices``), and none of this is needed.
+every rank the same. A recurrence costs every rank the same in any order, and needs one contiguous stretch of time on
+each rank. So an all-to-all exchanges hidden states before a MoM layer, and another does so after the layer. Each moves
+D numbers a token, of which 1 / P stay on their rank. That is the least that a layer could exchange: its queries, keys,
+values and gates together are wider.
+
+Every MoM layer reorders on its own, also where several MoM layers follow each other: the residual stream, to which the
+layer's output is added, stays in Megatron's order. Where all layers are MoM layers, ``contiguous_context_slices`` cuts
+the batches in the order of time from the start, and no layer reorders.
+
+Shape legend: context-parallel ranks P, hidden size D, tokens on a rank s.
 """
 
 from __future__ import annotations
@@ -19,12 +23,12 @@ import torch
 
 @dataclass(frozen=True)
 class Exchange:
-    """One all-to-all of a rank's blocks, equally long stretches of tokens.
+    """A rank's part in one all-to-all of blocks. A block is a stretch of tokens; all blocks have the same length.
 
     Attributes:
-        send_order: this rank's blocks sorted by where they go.
-        sends, receives: blocks for and from every rank.
-        place: where every block that arrives belongs.
+        send_order: places of this rank's blocks, sorted by the rank that receives each block.
+        sends, receives: numbers of blocks that go to each rank, and that come from each rank.
+        place: for each place of the new order, the number of the arriving block that belongs there.
     """
 
     send_order: list[int]
@@ -34,7 +38,12 @@ class Exchange:
 
 
 def plan_exchange(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]], rank: int) -> Exchange:
-    """The exchange on one rank that takes the layout ``before`` to ``after``: the blocks of every rank, in order."""
+    """Plans one rank's part of the all-to-all that changes one layout to another.
+
+    Args:
+        before, after: the two layouts: for every rank, the numbers of its blocks in order.
+        rank: the rank to plan for.
+    """
     owner = {block: to for to, blocks in enumerate(after) for block in blocks}
 
     def sent(blocks):
@@ -52,12 +61,14 @@ def plan_exchange(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]
 
 
 def zigzag_layout(context_size: int, tensor_size: int) -> list[list[int]]:
-    """Blocks of every rank in Megatron's order: two on each, or one where the tensor-parallel ranks halve a chunk.
+    """Returns the blocks of every rank in Megatron's order.
+
+    A rank has two blocks, or one block where the number of tensor-parallel ranks is even.
 
     Args:
-        context_size: ranks a sequence lies over.
-        tensor_size: ranks that a context-parallel rank's tokens are split over in turn (sequence parallelism), or 1.
-            Ranks count tensor-parallel first.
+        context_size: number of context-parallel ranks.
+        tensor_size: number of tensor-parallel ranks that share the tokens of one context-parallel rank (sequence
+            parallelism), or 1. The tensor-parallel rank runs fastest in the numbers of ranks.
     """
     count = 1 if tensor_size % 2 == 0 else 2
     half = count * tensor_size // 2  # blocks in a chunk
@@ -70,18 +81,18 @@ def zigzag_layout(context_size: int, tensor_size: int) -> list[list[int]]:
 
 
 def contiguous_layout(context_size: int, tensor_size: int) -> list[list[int]]:
-    """The same blocks in the order of time."""
+    """Returns the blocks of every rank in the order of time; arguments and blocks as for :func:`zigzag_layout`."""
     count = 1 if tensor_size % 2 == 0 else 2
     ranks = range(context_size * tensor_size)
     return [list(range(rank * count, (rank + 1) * count)) for rank in ranks]
 
 
 class SequenceOrder:
-    """Brings the hidden states of a group into the order of time, and back; differentiable.
+    """Reorders hidden states over a process group; differentiable.
 
     Args:
-        group: the context-parallel group, or the tensor-and-context-parallel one under sequence parallelism.
-        context_size: ranks a sequence lies over.
+        group: the context-parallel group; with sequence parallelism the tensor-and-context-parallel group.
+        context_size: number of context-parallel ranks.
     """
 
     def __init__(self, group: torch.distributed.ProcessGroup, context_size: int):
@@ -92,7 +103,7 @@ class SequenceOrder:
         self._back = plan_exchange(contiguous, zigzag, group.rank())
 
     def to_contiguous(self, x: torch.Tensor) -> torch.Tensor:
-        """x [s, ...] from Megatron's order to that of time."""
+        """Takes x [s, ...] from Megatron's order to the order of time."""
         return _Reorder.apply(x, self._forth, self._back, self.group)
 
     def to_zigzag(self, x: torch.Tensor) -> torch.Tensor:
@@ -113,6 +124,7 @@ class _Reorder(torch.autograd.Function):
 
 
 def _reordered(x: torch.Tensor, order: list[int]) -> torch.Tensor:
+    """The equally long blocks of x in another order, contiguous."""
     if order == sorted(order):
         return x.contiguous()
     blocks = x.chunk(len(order))

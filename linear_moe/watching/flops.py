@@ -1,4 +1,4 @@
-"""Floating-point operations of a model with Mixture-of-Memories layers, and what the device could do."""
+"""Floating-point operations of a model with Mixture-of-Memories layers, and the peak of the device."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import re
 import torch
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hybrid_layer_counts
 
-from linear_moe.config import MomTransformerConfig
-from megatron_patches.patch import Patch, wrap
-from mom_layers.mixing import projection_sizes
+from linear_moe.config import MomTransformerConfig, has_memories
+from megatron_patches.patch import wrap
 from mom_layers.recur.rules import get_rule
 
 FORWARD_AND_BACKWARD = 3
-"""A backward pass costs two forward ones: gradients of the inputs, and of the weights."""
+"""A backward pass costs two forward passes: gradients of the inputs, and of the weights."""
 
-# Dense bf16 matrix products, FLOP/s, by a word of the device's name. The first one found counts.
+# Dense bf16 matrix products, FLOP/s, by a word of the device's name. The first name found counts.
 PEAK_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,
@@ -41,7 +40,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak of a device in dense bf16 products, FLOP/s, by torch.cuda.get_device_name; None for one not known."""
+    """Peak of a device in dense bf16 products, FLOP/s, by torch.cuda.get_device_name; None for an unknown device."""
     for name, flops in PEAK_FLOPS.items():
         if re.search(rf"\b{name}\b", device_name):
             return flops
@@ -49,15 +48,15 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def device_peak_flops() -> float | None:
-    """Peak of this process's device; None on a CPU or a device not known."""
+    """Peak of this process's device; None on a CPU or an unknown device."""
     return peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def mom_layer_flops(args, tokens: float) -> float:
     """Forward and backward operations of one MoM token mixer, all heads, a multiply-add counted as two.
 
-    Matrix products, convolutions and the recurrence; not norms, gates, routing's sorting and gathering. They depend on
-    the number of tokens only, not on how they fall into sequences.
+    Counts matrix products, convolutions and the recurrence; leaves out norms, gates, the routing's sorting and
+    gathering. The count depends on the number of tokens only, not on the lengths of the sequences.
 
     Args:
         args: anything with hidden_size and the mom_* sizes (MomTransformerConfig, Megatron's arguments).
@@ -72,23 +71,23 @@ def mom_layer_flops(args, tokens: float) -> float:
     router = 2 * tokens * hidden * args.mom_num_memories
     query_gate_out = 2 * tokens * hidden * (keys + 2 * values)
     projected = tokens if args.mom_single_kv_proj else rows
-    memory = 2 * projected * hidden * sum(projection_sizes(rule, heads, key_dim, value_dim))
+    memory = 2 * projected * hidden * sum(rule.projection_sizes(heads, key_dim, value_dim))
     convolutions = 2 * rows * args.mom_conv_kernel * (2 * keys + values)
     recurrence = rule.recurrence_flops(rows, heads, key_dim, value_dim)
     return FORWARD_AND_BACKWARD * (router + query_gate_out + memory + convolutions + recurrence)
 
 
 def _without_mom_layers(args):
-    """A copy of the arguments for which Megatron counts no token mixing in MoM layers, and how many layers these are.
+    """A copy of the arguments for which Megatron counts no token mixing in MoM layers, and the number of MoM layers.
 
-    Megatron is told that they are Gated DeltaNet layers of no heads; in a hybrid model, where a layer is either mixer
-    or MLP, that its `G` layers are absent.
+    The copy describes MoM layers as Gated DeltaNet layers of no heads. In a hybrid model, where a layer is either mixer
+    or MLP, the copy's pattern leaves the `G` layers out.
     """
     rest = copy.copy(args)
-    if getattr(args, "hybrid_layer_pattern", None) is not None:
+    if args.hybrid_layer_pattern is not None:
         rest.hybrid_layer_pattern = args.hybrid_layer_pattern.replace(Symbols.GDN, "")
         return rest, get_hybrid_layer_counts(args.hybrid_layer_pattern)[Symbols.GDN]
-    # It reads three fields, which the arguments have under the same names.
+    # mom_layer_pattern reads three fields, which the arguments have under the same names.
     pattern = [int(is_mom) for is_mom in MomTransformerConfig.mom_layer_pattern(args)]
     pattern += [0] * (args.mtp_num_layers or 0)  # multi-token prediction has softmax attention layers
     rest.experimental_attention_variant = "gated_delta_net"
@@ -106,7 +105,7 @@ def _count(
     total_real_tokens_in_batch=None,
 ):
     lengths = (seqlen_squared_sum_in_batch, total_real_tokens_in_batch)
-    if getattr(args, "token_mixer", "attention") != "mom":
+    if not has_memories(args):
         return num_floating_point_operations(args, batch_size, *lengths)
     tokens = total_real_tokens_in_batch
     if tokens is None:
@@ -115,9 +114,5 @@ def _count(
     return num_floating_point_operations(rest, batch_size, *lengths) + num_mom_layers * mom_layer_flops(args, tokens)
 
 
-flops_patch = Patch(
-    name="mom-flops",
-    reason="Megatron counts a MoM layer as softmax attention",
-    removed_when="num_floating_point_operations asks the layers",
-    targets=(wrap("megatron.training.training", "num_floating_point_operations", _count),),
-)
+FLOPS_TARGET = wrap("megatron.training.training", "num_floating_point_operations", _count)
+"""Part of the reporters' patches: Megatron counts a MoM layer as softmax attention."""

@@ -1,7 +1,7 @@
-"""What the memory routers do: tokens per memory, routing entropy, and their two losses.
+"""Metrics of the memory routers: tokens per memory, routing entropy, and the two losses.
 
-Recording adds to tensors on the device and never waits for it. Every rank records its own layers and tokens;
-`MemoryMetrics.collect` brings them together, and `summarize` makes the numbers that people read of the result.
+Recording adds to tensors on the device and never waits for the device. Every rank records its own layers and tokens;
+`MemoryMetrics.collect` sums over the ranks, and `summarize` computes shares and means from the sums.
 
 Shape legend: tokens N, memories M, layers L.
 """
@@ -18,7 +18,7 @@ class MemoryMetrics:
     """Accumulates the routing of this process's MoM layers since the last `collect`.
 
     Attributes:
-        losses: what TopKRouter records its losses in; make it Megatron's current tracker while a memory router runs.
+        losses: tracker for the losses of TopKRouter; make it Megatron's current tracker while a memory router runs.
     """
 
     def __init__(self) -> None:
@@ -30,13 +30,13 @@ class MemoryMetrics:
     def record_routing(self, layer_number: int, routing_map: torch.Tensor, logits: torch.Tensor) -> None:
         """Adds one forward pass of one layer.
 
-        To be called in training only, and once for each microbatch: not in the first, gradient-free pass of a layer
-        whose activations are recomputed. TopKRouter records its losses under the same condition.
+        Call it in training only, and once for each microbatch: not in the first, gradient-free pass of a layer with
+        recomputed activations. TopKRouter records its losses under the same condition.
 
         Args:
-            layer_number: the layer's, from 1.
+            layer_number: number of the layer, from 1.
             routing_map: [N, M] bool, the memories each token goes to.
-            logits: [N, M] the router's, of any floating type.
+            logits: [N, M] logits of the router, of any floating type.
         """
         tokens, memories = routing_map.shape
         row = self._rows.get(layer_number)
@@ -50,17 +50,17 @@ class MemoryMetrics:
 
     @torch.no_grad()
     def collect(self, num_layers: int, num_memories: int) -> torch.Tensor:
-        """Sums over all processes what they recorded since the last call, and starts afresh.
+        """Sums the records of all processes since the last call, and clears the records.
 
-        Every process of the job must call it, those without a MoM layer too. It waits for the device.
+        Every process of the job must call `collect`, a process without a MoM layer too. Waits for the device.
 
-        One sum over everything is right for every kind of parallelism. Data, context and sequence parallel ranks hold
-        different tokens, pipeline ranks different layers. Tensor parallel ranks without sequence parallelism hold the
-        same tokens, each as often as every other, so no share or mean changes.
+        One sum over all ranks is right for every kind of parallelism. Data, context and sequence parallel ranks hold
+        different tokens, pipeline ranks different layers. Tensor parallel ranks without sequence parallelism count
+        every token equally often, which changes no share and no mean.
 
         Args:
-            num_layers: L of the whole model, with those of multi-token prediction.
-            num_memories: M, without the shared one.
+            num_layers: L of the whole model, with the layers of multi-token prediction.
+            num_memories: M, without the shared memory.
 
         Returns:
             [L, 2 M + 4] float64 on the CPU, one row a layer: choices of each memory, each memory's part of the entropy,
@@ -74,7 +74,7 @@ class MemoryMetrics:
         for column, name in enumerate(LOSSES, start=-len(LOSSES)):
             if name in self.losses.metrics:
                 entry = self.losses.metrics[name]
-                # TopKRouter leaves each rank of the group its part of a balancing loss, and a whole z-loss.
+                # TopKRouter records on each rank of the group a part of the balancing loss, and the whole z-loss.
                 parts = 1 if entry.reduce_group is None else entry.reduce_group.size()
                 totals[: len(entry.values), column] = entry.values.to(device) * parts
         self.losses.clear()
@@ -84,17 +84,17 @@ class MemoryMetrics:
 
 
 def summarize(totals: torch.Tensor) -> dict:
-    """Shares and means of what `MemoryMetrics.collect` returned, or of the sum of several.
+    """Shares and means from the result of `MemoryMetrics.collect`, or from the sum of several results.
 
     Returns:
-        load: {layer number: [M] share of the layer's token choices that fell on each memory, which sum to 1}; 1/M each
-            when balanced. Layers without memories are left out, and all of them when nothing was recorded.
-        entropy: {layer number: mean entropy in nats of softmax over all M logits}; log(M) when undecided.
+        load: {layer number: [M] share of each memory in the layer's choices, which sum to 1}; 1/M each when balanced.
+            Without layers that recorded nothing.
+        entropy: {layer number: mean entropy in nats of softmax over all M logits}; log(M) for equal logits.
         load_min, load_max: over layers and memories; None when nothing was recorded.
         load_balancing_loss: mean over layers and microbatches of ``M sum_m (share of choices) (mean probability)``,
             without its coefficient: 1 where the choices are balanced or the probabilities uniform, up to M / k when
-            the router is sure of the same k memories for every token. None when it is switched off.
-        z_loss: mean of ``logsumexp(logits)^2``, without its coefficient; None when it is switched off.
+            the router is sure of the same k memories for every token. None when the loss is switched off.
+        z_loss: mean of ``logsumexp(logits)^2``, without its coefficient; None when the loss is switched off.
     """
     num_memories = (totals.shape[1] - 2 - len(LOSSES)) // 2
     layers = [index for index in range(len(totals)) if totals[index, 2 * num_memories] > 0]
@@ -113,7 +113,7 @@ def summarize(totals: torch.Tensor) -> dict:
 
 
 def scalars(report: dict) -> dict[str, float]:
-    """A report under the names of its plots. Layers count from 1; memories from 0, as the router numbers them."""
+    """The values of a report by the names of their plots. Layers count from 1, memories from 0 as in the router."""
     values = {}
     for layer, load in report["load"].items():
         values |= {f"mom/load/layer_{layer:02d}/memory_{memory}": share for memory, share in enumerate(load)}
@@ -123,7 +123,7 @@ def scalars(report: dict) -> dict[str, float]:
 
 
 def write(values: dict[str, float], iteration: int, writer, wandb_writer) -> None:
-    """Writes scalars to TensorBoard and Weights & Biases, each if there is one in this process."""
+    """Writes scalars to the TensorBoard and Weights & Biases writers of this process; None stands for no writer."""
     if writer is not None:
         for name, value in values.items():
             writer.add_scalar(name, value, iteration)

@@ -6,37 +6,32 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from linear_moe.temporary import save_figure
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.colors import TwoSlopeNorm  # noqa: E402
-from matplotlib.ticker import MaxNLocator, PercentFormatter  # noqa: E402
+from linear_moe.watching.figures import plt, save
 
 TRAINING_LOSS = "lm loss"
 VALIDATION_LOSS = "lm loss validation"  # and a suffix for each of several validation sets
 LOAD = re.compile(r"mom/load/layer_(\d+)/memory_(\d+)")
 SMOOTHING = 0.02  # the running mean's width, as a share of the points
 END = 0.05  # the share of the run that counts as the end of training
-ANNOTATED_CELLS = 200  # a heat map of more is read by its colours
+ANNOTATED_CELLS = 200  # a larger heat map has colours and no numbers
 
 Series = dict[int, float]  # step -> value
 
 
 class PlotError(ValueError):
-    """There is nothing to draw from; the message is for the user."""
+    """The event files have nothing to draw; the message is for the user."""
 
 
 def read_scalars(directory: Path) -> dict[str, Series]:
     """All scalars of a run, by name, steps in order.
 
-    A run that was resumed has a file for each start. From the first step on that a later file has of a scalar, what
-    earlier files say is dropped: it belongs to steps that were run again.
+    A resumed run has a file for each start. Of every scalar, a later file replaces what earlier files hold from the
+    later file's first step on: those steps were run again.
 
     Raises PlotError when the folder does not exist or holds no event file with a scalar.
     """
@@ -55,7 +50,7 @@ def read_scalars(directory: Path) -> dict[str, Series]:
         for name in accumulator.Tags()["scalars"]:
             new = {}
             for event in accumulator.Scalars(name):
-                # At the end of training Megatron writes the test loss of that step under validation's name, after it.
+                # At the end of training Megatron writes the test loss too under the validation loss's name and step.
                 new.setdefault(event.step, event.value)
             first = min(new)
             old = scalars.get(name, {})
@@ -71,7 +66,7 @@ def plot_losses(scalars: dict[str, Series], path: Path, references: Sequence[tup
     Args:
         scalars: of `read_scalars`.
         path: of the PNG file.
-        references: (nats per token, label) each.
+        references: pairs of nats per token and a label.
 
     Raises PlotError when there is no training loss.
     """
@@ -93,7 +88,7 @@ def plot_losses(scalars: dict[str, Series], path: Path, references: Sequence[tup
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_memory_load(scalars: dict[str, Series], path: Path) -> None:
@@ -111,7 +106,7 @@ def plot_memory_load(scalars: dict[str, Series], path: Path) -> None:
     num_memories = 1 + max(memory for _, memory in loads)
     steps = sorted(set.intersection(*(set(series) for series in loads.values())))
     if not steps:
-        raise PlotError("the loads of the memories were recorded at different steps")
+        raise PlotError("no step has the loads of all memories: the event files are incomplete")
     share = np.array([[[loads[layer, m][s] for m in range(num_memories)] for layer in layers] for s in steps])
     balanced = 1 / num_memories
     last = max(1, round(END * len(steps)))
@@ -124,20 +119,20 @@ def plot_memory_load(scalars: dict[str, Series], path: Path) -> None:
     span = f"step {steps[-1]}" if last == 1 else f"steps {steps[-last]} to {steps[-1]}"
     left.set_title(f"Share of each memory, {span}")
     _draw_extremes(right, np.array(steps), share, balanced)
-    _save(figure, path)
+    save(figure, path)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
     """Running mean over SMOOTHING of the points, centred.
 
-    At the start it is taken over fewer on both sides, so that a steep fall is not flattened.
+    Near the ends the window has fewer points on both sides, so that a steep fall is not flattened.
     """
     half = max(1, round(SMOOTHING * len(values) / 2))
     return np.array([values[max(i - half, 0) : i + min(i, half) + 1].mean() for i in range(len(values))])
 
 
 def _draw_shares(figure, axes, share: np.ndarray, layers: list[int], balanced: float) -> None:
-    """share [layers, memories]: a heat map, white where balanced, on a scale that shows a small difference as small."""
+    """share [layers, memories]: a heat map, white where balanced. The scale shows a small difference as small."""
     norm = TwoSlopeNorm(balanced, 0, max(2 * balanced, share.max()))
     picture = axes.imshow(share, cmap="RdBu_r", norm=norm, aspect="auto")
     if share.size <= ANNOTATED_CELLS:
@@ -177,8 +172,3 @@ def _arrays(series: Series) -> tuple[np.ndarray, np.ndarray]:
 
 def _names(scalars: dict[str, Series]) -> str:
     return ", ".join(f"'{name}'" for name in sorted(scalars)[:8])
-
-
-def _save(figure, path: Path) -> None:
-    save_figure(figure, path, dpi=130)
-    plt.close(figure)

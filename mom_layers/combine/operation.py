@@ -1,63 +1,119 @@
-"""Rows back to tokens: the weighted sum over a token's memories, RMSNorm per head, and the output gate."""
+"""Rows back to tokens: the weighted sum over a token's memories, RMSNorm for each head, and the output gate.
+
+Shape legend: tokens N, rows R, heads H, value size V, routed memories that a token goes to k, choices of a token k + 1
+(k without the shared memory).
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from mom_layers.common.kernels import compute_dtype, resolve_kernels
+from mom_layers.common.sizes import FLOAT_TYPES, HEAD_SIZES
 
 
-def _combine_torch(o, weights, row_of_choice, gate, norm_weight, eps):
+def _check(o, weights, row_of_choice, output_gate, norm_weight, kernels) -> None:
+    if row_of_choice.dim() != 2 or row_of_choice.dtype != torch.int32:
+        raise ValueError(
+            f"row_of_choice must be int32 [N, k or k + 1], got {row_of_choice.dtype} {list(row_of_choice.shape)}"
+        )
+    tokens, choices = row_of_choice.shape
+    if weights.dim() != 2 or weights.shape[0] != tokens or weights.shape[1] not in (choices, choices - 1):
+        raise ValueError(f"weights must be [{tokens}, {choices - 1} or {choices}], got {list(weights.shape)}")
+    if o.dim() != 3 or o.shape[0] != tokens * choices:
+        raise ValueError(
+            f"o must be [{tokens * choices}, H, V] for {tokens} tokens of {choices} choices, got {list(o.shape)}"
+        )
+    _, heads, size = o.shape
+    if output_gate.shape != (tokens, heads, size):
+        raise ValueError(f"output_gate must be {[tokens, heads, size]}, got {list(output_gate.shape)}")
+    if norm_weight.shape != (size,):
+        raise ValueError(f"norm_weight must be [{size}], got {list(norm_weight.shape)}")
+    if kernels == "torch":
+        return
+    for name, tensor in (("o", o), ("output_gate", output_gate), ("norm_weight", norm_weight)):
+        if tensor.dtype not in FLOAT_TYPES:
+            raise ValueError(f"{name} must be float32, bfloat16 or float16 for kernels='triton', got {tensor.dtype}")
+    if size not in HEAD_SIZES:
+        raise ValueError(f"o must have a value size V in {HEAD_SIZES} for kernels='triton', got {size}")
+    if weights.dtype != torch.float32:
+        raise ValueError(f"weights must be float32 for kernels='triton', got {weights.dtype}")
+    if output_gate.numel() and output_gate.stride(2) != 1:
+        raise ValueError(
+            "output_gate must have adjacent values for kernels='triton', "
+            f"got {list(output_gate.shape)} with strides {output_gate.stride()}"
+        )
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, o, weights, row_of_choice, output_gate, norm_weight, eps):
+        # Imported on use, because Triton is not installed on every machine.
+        from mom_layers.combine.triton import combine_forward
+
+        ctx.save_for_backward(o, weights, row_of_choice, output_gate, norm_weight)
+        ctx.eps = eps
+        return combine_forward(o, weights, row_of_choice, output_gate, norm_weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        from mom_layers.combine.triton import combine_backward
+
+        do, dweights, d_output_gate, dnorm_weight = combine_backward(*ctx.saved_tensors, dy, ctx.eps)
+        return do, dweights, None, d_output_gate, dnorm_weight, None
+
+
+def _combine_torch(o, weights, row_of_choice, output_gate, norm_weight, eps):
     dtype = compute_dtype(o.dtype)
-    tokens, slots = row_of_choice.shape
-    rows = o.index_select(0, row_of_choice.flatten()).unflatten(0, (tokens, slots)).to(dtype)
+    rows = o.index_select(0, row_of_choice.flatten()).unflatten(0, row_of_choice.shape).to(dtype)
     topk = weights.shape[1]
     mixed = (rows[:, :topk] * weights.to(dtype)[:, :, None, None]).sum(1)
-    if slots > topk:
+    # The shared memory's row is the last choice and has no weight.
+    if row_of_choice.shape[1] > topk:
         mixed = mixed + rows[:, topk]
+    # RMSNorm over the values of a head, then the output gate.
     mixed = mixed * torch.rsqrt((mixed * mixed).mean(-1, keepdim=True) + eps) * norm_weight.to(dtype)
-    return (mixed * F.silu(gate.to(dtype))).to(o.dtype)
+    return (mixed * F.silu(output_gate.to(dtype))).to(o.dtype)
 
 
 def combine(
     o: torch.Tensor,
     weights: torch.Tensor,
     row_of_choice: torch.Tensor,
-    gate: torch.Tensor,
+    output_gate: torch.Tensor,
     norm_weight: torch.Tensor,
     *,
     eps: float = 1e-6,
     kernels: str = "auto",
 ) -> torch.Tensor:
-    """Mixes the memories' outputs (MoM, eq. 9 and 10), normalises each head and gates it.
+    """Mixes the memories' outputs (MoM, eq. 9 and 10), normalises every head and applies the output gate.
 
-    ``y_t = RMSNorm_V(sum_m w_t^m o_t^m + o_t^shared) * SiLU(gate_t)``
+    ``y_t = RMSNorm_V(sum_m w_t^m o_t^m + o_t^shared) * norm_weight * SiLU(output_gate_t)``
 
     Args:
-        o: [R, H, V] what every row read from its memory.
+        o: [R, H, V] outputs of the memories, one of every row.
         weights: [N, k] the router's weights.
-        row_of_choice: [N, slots] int32; slots is k, or k + 1 where the last is the shared memory (weight 1).
-        gate: [N, H, V] before SiLU.
+        row_of_choice: [N, k + 1] int32, every token's rows; the last is the shared memory's, whose weight is 1. [N, k]
+            without the shared memory. Every row belongs to one choice.
+        output_gate: [N, H, V] before SiLU.
         norm_weight: [V].
+        eps: added to the mean square.
+        kernels: "auto", "torch" or "triton", which takes float32, bfloat16 and float16, V of 16, 32, 64, 128 or 256,
+            float32 weights, and an output gate with adjacent values, which may be a view of a wider tensor.
 
     Returns:
-        [N, H, V] in o's type.
+        y [N, H, V] in o's type. All sums are in float32 (float64 for float64 outputs).
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: a shape, size, type or stride that does not fit.
     """
-    tokens, slots = row_of_choice.shape
-    if weights.shape[0] != tokens or weights.shape[1] not in (slots, slots - 1):
-        raise ValueError(f"weights must be [{tokens}, {slots - 1} or {slots}], got {list(weights.shape)}")
-    if o.dim() != 3 or o.shape[0] != tokens * slots:
-        raise ValueError(f"o must be [{tokens * slots}, H, V], got {list(o.shape)}")
-    if gate.shape != (tokens, *o.shape[1:]):
-        raise ValueError(f"gate must be {[tokens, *o.shape[1:]]}, got {list(gate.shape)}")
-    if norm_weight.shape != o.shape[2:]:
-        raise ValueError(f"norm_weight must be [{o.shape[2]}], got {list(norm_weight.shape)}")
-    if resolve_kernels(kernels, o) == "triton":
-        from mom_layers.combine.triton import combine_triton as implementation
-    else:
-        implementation = _combine_torch
-    return implementation(o, weights, row_of_choice, gate, norm_weight, eps)
+    kernels = resolve_kernels(kernels, o)
+    _check(o, weights, row_of_choice, output_gate, norm_weight, kernels)
+    if kernels == "torch":
+        return _combine_torch(o, weights, row_of_choice, output_gate, norm_weight, eps)
+    return _Combine.apply(
+        o.contiguous(), weights.contiguous(), row_of_choice.contiguous(), output_gate, norm_weight.contiguous(), eps
+    )

@@ -1,7 +1,7 @@
-"""exp, sigmoid and tanh in the fewest instructions, for kernels that the number of instructions holds back.
+"""exp, sigmoid and tanh in few instructions, for kernels whose speed is limited by the number of their instructions.
 
-`tl.exp` and `tl.sigmoid` take five and twelve; most of them treat results below 1e-38, which here are zero, and a
-division's very large divisors.
+`tl.exp` takes five instructions and `tl.sigmoid` twelve. Most of these treat results below 1e-38, which are zero here,
+and the very large divisors of a division.
 """
 
 from __future__ import annotations
@@ -10,25 +10,30 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter knows no assembly
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter runs no assembly
 
 
 @triton.jit
 def exp(x):
+    """exp(x) = 2^(x log2(e)): two instructions."""
     return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)), the reciprocal as a square: a reciprocal root is one instruction, a division is not."""
+    """1 / (1 + exp(-x)): six instructions."""
+    # A reciprocal square root is one instruction, a division is many.
     root = tl.rsqrt(1.0 + exp(-x))
     return root * root
 
 
 @triton.jit
 def tanh(x, dtype: tl.constexpr):
-    """tanh for values that are stored as dtype: for bfloat16 the GPU's own, one instruction with a relative error of
-    2^-11; an absolute error of 1e-7 for wider types. SiLU as h + h tanh(h) then errs by up to 2^-11 h, absolutely."""
+    """tanh(x) to the precision of ``dtype``, the type in which the caller stores its results.
+
+    For bfloat16 the GPU's own instruction, with a relative error of 2^-11: SiLU(2 h) = h + h tanh(h) then has an
+    absolute error of up to 2^-11 h. For wider types the absolute error is 1e-7.
+    """
     if dtype == tl.bfloat16 and not INTERPRETED:
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:

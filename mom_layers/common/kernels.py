@@ -1,4 +1,9 @@
-"""Which implementation of an operation runs: plain PyTorch (any device, float64 too) or Triton kernels."""
+"""The choice between an operation's implementations, which every operation takes as its argument ``kernels``.
+
+``"torch"``: plain PyTorch, on any device and in float64 too. No Triton kernel is launched.
+``"triton"``: Triton kernels, on a CUDA device, or on a CPU in Triton's interpreter. They take no float64.
+``"auto"``: ``"triton"`` for tensors on a CUDA device, ``"torch"`` for all others.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +12,31 @@ import torch
 KERNELS = ("auto", "torch", "triton")
 
 
-def resolve_kernels(kernels: str, tensor: torch.Tensor) -> str:
-    """Returns ``"torch"`` or ``"triton"``; ``"auto"`` means Triton on a CUDA device and PyTorch elsewhere.
-
-    Raises ValueError for any other name.
-    """
+def check_kernels(kernels: str) -> None:
+    """Raises ValueError for a name that is not in KERNELS."""
     if kernels not in KERNELS:
-        raise ValueError(f"unknown kernels {kernels!r}: choose one of {', '.join(KERNELS)}")
+        raise ValueError(f"kernels must be one of {', '.join(map(repr, KERNELS))}, got {kernels!r}")
+
+
+def resolve_kernels(kernels: str, tensor: torch.Tensor) -> str:
+    """Replaces ``"auto"`` by the implementation for the tensor's device.
+
+    Args:
+        kernels: "auto", "torch" or "triton".
+        tensor: an input of the operation.
+
+    Returns:
+        "torch" or "triton".
+
+    Raises:
+        ValueError: another name.
+    """
+    check_kernels(kernels)
     if kernels == "auto":
         return "triton" if tensor.is_cuda else "torch"
     return kernels
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums are taken in: float64 for float64 inputs, float32 for everything else."""
+    """The type in which sums are computed: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32

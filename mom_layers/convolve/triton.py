@@ -1,6 +1,8 @@
-"""The convolution over segments in Triton: launches, autograd, and the function that callers use.
+"""The convolution over segments in Triton: the kernels of its tails, and the functions that launch all its kernels.
 
-Shape legend: R rows, N tokens, C channels, H heads, S segments, W taps.
+A tail is what a convolution carries from one call to the next: the last W - 1 inputs of a segment.
+
+Shape legend: R rows, N tokens, C channels, H heads, S segments, W taps. Tiles of tails are BS segments by BC channels.
 """
 
 from __future__ import annotations
@@ -9,39 +11,113 @@ from typing import NamedTuple
 
 import torch
 import triton
-from torch.autograd.function import once_differentiable
+import triton.language as tl
 
-from mom_layers.convolve.tails_triton import _backward_initial_tail_kernel, _tail_kernel
-from mom_layers.convolve.triton_kernels import _backward_kernel, _forward_kernel
-from mom_layers.route.rows_triton import sum_parts, sum_slots
+from mom_layers.common.sums_triton import sum_parts
+from mom_layers.convolve.walk_triton import _backward_kernel, _forward_kernel
+from mom_layers.route.rows_triton import sum_rows_triton
 
-# Rows a walk, powers of two: the fastest of four pairs that were timed on an H200. A backward walk computes W - 1 rows
-# twice, and leaves W x C sums of the weight's gradient behind.
+# Rows that a program walks along, powers of two: the fastest of four pairs that were timed on an H200. A backward walk
+# computes W - 1 rows twice, and writes W x C sums of the weight's gradient.
 FORWARD_RUN = 64
 BACKWARD_RUN = 128
-AHEAD = 4  # rows whose loads are under way together
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-HEAD_SIZES = (16, 32, 64, 128, 256)
+AHEAD = 4  # rows whose loads are under way together; not tuned
+TAIL_TILE = (16, 128)  # BS and BC; not tuned
+
+
+@triton.jit
+def _input(
+    x, stride_x, token_of_row, initial_tail, b_r, b_position, b_segment, m_r, b_c, m_c, j,
+    C: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """[BS, BC] float32 inputs j rows before rows b_r; before a segment's first row its initial tail, or zero."""
+    # An input is either a row of the segment or an entry of its initial tail: the sum of two masked loads.
+    m_inside = m_r & (b_position >= j)
+    b_from = b_r - j
+    if token_of_row is not None:
+        b_from = tl.load(token_of_row + b_from, mask=m_inside, other=0)  # [BS]
+    p_x = x + b_from.to(tl.int64)[:, None] * stride_x + b_c[None, :]
+    b_x = tl.load(p_x, mask=m_inside[:, None] & m_c[None, :], other=0.0).to(tl.float32)  # [BS, BC]
+    if initial_tail is not None:
+        m_before = m_r & (b_position < j)
+        b_at = b_segment.to(tl.int64) * (W - 1) + (W - 1 + b_position - j)
+        p_tail = initial_tail + b_at[:, None] * C + b_c[None, :]
+        b_x += tl.load(p_tail, mask=m_before[:, None] & m_c[None, :], other=0.0).to(tl.float32)  # [BS, BC]
+    return b_x
+
+
+@triton.jit(do_not_specialize=["num_segments"])
+def _tail_kernel(
+    x, initial_tail, tail, token_of_row, cu_seqlens, num_segments,
+    stride_x: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The last W - 1 inputs of every segment: entry W - 1 - j is the input j rows before the row after the last row."""
+    b_s = tl.program_id(0) * BS + tl.arange(0, BS)
+    m_s = b_s < num_segments
+    b_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    m_c = b_c < C
+    b_end = tl.load(cu_seqlens + b_s + 1, mask=m_s, other=0)  # [BS]
+    b_length = b_end - tl.load(cu_seqlens + b_s, mask=m_s, other=0)  # [BS]
+    for j in tl.static_range(1, W):
+        b_x = _input(x, stride_x, token_of_row, initial_tail, b_end, b_length, b_s, m_s, b_c, m_c, j, C, W)
+        p_tail = tail + (b_s.to(tl.int64) * (W - 1) + (W - 1 - j))[:, None] * C + b_c[None, :]
+        tl.store(p_tail, b_x.to(tail.dtype.element_ty), mask=m_s[:, None] & m_c[None, :])
+
+
+@triton.jit(do_not_specialize=["num_segments"])
+def _backward_initial_tail_kernel(
+    du, weight, dtail, dinitial_tail, cu_seqlens, num_segments,
+    C: tl.constexpr, W: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the initial tails, from du (before SiLU) and from the gradient of the final tails.
+
+    The rows t = 0 to i of a segment read entry i of its initial tail, with tap W - 1 - i + t; in a segment shorter than
+    W - 1 rows the entry is also entry i - length of the final tail.
+    """
+    b_s = tl.program_id(0) * BS + tl.arange(0, BS)
+    m_s = b_s < num_segments
+    b_c = tl.program_id(1) * BC + tl.arange(0, BC)
+    m_c = b_c < C
+    b_start = tl.load(cu_seqlens + b_s, mask=m_s, other=0)  # [BS]
+    b_length = tl.load(cu_seqlens + b_s + 1, mask=m_s, other=0) - b_start  # [BS]
+    for i in tl.static_range(W - 1):
+        # sum over t of weight[:, i - t] du[first row + t]
+        b_d = tl.zeros([BS, BC], dtype=tl.float32)
+        for t in tl.static_range(i + 1):
+            b_w = tl.load(weight + b_c * W + (i - t), mask=m_c, other=0.0).to(tl.float32)  # [BC]
+            m_du = m_s & (t < b_length)
+            p_du = du + (b_start + t).to(tl.int64)[:, None] * C + b_c[None, :]
+            b_du = tl.load(p_du, mask=m_du[:, None] & m_c[None, :], other=0.0).to(tl.float32)  # [BS, BC]
+            b_d += b_w[None, :] * b_du
+        # What remains of the initial tail at the segment's end.
+        if dtail is not None:
+            m_tail = m_s & (b_length <= i)
+            p_tail = dtail + (b_s.to(tl.int64) * (W - 1) + (i - b_length))[:, None] * C + b_c[None, :]
+            b_d += tl.load(p_tail, mask=m_tail[:, None] & m_c[None, :], other=0.0).to(tl.float32)  # [BS, BC]
+        p_d = dinitial_tail + (b_s.to(tl.int64) * (W - 1) + i)[:, None] * C + b_c[None, :]
+        tl.store(p_d, b_d.to(dinitial_tail.dtype.element_ty), mask=m_s[:, None] & m_c[None, :])
 
 
 class Convolution(NamedTuple):
-    """One of several convolutions over the same rows, all of one width W."""
+    """One of the convolutions of a launch, all over the same rows and of one width W."""
 
-    x: torch.Tensor  # [R, C], or [N, C] if gathered
+    x: torch.Tensor  # [R, C], or [N, C] with gather
     weight: torch.Tensor  # [C, W]
     initial_tail: torch.Tensor | None  # [S, W - 1, C]
-    gather: bool
-    unit_length_heads: int | None
+    gather: bool  # row r reads x[token_of_row[r]]
+    unit_length_heads: int | None  # H, or None to leave the length
 
 
 def _walks(convolutions, plan, eps, columns):
-    """Grid's second axis, and what the two kernels that walk along rows share."""
+    """The size of the grid's second axis, and the arguments that both kernels of walk_triton take."""
+    # A block of channels is one head where heads are brought to unit length, whose sum a program computes alone.
     first, blocks = [0], []
     for convolution in convolutions:
         channels, heads = convolution.weight.shape[0], convolution.unit_length_heads
         block = channels // heads if heads else min(256, max(16, triton.next_power_of_2(channels)))
         blocks.append(block)
         first.append(first[-1] + triton.cdiv(channels, block))
+    # Triton takes a tuple for each argument, with one item for each convolution.
     xs, weights, tails, gathers, heads = (tuple(part) for part in zip(*convolutions, strict=True))
     return first[-1] + bool(columns), dict(
         x=xs,
@@ -66,16 +142,29 @@ def _walks(convolutions, plan, eps, columns):
 
 
 def _segment_arguments(plan, channels, width):
-    """Grid, and what the two kernels that run over segments share."""
-    grid = (triton.cdiv(plan.num_segments, 16), triton.cdiv(channels, 128))
+    """The grid and the arguments that both kernels of tails take."""
+    BS, BC = TAIL_TILE
+    grid = (triton.cdiv(plan.num_segments, BS), triton.cdiv(channels, BC))
     segments = dict(cu_seqlens=plan.cu_seqlens, num_segments=plan.num_segments)
-    return grid, dict(segments, C=channels, W=width, BS=16, BC=128, num_warps=4)
+    return grid, dict(segments, C=channels, W=width, BS=BS, BC=BC, num_warps=4)
 
 
-def run_forward(convolutions, plan, output_tail, eps, copied=None):
-    """The outputs [R, C], the tails [S, W - 1, C] or None, and a contiguous copy of ``copied`` [R, columns], whose
-    columns are adjacent, or None."""
+def convolve_forward(
+    convolutions: tuple[Convolution, ...], plan, output_tail: bool, eps: float, copied: torch.Tensor | None = None
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...], torch.Tensor | None]:
+    """Runs several convolutions in one launch.
+
+    Args:
+        plan: the :class:`~mom_layers.route.plan.RoutingPlan`.
+        output_tail: also return the last W - 1 inputs of every segment.
+        eps: added to the squared length of a head.
+        copied: [R, columns] with adjacent columns, which the same launch copies.
+
+    Returns:
+        the outputs [R, C], the tails [S, W - 1, C] or None, and a contiguous copy of ``copied`` or None.
+    """
     rows = plan.num_rows
+    # The outputs are contiguous, whatever tensor the inputs are slices of.
     ys = tuple(x.new_empty(rows, weight.shape[0]) for x, weight, *_ in convolutions)
     columns = 0 if copied is None else copied.shape[1]
     copy = copied.new_empty(copied.shape) if columns else None
@@ -93,6 +182,7 @@ def run_forward(convolutions, plan, output_tail, eps, copied=None):
 
 
 def _final_tail(convolution, plan):
+    """The last W - 1 inputs of every segment, [S, W - 1, C]."""
     x, (channels, width) = convolution.x, convolution.weight.shape
     tail = x.new_empty(plan.num_segments, width - 1, channels)
     grid, segments = _segment_arguments(plan, channels, width)
@@ -107,11 +197,40 @@ def _final_tail(convolution, plan):
     return tail
 
 
-def run_backward(convolutions, plan, eps, dys, dtails, needs_initial, dxs, copied=None, copy=None):
-    """Gradients of the inputs (written to ``dxs`` where one is given), of the weights, and of the initial tails where
-    they are needed; three tuples. Also copies ``copied`` [R, columns] to ``copy``, whose columns are adjacent."""
+def _initial_tail_gradient(convolution, plan, du, dtail):
+    """The gradient [S, W - 1, C] of a convolution's initial tail, from du [R, C], the gradient before SiLU."""
+    weight, dinitial_tail = convolution.weight, torch.empty_like(convolution.initial_tail)
+    grid, segments = _segment_arguments(plan, *weight.shape)
+    _backward_initial_tail_kernel[grid](du=du, weight=weight, dtail=dtail, dinitial_tail=dinitial_tail, **segments)
+    return dinitial_tail
+
+
+def convolve_backward(
+    convolutions: tuple[Convolution, ...],
+    plan,
+    eps: float,
+    dys: tuple[torch.Tensor | None, ...],
+    dtails: tuple[torch.Tensor | None, ...],
+    needs_initial: tuple[bool, ...],
+    dxs: tuple[torch.Tensor | None, ...],
+    copied: torch.Tensor | None = None,
+    copy: torch.Tensor | None = None,
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
+    """The gradients of several convolutions, whose rows are one launch.
+
+    Args:
+        dys: [R, C] gradients of the outputs; None for zeros.
+        dtails: [S, W - 1, C] gradients of the tails; None for zeros.
+        needs_initial: which initial tails need a gradient.
+        dxs: where the inputs' gradients are written, [R, C] with adjacent columns; None for a new tensor.
+        copied, copy: [R, columns]; the same launch copies ``copied`` to ``copy``, which has adjacent columns.
+
+    Returns:
+        the gradients of the inputs, of the weights, and of the initial tails (None where no gradient is needed).
+    """
     rows, width = plan.num_rows, convolutions[0].weight.shape[1]
     sizes = [weight.shape[0] for _, weight, *_ in convolutions]
+    # A convolution without a gradient still runs with the others, on zeros.
     dys = tuple(
         x.new_zeros(rows, size) if dy is None else dy if dy.stride(1) == 1 else dy.contiguous()
         for (x, *_), size, dy in zip(convolutions, sizes, dys, strict=True)
@@ -121,11 +240,12 @@ def run_backward(convolutions, plan, eps, dys, dtails, needs_initial, dxs, copie
         x.new_empty(rows, size) if dx is None else dx
         for (x, *_), size, dx in zip(convolutions, sizes, dxs, strict=True)
     )
+    # du is written only where an initial tail needs its gradient.
     dus = tuple(
         x.new_empty(rows, size) if needed else None
         for (x, *_), size, needed in zip(convolutions, sizes, needs_initial, strict=True)
     )
-    # All weights' gradients as one, so that they are summed up in one launch.
+    # The partial sums of all weights' gradients are one tensor, so that one launch adds them up.
     shape = (triton.cdiv(rows, BACKWARD_RUN), width, sum(sizes))
     parts = torch.empty(shape, dtype=torch.float32, device=plan.token_of_row.device)
     columns = 0 if copied is None else copied.shape[1]
@@ -150,100 +270,9 @@ def run_backward(convolutions, plan, eps, dys, dtails, needs_initial, dxs, copie
         _initial_tail_gradient(convolution, plan, du, dtail) if needed else None
         for convolution, du, dtail, needed in zip(convolutions, dus, dtails, needs_initial, strict=True)
     )
+    # A token's gradient is the sum over its rows.
     dxs = tuple(
-        sum_slots(dx, plan.row_of_choice) if convolution.gather else dx
+        sum_rows_triton(dx, plan.row_of_choice) if convolution.gather else dx
         for convolution, dx in zip(convolutions, dxs, strict=True)
     )
     return dxs, dweights, dinitial_tails
-
-
-def _initial_tail_gradient(convolution, plan, du, dtail):
-    weight, dinitial_tail = convolution.weight, torch.empty_like(convolution.initial_tail)
-    grid, segments = _segment_arguments(plan, *weight.shape)
-    _backward_initial_tail_kernel[grid](du=du, weight=weight, dtail=dtail, dinitial_tail=dinitial_tail, **segments)
-    return dinitial_tail
-
-
-class SegmentConvolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, initial_tail, plan, gather, unit_length_heads, output_tail, eps):
-        ctx.save_for_backward(x, weight, initial_tail)
-        ctx.plan, ctx.options, ctx.eps = plan, (gather, unit_length_heads), eps
-        ctx.set_materialize_grads(False)
-        convolution = Convolution(x, weight, initial_tail, gather, unit_length_heads)
-        (y,), (tail,), _ = run_forward((convolution,), plan, output_tail, eps)
-        return y, tail
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dtail):
-        convolution = Convolution(*ctx.saved_tensors, *ctx.options)
-        (dx,), (dweight,), (dinitial_tail,) = run_backward(
-            (convolution,), ctx.plan, ctx.eps, (dy,), (dtail,), (ctx.needs_input_grad[2],), (None,)
-        )
-        return dx, dweight, dinitial_tail, None, None, None, None, None
-
-
-def check_arguments(x, weight, plan, gather, unit_length_heads, initial_tail):
-    """Raises ValueError for what :func:`segment_convolution_triton` cannot take."""
-    if x.dim() != 2 or x.dtype not in FLOATS or (x.numel() and x.stride(1) != 1):
-        raise ValueError(
-            "x must be float32, bfloat16 or float16 [tokens or rows, C] with adjacent channels, "
-            f"got {x.dtype} {list(x.shape)} with strides {x.stride()}"
-        )
-    if weight.dim() != 2 or weight.dtype not in FLOATS or weight.shape[0] != x.shape[1]:
-        raise ValueError(f"weight must be [{x.shape[1]}, W] in 16 or 32 bits, got {weight.dtype} {list(weight.shape)}")
-    channels, width = weight.shape
-    if not 2 <= width <= 8:
-        raise ValueError(f"weight is {width} wide; the kernels support 2 to 8")
-    inputs = plan.row_of_choice.shape[0] if gather else plan.num_rows
-    if x.shape[0] != inputs:
-        raise ValueError(f"x has {x.shape[0]} rows; the plan has {inputs} {'tokens' if gather else 'rows'}")
-    heads = unit_length_heads
-    if heads is not None and (heads < 1 or channels % heads or channels // heads not in HEAD_SIZES):
-        raise ValueError(f"{channels} channels in {heads} heads: unit length needs a head of {HEAD_SIZES} channels")
-    expected = (plan.num_segments, width - 1, channels)
-    if initial_tail is not None and (initial_tail.shape != expected or initial_tail.dtype not in FLOATS):
-        raise ValueError(
-            f"initial_tail must be {list(expected)} in 16 or 32 bits, "
-            f"got {initial_tail.dtype} {list(initial_tail.shape)}"
-        )
-
-
-def segment_convolution_triton(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    plan,
-    gather: bool,
-    unit_length_heads: int | None = None,
-    initial_tail: torch.Tensor | None = None,
-    output_tail: bool = False,
-    eps: float = 1e-6,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Depthwise causal convolution inside every segment, SiLU, and unit length per head where heads are given.
-
-        y_r = unit(SiLU(sum_j weight[:, W - 1 - j] x_{r - j}))        over the rows r - j of the same segment
-
-    Args:
-        x: [N, C] if ``gather`` (row r reads token ``plan.token_of_row[r]``), else [R, C]; float32, bfloat16 or float16.
-            May be a slice of a wider tensor's columns: it is not copied.
-        weight: [C, W], W from 2 to 8; the last column multiplies the row itself.
-        plan: the RoutingPlan.
-        gather: read tokens instead of rows.
-        unit_length_heads: H, to divide each head's C / H channels (16, 32, 64, 128 or 256) by their length.
-        initial_tail: [S, W - 1, C], the inputs before every segment, the latest last; zeros if None.
-        output_tail: also return the last W - 1 inputs of every segment.
-        eps: added to the squared length.
-
-    Returns:
-        y [R, C] and the tail [S, W - 1, C] (None unless asked for), both in x's dtype. All sums are in float32.
-
-    Raises:
-        ValueError: a shape, dtype or stride that does not fit.
-    """
-    check_arguments(x, weight, plan, gather, unit_length_heads, initial_tail)
-    if initial_tail is not None:
-        initial_tail = initial_tail.contiguous()
-    return SegmentConvolution.apply(
-        x, weight.contiguous(), initial_tail, plan, gather, unit_length_heads, output_tail, eps
-    )

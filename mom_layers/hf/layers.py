@@ -24,6 +24,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
+class HeadNorm(RMSNorm):
+    """The output norm of a MoM layer. A call returns the weight [V], which the kernels apply to every head."""
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+
 class GatedMLP(nn.Module):
     """``down(SiLU(gate x) * up x)``."""
 

@@ -18,7 +18,9 @@ from mom_layers.hf.cache import CACHE_NAME, MomCache, one_cache
 from mom_layers.hf.configuration_mom import MomConfig
 from mom_layers.hf.layers import Attention, GatedMLP, RMSNorm
 from mom_layers.hf.mixer import MomAttention
-from mom_layers.hf.sequence import TokenSequence
+from mom_layers.hf.projections import MemoryLinear, MemoryProjections, ShortConvolution
+from mom_layers.hf.sequence import TokenSequence, described_documents
+from mom_layers.recur.rules import get_rule, rule_names
 from mom_layers.route.router import load_balancing_loss
 
 
@@ -52,18 +54,19 @@ class MomPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _input_embed_layer = "embeddings"
     _is_stateful = True
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+    _keep_in_fp32_modules_strict = sorted({name for rule in rule_names() for name in get_rule(rule).parameter_names})
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Normal projections and embeddings, uniform convolutions, and the memory rule's own parameters."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, MemoryProjections):
+            return  # its parts are modules of their own
+        if isinstance(module, (nn.Linear, MemoryLinear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv1d):
-            bound = module.kernel_size[0] ** -0.5
-            nn.init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, ShortConvolution):
+            module.reset_parameters()
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, MomAttention):
@@ -112,8 +115,9 @@ class MomModel(MomPreTrainedModel):
                 Also taken as ``cache``, its name from transformers 5.24 on.
             use_cache: return a cache; the configuration's choice when absent, never while training.
             output_hidden_states, output_router_logits: return them; router logits by default while training.
-            cu_seqlens: [documents + 1], for documents packed into one sequence (B = 1): nothing crosses their
-                borders. Also taken under transformers' name, ``cu_seq_lens_q``.
+            cu_seqlens: [documents + 1], borders of documents packed into the rows: nothing crosses a border. Also taken
+                under transformers' name, ``cu_seq_lens_q``. Borders come as well from ``seq_idx`` [B, T], the number
+                of every token's document, and from ``position_ids`` that restart. Packed rows leave no cache.
 
         Raises:
             ValueError: arguments that exclude each other, or shapes that do not fit.
@@ -127,9 +131,7 @@ class MomModel(MomPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         cache = one_cache(past_key_values, cache)
-        cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
-        if use_cache and cache is None and cu_seqlens is None:
-            cache = MomCache(self.config)
+        cu_seqlens, seq_idx = described_documents(cu_seqlens, kwargs)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_router_logits is None:
@@ -138,8 +140,12 @@ class MomModel(MomPreTrainedModel):
         batch, length = inputs_embeds.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
         sequence = TokenSequence(
-            batch, length, past, inputs_embeds.device, attention_mask, position_ids, cu_seqlens, self.training
+            batch, length, past, inputs_embeds.device, attention_mask, position_ids, cu_seqlens, self.training, seq_idx
         )
+        if sequence.packed and cache is not None:
+            raise ValueError("packed documents leave no cache: call the model without past_key_values")
+        if use_cache and cache is None and not sequence.packed:
+            cache = MomCache(self.config)
         hidden_states = inputs_embeds
         all_hidden_states, all_router_logits = [], []
         for layer in self.layers:
@@ -238,7 +244,8 @@ class MomForCausalLM(MomPreTrainedModel, GenerationMixin):
             mask = None if attention_mask is None else attention_mask[:, -outputs.last_hidden_state.shape[1] :]
             aux_loss = self._balancing_loss(outputs.router_logits, mask)
             if loss is not None:
-                loss = loss + self.config.aux_loss_scale * aux_loss.to(loss.device)
+                share = share_of_batch(labels, kwargs)
+                loss = loss + share * self.config.aux_loss_scale * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -270,3 +277,18 @@ class MomForCausalLM(MomPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if generation_config.use_cache and model_kwargs.get(CACHE_NAME) is None:
             model_kwargs[CACHE_NAME] = MomCache(self.config)
+
+
+def share_of_batch(labels: torch.Tensor, options: dict) -> torch.Tensor | float:
+    """The share of a step's targets that these labels hold: 1 where the caller does not split a step.
+
+    A step may be split into micro-batches and over processes. The language-model loss is then divided by the targets of
+    the whole step (``num_items_in_batch``), and the micro-batches' losses are added up. The balancing loss, a mean over
+    tokens, is weighted by the share, so that the losses add up to a mean over the step.
+    """
+    total = options.get("num_items_in_batch")
+    if total is None:
+        return 1.0
+    targets = options.get("shift_labels")
+    targets = labels[..., 1:] if targets is None else targets
+    return (targets != options.get("ignore_index", -100)).sum() / total

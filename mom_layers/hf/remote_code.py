@@ -18,7 +18,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_mom.MomModel",
     "AutoModelForCausalLM": "modeling_mom.MomForCausalLM",
 }
-# Imported on CUDA only. transformers asks for everything that a file imports, save what stands in a `try`.
+# Imported on CUDA only. transformers refuses a model whose files import a package that is missing, unless the import
+# stands in a `try`.
 OPTIONAL_PACKAGES = ("triton",)
 
 
@@ -85,7 +86,7 @@ def _rewrite(module: str) -> tuple[str, list[str]]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
             replacement, modules = _relative_import(node)
             needed += modules
-        elif isinstance(node, ast.Import) and node.names[0].name.split(".")[0] in OPTIONAL_PACKAGES:
+        elif _is_optional(node):
             replacement = ["try:", f"    {ast.unparse(node)}", "except ImportError:", "    raise"]
         else:
             continue
@@ -94,6 +95,13 @@ def _rewrite(module: str) -> tuple[str, list[str]]:
     origin = f"{PACKAGE}/{path.relative_to(Path(find_spec(PACKAGE).origin).parent).as_posix()}"
     header = f"# Generated from {origin}: change it there. SPDX-License-Identifier: MIT\n"
     return header + "\n".join(lines) + "\n", needed
+
+
+def _is_optional(node: ast.AST) -> bool:
+    """Whether a statement imports an optional package, as a whole or a part of the package."""
+    if isinstance(node, ast.Import):
+        return any(alias.name.split(".")[0] in OPTIONAL_PACKAGES for alias in node.names)
+    return isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OPTIONAL_PACKAGES
 
 
 def _relative_import(node: ast.ImportFrom) -> tuple[list[str], list[str]]:

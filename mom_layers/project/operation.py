@@ -1,4 +1,7 @@
-"""One linear map a memory, over the rows that the memory receives."""
+"""One linear map for each memory, over the rows that the memory receives.
+
+Shape legend: tokens N, rows R, all memories A, inputs D (the hidden size), outputs O.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,15 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from mom_layers.common.kernels import resolve_kernels
+from mom_layers.common.sizes import FLOAT_TYPES
 from mom_layers.route.plan import RoutingPlan
-from mom_layers.route.rows import gather_rows
+from mom_layers.route.rows import gather_rows, sum_rows
 
-ALIGNMENT = 8  # numbers of 16 bits: the rows of PyTorch's grouped product are multiples of 16 bytes
+ALIGNMENT = 8  # numbers of 16 bits: PyTorch's grouped product takes matrices whose rows are multiples of 16 bytes
 
 
 def has_device_grouped_mm(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether PyTorch's grouped product keeps its offsets on the device: bf16, Hopper or newer, aligned tokens."""
+    """Whether PyTorch's grouped product reads its offsets on the device: bf16, Hopper or newer, aligned tokens."""
     return (
         x.is_cuda
         and x.dtype == weight.dtype == torch.bfloat16
@@ -23,38 +27,86 @@ def has_device_grouped_mm(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
+def _check(x: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan) -> None:
+    tokens = plan.row_of_choice.shape[0]
+    if x.dim() != 2 or x.shape[0] != tokens:
+        raise ValueError(f"x must be [{tokens}, D] for this plan, got {list(x.shape)}")
+    if weight.dim() != 3 or weight.shape[0] != plan.num_all_memories or weight.shape[2] != x.shape[1]:
+        raise ValueError(
+            f"weight must be [{plan.num_all_memories}, O, {x.shape[1]}] for this plan and x, got {list(weight.shape)}"
+        )
+
+
+def _check_for_triton(x: torch.Tensor, weight: torch.Tensor) -> None:
+    if x.dtype not in FLOAT_TYPES or (x.numel() and x.stride(1) != 1):
+        raise ValueError(
+            "x must be float32, bfloat16 or float16 with adjacent channels for kernels='triton', "
+            f"got {x.dtype} with strides {x.stride()}"
+        )
+    if weight.dtype != x.dtype:
+        raise ValueError(f"weight must be {x.dtype} as x is for kernels='triton', got {weight.dtype}")
+
+
 class _GroupedProduct(torch.autograd.Function):
-    """PyTorch's grouped product over gathered tokens, which are gathered again and not kept for the backward pass."""
+    """PyTorch's grouped product over gathered tokens. The backward pass gathers the tokens again."""
 
     @staticmethod
-    def forward(ctx, x, weight, plan):
+    def forward(ctx, x, weight, plan, kernels):
+        # Rows of zeros in the weight become columns of zeros in the result.
         ctx.columns = weight.shape[1]
         weight = F.pad(weight, (0, 0, 0, -ctx.columns % ALIGNMENT)) if ctx.columns % ALIGNMENT else weight
         ctx.save_for_backward(x, weight)
-        ctx.plan = plan
+        ctx.plan, ctx.kernels = plan, kernels
         rows = x.index_select(0, plan.token_of_row)
+        # memory_offsets stays on the device: the host waits for nothing.
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=plan.memory_offsets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        from mom_layers.route.rows_triton import sum_slots
-
         (x, weight), plan = ctx.saved_tensors, ctx.plan
         dx = dweight = None
+        # dweight[m] = sum over the rows r of memory m of dy[r] x[token of r]^T
         if ctx.needs_input_grad[1]:
             rows = x.index_select(0, plan.token_of_row)
             dweight = F.grouped_mm(dy.t(), rows, offs=plan.memory_offsets)[:, : ctx.columns]
             del rows
+        # dx[t] = sum over the rows r of token t of weight[memory of r]^T dy[r]
         if ctx.needs_input_grad[0]:
-            dx = sum_slots(F.grouped_mm(dy, weight, offs=plan.memory_offsets), plan.row_of_choice)
+            drows = F.grouped_mm(dy, weight, offs=plan.memory_offsets)
+            dx = sum_rows(drows, plan.row_of_choice, ctx.kernels)
+        return dx, dweight, None, None
+
+
+class _TritonProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, plan):
+        from mom_layers.project.triton import project
+
+        ctx.save_for_backward(x, weight)
+        ctx.plan = plan
+        return project(x, weight, plan, plan.token_of_row)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        from mom_layers.project.triton import project, weight_gradient
+
+        (x, weight), plan = ctx.saved_tensors, ctx.plan
+        # The kernels read adjacent columns.
+        if dy.stride(1) != 1:
+            dy = dy.contiguous()
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            drows = project(dy, weight.transpose(1, 2), plan, None)
+            dx = sum_rows(drows, plan.row_of_choice, "triton")
+        if ctx.needs_input_grad[1]:
+            dweight = weight_gradient(dy, x, weight, plan)
         return dx, dweight, None
 
 
 def _projection_torch(x, weight, plan):
-    if has_device_grouped_mm(x, weight):
-        return _GroupedProduct.apply(x, weight, plan)
-    rows = gather_rows(x, plan)
+    rows = gather_rows(x, plan, kernels="torch")
     ends = plan.memory_offsets.tolist()  # the host reads the sizes: this path is for the CPU and for comparison
     sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     return torch.cat([F.linear(part, w) for part, w in zip(rows.split(sizes), weight, strict=True)])
@@ -63,29 +115,38 @@ def _projection_torch(x, weight, plan):
 def grouped_projection(
     x: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan, *, kernels: str = "auto"
 ) -> torch.Tensor:
-    """``rows[r] = weight[memory of r] @ x[token of r]``: the keys, values and gates of every row in one product, in
-    autocast's type where that is on.
+    """Projects every row with its memory's weight: the keys, values and raw gates of all rows in one product.
+
+    ``rows[r] = weight[memory of r] x[token of r]``
+
+    Under autocast x and weight are cast to autocast's type first, as for any other product; float64 stays float64.
 
     Args:
         x: [N, D] tokens.
-        weight: [G, O, D], one matrix a memory, the shared memory's last.
+        weight: [A, O, D], one matrix for each memory, the shared memory's last.
         plan: the rows.
+        kernels: "auto", "torch" or "triton", which takes x and weight of one type: float32, bfloat16 or float16, with
+            adjacent channels in x. On Hopper and newer PyTorch's grouped product computes bfloat16 either way, and
+            ``kernels`` decides how the backward pass adds up a token's rows. Elsewhere "torch" reads the number of
+            rows of every memory on the host.
 
     Returns:
-        rows [R, O], or a few more columns of zeros where a product wants its rows aligned.
+        rows [R, O] in x's type. PyTorch's grouped product appends columns of zeros where O is no multiple of 8. Sums
+        are in float32 (float64 for float64 inputs); Triton multiplies float32 inputs in full precision.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes, types or strides that do not fit.
     """
-    if x.dim() != 2 or x.shape[0] != plan.row_of_choice.shape[0]:
-        raise ValueError(f"x must be [{plan.row_of_choice.shape[0]}, D], got {list(x.shape)}")
-    if weight.dim() != 3 or weight.shape[0] != plan.num_groups or weight.shape[2] != x.shape[1]:
-        raise ValueError(f"weight must be [{plan.num_groups}, O, {x.shape[1]}], got {list(weight.shape)}")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # a product as any other
+    kernels = resolve_kernels(kernels, x)
+    _check(x, weight, plan)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        # PyTorch casts for its own products; the kernels here are none of them.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    if resolve_kernels(kernels, x) == "triton" and not has_device_grouped_mm(x, weight):
-        from mom_layers.project.triton import grouped_projection_triton
-
-        return grouped_projection_triton(x, weight, plan)
+    # PyTorch's product comes first where the chip has it; the Triton kernels serve other chips and types.
+    if has_device_grouped_mm(x, weight):
+        return _GroupedProduct.apply(x, weight, plan, kernels)
+    if kernels == "triton":
+        _check_for_triton(x, weight)
+        return _TritonProjection.apply(x, weight, plan)
     return _projection_torch(x, weight, plan)

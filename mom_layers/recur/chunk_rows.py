@@ -1,4 +1,4 @@
-"""Lays packed segments out in chunks for the PyTorch paths of the recurrences, and walks them chunk by chunk.
+"""Packed segments laid out in chunks, and the recurrence from chunk to chunk, for the PyTorch paths of kernel families.
 
 Shape legend: rows R, segments S, heads H, key size K, value size V, chunks N of C rows.
 """
@@ -12,19 +12,19 @@ import torch.nn.functional as F
 
 
 class ChunkRows:
-    """Rows in chunks, ordered by (chunk of the segment, segment from longest to shortest).
+    """Rows in chunks: first every segment's first chunk, then every second one, and so on; longest segments first.
 
-    Chunks are as long as the longest segment where that is shorter than ``chunk``. Reads lengths on the host: this
-    serves the CPU and comparisons.
+    Chunks have ``chunk`` rows, or as many as the longest segment where that is shorter. Reads lengths on the host: for
+    the CPU and for comparisons.
 
     Attributes:
-        place: [N, C], the row of every place in a chunk; R where there is none.
-        running: the number of segments that still run at each step.
+        place: [N, C], the row of every place in a chunk; R where a place is empty.
+        running: for each step, the number of segments that have a chunk left.
         order: the segments, longest first.
     """
 
     def __init__(self, cu_seqlens: torch.Tensor, num_rows: int, chunk: int, power_of_two: bool = False):
-        """``power_of_two``: pad the chunks' length to a power of two. There must be at least one row."""
+        """``num_rows`` is at least 1. ``power_of_two``: pads the chunks' length to a power of two."""
         edges = cu_seqlens.tolist()
         lengths = [b - a for a, b in zip(edges[:-1], edges[1:], strict=True)]
         chunk = max(1, min(chunk, max(lengths)))
@@ -43,34 +43,35 @@ class ChunkRows:
         self.place = place.to(cu_seqlens.device)
 
     def gather(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """x [R, H, *] by chunk, [N, H, C, *], zeros where a chunk has no row."""
+        """x [R, H, *] in chunks, [N, H, C, *]; zeros where a place is empty."""
         padded = torch.cat([x.to(dtype), x.new_zeros(1, *x.shape[1:], dtype=dtype)])
         return padded.index_select(0, self.place.flatten()).unflatten(0, self.place.shape).transpose(1, 2)
 
     def walk(
         self, step: Callable[..., tuple[torch.Tensor, torch.Tensor]], state: torch.Tensor, *chunks: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes every segment's state through its chunks, all segments' steps at once.
+        """The recurrence over every segment's chunks, one step for all segments that have a chunk left.
 
         Args:
             step: (state [S', H, K, V], a part [S', ...] of each of ``chunks``) -> (o [S', H, C, V], the next state).
-            state: [S, H, K, V], the segments' first.
-            chunks: [N, ...] each.
+            state: [S, H, K, V], the initial states.
+            chunks: tensors [N, ...], of every chunk.
 
         Returns:
-            o [R, H, V] and the last states [S, H, K, V].
+            o [R, H, V] and the final states [S, H, K, V].
         """
         order = torch.tensor(self.order, device=state.device)
         state = state[order]
         outputs, finished = [], []
         for parts in zip(*(x.split(self.running) for x in chunks), strict=True):
             active = parts[0].shape[0]
-            if active < state.shape[0]:  # segments that have ended leave the front of the list
+            if active < state.shape[0]:  # the shortest segments end first, and stand last
                 finished.append(state[active:])
                 state = state[:active]
             o, state = step(state, *parts)
             outputs.append(o)
         o = torch.cat(outputs).transpose(1, 2).flatten(0, 1)  # [N * C, H, V]
+        # From places back to rows; empty places all write the entry after the last row, which is not read.
         where = torch.empty(self.num_rows + 1, dtype=torch.long, device=o.device)
         where[self.place.flatten()] = torch.arange(self.place.numel(), device=o.device)
         return o.index_select(0, where[: self.num_rows]), torch.cat([state, *reversed(finished)])[order.argsort()]

@@ -1,4 +1,4 @@
-"""Cuts packed segments into chunks of rows, on the device, without reading a length on the host."""
+"""Cuts packed segments into chunks of rows, on the device: no length is read on the host."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 
 from mom_layers.common.kernels import resolve_kernels
 
-# Rows a chunk: one tensor-core tile high, and 64 x 64 scores a chunk cost less than a 256 x 256 state does.
+# Rows a chunk, for which the kernels are written: the height of a warpgroup's tensor-core product, and 64 x 64 scores
+# cost less than a 256 x 256 state does.
 CHUNK = 64
-# Chunks a group: the state is stored once a group for the backward pass, which computes the others again.
-GROUP = 8
 
 
 class ChunkTable(NamedTuple):
-    """Which rows every chunk slot holds. Slots N = R // C + S, at least the number of chunks, known on the host.
+    """Which rows every chunk slot holds. Slots N = R // C + S: at least the number of chunks, and known on the host.
 
-    segment: [N] int32, the slot's segment; S where the slot is past the last chunk.
-    index: [N] int32, the chunk's place in its segment: it starts at row ``cu_seqlens[segment] + C * index``.
-        Meaningless past the last chunk.
-    offsets: [S + 1] int32, the slot of every segment's first chunk; ``offsets[S]`` is the number of chunks.
+    Attributes:
+        segment: [N] int32, the slot's segment; S where the slot is past the last chunk.
+        index: [N] int32, the chunk's place in its segment: the chunk starts at row ``cu_seqlens[segment] + C * index``.
+            Meaningless past the last chunk.
+        offsets: [S + 1] int32, the slot of every segment's first chunk; ``offsets[S]`` is the number of chunks.
     """
 
     segment: torch.Tensor
@@ -31,15 +31,15 @@ class ChunkTable(NamedTuple):
 def chunk_table(
     cu_seqlens: torch.Tensor, num_rows: int, chunk_size: int = CHUNK, *, kernels: str = "torch"
 ) -> ChunkTable:
-    """Lists the chunks of every segment in order; the last chunk of a segment may be partial, an empty one has none.
+    """Lists the chunks of every segment in order. A segment's last chunk may be partial; an empty segment has no chunk.
 
     Args:
         cu_seqlens: [S + 1] int32, from 0 to ``num_rows``, never decreasing.
         num_rows: R.
         chunk_size: C, rows a chunk.
-        kernels: "torch", "triton" or "auto"; what the kernels' callers choose.
+        kernels: "torch", "triton" or "auto".
 
-    Never waits for the device, so it can be captured in a CUDA graph.
+    Never waits for the device, so that a CUDA graph can hold the call.
     """
     num_slots = num_rows // chunk_size + cu_seqlens.shape[0] - 1
     if resolve_kernels(kernels, cu_seqlens) == "triton":

@@ -1,4 +1,4 @@
-"""The table of chunks in one launch: on a GPU a handful of small operations costs the host more than the device."""
+"""The table of chunks in one launch: a handful of small operations would cost the host more time than the device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+# Slots a program, and segments that its loop takes at a time; not tuned.
 SLOTS_TILE, SEGMENTS_TILE = 64, 128
 
 
@@ -21,7 +22,8 @@ def _chunk_table_kernel(
     BN: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """segment[n] = how many segments end at or before slot n; its first slot is the last of those ends."""
+    """segment[n] is the number of segments whose chunks end at or before slot n; the last of these ends is the slot of
+    the segment's first chunk, from which index[n] counts."""
     i_block = tl.program_id(0)
     b_n = i_block * BN + tl.arange(0, BN)
     b_segment = tl.zeros([BN], tl.int32)
@@ -29,6 +31,7 @@ def _chunk_table_kernel(
     i_end = i_block * 0
     if i_block == 0:
         tl.store(offsets, 0)
+    # Every program adds up all segments' chunks, BS segments at a time; the first program stores the sums as offsets.
     for i in range(0, num_segments, BS):
         b_s = i + tl.arange(0, BS)
         m_s = b_s < num_segments

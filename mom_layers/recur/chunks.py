@@ -8,7 +8,8 @@ import torch
 
 from mom_layers.recur.chunk_table import CHUNK, ChunkTable, chunk_table
 
-# Chunks a span: the forward pass stores one state a span for the backward pass, which computes the others again.
+# Chunks a span: the forward pass stores one state a span for the backward pass, which computes the others again. At
+# 49152 rows of 4 heads of 256 the spans' states take 106 MB; those of all chunks would take 848. Not tuned for speed.
 SPAN = 8
 
 
@@ -19,7 +20,7 @@ class Chunks:
     Attributes:
         cu_seqlens: [S + 1] int32, first row of every segment, then the number of rows.
         table: the segments in chunks of CHUNK rows.
-        spans: the segments in spans of SPAN chunks.
+        spans: the segments in spans of SPAN chunks, or of another number that a family chooses.
     """
 
     cu_seqlens: torch.Tensor
@@ -27,12 +28,12 @@ class Chunks:
     spans: ChunkTable
 
     @classmethod
-    def of(cls, cu_seqlens: torch.Tensor, num_rows: int) -> Chunks:
-        """Cuts segments of ``num_rows`` rows in all. Never waits for the device."""
+    def of(cls, cu_seqlens: torch.Tensor, num_rows: int, span: int = SPAN) -> Chunks:
+        """Cuts segments of ``num_rows`` rows in all; ``span`` chunks a span. Never waits for the device."""
         return cls(
             cu_seqlens,
             chunk_table(cu_seqlens, num_rows, CHUNK, kernels="triton"),
-            chunk_table(cu_seqlens, num_rows, SPAN * CHUNK, kernels="triton"),
+            chunk_table(cu_seqlens, num_rows, span * CHUNK, kernels="triton"),
         )
 
     @property

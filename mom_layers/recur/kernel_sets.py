@@ -13,13 +13,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Protocol
 
 import torch
 
 logger = logging.getLogger(__name__)
-
-# Shared memory of a multiprocessor that one program may use, in bytes, where no device can be asked: an H100's.
-INTERPRETER_SHARED_MEMORY = 227 * 1024
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Chip:
     Attributes:
         name: of the device, as its driver tells it.
         capability: major and minor compute capability; (0, 0) in Triton's interpreter.
-        shared_memory: bytes that one program may use.
+        shared_memory: bytes of a multiprocessor's shared memory that one program may use.
     """
 
     name: str
@@ -37,11 +35,27 @@ class Chip:
     shared_memory: int
 
 
+class Table(Protocol):
+    """A set's tiles, warps and stages for every kernel and head size.
+
+    Attributes:
+        name: how the log names the table.
+        shared_memory: bytes, the most that one of the kernels takes.
+    """
+
+    name: str
+    shared_memory: int
+
+
+# Stands for the CPU, where Triton's interpreter runs the kernels: with the shared memory of an A100.
+INTERPRETER = Chip("Triton's interpreter", (0, 0), 163 * 1024)
+
+
 @functools.cache
 def chip_of(device: torch.device) -> Chip:
-    """The chip of a CUDA device; a stand-in for the CPU, where Triton's interpreter runs the kernels."""
+    """The chip of a CUDA device; a stand-in for the CPU."""
     if device.type != "cuda":
-        return Chip("Triton's interpreter", (0, 0), INTERPRETER_SHARED_MEMORY)
+        return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
     return Chip(properties.name, capability, properties.shared_memory_per_block_optin)
@@ -55,3 +69,26 @@ def choose(family: str, sets: Sequence[ModuleType], chip: Chip, dtype: torch.dty
     chosen = next(kernels for kernels in sets if kernels.takes(chip, dtype, k_dim, v_dim))
     logger.info("%s: %s kernels for %s, %s, K %d, V %d", family, chosen.NAME, chip.name, dtype, k_dim, v_dim)
     return chosen
+
+
+def widest_that_fits(family: str, tables: Sequence[Table], chip: Chip) -> Table:
+    """The first table whose kernels fit the chip's shared memory. Logs the choice; callers cache the answer.
+
+    Args:
+        family: how the log names the kernels.
+        tables: from the widest tiles to the narrowest.
+        chip: where the kernels run.
+
+    Returns:
+        The narrowest, with a warning, where none fits: kernels for smaller heads take less, and may run.
+    """
+    for table in tables:
+        if table.shared_memory <= chip.shared_memory:
+            logger.info("%s: %s for %s with %d bytes", family, table.name, chip.name, chip.shared_memory)
+            return table
+    logger.warning(
+        "%s: %s has %d bytes of shared memory a program, and the kernels take up to %d: where a launch fails, choose "
+        "smaller heads or kernels='torch'",
+        family, chip.name, chip.shared_memory, tables[-1].shared_memory,
+    )  # fmt: skip
+    return tables[-1]

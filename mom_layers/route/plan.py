@@ -1,8 +1,9 @@
-"""Where every (token, memory) row lies: one list of rows sorted by (memory, sequence, time).
+"""The routing plan: one row for every (token, memory) pair, sorted by (memory, sequence, time).
 
 Shape legend: N tokens of the whole batch in sequence-major order (a packed batch, or [B, T] flattened); B sequences or
-packed documents; M memories; G = M + 1 groups with the shared memory as the last one (G = M without it); k memories
-chosen by a token; slots = k + 1 (k without the shared memory); R = N * slots rows; S segments.
+packed documents; M routed memories; A = M + 1 all memories, the shared memory last (A = M without it); k routed
+memories that a token goes to; k + 1 choices of a token, the shared memory last (k without it); R = N (k + 1) rows;
+S segments.
 """
 
 from __future__ import annotations
@@ -12,37 +13,41 @@ from dataclasses import dataclass, replace
 import torch
 
 from mom_layers.common.kernels import resolve_kernels
+from mom_layers.common.sizes import MAX_MEMORIES
 
 
 @dataclass(frozen=True)
 class RoutingPlan:
-    """Rows grouped into segments: segment ``g * B + b`` is what memory g receives of sequence b, in time order.
+    """Rows in segments: segment ``m * B + b`` holds the tokens of sequence b that memory m receives, in time order.
 
-    With a token mask there is one more segment at the very end: the rows of masked tokens. It is processed like any
-    other, so that nothing is left unwritten, and its state is dropped.
+    With a token mask the last segment holds the rows of the masked tokens. Every operation computes these rows as it
+    does all others, so that no row is left unwritten, and the segment's state is dropped.
     """
 
     token_of_row: torch.Tensor  # [R] int32
-    row_of_choice: torch.Tensor  # [N, slots] int32; the last slot is the shared memory's where there is one
+    row_of_choice: torch.Tensor  # [N, k + 1] int32, rows of a token's choices
     segment_of_row: torch.Tensor  # [R] int32
-    position_of_row: torch.Tensor  # [R] int32, row's index inside its segment
-    cu_seqlens: torch.Tensor  # [S + 1] int32, first row of every segment, then R
-    memory_offsets: torch.Tensor  # [G] int32, one past the last row of every group (masked rows count to the last)
-    num_sequences: int
-    num_groups: int
+    position_of_row: torch.Tensor  # [R] int32, a row's index inside its segment
+    cu_seqlens: torch.Tensor  # [S + 1] int32, the first row of every segment, then R
+    memory_offsets: torch.Tensor  # [A] int32, one past a memory's last row; the last memory ends at R
+    num_sequences: int  # B
+    num_all_memories: int  # A
     has_masked_segment: bool
 
     @property
     def num_rows(self) -> int:
+        """R."""
         return self.token_of_row.shape[0]
 
     @property
     def num_segments(self) -> int:
+        """S = A B, and one more with a token mask."""
         return self.cu_seqlens.shape[0] - 1
 
     def time_major(self) -> RoutingPlan:
-        """The same rows for tokens that are stored time first: token t B + b where sequences of one length T had it as
-        b T + t. Lets a layer work on [T, B, D] without transposing it.
+        """The same rows for tokens that are stored time first, so that a layer reads [T, B, D] without transposing it.
+
+        The sequences have one length T. Token b T + t of this plan is token t B + b of the new one.
         """
         shape = (self.num_sequences, -1)
         tokens = torch.arange(self.row_of_choice.shape[0], dtype=torch.int32, device=self.token_of_row.device)
@@ -54,34 +59,36 @@ class RoutingPlan:
         )
 
     def to_segments(self, state: torch.Tensor) -> torch.Tensor:
-        """Per-sequence state [B, G, ...] in segment order [S, ...]; zeros for the masked tokens' segment."""
+        """State [B, A, ...] of sequences to [S, ...] of segments; zeros for the masked tokens' segment."""
         segments = state.transpose(0, 1).flatten(0, 1)
         if self.has_masked_segment:
+            # Masked tokens start from an empty state, which from_segments drops again.
             segments = torch.cat([segments, segments.new_zeros(1, *segments.shape[1:])])
         return segments
 
     def from_segments(self, segments: torch.Tensor) -> torch.Tensor:
         """The inverse of :meth:`to_segments`."""
-        real = segments[: self.num_groups * self.num_sequences]
-        return real.unflatten(0, (self.num_groups, self.num_sequences)).transpose(0, 1)
+        # The masked tokens' segment is the last one.
+        unmasked = segments[: self.num_all_memories * self.num_sequences]
+        return unmasked.unflatten(0, (self.num_all_memories, self.num_sequences)).transpose(0, 1)
 
 
 def _plan_torch(memory_ids, token_cu_seqlens, num_memories, shared, token_mask):
     tokens, topk = memory_ids.shape
     device = memory_ids.device
-    groups = num_memories + int(shared)
-    slots = topk + int(shared)
-    rows = tokens * slots
+    all_memories, choices = num_memories + int(shared), topk + int(shared)
+    rows = tokens * choices
 
+    # One bucket of rows for each memory, and one for the rows of masked tokens.
     ids = memory_ids.long()
     if shared:
         ids = torch.cat([ids, ids.new_full((tokens, 1), num_memories)], dim=1)
-    buckets = groups
+    buckets = all_memories
     if token_mask is not None:
-        ids = torch.where(token_mask[:, None], ids, groups)
+        ids = torch.where(token_mask[:, None], ids, all_memories)
         buckets += 1
 
-    # Tokens come in (sequence, time) order, so counting tokens per memory is already the stable sort.
+    # Tokens are in (sequence, time) order, so that the running number of tokens of a bucket is the stable sort.
     chosen = torch.zeros(tokens, buckets, dtype=torch.int32, device=device)
     chosen.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.int32))
     after = chosen.cumsum(0, dtype=torch.int32)
@@ -89,24 +96,50 @@ def _plan_torch(memory_ids, token_cu_seqlens, num_memories, shared, token_mask):
     end = total.cumsum(0, dtype=torch.int32)
     start = end - total
 
+    # row(t, m) = first row of memory m + number of tokens before t that chose m.
     row_of_choice = (start + after - chosen).gather(1, ids)
-    if token_mask is not None:  # a masked token holds several rows of the last bucket
-        row_of_choice += torch.where(ids == groups, torch.arange(slots, dtype=torch.int32, device=device), 0)
+    if token_mask is not None:  # a masked token has k + 1 rows of the last bucket
+        row_of_choice += torch.where(ids == all_memories, torch.arange(choices, dtype=torch.int32, device=device), 0)
     token_of_row = torch.empty(rows, dtype=torch.int32, device=device)
-    token = torch.arange(tokens, dtype=torch.int32, device=device)[:, None].expand(tokens, slots)
+    token = torch.arange(tokens, dtype=torch.int32, device=device)[:, None].expand(tokens, choices)
     token_of_row.scatter_(0, row_of_choice.flatten().long(), token.flatten())
 
+    # A segment starts after the rows that its memory has of earlier sequences.
+    # before[b] = rows that each bucket has of the sequences before b
     before = torch.cat([after.new_zeros(1, buckets), after])[token_cu_seqlens[:-1].long()]  # [B, buckets]
-    starts = (start + before)[:, :groups].t().flatten()
+    starts = (start + before)[:, :all_memories].t().flatten()
     edges = [starts, end[-1:]] if token_mask is None else [starts, start[-1:], end[-1:]]
     cu_seqlens = torch.cat(edges)
-    memory_offsets = end[:groups].clone()
+    # The last memory's rows end at R, so that a grouped product over the memories covers the masked rows too.
+    memory_offsets = end[:all_memories].clone()
     memory_offsets[-1:] = end[-1:]
 
+    # Rows are sorted by segment, so that a binary search finds the segment of each.
     row = torch.arange(rows, dtype=torch.int32, device=device)
     segment_of_row = torch.searchsorted(cu_seqlens, row, right=True, out_int32=True) - 1
     position_of_row = row - cu_seqlens[segment_of_row]
     return token_of_row, row_of_choice, segment_of_row, position_of_row, cu_seqlens, memory_offsets
+
+
+def _check(memory_ids, token_cu_seqlens, num_memories, shared, token_mask, kernels) -> None:
+    if memory_ids.dim() != 2 or memory_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"memory_ids must be int32 or int64 [N, k], got {memory_ids.dtype} {list(memory_ids.shape)}")
+    tokens, topk = memory_ids.shape
+    if not 1 <= topk <= num_memories:
+        raise ValueError(f"memory_ids must be [N, k] with k from 1 to num_memories ({num_memories}), got k = {topk}")
+    if token_cu_seqlens.dim() != 1 or token_cu_seqlens.numel() < 2 or token_cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            "token_cu_seqlens must be int32 [B + 1] with B >= 1, "
+            f"got {token_cu_seqlens.dtype} {list(token_cu_seqlens.shape)}"
+        )
+    if token_mask is not None and (token_mask.dtype != torch.bool or token_mask.shape != memory_ids.shape[:1]):
+        raise ValueError(f"token_mask must be bool [{tokens}], got {token_mask.dtype} {list(token_mask.shape)}")
+    # A larger number would wrap around and name wrong rows.
+    rows = tokens * (topk + int(shared))
+    if rows >= 2**31:
+        raise ValueError(f"rows are numbered in int32: {tokens} tokens must have fewer than 2^31 rows, got {rows}")
+    if kernels == "triton" and num_memories + int(shared) + int(token_mask is not None) > MAX_MEMORIES:
+        raise ValueError(f"num_memories must be at most {MAX_MEMORIES - 2} for kernels='triton', got {num_memories}")
 
 
 def build_routing_plan(
@@ -118,34 +151,28 @@ def build_routing_plan(
     token_mask: torch.Tensor | None = None,
     kernels: str = "auto",
 ) -> RoutingPlan:
-    """Sorts (token, memory) pairs into rows by (memory, sequence, time), without looking at the data on the host.
+    """Sorts (token, memory) pairs into rows by (memory, sequence, time). The host reads no data.
+
+    ``row(t, m) = number of rows of memories before m + number of tokens before t that chose m``
 
     Args:
-        memory_ids: [N, k] integers in [0, M); the ids of one token differ.
-        token_cu_seqlens: [B + 1] int32 on the same device; first token of every sequence, then N. Sequences may be
+        memory_ids: [N, k] int32 or int64 in [0, M); the ids of one token differ.
+        token_cu_seqlens: [B + 1] int32 on the same device, the first token of every sequence, then N. Sequences may be
             empty.
         num_memories: M, without the shared memory.
-        shared: append the shared memory as group M, which every token chooses.
-        token_mask: [N] bool, False for padding: such tokens reach no memory.
-        kernels: "auto", "torch" or "triton".
+        shared: append the shared memory as memory M, to which every token goes.
+        token_mask: [N] bool, False for padding: such tokens go to no memory.
+        kernels: "auto", "torch" or "triton", which takes M up to 1022.
+
+    Returns:
+        the plan, with all its tensors on the device of ``memory_ids``.
 
     Raises:
-        ValueError: a shape or type that does not fit.
+        ValueError: a shape or type that does not fit, more memories than the kernels take, or 2^31 rows.
     """
-    if memory_ids.dim() != 2 or memory_ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"memory_ids must be int32 or int64 [N, k], got {memory_ids.dtype} {list(memory_ids.shape)}")
-    if not 1 <= memory_ids.shape[1] <= num_memories:
-        raise ValueError(f"memory_ids names {memory_ids.shape[1]} memories a token, of {num_memories}")
-    if token_cu_seqlens.dim() != 1 or token_cu_seqlens.numel() < 2 or token_cu_seqlens.dtype != torch.int32:
-        raise ValueError(
-            "token_cu_seqlens must be int32 [B + 1] with B >= 1, "
-            f"got {token_cu_seqlens.dtype} {list(token_cu_seqlens.shape)}"
-        )
-    if token_mask is not None and (token_mask.dtype != torch.bool or token_mask.shape != memory_ids.shape[:1]):
-        raise ValueError(
-            f"token_mask must be bool [{memory_ids.shape[0]}], got {token_mask.dtype} {list(token_mask.shape)}"
-        )
-    if resolve_kernels(kernels, memory_ids) == "triton":
+    kernels = resolve_kernels(kernels, memory_ids)
+    _check(memory_ids, token_cu_seqlens, num_memories, shared, token_mask, kernels)
+    if kernels == "triton":
         from mom_layers.route.plan_triton import plan_triton as plan
     else:
         plan = _plan_torch
@@ -153,6 +180,6 @@ def build_routing_plan(
     return RoutingPlan(
         *tensors,
         num_sequences=token_cu_seqlens.shape[0] - 1,
-        num_groups=num_memories + int(shared),
+        num_all_memories=num_memories + int(shared),
         has_masked_segment=token_mask is not None,
     )

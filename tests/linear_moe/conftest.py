@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def megatron():
-    """Megatron's process groups for a world of one, on whatever device there is; everything is undone afterwards."""
+    """Megatron's process groups for a world of one process, on the GPU or the CPU; undone after the module's tests."""
     from megatron_patches import cpu
 
     on_gpu = torch.cuda.is_available()
@@ -15,7 +15,7 @@ def megatron():
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any free one: nobody else has to know it
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any free port; no other process connects to it
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)

@@ -1,4 +1,4 @@
-"""Combinations of arguments that would train another model than the one asked for."""
+"""Combinations of arguments that are refused, and earlier names of arguments."""
 
 import argparse
 import re
@@ -6,7 +6,13 @@ import re
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from linear_moe.entry.arguments import add_mom_arguments, check_context_parallel, check_model, fill_mom_arguments
+from linear_moe.entry.arguments import (
+    add_mom_arguments,
+    check_context_parallel,
+    check_model,
+    fill_mom_arguments,
+    restore_from_checkpoint,
+)
 
 
 def check(*arguments):
@@ -26,7 +32,7 @@ def check(*arguments):
         (["--context-parallel-size", 2, "--sft"], "does not work with --sft and --context-parallel-size 2"),
         (
             ["--context-parallel-size", 2, "--dataloader-inter-document-masking", "--linear-attention-freq", 2],
-            "--context-parallel-size 2 and softmax attention layers: these want every document cut by itself",
+            "--context-parallel-size 2 and softmax attention layers: softmax attention cuts every document by itself",
         ),
         (
             ["--context-parallel-size", 2, "--dataloader-inter-document-masking", "--mtp-num-layers", 1],
@@ -35,8 +41,11 @@ def check(*arguments):
         (["--use-megatron-fsdp"], "does not work with --use-megatron-fsdp: use --use-distributed-optimizer"),
         (["--use-torch-fsdp2"], "does not work with --use-torch-fsdp2: use --use-distributed-optimizer"),
         (["--cpu-offloading-num-layers", 1], "does not work with --cpu-offloading-num-layers: use --fine-grained"),
-        (["--reset-position-ids"], "does not work with --reset-position-ids: memories know documents by"),
-        (["--reset-attention-mask"], "does not work with --reset-attention-mask: memories know documents by"),
+        (["--reset-position-ids"], "does not work with --reset-position-ids: use --dataloader-inter-document-masking"),
+        (
+            ["--reset-attention-mask"],
+            "does not work with --reset-attention-mask: use --dataloader-inter-document",
+        ),
         (
             ["--dataloader-inter-document-masking", "--pipeline-model-parallel-size", 2, "--micro-batch-size", 2],
             "stages take packed rows one by one: --micro-batch-size 1",
@@ -47,7 +56,7 @@ def check(*arguments):
         ),
     ],
 )
-def test_refuses(arguments, message):
+def test_refused_combinations(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         check(*arguments)
 
@@ -64,5 +73,22 @@ def test_refuses(arguments, message):
         ["--dataloader-inter-document-masking", "--pipeline-model-parallel-size", 2, "--micro-batch-size", 1],
     ],
 )
-def test_takes(arguments):
+def test_accepted_combinations(arguments):
     check(*arguments)
+
+
+@pytest.mark.parametrize("name", ["--mom-kernels", "--mom-backend"])
+def test_the_kernels_have_two_names_on_the_command_line(name):
+    parser = add_mom_arguments(add_megatron_arguments(argparse.ArgumentParser()))
+    assert parser.parse_args([name, "torch"]).mom_kernels == "torch"
+    assert not hasattr(parser.parse_args([name, "torch"]), "mom_backend")
+
+
+@pytest.mark.parametrize("name", ["mom_kernels", "mom_backend"])
+@pytest.mark.parametrize(("given", "restored"), [([], "torch"), (["--mom-kernels", "triton"], "triton")])
+def test_the_kernels_come_back_from_checkpoints_old_and_new(name, given, restored):
+    args = add_mom_arguments(argparse.ArgumentParser()).parse_args(given)
+    saved = argparse.Namespace(token_mixer="mom", mom_topk=3, layernorm_epsilon=1e-6, **{name: "torch"})
+    restore_from_checkpoint(args, saved)
+    assert args.mom_kernels == restored
+    assert (args.token_mixer, args.mom_topk, args.layernorm_epsilon) == ("mom", 3, 1e-6)

@@ -1,4 +1,4 @@
-"""What MomTransformerConfig accepts, and how it refuses the rest."""
+"""The values that MomTransformerConfig accepts, and its messages about other values."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_attention_has_no_mom_layer():
     assert not any(config(token_mixer="attention").mom_layer_pattern())
 
 
-def test_losses_get_their_scale_in_a_dense_model_only_from_the_hook():
+def test_a_model_without_experts_has_the_hook_that_scales_the_losses():
     assert config().experimental_attention_variant_loss_scale_func is not None
     assert config(token_mixer="attention").experimental_attention_variant_loss_scale_func is None
 
@@ -65,10 +65,10 @@ def test_losses_get_their_scale_in_a_dense_model_only_from_the_hook():
         ),
     ],
 )
-def test_refuses_what_cannot_work(settings, message):
+def test_refused_values_and_combinations(settings, message):
     with pytest.raises(ValueError, match=message):
         config(**settings)
 
 
-def test_any_head_size_goes_with_the_torch_backend():
+def test_any_head_size_works_with_the_torch_kernels():
     assert config(mom_head_dim=100, mom_kernels="torch").mom_value_dim == 100

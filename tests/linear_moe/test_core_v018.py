@@ -1,45 +1,75 @@
-"""Where core_v0.18 chooses the layers and scales the routers' losses, on stand-ins for its functions."""
+"""Where core_v0.18 chooses the layers and scales the router losses, on stand-ins for its functions."""
 
 import argparse
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from linear_moe.entry import arguments, core_v018, plugin
+from linear_moe.entry import arguments, plugin
+from megatron_patches import PatchError, releases
 
 
 def config(token_mixer="mom", experts=None):
     return SimpleNamespace(token_mixer=token_mixer, num_moe_experts=experts, mom_num_memories=4)
 
 
-def test_layers_are_chosen_where_the_script_builds_its_model(monkeypatch):
+@pytest.fixture
+def core_v018(monkeypatch):
+    monkeypatch.setattr(releases, "installed_megatron_core", lambda: "0.18.2")
+
+
+def around(attribute):
+    """What the model patch calls in place of an attribute: a function of the original and its arguments."""
+    (target,) = [target for target in plugin.model_patch().targets if target.attribute == attribute]
+    return lambda original, *args, **keywords: target.build(original)(*args, **keywords)
+
+
+def test_layers_are_chosen_where_the_script_builds_its_model(core_v018, monkeypatch):
     monkeypatch.setattr("linear_moe.layer.specs.mom_block_spec", lambda config, vp_stage: ("memories", vp_stage))
 
     def build(config, transformer_layer_spec, vp_stage, **keywords):
         return transformer_layer_spec, keywords
 
-    chosen = core_v018._choose_layers(build, config=config(), transformer_layer_spec="softmax", vp_stage=1, seed=7)
+    choose = around("GPTModel")
+    chosen = choose(build, config=config(), transformer_layer_spec="softmax", vp_stage=1, seed=7)
     assert chosen == (("memories", 1), {"seed": 7})
-    assert core_v018._choose_layers(build, config("attention"), "softmax") == ("softmax", {})
+    assert choose(build, config("attention"), "softmax") == ("softmax", {})
 
 
-def test_router_losses_are_scaled_without_experts_too():
+def test_router_losses_are_scaled_without_experts_too(core_v018):
     def experts_that_are_seen(model, output_tensor, loss_func, config, vp_stage):
         return config.num_moe_experts
 
+    scale = around("forward_step_calc_loss")
     for given, seen in [(config(), 4), (config(experts=8), 8), (config("attention"), None)]:
         before = given.num_moe_experts
-        assert core_v018._scale_router_losses(experts_that_are_seen, None, None, None, given, None) == seen
+        assert scale(experts_that_are_seen, None, None, None, given, None) == seen
         assert given.num_moe_experts == before
 
 
-def test_this_megatron_has_its_own_place(monkeypatch):
-    assert not core_v018.is_running()
-    here = {str(target) for target in plugin.model_patch().targets}
-    monkeypatch.setattr(core_v018, "is_running", lambda: True)
-    there = {str(target) for target in plugin.model_patch().targets}
-    assert there - here == {str(target) for target in core_v018.targets(None)}
+def test_the_model_patch_replaces_gpt_builders_instead_of_megatrons_own(core_v018, monkeypatch):
+    builders = ModuleType("gpt_builders")
+    builders.core_transformer_config_from_args, builders.GPTModel = lambda args: "config", lambda config: "model"
+    monkeypatch.setitem(sys.modules, "gpt_builders", builders)
+    models = sys.modules.get("megatron.training.models.gpt")
+    monkeypatch.setitem(sys.modules, "megatron.training.models.gpt", None)  # core_v0.18 has no such module
+    before = dict(vars(builders))
+    patch = plugin.model_patch()
+    patch.apply()
+    try:
+        assert all(getattr(builders, name) is not before[name] for name in before if not name.startswith("__"))
+    finally:
+        patch.undo()
+        monkeypatch.setitem(sys.modules, "megatron.training.models.gpt", models)
+    assert vars(builders) == before
+
+
+def test_without_gpt_builders_the_model_patch_is_refused(core_v018, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gpt_builders", None)
+    with pytest.raises(PatchError, match="'model' cannot be applied: there is no module gpt_builders; .* 0.18.2 is"):
+        plugin.model_patch().apply()
 
 
 @pytest.mark.parametrize(
@@ -49,11 +79,28 @@ def test_this_megatron_has_its_own_place(monkeypatch):
         ("moe_router_enable_expert_bias", True, "--moe-router-enable-expert-bias in core_v0.18: .*core_v0.19"),
     ],
 )
-def test_what_it_cannot_do_is_refused(monkeypatch, name, value, message):
+def test_what_this_release_cannot_do_is_refused(monkeypatch, name, value, message):
     args = add_megatron_arguments(argparse.ArgumentParser()).parse_args([])
     args.token_mixer = "mom"
     setattr(args, name, value)
     arguments.check_model(args)
-    monkeypatch.setattr(core_v018, "is_running", lambda: True)
+    monkeypatch.setattr(releases, "installed_megatron_core", lambda: "0.18.2")
     with pytest.raises(ValueError, match=message):
         arguments.check_model(args)
+
+
+def test_arguments_of_later_releases_are_off(core_v018):
+    args = add_megatron_arguments(argparse.ArgumentParser()).parse_args([])
+    del args.dataloader_inter_document_masking
+    args.token_mixer, args.context_parallel_size = "mom", 2
+    arguments.check_model(args)
+    arguments.check_context_parallel(args)
+
+
+@pytest.mark.parametrize(
+    ("installed", "series", "supported"),
+    [("0.19.2", "0.19", True), ("0.18.0", "0.18", True), ("0.99.0", "0.19", False), (None, "0.19", False)],
+)
+def test_the_release_follows_from_the_version(monkeypatch, installed, series, supported):
+    monkeypatch.setattr(releases, "installed_megatron_core", lambda: installed)
+    assert releases.running().series == series and releases.is_supported() is supported

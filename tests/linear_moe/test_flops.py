@@ -7,7 +7,8 @@ import torch
 from megatron.training import training
 from torch.utils.flop_counter import FlopCounterMode
 
-from linear_moe.watching.flops import flops_patch, mom_layer_flops, peak_flops
+from linear_moe.watching.flops import FLOPS_TARGET, mom_layer_flops, peak_flops
+from megatron_patches.patch import Patch
 from mom_layers.layer import MixtureOfMemories
 from mom_layers.recur.chunk_table import CHUNK
 
@@ -28,11 +29,10 @@ ATTENTION_LAYER = 2 * 4 * 1024 * 1024 + 2 * LENGTH * 1024  # projections; scores
 
 @pytest.fixture(autouse=True)
 def patched():
-    was_applied = flops_patch.is_applied
-    flops_patch.apply()
+    patch = Patch(name="flops", reason="to test", removed_when="never", targets=(FLOPS_TARGET,))
+    patch.apply()
     yield
-    if not was_applied:
-        flops_patch.undo()
+    patch.undo()
 
 
 def recipe(**changes):

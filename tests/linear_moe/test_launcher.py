@@ -36,7 +36,7 @@ def trained(tmp_path_factory):
     return launch(*COMMON, *MOM, "--save", checkpoints, "--save-interval", 3, new_interpreter=True), checkpoints
 
 
-def test_loss_falls_under_megatrons_own_lines_and_ours(trained):
+def test_loss_falls_and_a_line_about_the_memories_is_added(trained):
     run, _ = trained
     found = losses(run)
     assert float(found[6]) < float(found[1]) - 0.3
@@ -79,7 +79,7 @@ def exact_losses(run) -> list[str]:
     return found
 
 
-def test_without_the_word_or_undone_the_losses_are_those_of_the_script_alone_to_the_bit():
+def test_without_memories_and_after_uninstall_the_losses_are_the_plain_scripts_to_the_bit():
     alone = exact_losses(without_launcher(*COMMON, new_interpreter=True))
     assert exact_losses(launch(*COMMON)) == alone
     assert exact_losses(without_launcher(*COMMON, before=["--apply-and-undo"])) == alone

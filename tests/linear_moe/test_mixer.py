@@ -38,7 +38,7 @@ def make_mixer(**settings):
     from linear_moe.layer.specs import mom_block_spec
 
     config = make_config(**settings)
-    spec = mom_block_spec(config, pp_rank=0).layer_specs[0].submodules.self_attention
+    spec = mom_block_spec(config).layer_specs[0].submodules.self_attention
     return build_module(spec, config=config, layer_number=1).to(DEVICE)
 
 
@@ -191,6 +191,6 @@ def test_hybrid_spec_keeps_softmax_layers(megatron):
     from linear_moe.layer.mixer import MomTokenMixer
     from linear_moe.layer.specs import mom_block_spec
 
-    spec = mom_block_spec(make_config(num_layers=4, linear_attention_freq=[1, 0, 1, 0]), pp_rank=0)
+    spec = mom_block_spec(make_config(num_layers=4, linear_attention_freq=[1, 0, 1, 0]))
     mixers = [layer.submodules.self_attention.module for layer in spec.layer_specs]
     assert mixers == [MomTokenMixer, SelfAttention, MomTokenMixer, SelfAttention]

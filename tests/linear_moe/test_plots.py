@@ -1,24 +1,12 @@
 """Pictures from event files like those of a run."""
 
-import importlib.util
-from pathlib import Path
-
 import matplotlib.image
 import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from linear_moe.commands import plot_run
 from linear_moe.watching.plots import PlotError, plot_losses, plot_memory_load, read_scalars, smooth
-
-TOOL = Path(__file__).parents[2] / "tools" / "plot_run.py"
-
-
-@pytest.fixture(scope="module")
-def plot_run():
-    spec = importlib.util.spec_from_file_location("plot_run", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_scalars(directory, points, start=0.0):
@@ -78,7 +66,7 @@ def test_smooth_is_the_mean_of_the_window():
     assert smoothed[-1] == pytest.approx(values[-3:].mean())
 
 
-def test_plot_run_draws_both_pictures(tmp_path, plot_run, capsys):
+def test_plot_run_draws_both_pictures(tmp_path, capsys):
     write_scalars(tmp_path / "tb", training_points(range(1, 41)))
     output = tmp_path / "a" / "plots"
     arguments = ["--tensorboard-dir", tmp_path / "tb", "--output", output, "--reference-loss", "6.9", "unigram entropy"]
@@ -88,22 +76,22 @@ def test_plot_run_draws_both_pictures(tmp_path, plot_run, capsys):
     assert_is_a_picture(output / "memory_load.png")
 
 
-def test_plot_run_of_a_model_without_memories(tmp_path, plot_run):
+def test_plot_run_of_a_model_without_memories(tmp_path):
     write_scalars(tmp_path / "tb", [("lm loss", 1, 3.0)])
     assert plot_run.main(["--tensorboard-dir", str(tmp_path / "tb"), "--output", str(tmp_path)]) == 0
     assert (tmp_path / "loss.png").exists() and not (tmp_path / "memory_load.png").exists()
 
 
 @pytest.mark.parametrize("points, message", [([], "no TensorBoard event file"), ([("other", 1, 1.0)], "'lm loss'")])
-def test_plot_run_fails_with_one_line(tmp_path, plot_run, capsys, points, message):
+def test_plot_run_fails_with_one_line(tmp_path, capsys, points, message):
     if points:
         write_scalars(tmp_path, points)
     assert plot_run.main(["--tensorboard-dir", str(tmp_path), "--output", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert error.startswith("plot_run.py: error: ") and message in error and error.count("\n") == 1
 
 
-def test_plot_run_refuses_a_reference_that_is_no_number(tmp_path, plot_run):
+def test_plot_run_refuses_a_reference_that_is_no_number(tmp_path):
     with pytest.raises(SystemExit, match="2"):
         plot_run.main(["--tensorboard-dir", ".", "--output", ".", "--reference-loss", "unigram", "6.9"])
 

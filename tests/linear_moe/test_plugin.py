@@ -1,12 +1,16 @@
 """The patches of the launcher: applied once, undone to the same objects, refused by name."""
 
+import ast
 from functools import reduce
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 from linear_moe.entry import machine, plugin
-from megatron_patches import PatchError, applied
+from megatron_patches import PatchError, applied, dataset_helpers, patches
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +27,7 @@ def stored_targets():
         *path, name = target.attribute.split(".")
         return vars(reduce(getattr, path, import_module(target.module)))[name]
 
-    return {str(target): stored(target) for patch in plugin.patches() for target in patch.targets}
+    return {str(target): stored(target) for patch in plugin.launcher_patches() for target in patch.targets}
 
 
 def test_uninstall_restores_every_target():
@@ -31,7 +35,7 @@ def test_uninstall_restores_every_target():
     plugin.install(mom=True)
     plugin.install(mom=True)
     during = stored_targets()
-    assert [patch.name for patch in applied()] == [patch.name for patch in plugin.patches()]
+    assert [patch.name for patch in applied()] == [patch.name for patch in plugin.launcher_patches()]
     plugin.uninstall()
     assert all(during[name] is not value for name, value in before.items())
     assert stored_targets() == before
@@ -42,7 +46,7 @@ def test_without_memories_only_the_arguments_are_added():
     assert [patch.name for patch in applied()] == ["arguments"]
 
 
-def test_a_missing_target_is_named_and_nothing_is_changed(monkeypatch):
+def test_a_missing_target_is_named_and_no_patch_is_applied(monkeypatch):
     before = stored_targets()
     monkeypatch.delattr("megatron.training.models.gpt.default_layer_spec")
     with pytest.raises(PatchError, match="'model' cannot be applied: there is no .*gpt.default_layer_spec"):
@@ -52,8 +56,33 @@ def test_a_missing_target_is_named_and_nothing_is_changed(monkeypatch):
 
 
 def test_six_patches_on_a_machine_with_gpus():
-    assert len(plugin.patches()) <= 6
-    assert all(patch.reason and patch.removed_when for patch in plugin.patches())
+    assert len(plugin.launcher_patches()) <= 6
+    assert all(patch.reason and patch.removed_when for patch in plugin.launcher_patches())
+
+
+def names_in_the_sources(package: str) -> set[str]:
+    """Names of all patches that the files of a package make."""
+    calls = [
+        node
+        for file in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Patch"
+    ]
+    return {word.value.value for call in calls for word in call.keywords if word.arg == "name"}
+
+
+def test_the_lists_of_patches_have_every_patch_of_their_packages():
+    below, ours = names_in_the_sources("megatron_patches"), names_in_the_sources("linear_moe")
+    assert len(below) > 10 and {"arguments", "model", "training-log", "console"} <= ours
+    assert sorted(patch.name for patch in patches()) == sorted(below)
+    assert sorted(patch.name for patch in plugin.patches()) == sorted(below | ours)
+
+
+def test_uninstall_undoes_the_patches_of_the_machine_too():
+    dataset_helpers.apply()
+    plugin.install(mom=True)
+    plugin.uninstall()
+    assert applied() == ()
 
 
 def test_accelerated_parts_are_found_or_not(monkeypatch):

@@ -6,7 +6,7 @@ from linear_moe.__main__ import asks_for_mom
 from linear_moe.entry.settings import read_settings
 
 
-def test_environment_goes_before_the_file(tmp_path):
+def test_the_environment_wins_over_the_file(tmp_path):
     file = tmp_path / "mom.yaml"
     file.write_text("mom_num_memories: 8\nmom-topk: 3\nmom_shared_memory: false\n")
     settings = read_settings({"MOM_CONFIG": str(file), "MOM_NUM_MEMORIES": "6", "MOM_EXPAND_V": "2", "HOME": "/"})
@@ -16,9 +16,23 @@ def test_environment_goes_before_the_file(tmp_path):
     assert read_settings({}) == {"token_mixer": "mom"}
 
 
+def test_old_names_still_work(tmp_path):
+    file = tmp_path / "mom.yaml"
+    file.write_text("mom_backend: torch\n")
+    assert read_settings({"MOM_CONFIG": str(file)}) == {"token_mixer": "mom", "mom_kernels": "torch"}
+    assert read_settings({"MOM_BACKEND": "triton"}) == {"token_mixer": "mom", "mom_kernels": "triton"}
+    for name in ("MOM_BACKEND", "MOM_KERNELS"):  # the environment wins over the file, under either name
+        assert read_settings({"MOM_CONFIG": str(file), name: "triton"})["mom_kernels"] == "triton"
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
+        (
+            {"MOM_BACKEND": "torch", "MOM_KERNELS": "torch"},
+            "the environment sets mom_kernels and mom_backend, two names of one setting: leave out mom_backend",
+        ),
+        ({"MOM_BACKEND": "cuda"}, "argument --mom-kernels/--mom-backend: invalid choice: 'cuda'"),
         ({"MOM_NUM_MEMORY": "4"}, "the environment sets mom_num_memory, which does not exist; there are mom_rule, "),
         ({"MOM_RULE": "hebb"}, "argument --mom-rule: invalid choice: 'hebb'"),
         ({"MOM_TOPK": "two"}, "argument --mom-topk: invalid int value: 'two'"),
@@ -31,7 +45,7 @@ def test_refuses_what_the_arguments_would_refuse(environment, message):
         read_settings(environment)
 
 
-def test_refuses_a_file_that_is_no_mapping(tmp_path):
+def test_refuses_a_file_without_names_and_values(tmp_path):
     (tmp_path / "mom.yaml").write_text("- mom_topk\n")
     with pytest.raises(ValueError, match="expected lines such as 'mom_num_memories: 4', got"):
         read_settings({"MOM_CONFIG": str(tmp_path / "mom.yaml")})
@@ -44,5 +58,5 @@ def test_refuses_a_file_that_is_no_mapping(tmp_path):
         ("--token-mixer attention", False), ("--lr 1", False), ("", False),
     ],
 )  # fmt: skip
-def test_the_word_is_found_in_a_command_line(words, mom):
+def test_a_command_line_asks_for_memories_or_does_not(words, mom):
     assert asks_for_mom(words.split()) is mom

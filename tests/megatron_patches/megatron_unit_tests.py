@@ -3,9 +3,9 @@
     cd path/to/Megatron-LM && PYTHONPATH=.:path/to/this/repository:path/to/this/folder WORLD_SIZE=1 LOCAL_RANK=0 \\
         python -m pytest -p megatron_unit_tests tests/unit_tests/transformer/test_transformer_layer.py
 
-With `WITHOUT_PATCHES=1` in the environment nothing of ours is applied, to compare with; on a machine without a GPU the
-`cpu-*` patches stay, for without them nothing starts. There the tests run over gloo, and those marked as in need of
-CUDA run too: what they need it for is what these patches stand in for. Whoever reads the results judges the failures.
+With `WITHOUT_PATCHES=1` in the environment no patch of ours is applied, for a comparison. Without a GPU the `cpu-*`
+patches stay, because Megatron does not start without them; the tests then run over gloo. Tests marked as in need of
+CUDA run too, on the replacements that these patches give. The reader of the results judges the failures.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ if not torch.cuda.is_available():
 
 
 def _free_groups(destroy_model_parallel):
-    """Megatron only forgets its groups. Those of gloo hold threads: a few hundred tests later there are thousands."""
+    """Destroys the groups that Megatron only forgets: gloo's groups hold threads, thousands after many tests."""
     destroy_model_parallel()
     if torch.distributed.is_initialized():
         world = torch.distributed.distributed_c10d._world

@@ -40,7 +40,7 @@ def test_undo_restores_every_target():
     cpu.undo()
     after = stored_targets()
     for name, (own, value) in before.items():
-        # What is as a patch wants it already depends on whether Transformer Engine is installed.
+        # Without Transformer Engine some attributes have the replacement's value already.
         assert during[name][1] is not value or value in (None, True, False, WrappedTorchNorm), name
         assert after[name][0] == own and after[name][1] is value, name
 
@@ -57,7 +57,7 @@ def test_a_missing_symbol_leaves_torch_as_it_was(monkeypatch):
 def test_a_machine_with_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
-    with pytest.raises(RuntimeError, match="this one has a GPU"):
+    with pytest.raises(RuntimeError, match="this machine has a GPU: train on the GPU"):
         cpu.apply()
     assert applied() == ()
 

@@ -12,7 +12,7 @@ def compile_helpers(monkeypatch):
     dataset_helpers.apply()
     monkeypatch.setattr("subprocess.run", lambda *args, **kwargs: pytest.fail("make was run"))
     yield import_module("megatron.core.datasets.utils").compile_helpers
-    dataset_helpers.undo()
+    dataset_helpers.PATCH.undo()
 
 
 def test_the_compiled_library_is_enough(compile_helpers):

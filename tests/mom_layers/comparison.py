@@ -1,4 +1,4 @@
-"""What the layer tests share: devices, relative errors, and a layer whose routing the test decides."""
+"""What the tests of layers and kernels share: the device, relative errors, small layers, plans and random tensors."""
 
 import torch
 
@@ -11,7 +11,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """|got - expected| / |expected|; |got| where nothing is expected. NaN counts as infinitely wrong."""
+    """|got - expected| / |expected|, or |got| where expected is zero; infinity where a difference is not finite."""
     got, expected = got.detach().double().cpu(), expected.detach().double().cpu()
     norm = expected.norm()
     error = (got - expected).norm() / (norm if norm > 0 else 1.0)
@@ -19,13 +19,14 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def layer(dtype=torch.float64, favour: dict[int, float] | None = None, **sizes) -> MixtureOfMemories:
-    """A small layer with weights large enough that every part of it matters.
+    """A small layer whose weights are so large that every part of the layer shows in its output.
 
-    favour: memory -> number added to its router logit, through the first feature of x, which `inputs` sets to 1.
+    favour: memory -> the number that is added to the memory's router logit, through the first feature of x, which
+    `inputs` sets to 1.
     """
     torch.manual_seed(0)
     small = {"hidden_size": 32, "num_heads": 2, "head_dim": 16}
-    if sizes.get("kernels") == "triton":  # the interpreter's time goes by segments and heads
+    if sizes.get("kernels") == "triton":  # the interpreter's time grows with segments and heads
         small |= {"num_heads": 1, "num_memories": 2, "topk": 1}
     module = MixtureOfMemories(**(small | sizes))
     with torch.no_grad():
@@ -48,7 +49,8 @@ def inputs(batch, length, hidden=32, dtype=torch.float64, seed=1) -> torch.Tenso
 
 
 def make_plan(lengths=RAGGED, num_memories=4, topk=2, shared=True, masked=False, unpicked=0):
-    """Memories below `unpicked` are picked by nobody; the last one by everybody if topk covers the others."""
+    """The plan of random choices, made in PyTorch. No token chooses a memory below `unpicked`; every token chooses all
+    other memories where topk is their number."""
     generator = torch.Generator().manual_seed(0)
     tokens = sum(lengths)
     ids = torch.rand(tokens, num_memories - unpicked, generator=generator).topk(topk).indices + unpicked
@@ -63,4 +65,5 @@ def make_plan(lengths=RAGGED, num_memories=4, topk=2, shared=True, masked=False,
 
 
 def draw(*shape, dtype=torch.float32, seed=1):
+    """Normal random numbers, the same on every device."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)

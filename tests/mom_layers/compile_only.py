@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for a GPU that is not there, by running the code that launches them on CPU tensors."""
+"""Compiles Triton kernels for a GPU that is not there, by running the code that launches the kernels on CPU tensors."""
 
 import re
 from types import SimpleNamespace
@@ -6,12 +6,18 @@ from types import SimpleNamespace
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
+from mom_layers.recur import kernel_sets
+
+# Bytes that one program may use, by compute capability: A100, H100.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 
 
 def compile_only(capability: int) -> list:
-    """From now on every launch in this process compiles and does not run. Returns the list that receives
-    (kernel name, compiled kernel). Kernels must have been defined without TRITON_INTERPRET."""
+    """From now on every launch in this process compiles and does not run, and kernel sets are chosen for that chip.
+
+    Returns the list that receives (kernel name, compiled kernel). Kernels must have been defined without
+    TRITON_INTERPRET, and none may have been launched.
+    """
     compiled = []
     run = jit.JITFunction.run
 
@@ -25,6 +31,7 @@ def compile_only(capability: int) -> list:
         )
     )
     jit.JITFunction.run = compile_instead
+    kernel_sets.INTERPRETER = kernel_sets.Chip(f"sm_{capability}", divmod(capability, 10), SHARED_MEMORY[capability])
     return compiled
 
 

@@ -1,13 +1,17 @@
-"""The Triton combination against plain loops in float64: the output and every gradient."""
+"""The combination in Triton against plain loops in float64: the output and every gradient."""
 
 import pytest
 import torch
 from comparison import DEVICE, TOLERANCE, draw, make_plan, relative_error
 
-from mom_layers.combine.triton import combine_triton
-from mom_layers.recur.reference import combine_reference
+from mom_layers.combine.operation import combine
+from mom_layers.combine.reference import combine_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def triton_combine(gate, **given):
+    return combine(output_gate=gate, kernels="triton", **given)
 
 
 def inputs(plan, heads, size, topk, dtype=torch.float32, norm_dtype=torch.float32, gate_columns=0):
@@ -27,7 +31,7 @@ def compare(given):
     names = ("o", "weights", "gate", "norm_weight")
     leaves = [given[name].requires_grad_() for name in names]
     leaves64 = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    y = combine_triton(**given)
+    y = triton_combine(**given)
     y64 = combine_reference(**(given | dict(zip(names, leaves64, strict=True))))
     dy = draw(*y.shape, dtype=y.dtype, seed=5)
     got = torch.autograd.grad(y, leaves, dy)
@@ -69,7 +73,7 @@ def test_a_token_reaches_only_its_own_rows():
     plan = make_plan([3, 40], num_memories=5, unpicked=1)
     given = inputs(plan, 2, 16, 2)
     o = given["o"].requires_grad_()
-    y = combine_triton(**given)
+    y = triton_combine(**given)
     dy = torch.zeros_like(y)
     dy[7] = 1.0
     (do,) = torch.autograd.grad(y, o, dy)
@@ -80,7 +84,7 @@ def test_a_token_reaches_only_its_own_rows():
 
 def test_no_tokens():
     given = inputs(make_plan([0], num_memories=5, unpicked=1), 2, 16, 2)
-    y = combine_triton(**(given | dict(norm_weight=given["norm_weight"].requires_grad_())))
+    y = triton_combine(**(given | dict(norm_weight=given["norm_weight"].requires_grad_())))
     assert y.shape == (0, 2, 16)
     y.sum().backward()
     assert torch.equal(given["norm_weight"].grad, torch.zeros(16, device=DEVICE))
@@ -88,17 +92,30 @@ def test_no_tokens():
 
 def test_bad_inputs_are_refused():
     given = inputs(make_plan([3, 2], num_memories=5, unpicked=1), 2, 16, 2)
+    other_size = dict(o=draw(15, 2, 24), gate=draw(5, 2, 24), norm_weight=draw(24))
     cases = [
-        ("float64", dict(o=given["o"].double())),
-        (r"\[15, 2, 24\]", dict(o=draw(15, 2, 24))),
-        ("o has 14 rows; 5 tokens in 3 slots have 15", dict(o=draw(14, 2, 16))),
-        ("weights must be float32", dict(weights=given["weights"].bfloat16())),
-        ("row_of_choice must be int32", dict(row_of_choice=given["row_of_choice"].long())),
-        (r"row_of_choice must be int32 \[5, 2 or 3\]", dict(row_of_choice=given["row_of_choice"][:, :1])),
-        ("gate must be", dict(gate=draw(5, 2, 32))),
-        ("adjacent values", dict(gate=draw(5, 16, 2).transpose(1, 2))),
-        (r"norm_weight must be \[16\]", dict(norm_weight=draw(32))),
+        ("o must be float32, bfloat16 or float16 .* got torch.float64", dict(o=given["o"].double())),
+        ("norm_weight must be float32, .* got torch.float64", dict(norm_weight=given["norm_weight"].double())),
+        (r"V in \(16, 32, 64, 128, 256\) for kernels='triton', got 24", other_size),
+        (r"o must be \[15, H, V\] for 5 tokens of 3 choices, got \[14, 2, 16\]", dict(o=draw(14, 2, 16))),
+        ("weights must be float32 .* got torch.bfloat16", dict(weights=given["weights"].bfloat16())),
+        (r"row_of_choice must be int32 .* got torch.int64", dict(row_of_choice=given["row_of_choice"].long())),
+        (r"weights must be \[5, 0 or 1\], got \[5, 2\]", dict(row_of_choice=given["row_of_choice"][:, :1])),
+        (r"output_gate must be \[5, 2, 16\], got \[5, 2, 32\]", dict(gate=draw(5, 2, 32))),
+        (r"adjacent values .* strides \(32, 1, 2\)", dict(gate=draw(5, 16, 2).transpose(1, 2))),
+        (r"norm_weight must be \[16\], got \[32\]", dict(norm_weight=draw(32))),
     ]
     for message, change in cases:
         with pytest.raises(ValueError, match=message):
-            combine_triton(**(given | change))
+            triton_combine(**(given | change))
+
+
+def test_torch_takes_other_sizes_and_types_and_launches_no_kernel(refused_launches):
+    given = inputs(make_plan([3, 2], num_memories=5, unpicked=1), 2, 24, 2, torch.float64, torch.float64)
+    y = combine(output_gate=given.pop("gate"), kernels="torch", **given)
+    assert y.shape == (5, 2, 24) and y.dtype == torch.float64
+
+
+def test_triton_launches_a_kernel(refused_launches):
+    with pytest.raises(RuntimeError, match="_forward_kernel was launched"):
+        triton_combine(**inputs(make_plan([3, 2], num_memories=5, unpicked=1), 2, 16, 2))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from comparison import DEVICE, TOLERANCE, draw, relative_error
 
-from mom_layers.recur.rules import get_rule
+from mom_layers.recur.rules import gated_deltanet
 from mom_layers.recur.scalar_delta.gates_triton import decay_gates_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -19,13 +19,12 @@ def inputs(rows, heads, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows,heads", [(1, 1), (130, 3), (300, 4), (0, 2)])
 def test_agrees(rows, heads, dtype):
-    rule = get_rule("gated_deltanet")
     raw, A_log, dt_bias = (x.requires_grad_() for x in inputs(rows, heads, dtype))
     exact = [x.detach().double().requires_grad_() for x in (raw, A_log, dt_bias)]
 
     def gates(raw, A_log, dt_bias, kernels):
         given = {"beta": raw[:, 1 : 1 + heads], "a": raw[:, 2 + heads : 2 + 2 * heads]}
-        return rule.gates(given, {"A_log": A_log, "dt_bias": dt_bias}, kernels)
+        return gated_deltanet.gates(given, {"A_log": A_log, "dt_bias": dt_bias}, kernels)
 
     got, expected = gates(raw, A_log, dt_bias, "triton"), gates(*exact, "torch")
     for name in ("g", "beta"):

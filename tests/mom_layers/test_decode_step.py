@@ -77,6 +77,25 @@ def test_memories_that_are_not_chosen_stay_as_they_are():
                 assert same != touched, (sequence, memory, name)
 
 
+def test_a_slice_of_a_larger_state_is_changed_in_place():
+    module, state, exact, exact_state, tokens = prefilled(3, torch.float32, "triton", steps=1)
+    expected, exact_state = exact(tokens.double(), state=exact_state, output_state=True)
+    for name in ("recurrent", "q_tail", "k_tail", "v_tail"):
+        part = getattr(state, name)
+        larger = part.new_zeros(2 * part.shape[0], *part.shape[1:])[::2]
+        setattr(state, name, larger.copy_(part))
+    assert relative_error(module.step(tokens[:, 0], state), expected[:, 0]) <= 1e-5
+    assert relative_error(state.recurrent, exact_state.recurrent) <= 1e-5
+
+
+def test_a_state_whose_tensors_place_sequences_differently_is_refused():
+    module, state, *_, tokens = prefilled(2, torch.float32, "triton", steps=1)
+    state.q_tail, others = state.q_tail.contiguous(), state.q_tail.stride()
+    assert state.q_tail.stride() != others
+    with pytest.raises(ValueError, match=r"place sequences and memories alike, .* got strides \[\("):
+        module.step(tokens[:, 0], state)
+
+
 def test_refuses_bad_inputs():
     module, state, *_, tokens = prefilled(2, torch.float32, "torch", steps=1)
     with pytest.raises(ValueError, match=r"x must be \[B, 32\], got \[2, 1, 32\]"):

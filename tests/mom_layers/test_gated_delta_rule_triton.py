@@ -1,9 +1,12 @@
 """The Triton gated delta rule against the token-by-token loop in float64: outputs, final states, every gradient."""
 
+import functools
 import itertools
+import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,27 +15,24 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mom_layers.recur.chunk_table import chunk_table
-from mom_layers.recur.reference import gated_delta_rule_reference
-from mom_layers.recur.scalar_delta import autograd as entry
-from mom_layers.recur.scalar_delta import launch
-from mom_layers.recur.scalar_delta.autograd import gated_delta_rule_triton
+from mom_layers.recur.kernel_sets import Chip
+from mom_layers.recur.rules.gated_deltanet import gated_delta_rule_reference
+from mom_layers.recur.scalar_delta import gated_delta_rule, hopper, kernel_sets, triton
+from mom_layers.recur.scalar_delta.hopper import launches as hopper_launches
 from mom_layers.recur.scalar_delta.hopper.tiles import tiles
+from mom_layers.recur.scalar_delta.operation import initial_state_gradient_triton
+from mom_layers.recur.scalar_delta.triton.launches import TABLES, Launch, Table, table_for
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 RAGGED = [0, 1, 63, 64, 65, 0, 130]
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fresh memory holds NaN, so that an element read before it is written is seen."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        fresh = getattr(owner, name)
-
-        def poisoned(*args, fresh=fresh, **kwargs):
-            out = fresh(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() else out
-
-        monkeypatch.setattr(owner, name, poisoned)
+def gated_delta_rule_triton(q, k, v, g, beta, cu_seqlens, initial_state=None, output_final_state=False, scale=None):
+    return gated_delta_rule(
+        q, k, v, g, beta, cu_seqlens,
+        initial_state=initial_state, output_final_state=output_final_state, scale=scale, kernels="triton",
+    )  # fmt: skip
 
 
 def inputs(lengths, heads, key_size, value_size, dtype=torch.float32, gate="usual"):
@@ -101,7 +101,7 @@ def test_gated_delta_rule_triton_ragged(dtype):
 @pytest.mark.parametrize(
     ("dtype", "gate"), [(torch.float32, "zero"), (torch.float32, "resets"), (torch.bfloat16, "usual")]
 )
-def test_gated_delta_rule_triton_over_several_groups_of_chunks(dtype, gate):
+def test_gated_delta_rule_triton_over_several_spans(dtype, gate):
     compare([64 * 8, 3, 64 * 17 + 5], 1, 16, 16, dtype, gate)
 
 
@@ -193,11 +193,10 @@ def test_gated_delta_rule_triton_without_rows(lengths):
     assert not last.any() and last.shape == leaves["initial_state"].shape
 
 
-def test_gated_delta_rule_triton_refuses(monkeypatch):
+def test_gated_delta_rule_triton_refuses(refused_launches):
     leaves, cu_seqlens = inputs([5, 3], 2, 16, 32)
     good = [leaf.detach() for leaf in leaves.values()]
     good.insert(5, cu_seqlens)
-    monkeypatch.setattr(entry, "chunk_local", lambda *_: pytest.fail("launched"))
 
     def refuses(message, position, value):
         with pytest.raises(ValueError, match=message):
@@ -205,12 +204,14 @@ def test_gated_delta_rule_triton_refuses(monkeypatch):
 
     refuses(r"k must be \[R, H, K\].*\[8, 2, 32\]", 1, good[2])
     refuses(r"g and beta must be \[8, 2\], got \[8, 1\]", 3, good[3][:, :1])
-    refuses(r"V = 48 .*\(16, 32, 64, 128, 256\)", 2, good[2].repeat(1, 1, 2)[..., :48])
     refuses("share one type.*bfloat16", 2, good[2].bfloat16())
-    refuses("g and beta must be of a type.*float64", 4, good[4].double())
+    refuses("beta must be of a type.*float64", 4, good[4].double())
     refuses("cu_seqlens must be.*int64", 5, cu_seqlens.long())
-    refuses(r"initial_state must be \[2, 2, 16, 32\] float32, got \[1, 2, 16, 32\]", 6, good[6][:1])
+    refuses(r"initial_state must be \[2, 2, 16, 32\], got \[1, 2, 16, 32\]", 6, good[6][:1])
+    refuses("initial_state must be float32, got torch.float64", 6, good[6].double())
     refuses("cu_seqlens on meta", 5, cu_seqlens.to("meta"))
+    with pytest.raises(ValueError, match=r"V = 48 .*\(16, 32, 64, 128, 256\)"):
+        gated_delta_rule_triton(*good[:2], good[2].repeat(1, 1, 2)[..., :48], *good[3:6])
     with pytest.raises(ValueError, match="K = 24"):
         gated_delta_rule_triton(good[0].repeat(1, 1, 2)[..., :24], good[1].repeat(1, 1, 2)[..., :24], *good[2:6])
 
@@ -241,27 +242,37 @@ def test_a_tile_is_described_as_its_constructor_does():
     assert tiles(unaligned, 64).base.data_ptr() % 16 == 0 and torch.equal(tiles(unaligned, 64).base, unaligned)
 
 
-COMPILE_FOR_HOPPER = """
+COMPILE = """
+import sys
 import torch
 from compile_only import SHARED_MEMORY, compile_only, left_operands_in_registers
-from mom_layers.recur.scalar_delta import launch
-from mom_layers.recur.scalar_delta.autograd import gated_delta_rule_triton
+from mom_layers.recur.scalar_delta import gated_delta_rule, kernel_sets
+from mom_layers.recur.scalar_delta.triton.launches import table_for
 
-launch._family = lambda device, dtype: "hopper"
-compiled = compile_only(90)
+capability, general = int(sys.argv[1]), sys.argv[2] == "general"
+compiled = compile_only(capability)
+limit = SHARED_MEMORY[capability]
+if general:
+    kernel_sets.KERNEL_SETS = (kernel_sets.triton,)
+    limit = table_for(kernel_sets.chip_of(torch.device("cpu")), torch.bfloat16).shared_memory
 x, gate = torch.zeros(1, 4, 256, dtype=torch.bfloat16, requires_grad=True), torch.zeros(1, 4)
-gated_delta_rule_triton(x, x, x, gate, gate, torch.tensor([0, 1], dtype=torch.int32))[0].sum().backward()
+cu_seqlens = torch.tensor([0, 1], dtype=torch.int32)
+gated_delta_rule(x, x, x, gate, gate, cu_seqlens, kernels="triton")[0].sum().backward()
 for name, kernel in compiled:
-    assert kernel.metadata.shared <= SHARED_MEMORY[90], (name, kernel.metadata.shared)
+    assert kernel.metadata.shared <= limit, (name, kernel.metadata.shared, limit)
     assert left_operands_in_registers(kernel) == 0, name
-assert len(compiled) == 9 and sum(kernel.asm["ptx"].count("wgmma") for _, kernel in compiled) > 100
+assert len(compiled) == (10 if general else 9)
+if capability == 90:
+    assert sum(kernel.asm["ptx"].count("wgmma") for _, kernel in compiled) > (50 if general else 100)
 """
 
 
-def test_gated_delta_rule_triton_compiles_for_hopper_without_left_operands_in_registers():
-    """The largest heads fit, and nothing meets the compiler's fault that the forward kernels' file speaks of."""
+@pytest.mark.parametrize(("capability", "kernels"), [(90, "Hopper"), (90, "general"), (80, "general")])
+def test_gated_delta_rule_triton_compiles_without_left_operands_in_registers(capability, kernels):
+    """The largest heads fit, the general set's in the memory that its table names, and no product meets the compiler's
+    fault that `triton.chunk_local` describes."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", COMPILE_FOR_HOPPER]
+    command = [sys.executable, "-c", COMPILE, str(capability), kernels]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -270,11 +281,11 @@ def test_gated_delta_rule_triton_compiles_for_hopper_without_left_operands_in_re
 @pytest.mark.parametrize("few_programs", [0, 16, 132])
 @pytest.mark.parametrize(("key_size", "value_size"), list(itertools.product([64, 128, 256], repeat=2)))
 def test_gated_delta_rule_triton_at_every_tile(key_size, value_size, few_programs, monkeypatch):
-    """Whole and ragged chunks, more than a group of them, and the tiles that many and few segments would get.
+    """Whole and ragged chunks, more than a span of them, and the tiles that many and few segments would get.
 
-    g's gradient is a difference of sums over all later rows: one of these cases has 1.05% at every tile.
+    g's gradient is a difference of sums over all later rows: in one of these cases its error is 1.05% at every tile.
     """
-    monkeypatch.setattr(launch, "FEW_PROGRAMS", few_programs)
+    monkeypatch.setattr(hopper_launches, "FEW_PROGRAMS", few_programs)
     compare([64, 0, 130, 1], 2, key_size, value_size, torch.bfloat16, dg_bound=1.2)
     compare([64 * 9 + 5, 3, 63, 64], 2, key_size, value_size, torch.bfloat16, state=False, final=False)
 
@@ -293,8 +304,8 @@ def test_gated_delta_rule_triton_never_waits_for_the_device():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [32768, 65536])  # times K V, the first is below 0 and the second 0 in 32 bits
-def test_gated_delta_rule_triton_knows_a_long_segments_final_state(rows):
-    """The end of a segment has the gradients that it has on its own, from the state before it."""
+def test_gated_delta_rule_triton_final_state_of_a_long_segment(rows):
+    """A long segment's last rows have the results of a segment of their own that starts from the state before them."""
     leaves, whole = inputs([rows], 1, 256, 256, torch.bfloat16)
     do, d_last = output_weights(leaves)
     got = run(leaves, whole, weights=(do, d_last))
@@ -311,10 +322,103 @@ def test_gated_delta_rule_triton_knows_a_long_segments_final_state(rows):
 
 
 def test_gated_delta_rule_triton_initial_states_gradient_alone():
-    """What the whole backward pass gives, without the rest of it; empty segments too."""
+    """Equals what the whole backward pass returns, for empty segments too."""
     leaves, cu_seqlens = inputs(RAGGED, 2, 64, 32)
     do, d_last = output_weights(leaves)
     want = expected(leaves, cu_seqlens, True, True, (do, torch.zeros_like(d_last)))["dinitial_state"]
     q, k, _, g, beta, _ = (leaf.detach() for leaf in leaves.values())
-    got = entry.initial_state_gradient_triton(q, k, g, beta, do, cu_seqlens)
+    got = initial_state_gradient_triton(q, k, g, beta, do, cu_seqlens)
     assert relative_error(got, want) < TOLERANCE[torch.float32]
+
+
+H100, A100 = Chip("H100", (9, 0), 227 * 1024), Chip("A100", (8, 0), 163 * 1024)
+UNKNOWN, SMALL = Chip("a later one", (99, 0), 300 * 1024), Chip("a smaller one", (98, 0), 99 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("chip", "dtype", "k_dim", "v_dim", "expected_set", "expected_table"),
+    [
+        (H100, torch.bfloat16, 64, 256, hopper, None),
+        (H100, torch.float16, 256, 64, hopper, None),
+        (H100, torch.bfloat16, 32, 256, triton, "wide tiles"),
+        (H100, torch.bfloat16, 256, 32, triton, "wide tiles"),
+        (H100, torch.float32, 256, 256, triton, "float32"),
+        (A100, torch.bfloat16, 256, 256, triton, "narrow tiles"),
+        (A100, torch.float32, 64, 64, triton, "float32"),
+        (UNKNOWN, torch.bfloat16, 256, 256, triton, "wide tiles"),
+        (SMALL, torch.bfloat16, 64, 64, triton, "narrow tiles"),
+    ],
+)
+def test_kernel_set_of_a_chip(chip, dtype, k_dim, v_dim, expected_set, expected_table, monkeypatch):
+    monkeypatch.setattr(kernel_sets, "chip_of", lambda device: chip)
+    kernel_sets.kernel_set.cache_clear()
+    try:
+        assert kernel_sets.kernel_set(torch.device("cuda", 0), dtype, k_dim, v_dim) is expected_set
+    finally:
+        kernel_sets.kernel_set.cache_clear()
+    if expected_table:
+        assert table_for(chip, dtype).name == expected_table
+
+
+def test_kernel_set_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(kernel_sets, "chip_of", lambda device: SMALL)
+    kernel_sets.kernel_set.cache_clear()
+    table_for.cache_clear()
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            kernel_sets.kernel_set(torch.device("cuda", 0), torch.bfloat16, 64, 64)
+            table_for(SMALL, torch.bfloat16)
+    kernel_sets.kernel_set.cache_clear()
+    table_for.cache_clear()
+    chosen, warned = (record.getMessage() for record in caplog.records)
+    assert chosen == "gated delta rule: general kernels for a smaller one, torch.bfloat16, K 64, V 64"
+    assert f"a smaller one has {99 * 1024} bytes of shared memory" in warned
+    assert caplog.records[1].levelname == "WARNING"
+
+
+def test_tables_stand_from_the_widest_tiles_to_the_narrowest():
+    needed = [table.shared_memory for table in TABLES]
+    assert needed == sorted(needed, reverse=True) and len(set(needed)) == len(needed)
+
+
+def test_launches_on_an_h100_and_an_a100():
+    """Tile, warps and stages that were measured, or are known to run."""
+    wide, narrow = TABLES
+    launches = wide.launches(32, 256)
+    assert launches.recurrence == Launch(64, 4, 2) and launches.state_gradients == Launch(32, 4, 1)
+    assert launches.score_gradients == Launch(256, 8, 1) and launches.chunk_scores == Launch(32, 4, 3)
+    assert wide.launches(256, 32).recurrence == Launch(32, 8, 2)
+    launches = narrow.launches(16, 256)
+    assert launches.recurrence == Launch(32, 4, 2) and launches.state_gradients == Launch(16, 4, 1)
+    assert hopper_launches.recurrence_launch(256, 256, 4096) == (128, 8, None)
+    assert hopper_launches.recurrence_launch(256, 256, 8) == (32, 8, None)
+    assert hopper_launches.recurrence_launch(128, 64, 4096) == (64, 4, None)
+    assert [hopper_launches.recurrence_stages(tile) for tile in (32, 64, 128)] == [2, 1, 1]
+    assert hopper_launches.state_gradients_launch(64, 256) == (64, 4, None)
+    assert hopper_launches.state_gradients_launch(256, 256) == (128, 8, None)
+
+
+def test_a_copy_of_the_general_set_with_other_tiles(monkeypatch):
+    """A set for another chip takes the host functions as they are, with launches of its own."""
+    # Stages as in the general set: with fewer, a left operand lies in registers, which ptxas miscompiles for Hopper.
+    staged = Launch(16, 4, 3)
+    walk, states = ({size: Launch(16, 4, stages) for size in (64, 128, 256)} for stages in (2, 1))
+    table = Table(
+        "copy", 0, walk, states, chunk_scores=staged, score_gradients=Launch(16, 4, 1), query_key_gradients=staged
+    )
+    asked = []
+
+    def launches_for(device, dtype, k_dim, v_dim):
+        asked.append((dtype, k_dim))
+        return table.launches(k_dim, v_dim)
+
+    names = ("chunk_local", "recurrence", "reverse_recurrence", "state_gradients", "local_gradients")
+    functions = {name: functools.partial(getattr(triton, name), launches_for=launches_for) for name in names}
+    copy = SimpleNamespace(NAME="copy", takes=lambda chip, dtype, k_dim, v_dim: dtype == torch.bfloat16, **functions)
+    monkeypatch.setattr(kernel_sets, "KERNEL_SETS", (copy, *kernel_sets.KERNEL_SETS))
+    kernel_sets.kernel_set.cache_clear()
+    try:
+        compare([70, 3], 1, 32, 32, torch.bfloat16)
+    finally:
+        kernel_sets.kernel_set.cache_clear()
+    assert asked == [(torch.bfloat16, 32)] * 6

@@ -5,8 +5,8 @@ import torch
 from comparison import DEVICE, TOLERANCE, relative_error
 
 from mom_layers.recur.channel_decay import gated_linear_attention
-from mom_layers.recur.reference import gated_linear_attention_reference
-from mom_layers.recur.rules import get_rule, gla
+from mom_layers.recur.rules import RuleInputs, get_rule, gla
+from mom_layers.recur.rules.gla import gated_linear_attention_reference
 
 RAGGED = [0, 1, 2, 63, 64, 65, 0, 75, 200]
 NAMES = ("q", "k", "v", "g", "initial_state")
@@ -85,14 +85,14 @@ def test_transition_is_what_a_segment_leaves_of_its_state(decay):
     """Without keys the final state is the transition times the initial one, channel by channel; its gradient too."""
     leaves, cu_seqlens = inputs(RAGGED, dtype=torch.float64, decay=decay)
     q, k, v, g, state = leaves.values()
-    got = gla.transition(k, cu_seqlens, {"g": g}, "auto")
+    got = gla.transition(RuleInputs(q, k, v, {"g": g}), cu_seqlens, "auto")
     _, last = gated_linear_attention_reference(q, 0 * k, v, g, cu_seqlens, state)
     assert got.shape == state.shape[:3] and got.dtype == torch.float64
     assert relative_error(got[..., None] * state, last) <= 1e-12
     (mine,) = torch.autograd.grad((got[..., None] * state).sum(), g)
     (theirs,) = torch.autograd.grad(last.sum(), g)
     assert relative_error(mine, theirs) <= 1e-12
-    assert gla.transition(k.bfloat16(), cu_seqlens, {"g": g}, "auto").dtype == torch.float32
+    assert gla.transition(RuleInputs(q, k.bfloat16(), v, {"g": g}), cu_seqlens, "auto").dtype == torch.float32
 
 
 def test_gla_gate():
@@ -103,13 +103,13 @@ def test_gla_gate():
         name: tuple(value.shape) for name, value in parameters.items()
     }
     raw = torch.randn(5, 3 * gla.RANK, requires_grad=True)
-    g = rule.gates({"decay": raw}, parameters, "torch")["g"]
+    g = gla.gates({"decay": raw}, parameters)["g"]
     assert g.shape == (5, 3, 32) and (g < 0).all()
     by_hand = torch.sigmoid(raw[2, 16:32] @ parameters["decay_up"][1]) ** (1 / 16)
     torch.testing.assert_close(g[2, 1].exp(), by_hand)
     (grad,) = torch.autograd.grad(g[:, 1].sum(), raw)
     assert grad[:, 16:32].abs().min() > 0 and not grad[:, :16].any() and not grad[:, 32:].any()
-    assert rule.gates({"decay": raw.bfloat16()}, parameters, "torch")["g"].dtype == torch.float32
+    assert gla.gates({"decay": raw.bfloat16()}, parameters)["g"].dtype == torch.float32
 
 
 @pytest.mark.parametrize(

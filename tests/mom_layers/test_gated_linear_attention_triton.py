@@ -1,5 +1,6 @@
 """The Triton gated linear attention against the token-by-token loop in float64: outputs, final states, gradients."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -9,15 +10,19 @@ import torch
 from comparison import TOLERANCE, relative_error
 from test_gated_linear_attention import NAMES, expected, inputs, outputs_and_gradients
 
-from mom_layers.recur.channel_decay import autograd as entry
-from mom_layers.recur.channel_decay.autograd import gated_linear_attention_triton
+from mom_layers.recur import channel_decay
+from mom_layers.recur.channel_decay import triton as general
+from mom_layers.recur.channel_decay.kernel_sets import KERNEL_SETS, kernel_set
+from mom_layers.recur.channel_decay.triton import launches
+from mom_layers.recur.kernel_sets import Chip
 
 RAGGED = [0, 1, 63, 64, 65, 0, 130]
+gated_linear_attention = functools.partial(channel_decay.gated_linear_attention, kernels="triton")
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Fresh memory holds NaN, so that an element read before it is written is seen."""
+    """Fresh memory holds NaN, so that a test sees an element that is read before a kernel writes it."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         fresh = getattr(owner, name)
 
@@ -29,10 +34,18 @@ def poisoned_memory(monkeypatch):
 
 
 def run(leaves, cu_seqlens, state=True, final=True, scale=None):
-    def kernels(q, k, v, g, cu_seqlens, initial_state):
-        return gated_linear_attention_triton(q, k, v, g, cu_seqlens, initial_state, final, scale)
+    def operation(q, k, v, g, cu_seqlens, initial_state):
+        return gated_linear_attention(
+            q, k, v, g, cu_seqlens, initial_state=initial_state, output_final_state=final, scale=scale
+        )
 
-    return outputs_and_gradients(kernels, leaves, cu_seqlens, state, final)
+    return outputs_and_gradients(operation, leaves, cu_seqlens, state, final)
+
+
+def run_leaves(leaves, cu_seqlens):
+    """o and the final state, from the initial state."""
+    q, k, v, g, state = (leaves[name] for name in NAMES)
+    return gated_linear_attention(q, k, v, g, cu_seqlens, initial_state=state, output_final_state=True)
 
 
 def compare(lengths, heads, key_size, value_size, dtype, decay="usual", state=True, final=True, scale=None):
@@ -51,7 +64,7 @@ def test_gated_linear_attention_triton_ragged(dtype):
 
 
 @pytest.mark.parametrize("decay,dtype", [("zero", torch.float32), ("resets", torch.float32), ("usual", torch.bfloat16)])
-def test_gated_linear_attention_triton_over_several_groups_of_chunks(decay, dtype):
+def test_gated_linear_attention_triton_over_several_spans(decay, dtype):
     compare([64 * 4, 3, 64 * 4 + 5], 1, 16, 16, dtype, decay)
 
 
@@ -91,13 +104,14 @@ def test_gated_linear_attention_triton_gate_in_bfloat16_and_strided_inputs():
 
     q, k, v, g = (leaves[n].detach().transpose(0, 1).contiguous().transpose(0, 1) for n in NAMES[:4])
     assert not q.is_contiguous()
-    o, last = gated_linear_attention_triton(q, k, v, g, cu_seqlens, leaves["initial_state"], True)
+    strided = dict(zip(NAMES, (q, k, v, g, leaves["initial_state"]), strict=True))
+    o, last = run_leaves(strided, cu_seqlens)
     assert torch.equal(o, got["o"]) and torch.equal(last, got["final_state"])
 
 
 def test_gated_linear_attention_triton_gradient_of_the_final_state_alone():
     leaves, cu_seqlens = inputs([66], 1, dtype=torch.float32)
-    _, last = gated_linear_attention_triton(*(leaves[n] for n in NAMES[:4]), cu_seqlens, leaves["initial_state"], True)
+    _, last = run_leaves(leaves, cu_seqlens)
     got = dict(zip(NAMES, torch.autograd.grad(last.square().sum(), list(leaves.values())), strict=True))
     double = {n: leaf.detach().double().cpu().requires_grad_() for n, leaf in leaves.items()}
     k, v, g, state = (double[n] for n in NAMES[1:])
@@ -111,7 +125,7 @@ def test_gated_linear_attention_triton_gradient_of_the_final_state_alone():
 
 def test_gated_linear_attention_triton_segments_do_not_touch_each_other():
     leaves, cu_seqlens = inputs([3, 65, 0, 20], 1, dtype=torch.float32)
-    o, last = gated_linear_attention_triton(*(leaves[n] for n in NAMES[:4]), cu_seqlens, leaves["initial_state"], True)
+    o, last = run_leaves(leaves, cu_seqlens)
     (o[3:68].sum() + last[1].sum()).backward()
     for name in NAMES[:4]:
         grad = leaves[name].grad
@@ -130,56 +144,97 @@ def test_gated_linear_attention_triton_is_deterministic():
 def test_gated_linear_attention_triton_without_rows(lengths):
     leaves, cu_seqlens = inputs(lengths, dtype=torch.float32)
     qkvg, state = [leaves[n] for n in NAMES[:4]], leaves["initial_state"]
-    o, last = gated_linear_attention_triton(*qkvg, cu_seqlens, state, True)
+    o, last = run_leaves(leaves, cu_seqlens)
     assert o.shape == (0, 2, 32) and torch.equal(last, state)
     last.square().sum().backward()
     assert torch.equal(state.grad, 2 * state)
-    _, last = gated_linear_attention_triton(*qkvg, cu_seqlens, None, True)
+    _, last = gated_linear_attention(*qkvg, cu_seqlens, output_final_state=True)
     assert not last.any() and last.shape == leaves["initial_state"].shape
 
 
 def test_gated_linear_attention_triton_refuses(monkeypatch):
     leaves, cu_seqlens = inputs([5, 3], dtype=torch.float32)
-    good = [leaf.detach() for leaf in leaves.values()]
-    good.insert(4, cu_seqlens)
-    monkeypatch.setattr(entry, "decayed_rows", lambda *_: pytest.fail("launched"))
+    good = {name: leaf.detach() for name, leaf in leaves.items()} | {"cu_seqlens": cu_seqlens}
+    monkeypatch.setattr(general, "chunk_local", lambda **_: pytest.fail("launched"))
 
-    def refuses(message, position, value):
+    def refuses(message, **changes):
         with pytest.raises(ValueError, match=message):
-            gated_linear_attention_triton(*good[:position], value, *good[position + 1 :])
+            gated_linear_attention(**(good | changes))
 
-    refuses(r"k must be \[R, H, K\].*\[8, 2, 32\]", 1, good[2])
-    refuses(r"g must be \[8, 2, 16\] as q is, got \[8, 1, 16\]", 3, good[3][:, :1])
-    refuses(r"V = 48 .*\(16, 32, 64, 128, 256\)", 2, good[2].repeat(1, 1, 2)[..., :48])
-    refuses("share one type.*bfloat16", 2, good[2].bfloat16())
-    refuses("g must be of a type.*float64", 3, good[3].double())
-    refuses("cu_seqlens must be.*int64", 4, cu_seqlens.long())
-    refuses(r"initial_state must be \[2, 2, 16, 32\] float32, got \[1, 2, 16, 32\]", 5, good[5][:1])
-    refuses("cu_seqlens on meta", 4, cu_seqlens.to("meta"))
+    refuses(r"k must be \[R, H, K\].*\[8, 2, 32\]", k=good["v"])
+    refuses(r"g must be \[8, 2, 16\] as q is, got \[8, 1, 16\]", g=good["g"][:, :1])
+    refuses(r"V = 48 .*\(16, 32, 64, 128, 256\)", v=good["v"].repeat(1, 1, 2)[..., :48], initial_state=None)
+    refuses("share one type.*bfloat16", v=good["v"].bfloat16())
+    refuses("g must be of a type.*float64", g=good["g"].double())
+    refuses("cu_seqlens must be.*int64", cu_seqlens=cu_seqlens.long())
+    refuses(r"initial_state must be \[2, 2, 16, 32\], got \[1, 2, 16, 32\]", initial_state=good["initial_state"][:1])
+    refuses("initial_state must be float32, got torch.bfloat16", initial_state=good["initial_state"].bfloat16())
+    refuses("cu_seqlens on meta", cu_seqlens=cu_seqlens.to("meta"))
 
 
-COMPILE_FOR_HOPPER = """
+def test_the_last_kernel_set_takes_every_chip():
+    assert KERNEL_SETS[-1] is general
+    for capability, kilobytes in (((0, 0), 163), ((8, 0), 163), ((9, 0), 227), ((99, 0), 64)):
+        chip = Chip("made up", capability, kilobytes * 1024)
+        assert general.takes(chip, torch.bfloat16, 16, 256) and general.takes(chip, torch.float32, 256, 16)
+    device = torch.device("cpu")
+    assert kernel_set(device, torch.float32, 16, 32) is kernel_set(device, torch.float32, 16, 32)
+
+
+def test_the_shared_memory_of_a_chip_decides_its_tiles(caplog):
+    def table(kilobytes, dtype=torch.bfloat16):
+        return launches.table_for(Chip("made up", (99, 0), kilobytes * 1024), dtype)
+
+    wide, narrow = launches.TABLES
+    assert table(227) is table(163) is wide and table(128) is table(99) is narrow
+    assert table(227, torch.float32) is table(163, torch.float32) is launches.FLOAT32_TABLE
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert table(64) is narrow and table(99, torch.float32) is launches.FLOAT32_TABLE
+    (first, second) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"has {64 * 1024} bytes" in first and f"has {99 * 1024} bytes" in second
+
+
+@pytest.mark.parametrize("table", [*launches.TABLES, launches.FLOAT32_TABLE], ids=lambda table: table.name)
+@pytest.mark.parametrize("key_size", [16, 64, 256])
+@pytest.mark.parametrize("value_size", [16, 128, 256])
+def test_tiles_divide_the_head_sizes(table, key_size, value_size):
+    """Grids are counted by whole tiles: a rest would be left out."""
+    found = table.launches(key_size, value_size)
+    by_key = (found.decayed_rows, found.scores, found.state_gradients, found.query_key_gradients)
+    assert all(key_size % launch.tile == 0 for launch in by_key)
+    assert all(value_size % launch.tile == 0 for launch in (found.recurrence, found.score_gradients))
+
+
+COMPILE = """
+import sys
 import torch
 from compile_only import SHARED_MEMORY, compile_only, left_operands_in_registers
-from mom_layers.recur.channel_decay.autograd import gated_linear_attention_triton
+from mom_layers.recur.channel_decay import gated_linear_attention
 
-compiled = compile_only(90)
+capability, kilobytes = int(sys.argv[1]), int(sys.argv[2])
+SHARED_MEMORY[capability] = kilobytes * 1024
+compiled = compile_only(capability)
 borders = torch.tensor([0, 1], dtype=torch.int32)
 for size in (64, 128, 256):
     x = torch.zeros(1, 4, size, dtype=torch.bfloat16, requires_grad=True)
-    gated_linear_attention_triton(x, x, x, torch.zeros(1, 4, size), borders)[0].sum().backward()
+    gated_linear_attention(x, x, x, torch.zeros(1, 4, size), borders, kernels="triton")[0].sum().backward()
 for name, kernel in compiled:
-    assert kernel.metadata.shared <= SHARED_MEMORY[90], (name, kernel.metadata.shared)
+    assert kernel.metadata.shared <= kilobytes * 1024, (name, kernel.metadata.shared)
     assert left_operands_in_registers(kernel) == 0, name
 assert len({name for name, _ in compiled}) == 8, sorted(name for name, _ in compiled)
-assert sum(kernel.asm["ptx"].count("wgmma.mma_async") for _, kernel in compiled) > 100
+if capability == 90:
+    assert sum(kernel.asm["ptx"].count("wgmma.mma_async") for _, kernel in compiled) > 100
 """
 
 
-def test_gated_linear_attention_triton_compiles_for_hopper_without_left_operands_in_registers():
-    """All head sizes fit, and nothing meets the compiler's fault that the forward kernels' file speaks of."""
+@pytest.mark.parametrize("capability,kilobytes", [(90, 227), (80, 163), (90, 99), (89, 99)])
+def test_gated_linear_attention_triton_compiles_within_the_shared_memory(capability, kilobytes):
+    """At every head size, by the chip's own table, without the left operands that the compiler treats wrongly.
+
+    A chip of capability 90 with 99 KB does not exist: asynchronous products take the most shared memory.
+    """
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", COMPILE_FOR_HOPPER]
+    command = [sys.executable, "-c", COMPILE, str(capability), str(kilobytes)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -189,9 +244,7 @@ def test_gated_linear_attention_triton_never_waits_for_the_device():
     leaves, cu_seqlens = inputs(RAGGED, 2, 64, 64, torch.bfloat16)
 
     def forward_and_backward():
-        o, last = gated_linear_attention_triton(
-            *(leaves[n] for n in NAMES[:4]), cu_seqlens, leaves["initial_state"], True
-        )
+        o, last = run_leaves(leaves, cu_seqlens)
         (o.float().sum() + last.sum()).backward()
 
     forward_and_backward()

@@ -5,7 +5,7 @@ import torch
 from comparison import DEVICE, TOLERANCE, inputs, layer, relative_error
 
 from mom_layers import MixtureOfMemories
-from mom_layers.recur.reference import mixture_of_memories_reference
+from mom_layers.reference import mixture_of_memories_reference
 
 LENGTHS = [1, 2, 3, 63, 64, 65, 127, 500]
 # The kernels' own tests have the long and ragged cases: in the interpreter a whole layer takes seconds.

@@ -1,17 +1,24 @@
-"""The Triton convolution against plain loops in float64: outputs, tails and every gradient."""
+"""The convolution in Triton against plain loops in float64: outputs, tails and every gradient."""
 
 import pytest
 import torch
 from comparison import DEVICE, RAGGED, TOLERANCE, draw, make_plan, relative_error
 
-from mom_layers.convolve.memories import convolve_memories
-from mom_layers.convolve.triton import segment_convolution_triton
-from mom_layers.recur.reference import segment_convolution_reference
+from mom_layers.convolve.operation import segment_convolution
+from mom_layers.convolve.qkv import convolve_qkv
+from mom_layers.convolve.reference import segment_convolution_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-# Over several programs' rows, and short of the interpreter's patience.
+# More rows than one program walks along, and few enough for the interpreter.
 LENGTHS = RAGGED if DEVICE == "cuda" else [1, 0, 2, 40, 3]
+
+
+def triton_convolution(x, weight, plan, gather, heads=None, initial_tail=None, output_tail=False):
+    return segment_convolution(
+        x, weight, plan, gather=gather, unit_length_heads=heads, initial_tail=initial_tail, output_tail=output_tail,
+        kernels="triton",
+    )  # fmt: skip
 
 
 def leaf(tensor, dtype=None):
@@ -24,7 +31,7 @@ def compare(plan, gather, channels, width, heads, with_tails, dtype=torch.float3
     x = wide[:, wide.shape[1] - channels :].requires_grad_()
     weight = leaf(draw(channels, width, dtype=dtype, seed=2))
     initial = leaf(draw(plan.num_segments, width - 1, channels, dtype=dtype, seed=3)) if with_tails else None
-    y, tail = segment_convolution_triton(x, weight, plan, gather, heads, initial, with_tails)
+    y, tail = triton_convolution(x, weight, plan, gather, heads, initial, with_tails)
 
     x64, weight64, initial64 = (leaf(t, torch.float64) for t in (x, weight, initial))
     rows64 = x64[plan.token_of_row.long()] if gather else x64
@@ -84,7 +91,7 @@ def test_weight_gradient_over_several_blocks(monkeypatch):
 def test_no_tokens():
     plan = make_plan([0, 0])
     x, weight, initial = leaf(draw(0, 16)), leaf(draw(16, 4)), leaf(draw(plan.num_segments, 3, 16))
-    y, tail = segment_convolution_triton(x, weight, plan, True, None, initial, True)
+    y, tail = triton_convolution(x, weight, plan, True, None, initial, True)
     (y.sum() + (tail * initial.detach()).sum()).backward()
     assert y.shape == (0, 16) and torch.equal(tail, initial)
     assert torch.equal(initial.grad, initial) and (weight.grad == 0).all() and x.grad.shape == (0, 16)
@@ -94,7 +101,7 @@ def test_no_tokens():
 def test_nothing_crosses_segments(gather):
     plan = make_plan(LENGTHS)
     x = leaf(draw(plan.row_of_choice.shape[0] if gather else plan.num_rows, 16))
-    y, _ = segment_convolution_triton(x, draw(16, 4, seed=2), plan, gather, 1)
+    y, _ = triton_convolution(x, draw(16, 4, seed=2), plan, gather, 1)
     segment = plan.num_sequences - 1  # memory 0's part of the last sequence
     inside = plan.segment_of_row == segment
     (dx,) = torch.autograd.grad(y, x, torch.where(inside[:, None], torch.ones_like(y), 0.0))
@@ -106,7 +113,7 @@ def test_nothing_crosses_segments(gather):
 def test_only_the_tail_has_a_gradient():
     plan = make_plan([2, 5])
     x = leaf(draw(plan.num_rows, 16))
-    y, tail = segment_convolution_triton(x, draw(16, 4, seed=2), plan, False, None, None, True)
+    y, tail = triton_convolution(x, draw(16, 4, seed=2), plan, False, None, None, True)
     (dx,) = torch.autograd.grad(tail, x, torch.ones_like(tail))
     later = plan.cu_seqlens[1:][plan.segment_of_row.long()] - 1 - torch.arange(plan.num_rows, device=DEVICE)
     assert torch.equal(dx, (later < 3).float()[:, None].expand_as(dx))
@@ -116,22 +123,41 @@ def test_bad_inputs_are_refused():
     plan = make_plan([3, 2])
     x, weight = draw(plan.num_rows, 32), draw(32, 4)
     cases = [
-        ("float64", dict(x=x.double())),
-        ("adjacent channels", dict(x=draw(32, plan.num_rows).t())),
-        ("has 15 rows; the plan has 5 tokens", dict(gather=True)),
-        ("9 wide", dict(weight=draw(32, 9))),
-        (r"weight must be \[32, W\]", dict(weight=draw(16, 4))),
-        ("32 channels in 3 heads", dict(unit_length_heads=3)),
-        ("32 channels in 4 heads", dict(unit_length_heads=4)),
-        ("initial_tail must be", dict(initial_tail=draw(2, 3, 32))),
+        ("x must be float32, .* got torch.float64", dict(x=x.double())),
+        (r"adjacent channels .* strides \(1, 15\)", dict(x=draw(32, plan.num_rows).t())),
+        (r"x must be \[5, C\] for the 5 tokens of this plan, got \[15, 32\]", dict(gather=True)),
+        ("at most 8 wide for kernels='triton', got 9", dict(weight=draw(32, 9))),
+        (r"weight must be \[32, W\] with W >= 2, got \[16, 4\]", dict(weight=draw(16, 4))),
+        (r"weight must be \[32, W\] with W >= 2, got \[32, 1\]", dict(weight=draw(32, 1))),
+        ("weight and initial_tail must be float32, .* got torch.float64 and None", dict(weight=weight.double())),
+        ("a divisor of the 32 channels, got 3", dict(heads=3)),
+        ("a divisor of the 32 channels, got 0", dict(heads=0)),
+        ("got 32 channels in 4 heads", dict(heads=4)),
+        (r"initial_tail must be \[10, 3, 32\], got \[2, 3, 32\]", dict(initial_tail=draw(2, 3, 32))),
     ]
     for message, change in cases:
         with pytest.raises(ValueError, match=message):
-            segment_convolution_triton(**(dict(x=x, weight=weight, plan=plan, gather=False) | change))
+            triton_convolution(**(dict(x=x, weight=weight, plan=plan, gather=False) | change))
 
 
-@pytest.mark.parametrize("with_tails, gates_have_gradient", [(True, True), (False, False)])
-def test_three_convolutions_in_one_launch(with_tails, gates_have_gradient):
+def test_torch_takes_other_sizes_and_types_and_launches_no_kernel(refused_launches):
+    plan = make_plan([3, 2])
+    x = leaf(draw(5, 36), torch.float64)
+    y, tail = segment_convolution(
+        x, draw(36, 9).double(), plan, gather=True, unit_length_heads=3, output_tail=True, kernels="torch"
+    )
+    (dx,) = torch.autograd.grad(y.sum() + tail.sum(), x)
+    assert y.dtype == tail.dtype == dx.dtype == torch.float64 and (dx != 0).all()
+
+
+def test_triton_launches_a_kernel(refused_launches):
+    plan = make_plan([3, 2])
+    with pytest.raises(RuntimeError, match="_forward_kernel was launched"):
+        triton_convolution(draw(5, 16), draw(16, 4), plan, True)
+
+
+@pytest.mark.parametrize("with_tails, raw_gates_have_gradient", [(True, True), (False, False)])
+def test_three_convolutions_in_one_launch(with_tails, raw_gates_have_gradient):
     plan, channels, columns = make_plan([2, 0, 39], masked=True), (32, 32, 48), 6
     shapes = [(plan.row_of_choice.shape[0], 32), (plan.num_rows, 32 + 48 + columns), *((c, 4) for c in channels)]
     shapes += [(plan.num_segments, 3, c) for c in channels] if with_tails else []
@@ -139,11 +165,11 @@ def test_three_convolutions_in_one_launch(with_tails, gates_have_gradient):
 
     def convolve(kernels):
         tails = leaves[5:] if with_tails else (None,) * 3
-        *rows, new_tails = convolve_memories(
+        *rows, new_tails = convolve_qkv(
             *leaves[:5], plan, unit_length_heads=2, tails=tails, output_tail=with_tails, kernels=kernels
         )
         outputs = [*rows, *(new_tails if with_tails else ())]
-        used = [out for i, out in enumerate(outputs) if gates_have_gradient or i != 3]
+        used = [out for i, out in enumerate(outputs) if raw_gates_have_gradient or i != 3]
         grads = [draw(*out.shape, seed=20 + i) for i, out in enumerate(used)]
         return [*outputs, *torch.autograd.grad(used, leaves, grads)]
 
@@ -153,7 +179,7 @@ def test_three_convolutions_in_one_launch(with_tails, gates_have_gradient):
 
 def test_convolutions_of_one_launch_must_be_equally_wide():
     plan = make_plan([3])
-    with pytest.raises(ValueError, match=r"equally wide, got \[4, 3, 4\]"):
-        convolve_memories(
+    with pytest.raises(ValueError, match=r"q_conv, k_conv and v_conv must be equally wide, got \[4, 3, 4\]"):
+        convolve_qkv(
             draw(3, 16), draw(plan.num_rows, 32), draw(16, 4), draw(16, 3), draw(16, 4), plan, unit_length_heads=1
         )

@@ -5,9 +5,12 @@ import torch
 from comparison import DEVICE, TOLERANCE, draw, relative_error
 
 from mom_layers.route.router import route
-from mom_layers.route.router_triton import top_k_routing_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def triton_route(logits, topk):
+    return route(logits, topk, kernels="triton")
 
 
 def expected(logits, topk):
@@ -22,7 +25,7 @@ def expected(logits, topk):
 def test_outputs_and_gradients(tokens, memories, topk, dtype):
     distinct = torch.stack([torch.randperm(memories) for _ in range(tokens)]) if tokens else torch.zeros(0, memories)
     logits = (distinct.to(DEVICE) * 0.125 - 1).to(dtype).requires_grad_()  # exact in 16 bits: no ties
-    weights, ids = top_k_routing_triton(logits, topk)
+    weights, ids = triton_route(logits, topk)
     reference_logits = logits.detach().double().requires_grad_()
     reference_weights, reference_ids = expected(reference_logits, topk)
     assert weights.dtype == torch.float32 and torch.equal(ids, reference_ids)
@@ -40,13 +43,13 @@ def test_outputs_and_gradients(tokens, memories, topk, dtype):
 
 def test_a_column_slice_of_a_wider_tensor():
     wide = draw(50, 9)
-    weights, ids = top_k_routing_triton(wide[:, 2:7], 2)
+    weights, ids = triton_route(wide[:, 2:7], 2)
     reference_weights, reference_ids = expected(wide[:, 2:7], 2)
     assert torch.equal(ids, reference_ids) and relative_error(weights, reference_weights) <= 1e-6
 
 
 def test_equal_logits_go_to_the_lower_memories():
-    weights, ids = top_k_routing_triton(torch.zeros(5, 6, device=DEVICE), 3)
+    weights, ids = triton_route(torch.zeros(5, 6, device=DEVICE), 3)
     assert ids.tolist() == [[0, 1, 2]] * 5
     assert torch.allclose(weights, torch.full_like(weights, 1 / 3))
 
@@ -61,7 +64,7 @@ def test_infinite_and_undefined_logits():
         [infinite] * 4,
         [0.0, 1.0, 2.0, 3.0],
     ]
-    weights, ids = top_k_routing_triton(torch.tensor(rows, device=DEVICE), 2)
+    weights, ids = triton_route(torch.tensor(rows, device=DEVICE), 2)
     assert all(len(set(pair)) == 2 and set(pair) <= {0, 1, 2, 3} for pair in ids.tolist())
     assert ids[0, 0] == 1 and weights[0].tolist() == [1.0, 0.0]
     assert weights[1:4].isnan().all()
@@ -71,22 +74,21 @@ def test_infinite_and_undefined_logits():
 @pytest.mark.parametrize(
     ("logits", "topk", "message"),
     [
-        (torch.zeros(3, 4, dtype=torch.float64), 2, "float64"),
-        (torch.zeros(3), 1, r"\[3\]"),
+        (torch.zeros(3, 4, dtype=torch.int32), 2, "kernels='triton', got torch.int32"),
+        (torch.zeros(3), 1, r"\[N, M\], got \[3\]"),
         (torch.zeros(4, 3).t(), 2, "strides"),
-        (torch.zeros(3, 4), 5, "5 of 4"),
-        (torch.zeros(3, 4), 0, "0 of 4"),
-        (torch.zeros(2, 1025), 2, "1025"),
+        (torch.zeros(3, 4), 5, r"memories \(4\), got 5"),
+        (torch.zeros(3, 4), 0, r"memories \(4\), got 0"),
+        (torch.zeros(2, 1025), 2, "at most 1024 columns for kernels='triton', got 1025"),
     ],
 )
 def test_bad_input_is_refused(logits, topk, message):
     with pytest.raises(ValueError, match=message):
-        top_k_routing_triton(logits.to(DEVICE), topk)
+        triton_route(logits.to(DEVICE), topk)
 
 
-def test_route_takes_it_where_triton_is_asked_for():
-    logits = draw(20, 4)
-    weights, ids = route(logits, 2, kernels="triton")
-    assert torch.equal(weights, top_k_routing_triton(logits, 2)[0])
-    assert route(logits.double(), 2, kernels="triton")[0].dtype == torch.float64
-    assert torch.equal(ids, expected(logits, 2)[1])
+def test_float64_logits_are_computed_in_pytorch():
+    logits = draw(20, 4).double()
+    weights, ids = triton_route(logits, 2)
+    assert weights.dtype == torch.float64
+    assert all(torch.equal(a, b) for a, b in zip((weights, ids), expected(logits, 2), strict=True))

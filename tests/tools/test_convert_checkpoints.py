@@ -14,7 +14,7 @@ from test_convert_names import VARIANTS, random_model, read_weights, same
 from linear_moe.commands import convert_from_hf, convert_to_hf
 from linear_moe.conversion.checkpoint import MegatronCheckpoint, find_checkpoint
 from linear_moe.conversion.verify import compare, exported_logits, megatron_logits
-from mom_layers.recur.reference import mixture_of_memories_reference
+from mom_layers.reference import mixture_of_memories_reference
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = (

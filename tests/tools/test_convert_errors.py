@@ -91,7 +91,8 @@ def test_not_mom(refused, tmp_path, model):
     [
         ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type learned_absolute"),
         ({"normalization": "LayerNorm"}, "--normalization LayerNorm"),
-        ({"mom_rule": "gla"}, "--mom-rule gla: it needs gated_deltanet"),
+        ({"mom_rule": "titans"}, "--mom-rule titans: it needs gated_deltanet or gla"),
+        ({"mom_rule": "gla"}, "memory_proj.decay"),
         ({"num_experts": 8}, "--num-experts 8"),
         ({"mom_num_memories": 3}, "router.weight"),
         ({"ffn_hidden_size": 64}, "linear_fc1.weight"),

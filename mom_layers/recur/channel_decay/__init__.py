@@ -1,7 +1,12 @@
-"""Gated linear attention over packed segments: plain PyTorch in `chunked`, Triton kernels in the rest.
+"""The kernel family of gated linear attention (GLA): one log decay for each row, head and key channel, no delta rule.
 
-`autograd` checks the inputs and holds the gradients; `forward`, `local` and `backward` are the kernels, `launch` their
-tiles and warps.
+`operation` has the public function and checks the inputs. `torch` is the chunked PyTorch path. `autograd` calls the
+host functions of a kernel set: `triton` on any chip. `kernel_sets` lists the sets, `tensors` has what the host
+functions hand to each other.
+
+The equations are numbered through the family: (1) to (5) in `triton.chunk_local`, (6) and (7) in `triton.recurrence`,
+(8) and (9) in `triton.reverse_recurrence`, (10) to (14) in `triton.state_gradients`, (15) to (20) in
+`triton.local_gradients`.
 """
 
 from mom_layers.recur.channel_decay.operation import gated_linear_attention

@@ -1,71 +1,23 @@
-"""Gated linear attention over packed segments (GLA, arXiv 2312.06635), in chunks.
+"""Gated linear attention over packed segments (GLA, arXiv 2312.06635): the public function and its checks.
 
-Shape legend: rows R, segments S, heads H, key size K, value size V, chunk length C, chunks N.
+Shape legend: rows R, segments S, heads H, key size K, value size V.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from mom_layers.common.kernels import compute_dtype, resolve_kernels
-from mom_layers.recur.chunk_rows import ChunkRows
-from mom_layers.recur.chunk_table import CHUNK
-
-
-def _until(g: torch.Tensor) -> torch.Tensor:
-    """g [..., C, K] to its sum over the rows up to each one, itself included."""
-    return g.cumsum(-2)
+from mom_layers.common.kernels import resolve_kernels
+from mom_layers.recur.channel_decay.torch import gated_linear_attention_torch
+from mom_layers.recur.checks import check_for_triton, check_shapes
 
 
-def _after(g: torch.Tensor) -> torch.Tensor:
-    """g [..., C, K] to its sum over the rows after each one.
-
-    Summed from the end, and not the total less the rest: a small sum beside a large total would be lost.
-    """
-    return F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
-
-
-def _inside_chunks(q, k, v, g):
-    """What every row reads from its own chunk: q, k, g [N, H, C, K], v [N, H, C, V], C a power of two. [N, H, C, V].
-
-    The later half of every block reads the earlier half, for blocks of C, C / 2, ... 2 rows. Both sides decay to the
-    border between the halves, so that no exponent is positive, and every pair of rows meets in one block.
-    """
-    o = (q * k).sum(-1, keepdim=True) * v
-    half = q.shape[2] // 2
-    while half:
-        q_late, k_early, v_early = (
-            x.unflatten(2, (-1, 2, half)).select(3, part) for x, part in ((q, 1), (k, 0), (v, 0))
-        )
-        g_early, g_late = g.unflatten(2, (-1, 2, half)).unbind(3)
-        scores = (q_late * _until(g_late).exp()) @ (k_early * _after(g_early).exp()).transpose(-1, -2)
-        read = scores @ v_early  # [N, H, blocks, half, V]
-        o = o + torch.stack([torch.zeros_like(read), read], 3).flatten(2, 4)
-        half //= 2
-    return o
-
-
-def _gated_linear_attention_torch(q, k, v, g, cu_seqlens, initial_state, output_final_state, scale):
-    rows, heads, k_dim = q.shape
-    dtype = compute_dtype(v.dtype)
-    state = initial_state
-    if state is None:
-        state = q.new_zeros(cu_seqlens.shape[0] - 1, heads, k_dim, v.shape[2], dtype=dtype)
-    if rows == 0:
-        return torch.zeros_like(v), state if output_final_state else None
-    chunks = ChunkRows(cu_seqlens, rows, CHUNK, power_of_two=True)
-    q, k, v, g = (chunks.gather(x, dtype) for x in (q * scale, k, v, g))
-    inside = _inside_chunks(q, k, v, g)
-    q_from_start = q * _until(g).exp()
-    k_to_end = (k * _after(g).exp()).transpose(-1, -2)
-    chunk_decay = g.sum(-2).exp()[..., None]  # [N, H, K, 1]
-
-    def step(state, inside, q_from_start, k_to_end, decay, v):
-        return inside + q_from_start @ state, decay * state + k_to_end @ v
-
-    o, state = chunks.walk(step, state.to(dtype), inside, q_from_start, k_to_end, chunk_decay, v)
-    return o, state if output_final_state else None
+def _check(q, k, v, g, cu_seqlens, initial_state, kernels):
+    check_shapes(q, k, v, cu_seqlens, initial_state)
+    if g.shape != q.shape:
+        raise ValueError(f"g must be {list(q.shape)} as q is, got {list(g.shape)}")
+    if kernels == "triton":
+        check_for_triton(q, k, v, {"g": g}, cu_seqlens, initial_state)
 
 
 def gated_linear_attention(
@@ -80,39 +32,43 @@ def gated_linear_attention(
     scale: float | None = None,
     kernels: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Runs gated linear attention along every segment.
+    """Runs gated linear attention (GLA, arXiv 2312.06635) along every segment, 64 rows at a time.
 
     ``S <- diag(exp(g)) S + k v^T;  o = scale q^T S``
 
+    Differentiable in q, k, v, g and initial_state, given gradients of o and of the final state. The Triton kernels are
+    deterministic and never wait for the device, so that a CUDA graph can capture them, forward and backward. Their
+    products run in the inputs' type with float32 sums; the state and the decays are float32.
+
     Args:
         q, k: [R, H, K].
-        v: [R, H, V].
-        g: [R, H, K] log of every key channel's decay, finite and at most 0.
-        cu_seqlens: [S + 1] int32 on the same device, from 0 to R; segments may be empty.
+        v: [R, H, V], of q's type. Triton kernels: float32, bfloat16 or float16; K and V in 16, 32, 64, 128, 256.
+        g: [R, H, K] log of every key channel's decay, finite and at most 0. Triton kernels: any of those types
+            (float32 is advised).
+        cu_seqlens: [S + 1] int32 on q's device, from 0 to R, never decreasing; segments may be empty.
         initial_state: [S, H, K, V] float32; zeros when absent.
         output_final_state: also return the state after each segment.
         scale: of q; K ** -0.5 when absent.
-        kernels: "auto", "torch" (chunked PyTorch; reads lengths on the host) or "triton".
+        kernels: "torch" (PyTorch; reads lengths on the host), "triton", or "auto": "triton" for CUDA tensors.
 
     Returns:
-        o [R, H, V] in v's type, and the final state [S, H, K, V] in float32 (float64 for float64 inputs) or None.
+        o [R, H, V] in v's type, and the final state [S, H, K, V] in float32 (float64 for float64 inputs) or None. An
+        empty segment's final state is its initial state.
 
     Raises:
-        ValueError: shapes, types or head sizes that are not supported.
+        ValueError: shapes that do not fit each other, an unknown name of kernels; with Triton kernels also types, head
+            sizes or devices that they do not take.
     """
-    if q.dim() != 3 or k.shape != q.shape or v.dim() != 3 or v.shape[:2] != q.shape[:2]:
-        raise ValueError(
-            f"q and k must be [R, H, K] and v [R, H, V], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
-        )
-    if g.shape != q.shape:
-        raise ValueError(f"g must be {list(q.shape)} as q is, got {list(g.shape)}")
-    state_shape = (cu_seqlens.shape[0] - 1, q.shape[1], q.shape[2], v.shape[2])
-    if initial_state is not None and initial_state.shape != state_shape:
-        raise ValueError(f"initial_state must be {list(state_shape)}, got {list(initial_state.shape)}")
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    if resolve_kernels(kernels, q) == "triton":
-        from mom_layers.recur.channel_decay.autograd import gated_linear_attention_triton
+    kernels = resolve_kernels(kernels, q)
+    _check(q, k, v, g, cu_seqlens, initial_state, kernels)
+    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    if kernels == "triton":
+        from mom_layers.recur.channel_decay.autograd import GatedLinearAttention
 
-        return gated_linear_attention_triton(q, k, v, g, cu_seqlens, initial_state, output_final_state, scale)
-    o, state = _gated_linear_attention_torch(q, k, v, g, cu_seqlens, initial_state, output_final_state, scale)
+        differentiable = (x for x in (q, k, v, g, initial_state) if x is not None)
+        for_backward = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
+        return GatedLinearAttention.apply(
+            q, k, v, g, cu_seqlens, initial_state, output_final_state, scale, for_backward
+        )
+    o, state = gated_linear_attention_torch(q, k, v, g, cu_seqlens, initial_state, output_final_state, scale)
     return o.to(v.dtype), state

@@ -7,13 +7,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from mom_layers.common.kernels import compute_dtype, resolve_kernels
+from mom_layers.common.reference import bounds, unit_length
 from mom_layers.recur.chunk_table import CHUNK
-from mom_layers.recur.rules.registry import MemoryRule, differentiate_initial_state
+from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs, dense_transition
 from mom_layers.recur.scalar_delta import gated_delta_rule
 
 # The range of time steps that Mamba2 and Gated DeltaNet start from.
@@ -46,32 +48,66 @@ def gates(raw, parameters, kernels):
     return {"g": g, "beta": torch.sigmoid(raw["beta"].to(dtype))}
 
 
-def recur(q, k, v, cu_seqlens, gates, initial_state, output_final_state, kernels):
+def prepare(q, k, v, raw, parameters, kernels) -> RuleInputs:
+    return RuleInputs(q, k, v, gates(raw, parameters, kernels))
+
+
+def recur(inputs: RuleInputs, cu_seqlens, initial_state, output_final_state, kernels):
     return gated_delta_rule(
-        q, k, v, gates["g"], gates["beta"], cu_seqlens,
+        inputs.q, inputs.k, inputs.v, inputs.gates["g"], inputs.gates["beta"], cu_seqlens,
         initial_state=initial_state, output_final_state=output_final_state, kernels=kernels,
     )  # fmt: skip
 
 
-def transition(k, cu_seqlens, gates, kernels):
-    """The product of ``exp(g) (I - beta k k^T)`` over a segment: its final state from the identity, with no values."""
-    segments, (_, heads, k_dim) = cu_seqlens.shape[0] - 1, k.shape
-    identity = torch.eye(k_dim, dtype=compute_dtype(k.dtype), device=k.device).expand(segments, heads, k_dim, k_dim)
-    return recur(k, k, torch.zeros_like(k), cu_seqlens, gates, identity, True, kernels)[1]
+def initial_state_gradient(inputs: RuleInputs, do, cu_seqlens, initial_state, kernels):
+    """One walk against time in Triton; by the gradient of :func:`recur` elsewhere."""
+    if resolve_kernels(kernels, do) == "triton":
+        from mom_layers.recur.scalar_delta.operation import initial_state_gradient_triton
+
+        return initial_state_gradient_triton(
+            inputs.q, inputs.k, inputs.gates["g"], inputs.gates["beta"], do, cu_seqlens
+        )
+    return replace(RULE, initial_state_gradient=None).gradient_of_initial_state(inputs, do, cu_seqlens, None, kernels)
 
 
-def initial_state_gradient(q, k, do, cu_seqlens, gates, kernels):
-    if resolve_kernels(kernels, q) == "triton":
-        from mom_layers.recur.scalar_delta.autograd import initial_state_gradient_triton
+def gated_delta_rule_reference(q, k, v, g, beta, cu_seqlens, initial_state=None, scale=None):
+    """The plain loop: ``S <- exp(g) S;  S <- S + k (beta (v - k^T S))^T;  o = scale q^T S``.
 
-        return initial_state_gradient_triton(q, k, gates["g"], gates["beta"], do, cu_seqlens)
-    return differentiate_initial_state(recur)(q, k, do, cu_seqlens, gates, kernels)
+    Args:
+        q, k: [R, H, K]. v: [R, H, V]. g, beta: [R, H].
+        cu_seqlens: [S + 1].
+        initial_state: [S, H, K, V]; zeros when absent.
+        scale: of q; K ** -0.5 when absent.
+
+    Returns:
+        o [R, H, V] and the final states [S, H, K, V].
+    """
+    heads, k_dim, v_dim = q.shape[1], q.shape[2], v.shape[2]
+    scale = k_dim**-0.5 if scale is None else scale
+    out, states = [], []
+    for segment, (first, last) in enumerate(bounds(cu_seqlens)):
+        state = q.new_zeros(heads, k_dim, v_dim) if initial_state is None else initial_state[segment]
+        for t in range(first, last):
+            state = state * g[t].exp()[:, None, None]
+            delta = (v[t] - torch.einsum("hk,hkv->hv", k[t], state)) * beta[t][:, None]
+            state = state + torch.einsum("hk,hv->hkv", k[t], delta)
+            out.append(scale * torch.einsum("hk,hkv->hv", q[t], state))
+        states.append(state)
+    o = torch.stack(out) if out else v.new_zeros(0, heads, v_dim)
+    return o, torch.stack(states)
+
+
+def reference(q, k, v, raw, parameters, cu_seqlens, initial_state=None):
+    """The plain loop with the rule's gates, on q and k before they are brought to unit length."""
+    g = -parameters["A_log"].exp() * F.softplus(raw["a"] + parameters["dt_bias"])
+    beta = torch.sigmoid(raw["beta"])
+    return gated_delta_rule_reference(unit_length(q), unit_length(k), v, g, beta, cu_seqlens, initial_state)
 
 
 def decode_step(*arguments):
-    from mom_layers.decode.triton import decode_step_triton
+    from mom_layers.decode import operation
 
-    return decode_step_triton(*arguments)
+    return operation.decode_step(*arguments)
 
 
 def recurrence_flops(rows: int, heads: int, k_dim: int, v_dim: int) -> float:
@@ -86,16 +122,17 @@ def recurrence_flops(rows: int, heads: int, k_dim: int, v_dim: int) -> float:
 
 RULE = MemoryRule(
     name="gated_deltanet",
-    gate_widths={"beta": 1, "a": 1},
+    raw_gates=(RawGate("beta", columns=1, hf="b"), RawGate("a", columns=1, hf="a")),
     parameter_shapes=parameter_shapes,
     init_parameters=init_parameters,
-    gates=gates,
+    prepare=prepare,
     recur=recur,
-    transition=transition,
-    initial_state_gradient=initial_state_gradient,
+    transition=dense_transition(recur),
+    reference=reference,
+    recurrence_flops=recurrence_flops,
     diagonal_transition=False,
     unit_length_keys=True,
     head_sizes=(16, 32, 64, 128, 256),
-    recurrence_flops=recurrence_flops,
+    initial_state_gradient=initial_state_gradient,
     decode_step=decode_step,
 )

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from mom_layers.common.kernels import compute_dtype
+from mom_layers.common.reference import bounds
 from mom_layers.recur.channel_decay import gated_linear_attention
 from mom_layers.recur.chunk_table import CHUNK
-from mom_layers.recur.rules.registry import MemoryRule, differentiate_initial_state
+from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs
 
 RANK = 16
 NORMALIZER = 16.0
@@ -31,7 +32,7 @@ def init_parameters(num_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
     return {"decay_up": up, "decay_bias": torch.zeros(num_heads, head_dim)}
 
 
-def gates(raw, parameters, kernels):
+def gates(raw, parameters):
     """raw decay [R, H * rank]; decay_up [H, rank, K], decay_bias [H, K]. Returns g [R, H, K] in float32 or float64."""
     dtype = compute_dtype(raw["decay"].dtype)
     up, bias = parameters["decay_up"].to(dtype), parameters["decay_bias"].to(dtype)
@@ -40,28 +41,64 @@ def gates(raw, parameters, kernels):
     return {"g": F.logsigmoid(logits) / NORMALIZER}
 
 
-def recur(q, k, v, cu_seqlens, gates, initial_state, output_final_state, kernels):
+def prepare(q, k, v, raw, parameters, kernels) -> RuleInputs:
+    return RuleInputs(q, k, v, gates(raw, parameters))
+
+
+def recur(inputs: RuleInputs, cu_seqlens, initial_state, output_final_state, kernels):
     return gated_linear_attention(
-        q, k, v, gates["g"], cu_seqlens,
+        inputs.q, inputs.k, inputs.v, inputs.gates["g"], cu_seqlens,
         initial_state=initial_state, output_final_state=output_final_state, kernels=kernels,
     )  # fmt: skip
 
 
-def transition(k, cu_seqlens, gates, kernels):
-    """What a segment leaves of each key channel of the state that it started from: the exponential of the sum of g.
+def transition(inputs: RuleInputs, cu_seqlens, kernels):
+    """The share of each key channel that a segment leaves of its initial state: the exponential of the sum of g.
 
     Args:
-        k: [R, H, K]; its type decides the result's.
+        inputs: of :func:`prepare`; the keys' type decides the result's type.
         cu_seqlens: [S + 1] int32, from 0 to R; segments may be empty.
-        gates: of :func:`gates`.
-        kernels: not needed: the same on every device.
+        kernels: not needed: PyTorch computes the sum on every device.
 
     Returns:
         [S, H, K] in float32 (float64 for float64 keys), 1 for empty segments.
     """
-    g = gates["g"].to(compute_dtype(k.dtype))
-    # The offsets are the caller's cu_seqlens, right by construction: checking them would wait for the device.
+    g = inputs.gates["g"].to(compute_dtype(inputs.k.dtype))
+    # The offsets are the caller's cu_seqlens, right by construction: a check would wait for the device.
     return torch.segment_reduce(g, "sum", offsets=cu_seqlens, axis=0, unsafe=True, initial=0).exp()
+
+
+def gated_linear_attention_reference(q, k, v, g, cu_seqlens, initial_state=None, scale=None):
+    """The plain loop: ``S <- diag(exp(g)) S + k v^T;  o = scale q^T S``.
+
+    Args:
+        q, k, g: [R, H, K]. v: [R, H, V].
+        cu_seqlens: [S + 1].
+        initial_state: [S, H, K, V]; zeros when absent.
+        scale: of q; K ** -0.5 when absent.
+
+    Returns:
+        o [R, H, V] and the final states [S, H, K, V].
+    """
+    heads, k_dim, v_dim = q.shape[1], q.shape[2], v.shape[2]
+    scale = k_dim**-0.5 if scale is None else scale
+    out, states = [], []
+    for segment, (first, last) in enumerate(bounds(cu_seqlens)):
+        state = q.new_zeros(heads, k_dim, v_dim) if initial_state is None else initial_state[segment]
+        for t in range(first, last):
+            state = state * g[t].exp()[:, :, None] + torch.einsum("hk,hv->hkv", k[t], v[t])
+            out.append(scale * torch.einsum("hk,hkv->hv", q[t], state))
+        states.append(state)
+    o = torch.stack(out) if out else v.new_zeros(0, heads, v_dim)
+    return o, torch.stack(states)
+
+
+def reference(q, k, v, raw, parameters, cu_seqlens, initial_state=None):
+    """The plain loop with the rule's gate."""
+    up = parameters["decay_up"]
+    low_rank = raw["decay"].unflatten(1, up.shape[:2])
+    g = F.logsigmoid(torch.einsum("rhd,hdk->rhk", low_rank, up) + parameters["decay_bias"]) / NORMALIZER
+    return gated_linear_attention_reference(q, k, v, g, cu_seqlens, initial_state)
 
 
 def recurrence_flops(rows: int, heads: int, k_dim: int, v_dim: int) -> float:
@@ -75,15 +112,15 @@ def recurrence_flops(rows: int, heads: int, k_dim: int, v_dim: int) -> float:
 
 RULE = MemoryRule(
     name="gla",
-    gate_widths={"decay": RANK},
+    raw_gates=(RawGate("decay", columns=RANK, hf="decay"),),
     parameter_shapes=parameter_shapes,
     init_parameters=init_parameters,
-    gates=gates,
+    prepare=prepare,
     recur=recur,
     transition=transition,
-    initial_state_gradient=differentiate_initial_state(recur),
+    reference=reference,
+    recurrence_flops=recurrence_flops,
     diagonal_transition=True,
     unit_length_keys=False,
     head_sizes=(16, 32, 64, 128, 256),
-    recurrence_flops=recurrence_flops,
 )

@@ -1,6 +1,6 @@
-"""Gated delta rule over packed segments in Triton: argument checks, autograd, and the function that callers use.
+"""The gated delta rule and its gradients by the kernels of a kernel set.
 
-Shape legend: rows R, segments S, heads H, key size K, value size V, chunk slots N.
+Shape legend: rows R, segments S, heads H, key size K, value size V, chunk slots N, span slots M.
 """
 
 from __future__ import annotations
@@ -8,180 +8,103 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from mom_layers.recur.chunk_table import CHUNK, GROUP, ChunkTable, chunk_table
-from mom_layers.recur.scalar_delta.triton.backward import StateGradientSums, run_reverse_recurrence, run_state_gradients
-from mom_layers.recur.scalar_delta.triton.forward import chunk_local, run_recurrence
-from mom_layers.recur.scalar_delta.triton.local import run_local_gradients
-
-SUPPORTED_SIZES = (16, 32, 64, 128, 256)
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from mom_layers.recur.chunks import Chunks
+from mom_layers.recur.scalar_delta.kernel_sets import kernel_set
+from mom_layers.recur.scalar_delta.tensors import ChunkLocal, ErrorRows, Inputs
 
 
-def _check(q, k, v, g, beta, cu_seqlens, initial_state):
-    if q.dim() != 3 or k.shape != q.shape or v.dim() != 3 or v.shape[:2] != q.shape[:2]:
-        raise ValueError(
-            f"q and k must be [R, H, K] and v [R, H, V], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
-        )
-    if g.shape != q.shape[:2] or beta.shape != q.shape[:2]:
-        raise ValueError(f"g and beta must be {list(q.shape[:2])}, got {list(g.shape)} and {list(beta.shape)}")
-    for name, size in (("K", q.shape[2]), ("V", v.shape[2])):
-        if size not in SUPPORTED_SIZES:
-            raise ValueError(f"head size {name} = {size} is not supported: choose one of {SUPPORTED_SIZES}")
-    if q.dtype not in SUPPORTED_DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(
-            f"q, k and v must share one type of {SUPPORTED_DTYPES}, got {q.dtype}, {k.dtype} and {v.dtype}"
-        )
-    if g.dtype not in SUPPORTED_DTYPES or beta.dtype not in SUPPORTED_DTYPES:
-        raise ValueError(f"g and beta must be of a type in {SUPPORTED_DTYPES}, got {g.dtype} and {beta.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
-        raise ValueError(f"cu_seqlens must be [S + 1] int32, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
-    state_shape = (cu_seqlens.shape[0] - 1, q.shape[1], q.shape[2], v.shape[2])
-    if initial_state is not None and (initial_state.shape != state_shape or initial_state.dtype != torch.float32):
-        raise ValueError(
-            f"initial_state must be {list(state_shape)} float32, got {list(initial_state.shape)} {initial_state.dtype}"
-        )
-    for name, tensor in (("k", k), ("v", v), ("g", g), ("beta", beta), ("cu_seqlens", cu_seqlens),
-                         ("initial_state", initial_state)):  # fmt: skip
-        if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"all tensors must be on q's device {q.device}, got {name} on {tensor.device}")
-
-
-class _GatedDeltaRule(torch.autograd.Function):
-    """Keeps X, P and the decays of every chunk, the errors e instead of v, and one state a group of chunks."""
+class GatedDeltaRule(torch.autograd.Function):
+    """Keeps X, P and the decays of every chunk, the errors e instead of v, and one state a span."""
 
     @staticmethod
     def forward(ctx, q, k, v, g, beta, cu_seqlens, initial_state, output_final_state, scale, for_backward):
         ctx.set_materialize_grads(False)
         q, k, v, g, beta, cu_seqlens = (x.contiguous() for x in (q, k, v, g, beta, cu_seqlens))
-        initial_state = None if initial_state is None else initial_state.contiguous()
-        table = chunk_table(cu_seqlens, q.shape[0], kernels="triton")
-        groups = chunk_table(cu_seqlens, q.shape[0], GROUP * CHUNK, kernels="triton")
-        o = torch.empty_like(v)
-        final_state = decayed_state = checkpoints = errors = None
-        if output_final_state:
-            final_state = q.new_empty(cu_seqlens.shape[0] - 1, *q.shape[1:], v.shape[2], dtype=torch.float32)
+        kernels = kernel_set(q.device, q.dtype, q.shape[2], v.shape[2])
+        inputs, chunks = Inputs(q, k, g, beta, scale), Chunks.of(cu_seqlens, q.shape[0])
+        local = kernels.chunk_local(inputs=inputs, chunks=chunks)
+        results = kernels.recurrence(
+            inputs=inputs,
+            v=v,
+            local=local,
+            chunks=chunks,
+            initial_state=None if initial_state is None else initial_state.contiguous(),
+            output_final_state=output_final_state,
+            for_backward=for_backward,
+        )
         if for_backward:
-            checkpoints = q.new_empty(groups.segment.shape[0], *q.shape[1:], v.shape[2])
-            errors = torch.empty_like(v)
-            decayed_state = None if final_state is None else torch.empty_like(final_state, dtype=q.dtype)
-        gates, solved, scores = chunk_local(q, k, g, beta, cu_seqlens, table)
-        run_recurrence(q, k, v, beta, gates, solved, scores, cu_seqlens, table, groups, scale, initial_state,
-                       o, final_state, decayed_state, checkpoints, errors)  # fmt: skip
-        if for_backward:
-            ctx.save_for_backward(q, k, g, beta, cu_seqlens, *table, *groups, gates, solved, scores, errors,
-                                  checkpoints, decayed_state)  # fmt: skip
-        ctx.scale, ctx.from_zero = scale, initial_state is None
-        return o, final_state
+            ctx.save_for_backward(q, k, g, beta, *chunks.tensors(), local.decays, local.solve, local.scores,
+                                  results.errors, results.span_states, results.decayed_state)  # fmt: skip
+        ctx.kernels, ctx.scale, ctx.from_zero = kernels, scale, initial_state is None
+        return results.o, results.final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, d_final_state):
-        q, k, g, beta, cu_seqlens, *tables, gates, solved, scores, errors, checkpoints, decayed_state = (
-            ctx.saved_tensors
-        )
-        ctx.maybe_clear_saved_tensors()  # unless the graph is kept: a layer's backward pass holds most in here
-        table, groups = ChunkTable(*tables[:3]), ChunkTable(*tables[3:])
+        q, k, g, beta, *chunk_tensors, decays, solve, scores, errors, span_states, decayed_state = ctx.saved_tensors
+        # Unless the graph is kept, nothing else holds these tensors: each is freed at its `del`, before the next ones
+        # are allocated. Most of the memory that a layer's backward pass takes is in here.
+        ctx.maybe_clear_saved_tensors()
+        kernels, inputs, chunks = ctx.kernels, Inputs(q, k, g, beta, ctx.scale), Chunks.from_tensors(chunk_tensors)
         do = torch.zeros_like(errors) if do is None else do.contiguous()
-        d_final_state = None if d_final_state is None else d_final_state.contiguous()
-        d_initial_state = None
-        if ctx.needs_input_grad[6]:
-            d_initial_state = q.new_empty(cu_seqlens.shape[0] - 1, *q.shape[1:], do.shape[2], dtype=torch.float32)
-        d_errors, d_checkpoints, boundary = run_reverse_recurrence(
-            q, k, beta, gates, solved, scores, do, cu_seqlens, table, groups, ctx.scale,
-            checkpoints, decayed_state, d_final_state, d_initial_state,
-        )  # fmt: skip
-        del solved, decayed_state
-        dk, sums = torch.empty_like(k), StateGradientSums.empty(k, do.shape[2], table)
-        run_state_gradients(q, k, beta, gates, errors, d_errors, do, d_checkpoints, cu_seqlens, table, groups,
-                            ctx.scale, None, dk, sums)  # fmt: skip
-        del d_checkpoints
-        dq = torch.empty_like(q)
-        run_state_gradients(q, k, beta, gates, errors, d_errors, do, checkpoints, cu_seqlens, table, groups,
-                            ctx.scale, dq, dk, sums)  # fmt: skip
-        del checkpoints
-        dg, dbeta = run_local_gradients(
-            q, k, g, beta, scores, errors, d_errors, do, dq, dk, *sums, boundary,
-            cu_seqlens, table, groups, ctx.scale, ctx.from_zero,
-        )  # fmt: skip
-        dv = d_errors
-        return dq, dk, dv, dg, dbeta, None, d_initial_state, None, None, None
-
-
-def gated_delta_rule_triton(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Runs the gated delta rule along every segment, 64 rows at a time, forward and backward.
-
-    ``S <- exp(g) S;  S <- S + k (beta (v - k^T S))^T;  o = scale q^T S``
-
-    Differentiable in q, k, v, g, beta and initial_state, given gradients of o and of the final state. Deterministic;
-    never waits for the device, so it can be captured in a CUDA graph. Products run in the inputs' type with float32
-    sums; the state, the gates and the triangular solve are float32.
-
-    Args:
-        q, k: [R, H, K].
-        v: [R, H, V], of q's type: float32, bfloat16 or float16. K and V in 16, 32, 64, 128, 256.
-        g: [R, H] log of the decay, finite and at most 0; any of those types (float32 is advised).
-        beta: [R, H], any of those types.
-        cu_seqlens: [S + 1] int32 on q's device, from 0 to R; segments may be empty.
-        initial_state: [S, H, K, V] float32; zeros when absent.
-        output_final_state: also return the state after each segment.
-        scale: of q; K ** -0.5 when absent.
-
-    Returns:
-        o [R, H, V] in v's type, and the final state [S, H, K, V] float32 or None. An empty segment's final state is
-        its initial state.
-
-    Raises:
-        ValueError: shapes, types, head sizes or devices that are not supported.
-    """
-    _check(q, k, v, g, beta, cu_seqlens, initial_state)
-    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    differentiable = (x for x in (q, k, v, g, beta, initial_state) if x is not None)
-    for_backward = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
-    return _GatedDeltaRule.apply(q, k, v, g, beta, cu_seqlens, initial_state, output_final_state, scale, for_backward)
+        d_errors, d_span_states, boundary, d_initial_state = kernels.reverse_recurrence(
+            inputs=inputs,
+            do=do,
+            local=ChunkLocal(decays, solve, scores),
+            chunks=chunks,
+            span_states=span_states,
+            decayed_state=decayed_state,
+            d_final_state=None if d_final_state is None else d_final_state.contiguous(),
+            store_d_initial_state=ctx.needs_input_grad[6],
+        )
+        del solve, decayed_state
+        rows = ErrorRows(errors, d_errors, do)
+        gradients = kernels.state_gradients(
+            inputs=inputs, rows=rows, decays=decays, chunks=chunks, states=d_span_states, so_far=None
+        )
+        del d_span_states
+        gradients = kernels.state_gradients(
+            inputs=inputs, rows=rows, decays=decays, chunks=chunks, states=span_states, so_far=gradients
+        )
+        del span_states
+        dg, dbeta = kernels.local_gradients(
+            inputs=inputs,
+            rows=rows,
+            scores=scores,
+            chunks=chunks,
+            so_far=gradients,
+            boundary=boundary,
+            from_zero=ctx.from_zero,
+        )
+        dv = d_errors  # the kernel wrote dv over d_errors
+        return gradients.dq, gradients.dk, dv, dg, dbeta, None, d_initial_state, None, None, None
 
 
 @torch.no_grad()
-def initial_state_gradient_triton(
+def initial_state_gradient(
     q: torch.Tensor,
     k: torch.Tensor,
     g: torch.Tensor,
     beta: torch.Tensor,
     do: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    scale: float | None = None,
+    scale: float,
 ) -> torch.Tensor:
-    """The gradient of :func:`gated_delta_rule_triton`'s initial state through o alone: one walk against time.
-
-    Args:
-        q, k, g, beta, cu_seqlens, scale: as there.
-        do: [R, H, V], the gradient of o.
-
-    Returns:
-        [S, H, K, V] float32; zeros for empty segments.
-
-    Raises:
-        ValueError: as there.
-    """
-    _check(q, k, do, g, beta, cu_seqlens, None)
-    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    """The initial state's gradient [S, H, K, V] float32 through o alone: the reverse recurrence without the rest."""
     q, k, g, beta, do, cu_seqlens = (x.contiguous() for x in (q, k, g, beta, do, cu_seqlens))
-    table = chunk_table(cu_seqlens, q.shape[0], kernels="triton")
-    groups = chunk_table(cu_seqlens, q.shape[0], GROUP * CHUNK, kernels="triton")
-    gates, solved, scores = chunk_local(q, k, g, beta, cu_seqlens, table)
-    gradient = q.new_empty(cu_seqlens.shape[0] - 1, *q.shape[1:], do.shape[2], dtype=torch.float32)
-    # The walk multiplies dS with the states of the forward pass too, for dg: nobody asks for that here.
-    no_states = q.new_zeros(groups.segment.shape[0], *q.shape[1:], do.shape[2])
-    run_reverse_recurrence(
-        q, k, beta, gates, solved, scores, do, cu_seqlens, table, groups, scale, no_states, None, None, gradient
+    kernels = kernel_set(q.device, q.dtype, q.shape[2], do.shape[2])
+    inputs, chunks = Inputs(q, k, g, beta, scale), Chunks.of(cu_seqlens, q.shape[0])
+    local = kernels.chunk_local(inputs=inputs, chunks=chunks)
+    # The kernel reads the forward pass's states for g's gradient, which is not needed here: zeros are as good.
+    span_states = q.new_zeros(chunks.num_span_slots, *q.shape[1:], do.shape[2])
+    *_, d_initial_state = kernels.reverse_recurrence(
+        inputs=inputs,
+        do=do,
+        local=local,
+        chunks=chunks,
+        span_states=span_states,
+        decayed_state=None,
+        d_final_state=None,
+        store_d_initial_state=True,
     )
-    return gradient
+    return d_initial_state

@@ -1,5 +1,9 @@
-"""The gated delta rule's two gates in Triton: one launch forward and one backward, for numbers that are few but many
-operations long.
+"""The gated delta rule's two gates in Triton: the log decay g and the write strength beta, from the raw gates.
+
+The numbers are few, but PyTorch needs a dozen small operations for them; here a pass is one launch:
+
+    (1)  g = -exp(A_log) softplus(a + dt_bias)
+    (2)  beta = sigmoid(raw_beta)
 
 Shape legend: rows R, heads H.
 """
@@ -11,14 +15,18 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from mom_layers.route.rows_triton import sum_parts
+from mom_layers.common.sums_triton import sum_parts
 
+# Rows a program; not tuned.
 ROWS_TILE = 128
 
 
 @triton.jit
 def _softplus(x):
-    """log(1 + e) with e = exp(x), to the last bits where e is small: log(u) e / (u - 1) with u = 1 + e as rounded."""
+    """log(1 + e) with e = exp(x), exact to the last bits where e is small.
+
+    ``log(u) e / (u - 1)`` with u = 1 + e as rounded: the quotient cancels the rounding of u. Above 20 the result is x.
+    """
     b_e = tl.exp(tl.minimum(x, 20.0))
     b_u = 1.0 + b_e
     b_log = tl.where(b_u == 1.0, b_e, tl.log(b_u) * (b_e / tl.where(b_u == 1.0, 1.0, b_u - 1.0)))
@@ -30,6 +38,7 @@ def _forward_kernel(
     raw_beta, raw_a, A_log, dt_bias, g, beta, num_rows, stride_beta, stride_a,
     H: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
+    """Equations (1) and (2) for BR rows and all heads."""
     b_r = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)[:, None]
     b_h = tl.arange(0, BH)[None, :]
     m = (b_r < num_rows) & (b_h < H)
@@ -46,7 +55,7 @@ def _backward_kernel(
     raw_a, A_log, dt_bias, g, beta, dg, dbeta, d_raw_beta, d_raw_a, parts, num_rows, stride_a,
     H: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """Also this program's share [2, H] of the gradients of A_log and dt_bias."""
+    """The gradients of the raw gates for BR rows and all heads, and these rows' part [2, H] of dA_log and d_bias."""
     b_r = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)[:, None]
     b_h = tl.arange(0, BH)[None, :]
     m = (b_r < num_rows) & (b_h < H)
@@ -55,11 +64,14 @@ def _backward_kernel(
     b_bias = tl.load(dt_bias + b_h, mask=b_h < H, other=0.0).to(tl.float32)
     b_g = tl.load(g + b_r * H + b_h, mask=m, other=0.0)
     b_dg = tl.load(dg + b_r * H + b_h, mask=m, other=0.0).to(tl.float32)
+    # Through (1): softplus' is sigmoid.
     b_da = -b_dg * b_rate * tl.sigmoid(b_a + b_bias)
+    # Through (2), from beta as the forward pass stored it.
     b_beta = tl.load(beta + b_r * H + b_h, mask=m, other=0.0)
     b_dbeta = tl.load(dbeta + b_r * H + b_h, mask=m, other=0.0).to(tl.float32) * b_beta * (1.0 - b_beta)
     tl.store(d_raw_a + b_r * H + b_h, b_da.to(d_raw_a.dtype.element_ty), mask=m)
     tl.store(d_raw_beta + b_r * H + b_h, b_dbeta.to(d_raw_beta.dtype.element_ty), mask=m)
+    # The derivative of g by A_log is g itself, and by dt_bias the same as by a; sum_parts adds the programs' parts.
     p_parts = parts + tl.program_id(0) * 2 * H + tl.arange(0, BH)
     m_h = tl.arange(0, BH) < H
     tl.store(p_parts, tl.sum(tl.where(m, b_dg * b_g, 0.0), axis=0), mask=m_h)
@@ -67,6 +79,8 @@ def _backward_kernel(
 
 
 class DecayGates(torch.autograd.Function):
+    """Keeps a, the parameters and both results."""
+
     @staticmethod
     def forward(ctx, raw_beta, raw_a, A_log, dt_bias):
         rows, heads = raw_a.shape
@@ -127,14 +141,14 @@ def decay_gates_triton(
     """``g = -exp(A_log) softplus(a + dt_bias)`` and ``beta = sigmoid(raw_beta)`` (arXiv 2412.06464), in float32.
 
     Args:
-        raw_beta, raw_a: [R, H] of one type, float32 or 16 bits; columns of a wider tensor will do.
+        raw_beta, raw_a: [R, H] raw gates of one type, float32 or 16 bits; they may be columns of a wider tensor.
         A_log, dt_bias: [H].
 
     Returns:
         g and beta, [R, H] float32.
 
     Raises:
-        ValueError: shapes or types that do not fit together.
+        ValueError: shapes or types that do not agree.
     """
     if raw_a.dim() != 2 or raw_beta.shape != raw_a.shape or raw_beta.dtype != raw_a.dtype:
         raise ValueError(

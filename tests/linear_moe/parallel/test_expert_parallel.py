@@ -11,7 +11,7 @@ from training import EP2, launch
 
 from linear_moe.config import MomTransformerConfig
 from linear_moe.parallel.expert import plan_arrivals
-from mom_layers.mixing import MemoryParameters, mix_memories, projection_sizes
+from mom_layers.mixing import MemoryParameters, mix_memories
 from mom_layers.recur.rules import get_rule
 from mom_layers.route.plan import build_routing_plan
 
@@ -43,7 +43,7 @@ def weights(shared):
 
     parameters = MemoryParameters(
         rule=rule,
-        projection=draw(MEMORIES + shared, sum(projection_sizes(rule, HEADS, K, V)), HIDDEN),
+        projection=draw(MEMORIES + shared, sum(rule.projection_sizes(HEADS, K, V)), HIDDEN),
         q_conv=draw(HEADS * K, 4),
         k_conv=draw(HEADS * K, 4),
         v_conv=draw(HEADS * V, 4),

@@ -2,4 +2,4 @@
 
 
 def provider() -> None:
-    """Imported and never called, as they are."""
+    """Scripts import this function and do not call it."""

@@ -20,7 +20,7 @@ from neighbour import provider
 def sum_loss(mask, losses):
     mask = mask.flatten().float()
     loss, tokens = (losses.flatten().float() * mask).sum(), mask.sum().int()
-    print(f"exact loss {loss.item().hex()}")  # a comparison to the bit wants more digits than Megatron prints
+    print(f"exact loss {loss.item().hex()}")  # Megatron prints too few digits to compare bits
     return loss, tokens, {"lm loss": torch.stack((loss.detach(), tokens.float()))}
 
 

@@ -1,4 +1,4 @@
-"""Runs a script as Python does, with what Megatron needs on a machine that has no GPU and nothing of linear_moe.
+"""Runs a script as Python does, with the patches that Megatron needs without a GPU, and nothing of linear_moe.
 
 python without_launcher.py [--apply-and-undo] script arguments...
 """
@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 from megatron_patches import cpu, dataset_helpers
-from megatron_patches.patch import applied, undo_all
+from megatron_patches.patch import applied
 
 
 def main() -> None:
-    # Port 0 is any free one: nobody else has to know it.
+    # Port 0 is any free port. No other process connects to it.
     alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     os.environ |= alone | {"LOCAL_RANK": "0", "TORCHDYNAMO_DISABLE": "1"}
     if sys.argv[1] == "--apply-and-undo":
@@ -23,7 +23,6 @@ def main() -> None:
         machine.start()
         plugin.install(mom=True)
         plugin.uninstall()
-        undo_all(applied())
         assert not applied()
     cpu.apply()
     dataset_helpers.apply()

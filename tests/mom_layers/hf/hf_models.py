@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from mom_layers.hf import MomConfig, MomForCausalLM
-from mom_layers.recur.reference import mixture_of_memories_reference
+from mom_layers.reference import mixture_of_memories_reference
 
 VOCABULARY = 61
 HYBRID = {"attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2}}

@@ -1,7 +1,9 @@
 import pytest
+import torch
 from hf_models import tiny_config, tiny_model
 
 from mom_layers.hf import MomConfig, MomForCausalLM
+from mom_layers.recur.rules import get_rule, rule_names
 
 # From the configuration of fla.models.mom (flash-linear-attention 0.6.0).
 FLA_DEFAULTS = {
@@ -54,6 +56,18 @@ def test_parameter_names_and_shapes_are_the_formats(changes, expected):
     assert {name: tuple(value.shape) for name, value in tiny_model(**changes).state_dict().items()} == expected
 
 
+@pytest.mark.parametrize("rule", rule_names())
+def test_parameter_names_follow_the_rule(rule):
+    """Every rule's model has a projection a raw gate and memory, and the rule's own parameters in float32."""
+    model = tiny_model(mom_backend=rule).bfloat16()
+    layer, update = model.model.layers[0].attn, get_rule(rule)
+    for gate in update.raw_gates:
+        for linear in (*getattr(layer, f"{gate.hf}_proj"), getattr(layer, f"shared_{gate.hf}")):
+            assert linear.weight.shape == (HEADS * gate.columns, HIDDEN) and linear.weight.dtype == torch.bfloat16
+    for name, shape in update.parameter_shapes(KEYS // HEADS).items():
+        assert getattr(layer, name).shape == (HEADS, *shape) and getattr(layer, name).dtype == torch.float32
+
+
 def test_parameter_names_of_softmax_layers():
     attn = [{"layers": [1], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True}]
     names = {n: tuple(v.shape) for n, v in tiny_model(attn=attn).state_dict().items() if "layers.1.attn." in n}
@@ -81,7 +95,6 @@ def test_width_of_the_mlp(changes, width):
         ({"use_output_gate": False}, "use_output_gate=False is not supported"),
         ({"use_short_conv": False}, "use_short_conv=False is not supported"),
         ({"mom_backend": "titans"}, "unknown memory rule 'titans': choose one of .*gated_deltanet"),
-        ({"mom_backend": "gla"}, "mom_backend 'gla' is no part of the format: it has gated_deltanet"),
         ({"hidden_act": "powlu"}, "hidden_act must be one of swish, silu, got 'powlu'"),
         ({"attnres_block_size": 4}, "attnres_block_size must be None, got 4"),
         ({"topk": 5}, "topk must be between 1 and"),

@@ -143,7 +143,7 @@ def test_wrong_arguments_are_refused():
         (dict(input_ids=tokens, output_attentions=True), "no attention weights"),
         (dict(input_ids=tokens, past_key_values=object()), "must be a MomCache, got object"),
         (dict(input_ids=tokens, attention_mask=torch.ones(1, 5)), r"must be \[1, 4\] .*got \[1, 5\]"),
-        (dict(input_ids=random_tokens(2, 4), cu_seqlens=torch.tensor([0, 4])), "a batch of one"),
+        (dict(input_ids=random_tokens(2, 4), cu_seqlens=torch.tensor([0, 4])), "end at 8, got"),
         (dict(input_ids=tokens[:, :0]), "at least one token"),
     ]
     for arguments, message in cases:
@@ -185,8 +185,10 @@ def test_memory_matrices_are_copied_once_outside_training():
     mixer = model.model.layers[0].attn
     with torch.inference_mode():
         model(tokens)
-        first = mixer.memory_projection()
-        assert mixer.memory_projection().data_ptr() == first.data_ptr() == mixer.k_proj[0].weight.data_ptr()
+        first = mixer.memory_projection(torch.float32)
+        assert (
+            mixer.memory_projection(torch.float32).data_ptr() == first.data_ptr() == mixer.k_proj[0].weight.data_ptr()
+        )
     assert first.shape == (5, 2 * 8 + 2 * 16 + 2 + 2, 32)
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -198,28 +200,6 @@ def test_memory_matrices_are_copied_once_outside_training():
         mixer.v_proj[2].weight = torch.nn.Parameter(torch.zeros(32, 32))  # replaced, as loaders do
         expected = reference_logits(model.state_dict(), model.config, tokens[0])
         torch.testing.assert_close(model(tokens).logits[0], expected, rtol=1e-4, atol=1e-5)
-
-
-class Adapter(torch.nn.Module):
-    """A low-rank adapter, as far as the layer can see one."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-
-    @property
-    def weight(self):
-        return self.base.weight
-
-
-def test_wrapped_memory_projections_are_refused():
-    """They would have no effect, as only their weights are read."""
-    model, tokens = tiny_model(), random_tokens(1, 3)
-    model.requires_grad_(False)(tokens)
-    mixer = model.model.layers[0].attn
-    mixer.k_proj[1] = Adapter(mixer.k_proj[1])
-    with pytest.raises(ValueError, match="must be plain linear layers, got Adapter"):
-        model(tokens)
 
 
 @pytest.mark.parametrize("changes", [{}, HYBRID], ids=str)

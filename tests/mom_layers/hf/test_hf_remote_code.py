@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from hf_models import HYBRID, random_tokens, tiny_model
+from transformers.dynamic_module_utils import get_imports
 
 from mom_layers.hf import save_remote_code
 from mom_layers.hf.remote_code import bundle_sources
@@ -83,7 +84,14 @@ def test_the_bundle_is_complete_and_needs_no_more():
         compile(source, name, "exec")
         imports = [line.split() for line in source.splitlines() if line.strip().startswith(("from ", "import "))]
         assert not any(word.startswith("mom_layers.") for words in imports for word in words)
-    assert {"modeling_mom", "configuration_mom", "mom_layers_ops_gated_delta_rule_autograd"} <= set(sources)
+    assert {"modeling_mom", "configuration_mom", "mom_layers_mixing", "mom_layers_recur_rules_gla"} <= set(sources)
+
+
+def test_transformers_asks_for_no_other_package(export):
+    """transformers refuses a model whose files import what the machine lacks: Triton is asked for by no file."""
+    _, directory = export
+    asked = {package for file in directory.glob("*.py") for package in get_imports(file)}
+    assert asked - sys.stdlib_module_names <= {"torch", "transformers"}
 
 
 def test_folders_that_are_not_mom_exports_are_refused(tmp_path):

@@ -1,0 +1,21 @@
+"""The kernel set for Hopper (H100, H200): 16-bit inputs and heads of 64 or more.
+
+What a chunk computes from its own rows is left to the general set's kernels.
+"""
+
+import torch
+
+from mom_layers.recur.scalar_delta.hopper.local_gradients import local_gradients
+from mom_layers.recur.scalar_delta.hopper.recurrence import recurrence
+from mom_layers.recur.scalar_delta.hopper.reverse_recurrence import reverse_recurrence
+from mom_layers.recur.scalar_delta.hopper.state_gradients import state_gradients
+from mom_layers.recur.scalar_delta.triton.chunk_local import chunk_local
+
+__all__ = ["NAME", "chunk_local", "local_gradients", "recurrence", "reverse_recurrence", "state_gradients", "takes"]
+
+NAME = "Hopper"
+
+
+def takes(chip, dtype, k_dim, v_dim) -> bool:
+    """Compute capability 9.x: the asynchronous products (wgmma) exist on no other chip."""
+    return chip.capability[0] == 9 and dtype != torch.float32 and min(k_dim, v_dim) >= 64

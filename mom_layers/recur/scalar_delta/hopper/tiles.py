@@ -1,10 +1,10 @@
-"""What the kernels for Hopper share: tiles of a chunk's rows that travel to shared memory, and layouts.
+"""What Hopper's kernels share: tiles of a chunk's rows that are copied to shared memory, and layouts.
 
-The kernels are written in Gluon, Triton's lower level, because what decides there is when a copy starts and which
-products wait for which: the next chunk is copied to shared memory while this one is computed, and products that do not
-need each other are in flight together. Left operands are always in shared memory, as everywhere (see the forward file).
-A tile comes by TMA, which takes one thread and no registers for addresses; its rows past a segment's end belong to
-another one, and are cleared or masked.
+The kernels are written in Gluon, Triton's lower level, because their speed depends on when a copy starts and on which
+products wait for which: the next chunk is copied to shared memory while this chunk is computed, and products that do
+not need each other run at the same time. Left operands are always in shared memory (`triton.chunk_local` says why). A
+tile is copied by TMA, which takes one thread and no registers for addresses. A tile's rows past a segment's end belong
+to the next segment, and are cleared or masked.
 
 Shape legend: rows R, segments S, heads H, key size K, value size V, chunk length BT, chunk slots N.
 """
@@ -44,24 +44,25 @@ def product_layout(rows, columns, num_warps):
 
 @gluon.constexpr_function
 def shared_layout(rows, columns, dtype):
+    """The layout of a matrix in shared memory that products read."""
     return gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
 
 
 @functools.cache
 def tile_layout(columns, dtype):
-    """The layout of the shared memory that a chunk's tile comes to."""
+    """The layout in shared memory of a tile of a chunk's rows."""
     return shared_layout(CHUNK, columns, getattr(gl, str(dtype).removeprefix("torch.")))
 
 
 def tiles(x, columns):
     """[R, H, C] or [N, H, BT, BT] as rows of [R, H C] or [N H BT, BT], in tiles of a chunk's rows by ``columns``.
 
-    The tensor is contiguous, in bf16 or fp16, and may have no rows. A tile that goes back to it must lie inside.
+    The tensor is contiguous, in bf16 or fp16, and may have no rows. A tile that is stored must lie inside the tensor.
     """
     width = x.shape[-1] if x.dim() == 4 else x.shape[1] * x.shape[2]
     if x.numel() == 0 or x.data_ptr() % 16:
         x = x.clone() if x.numel() else x.new_empty(width)
-    # Made attribute by attribute: its constructor checks again what is known here, and there are two dozen a step.
+    # Made attribute by attribute: the constructor would check again what is known here, two dozen times a step.
     made = object.__new__(TensorDescriptor)
     made.base, made.shape, made.strides = x, [x.numel() // width, width], [width, 1]
     made.block_shape, made.layout, made.padding = [CHUNK, columns], tile_layout(columns, x.dtype), "zero"
@@ -87,7 +88,7 @@ def fetch(shared, tiles, row, column, arrived):
 
 @gluon.jit
 def fetch_two(shared, tiles, row, column, other_shared, other_tiles, other_row, other_column, arrived):
-    """The same for two tiles that arrive together."""
+    """Starts to copy two tiles that arrive together."""
     mbarrier.expect(arrived, tiles.block_type.nbytes + other_tiles.block_type.nbytes)
     tma.async_copy_global_to_shared(tiles, [row, column], arrived, shared)
     tma.async_copy_global_to_shared(other_tiles, [other_row, other_column], arrived, other_shared)
@@ -95,22 +96,22 @@ def fetch_two(shared, tiles, row, column, other_shared, other_tiles, other_row, 
 
 @gluon.jit
 def fetch_chunk(places, tensors, i_buffer, row, i_key, i_value, i_chunk_row, arrived):
-    """The same for all that a chunk needs, to one of two places each: k, q, v (or do), X and P."""
+    """Starts to copy all tiles of a chunk, each to place `i_buffer` of two: k, q, v (or do), X and P."""
     s_k, s_q, s_v = places[0].index(i_buffer), places[1].index(i_buffer), places[2].index(i_buffer)
     s_X, s_P = places[3].index(i_buffer), places[4].index(i_buffer)
-    k, q, v, solved, scores = tensors
+    k, q, v, solve, scores = tensors
     barrier = arrived.index(i_buffer)
-    mbarrier.expect(barrier, 2 * k.block_type.nbytes + v.block_type.nbytes + 2 * solved.block_type.nbytes)
+    mbarrier.expect(barrier, 2 * k.block_type.nbytes + v.block_type.nbytes + 2 * solve.block_type.nbytes)
     tma.async_copy_global_to_shared(k, [row, i_key], barrier, s_k)
     tma.async_copy_global_to_shared(q, [row, i_key], barrier, s_q)
     tma.async_copy_global_to_shared(v, [row, i_value], barrier, s_v)
-    tma.async_copy_global_to_shared(solved, [i_chunk_row, 0], barrier, s_X)
+    tma.async_copy_global_to_shared(solve, [i_chunk_row, 0], barrier, s_X)
     tma.async_copy_global_to_shared(scores, [i_chunk_row, 0], barrier, s_P)
 
 
 @gluon.jit
 def clear_rows(shared, valid, ROWS: gl.constexpr, COLUMNS: gl.constexpr, NW: gl.constexpr):
-    """Zeroes the rows from `valid` on of a tile [ROWS, COLUMNS]: they belong to another segment."""
+    """Zeroes a tile's rows from `valid` on, which belong to another segment. The tile is [ROWS, COLUMNS]."""
     SLICE: gl.constexpr = 16
     layout: gl.constexpr = copy_layout(COLUMNS, NW)
     o_r = gl.arange(0, SLICE, layout=gl.SliceLayout(1, layout))
@@ -122,26 +123,27 @@ def clear_rows(shared, valid, ROWS: gl.constexpr, COLUMNS: gl.constexpr, NW: gl.
 
 @gluon.jit
 def publish():
-    """What this thread wrote to shared memory is seen by every thread's products."""
+    """Makes what this thread wrote to shared memory visible to every thread's products."""
     fence_async_shared()
     gl.thread_barrier()
 
 
 @gluon.jit
 def row_factors(
-    beta, gates, rows, i_chunk, left, H: gl.constexpr, BT: gl.constexpr, layout: gl.constexpr
+    beta, decays, rows, i_chunk, left, H: gl.constexpr, BT: gl.constexpr, layout: gl.constexpr
 ):  # fmt: skip
-    """beta, exp(G) and exp(G_last - G) of a chunk's rows [BT]; zero past the `left` rows that there are."""
+    """beta, exp(G) and exp(G_last - G) of a chunk's rows [BT]; zero from row `left` on, where the segment ends."""
     o_t = gl.arange(0, BT, layout=layout)
     b_beta = gl.load(beta + rows + o_t * H, mask=o_t < left, other=0.0).to(gl.float32)
-    b_from_start = gl.load(gates + i_chunk * 2 * BT + o_t, mask=o_t < left, other=0.0)
-    b_to_end = gl.load(gates + i_chunk * 2 * BT + BT + o_t, mask=o_t < left, other=0.0)
+    b_from_start = gl.load(decays + i_chunk * 2 * BT + o_t, mask=o_t < left, other=0.0)
+    b_to_end = gl.load(decays + i_chunk * 2 * BT + BT + o_t, mask=o_t < left, other=0.0)
     return b_beta, b_from_start, b_to_end
 
 
 @gluon.jit
-def decay_of_chunk(gates, i_chunk, left, BT: gl.constexpr):
-    return gl.load(gates + i_chunk * 2 * BT + BT - 1, mask=left > 0, other=0.0)
+def decay_of_chunk(decays, i_chunk, left, BT: gl.constexpr):
+    """exp(G_last) of a chunk; zero where no rows are left."""
+    return gl.load(decays + i_chunk * 2 * BT + BT - 1, mask=left > 0, other=0.0)
 
 
 @gluon.jit

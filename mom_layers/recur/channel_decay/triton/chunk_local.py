@@ -1,0 +1,223 @@
+"""Gated linear attention: what a chunk computes from its own rows, without the state.
+
+Shape legend: rows R, segments S, heads H, key size K, chunk length BT, block length BC, chunk slots N.
+
+Sums of g over rows a < t <= b, channel by channel, are written g(a, b]; start is the row before the chunk's first row,
+end its last row:
+
+    (1)  P_ij = scale * sum_K q_i k_j exp(g(j, i])       j <= i
+    (2)  q~_i = scale * q_i exp(g(start, i])
+    (3)  k~_j = k_j exp(g(j, end])
+    (4)  decays = exp(g(start, end])
+
+P has a decay for every pair of rows and every channel, which no matrix product computes. So a chunk is cut into four
+blocks of BC = 16 rows. For a row i and the rows j of the blocks before i's block, whose first row is f,
+
+    (5)  P_ij = scale * sum_K (q_i exp(g[f, i])) (k_j exp(g(j, f)))
+
+is a matrix product. Pairs inside a block are summed channel by channel. Every sum of g is taken over its own rows and
+never as a difference of two longer sums: no exponent is positive, and a small sum after strong decay keeps its digits.
+
+Every large matrix product takes its left operand from memory as it was stored, never from registers: ptxas of CUDA 12.8
+and 12.9 miscompiles Hopper's asynchronous products with a left operand in registers (Triton pull request 11781). So q~,
+k~ and P go through memory. The products of 16 rows are synchronous.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from mom_layers.common.activations_triton import exp
+from mom_layers.recur.channel_decay.tensors import ChunkLocal, Inputs
+from mom_layers.recur.channel_decay.triton.launches import Launch, launches_for
+from mom_layers.recur.chunk_table import CHUNK
+from mom_layers.recur.chunks import Chunks
+from mom_layers.recur.prologue_triton import tile_of_chunk
+
+# Rows of a block: the least side of a tensor core's product.
+BLOCK = 16
+# Products of float32 inputs are exact in float32: no tf32. Other types ignore it.
+PRECISION = tl.constexpr("ieee")
+
+
+@triton.jit
+def keys_until(k, g, rows, o_t, o_k, first, last, H: tl.constexpr, K: tl.constexpr):
+    """k_j exp(g(j, first)) of the chunk's rows j < first, zero after them; ``last`` rows exist. float32 [BT, BK].
+
+    k, g: pointers to the head's first row of the chunk and column.
+    """
+    m_t = (o_t < first) & (o_t < last)
+    m_next = (o_t + 1 < first) & (o_t + 1 < last)
+    o_tk = o_t[:, None] * (H * K) + o_k[None, :]
+    b_k = tl.load(k + rows * K + o_tk, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BK]
+    b_next = tl.load(g + rows * K + H * K + o_tk, mask=m_next[:, None], other=0.0).to(tl.float32)  # [BT, BK]
+    return b_k * exp(tl.cumsum(b_next, 0, reverse=True))
+
+
+@triton.jit(do_not_specialize=["num_segments"])
+def _decayed_rows_kernel(
+    q,
+    k,
+    g,
+    cu_seqlens,
+    chunk_segment,
+    chunk_index,
+    q_decayed,
+    k_decayed,
+    decays,
+    scale,
+    num_segments,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """BK channels of q~ (2), k~ (3) and the decays (4) of one chunk and head."""
+    i_k, i_h, i_c, i_s = tile_of_chunk(chunk_segment, H, K // BK)
+    if i_s >= num_segments:
+        return
+    i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
+    last = tl.load(cu_seqlens + i_s + 1) - i_row
+    rows = i_row.to(tl.int64) * H + i_h
+    o_t = tl.arange(0, BT)
+    o_k = i_k * BK + tl.arange(0, BK)
+    m_tk = (o_t < last)[:, None]
+    p_tk = rows * K + o_t[:, None] * (H * K) + o_k[None, :]
+
+    b_q = tl.load(q + p_tk, mask=m_tk, other=0.0).to(tl.float32)  # [BT, BK]
+    b_g = tl.load(g + p_tk, mask=m_tk, other=0.0).to(tl.float32)  # [BT, BK]
+    b_q = scale * b_q * exp(tl.cumsum(b_g, 0))
+    b_k = keys_until(k, g, rows, o_t, o_k, BT, last, H, K)
+    tl.store(q_decayed + p_tk, b_q.to(q_decayed.dtype.element_ty), mask=m_tk)
+    tl.store(k_decayed + p_tk, b_k.to(k_decayed.dtype.element_ty), mask=m_tk)
+    tl.store(decays + (i_c.to(tl.int64) * H + i_h) * K + o_k, exp(tl.sum(b_g, 0)))
+
+
+@triton.jit(do_not_specialize=["num_segments"])
+def _scores_kernel(
+    q,
+    k,
+    g,
+    cu_seqlens,
+    chunk_segment,
+    chunk_index,
+    scores,
+    scale,
+    num_segments,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """BC rows of P of one chunk and head."""
+    i_b, i_h, i_c, i_s = tile_of_chunk(chunk_segment, H, BT // BC)
+    if i_s >= num_segments:
+        return
+    i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
+    last = tl.load(cu_seqlens + i_s + 1) - i_row
+    rows = i_row.to(tl.int64) * H + i_h
+    first = i_b * BC
+    o_t = tl.arange(0, BT)
+    o_r = tl.arange(0, BC)
+    m_r = (first + o_r < last)[:, None]
+    num_rows = tl.minimum(last - first, BC)
+    low = q.dtype.element_ty
+
+    b_P = tl.zeros([BC, BT], tl.float32)
+    b_D = tl.zeros([BC, BC], tl.float32)
+    for i_k in range(0, K, BK):
+        # Equation (5): the columns of the blocks before this one, one matrix product.
+        o_k = i_k + tl.arange(0, BK)
+        p_rk = rows * K + (first + o_r)[:, None] * (H * K) + o_k[None, :]
+        b_q = tl.load(q + p_rk, mask=m_r, other=0.0).to(tl.float32)  # [BC, BK]
+        b_g = tl.load(g + p_rk, mask=m_r, other=0.0).to(tl.float32)  # [BC, BK]
+        b_k = keys_until(k, g, rows, o_t, o_k, first, last, H, K).to(low)  # [BT, BK]
+        b_q_low = (b_q * exp(tl.cumsum(b_g, 0))).to(low)
+        b_P += tl.dot(b_q_low, tl.trans(b_k), input_precision=PRECISION)
+
+        # Equation (1): the columns of this block, the last column first. b_A is g(j, i] of the rows i.
+        b_A = tl.zeros([BC, BK], tl.float32)
+        for i in range(0, num_rows):
+            j = num_rows - 1 - i
+            p_j = rows * K + (first + j) * (H * K) + o_k
+            b_kj = tl.load(k + p_j).to(tl.float32)  # [BK]
+            b_gj = tl.load(g + p_j).to(tl.float32)  # [BK]
+            b_column = tl.sum(b_q * b_kj[None, :] * exp(b_A), 1)  # [BC]
+            b_D += tl.where((o_r[None, :] == j) & (o_r[:, None] >= j), b_column[:, None], 0.0)
+            b_A += tl.where(o_r[:, None] >= j, b_gj[None, :], 0.0)
+
+    # b_P is zero in the columns of the blocks after this one.
+    p_P = scores + (i_c.to(tl.int64) * H + i_h) * BT * BT + (first + o_r)[:, None] * BT
+    tl.store(p_P + o_t[None, :], (scale * b_P).to(low), mask=(o_t // BC != i_b)[None, :])
+    tl.store(p_P + first + o_r[None, :], (scale * b_D).to(low))
+
+
+def chunk_local(
+    *, inputs: Inputs, chunks: Chunks, scores: torch.Tensor | None = None, launches_for=launches_for
+) -> ChunkLocal:
+    """Equations (1) to (5) of every chunk.
+
+    Args:
+        inputs, chunks: of the same rows.
+        scores: P of an earlier call; computed when absent.
+        launches_for: a kernel set's, with fields as the general set's.
+    """
+    launches = launches_for(inputs.q.device, inputs.q.dtype, inputs.k_dim, inputs.v_dim)
+    q_decayed, k_decayed, decays = _decayed_rows(inputs, chunks, launches.decayed_rows)
+    scores = _scores(inputs, chunks, launches.scores) if scores is None else scores
+    return ChunkLocal(q_decayed, k_decayed, decays, scores)
+
+
+def _decayed_rows(inputs: Inputs, chunks: Chunks, launch: Launch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q~, k~ [R, H, K] in q's type, and the decays [N, H, K] float32."""
+    q, heads, k_dim = inputs.q, inputs.num_heads, inputs.k_dim
+    q_decayed, k_decayed = torch.empty_like(q), torch.empty_like(inputs.k)
+    decays = torch.empty(chunks.num_slots, heads, k_dim, dtype=torch.float32, device=q.device)
+    _decayed_rows_kernel[(chunks.num_slots * heads * (k_dim // launch.tile),)](
+        q=q,
+        k=inputs.k,
+        g=inputs.g,
+        cu_seqlens=chunks.cu_seqlens,
+        chunk_segment=chunks.table.segment,
+        chunk_index=chunks.table.index,
+        q_decayed=q_decayed,
+        k_decayed=k_decayed,
+        decays=decays,
+        scale=inputs.scale,
+        num_segments=chunks.num_segments,
+        H=heads,
+        K=k_dim,
+        BT=CHUNK,
+        BK=launch.tile,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    return q_decayed, k_decayed, decays
+
+
+def _scores(inputs: Inputs, chunks: Chunks, launch: Launch) -> torch.Tensor:
+    """P of every chunk [N, H, BT, BT] in q's type."""
+    q, heads, k_dim = inputs.q, inputs.num_heads, inputs.k_dim
+    scores = torch.empty(chunks.num_slots, heads, CHUNK, CHUNK, dtype=q.dtype, device=q.device)
+    _scores_kernel[(chunks.num_slots * heads * (CHUNK // BLOCK),)](
+        q=q,
+        k=inputs.k,
+        g=inputs.g,
+        cu_seqlens=chunks.cu_seqlens,
+        chunk_segment=chunks.table.segment,
+        chunk_index=chunks.table.index,
+        scores=scores,
+        scale=inputs.scale,
+        num_segments=chunks.num_segments,
+        H=heads,
+        K=k_dim,
+        BT=CHUNK,
+        BC=BLOCK,
+        BK=launch.tile,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    return scores

@@ -1,0 +1,130 @@
+"""Tiles, warps and pipeline stages of the general set's kernels."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from mom_layers.recur.kernel_sets import Chip, chip_of, widest_that_fits
+
+
+class Launch(NamedTuple):
+    """tile: columns (or rows) that a program holds, or that a loop takes at a time."""
+
+    tile: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Launches:
+    """The launches for one K and one V.
+
+    Attributes:
+        decayed_rows: columns of K that a program computes.
+        scores: columns of K that the loop takes at a time.
+        recurrence: columns of the state that a program of either recurrence holds.
+        state_gradients: rows of the state that a program holds.
+        score_gradients: columns of V that the loop takes at a time.
+        query_key_gradients: columns of K that a program computes.
+    """
+
+    decayed_rows: Launch
+    scores: Launch
+    recurrence: Launch
+    state_gradients: Launch
+    score_gradients: Launch
+    query_key_gradients: Launch
+
+
+@dataclass(frozen=True)
+class Table:
+    """Launches for every K and V.
+
+    Attributes:
+        name: for the log.
+        shared_memory: bytes that a chip must have to run this table.
+        recurrence: by K, which decides how large the state [K, tile] is; K below 64 runs as 64 does.
+        state_gradients: by V, in the same way.
+        decayed_rows, scores, score_gradients, query_key_gradients: for every size.
+    """
+
+    name: str
+    shared_memory: int
+    recurrence: dict[int, Launch]
+    state_gradients: dict[int, Launch]
+    decayed_rows: Launch
+    scores: Launch
+    score_gradients: Launch
+    query_key_gradients: Launch
+
+    def launches(self, k_dim: int, v_dim: int) -> Launches:
+        """The launches for one K and one V, with tiles that are no wider than these."""
+
+        def fit(launch: Launch, size: int) -> Launch:
+            return launch._replace(tile=min(launch.tile, size))
+
+        return Launches(
+            decayed_rows=fit(self.decayed_rows, k_dim),
+            scores=fit(self.scores, k_dim),
+            recurrence=fit(self.recurrence[max(64, k_dim)], v_dim),
+            state_gradients=fit(self.state_gradients[max(64, v_dim)], k_dim),
+            score_gradients=fit(self.score_gradients, v_dim),
+            query_key_gradients=fit(self.query_key_gradients, k_dim),
+        )
+
+
+# For 16-bit inputs, from the widest tiles to the narrowest: a chip runs the first table that its shared memory holds.
+TABLES = (
+    # K = V = 256: tuned on an H200, the fastest of a few. Other sizes: chosen from what the compiler reports
+    # (registers, spills, shared memory); not tuned. The kernels take up to 96 KB of an A100's 163 KB. They take up to
+    # 196 KB of an H100's 227 KB, where Triton keeps the operands of both stages of a pipeline in shared memory.
+    Table(
+        name="wide tiles",
+        shared_memory=160 * 1024,
+        recurrence={256: Launch(64, 8, 2), 128: Launch(64, 8, 2), 64: Launch(64, 4, 2)},
+        state_gradients={256: Launch(64, 8, 1), 128: Launch(32, 4, 1), 64: Launch(32, 4, 1)},
+        decayed_rows=Launch(64, 4, 1),
+        scores=Launch(64, 4, 1),
+        score_gradients=Launch(64, 4, 2),
+        query_key_gradients=Launch(16, 1, 1),
+    ),
+    # For less shared memory: a recurrence with one stage. Chosen from what the compiler reports for K = V on sm_89 and
+    # sm_90; not tuned.
+    Table(
+        name="narrow tiles",
+        shared_memory=96 * 1024,
+        recurrence={256: Launch(16, 8, 1), 128: Launch(64, 8, 1), 64: Launch(64, 4, 2)},
+        state_gradients={256: Launch(64, 8, 1), 128: Launch(32, 4, 1), 64: Launch(32, 4, 1)},
+        decayed_rows=Launch(64, 4, 1),
+        scores=Launch(64, 4, 1),
+        score_gradients=Launch(64, 4, 2),
+        query_key_gradients=Launch(16, 1, 1),
+    ),
+)
+# For float32 inputs, whose exact products run outside the tensor cores, for comparisons; not tuned.
+FLOAT32_TABLE = Table(
+    name="float32",
+    shared_memory=148 * 1024,
+    recurrence={256: Launch(16, 16, 1), 128: Launch(16, 8, 1), 64: Launch(16, 8, 1)},
+    state_gradients={256: Launch(16, 16, 1), 128: Launch(16, 8, 1), 64: Launch(16, 8, 1)},
+    decayed_rows=Launch(32, 4, 1),
+    scores=Launch(32, 4, 1),
+    score_gradients=Launch(32, 8, 1),
+    query_key_gradients=Launch(32, 8, 1),
+)
+
+
+@functools.cache
+def table_for(chip: Chip, dtype: torch.dtype) -> Table:
+    """The widest tiles for a type whose shared memory a chip has."""
+    return widest_that_fits("gated linear attention", (FLOAT32_TABLE,) if dtype == torch.float32 else TABLES, chip)
+
+
+@functools.cache
+def launches_for(device: torch.device, dtype: torch.dtype, k_dim: int, v_dim: int) -> Launches:
+    """The general set's launches on a device, for inputs of a type and head sizes K and V."""
+    return table_for(chip_of(device), dtype).launches(k_dim, v_dim)

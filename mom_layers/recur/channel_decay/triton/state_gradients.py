@@ -1,0 +1,172 @@
+"""Gated linear attention: the parts of dq, dk and dg that the states give.
+
+Shape legend: rows R, heads H, key size K, value size V, chunk length BT, span slots M.
+
+Sums of g and the decays are written as in `chunk_local`. S is the state at the chunk's start, dS the gradient of the
+state at its end:
+
+    (10)  S of the next chunk = diag(decays) S + k~^T v
+    (11)  dq_i = scale * exp(g(start, i]) * (do S^T)_i
+    (12)  dk_j = exp(g(j, end]) * (v dS^T)_j
+    (13)  dg_t = sum_{i >= t} q_i * dq_i + sum_{j < t} k_j * dk_j + decays * sum_V S * dS
+    (14)  dS of the chunk before = diag(decays) dS + q~^T do
+
+Memory holds S at the start and dS at the end of every span only. From these, the programs of a span compute the S and
+dS of its chunks again, each program for BK of the K rows: the rows of a state do not depend on each other.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from mom_layers.common.activations_triton import exp
+from mom_layers.recur.channel_decay.tensors import SPAN, ChunkLocal, Gradients, Inputs
+from mom_layers.recur.channel_decay.triton.chunk_local import PRECISION
+from mom_layers.recur.channel_decay.triton.launches import launches_for
+from mom_layers.recur.chunk_table import CHUNK
+from mom_layers.recur.chunks import Chunks
+from mom_layers.recur.prologue_triton import rows_of_span, span_of_program
+
+
+@triton.jit(do_not_specialize=["num_segments"])
+def _state_gradients_kernel(
+    q,
+    k,
+    v,
+    g,
+    q_decayed,
+    k_decayed,
+    decays,
+    do,
+    span_states,
+    d_span_states,
+    cu_seqlens,
+    chunk_offsets,
+    span_segment,
+    span_index,
+    dq,
+    dk,
+    dg,
+    scale,
+    num_segments,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """BK rows of dS along one span and head, against time."""
+    i_kb, i_h, i_span, i_s = span_of_program(span_segment, H, K // BK)
+    if i_s >= num_segments:
+        return
+    i_first, num_rows, num_chunks, i_slot = rows_of_span(cu_seqlens, chunk_offsets, span_index, i_span, i_s, BT, SPAN)
+
+    o_t = tl.arange(0, BT)
+    o_k = i_kb * BK + tl.arange(0, BK)
+    o_v = tl.arange(0, V)
+    o_tk = o_t[:, None] * (H * K) + o_k[None, :]
+    o_tv = o_t[:, None] * (H * V) + o_v[None, :]
+    i_state = (i_span.to(tl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
+    low = v.dtype.element_ty
+    i_previous = tl.broadcast_to(tl.maximum(o_t - 1, 0)[:, None], [BT, BK])
+
+    b_dS = tl.load(d_span_states + i_state).to(tl.float32)  # [BK, V]
+    for i_back in range(0, num_chunks):
+        # Equation (10), from the span's start for every chunk anew: 1.5 products more for each chunk of a span of four,
+        # and no state of a chunk in memory. The chunks before this one are whole.
+        i_t = num_chunks - 1 - i_back
+        b_S = tl.load(span_states + i_state).to(tl.float32)  # [BK, V]
+        for i in range(0, i_t):
+            p_rows = (i_first + i * BT).to(tl.int64) * H + i_h
+            b_k_earlier = tl.load(k_decayed + p_rows * K + o_tk)  # [BT, BK]
+            b_v_earlier = tl.load(v + p_rows * V + o_tv)  # [BT, V]
+            b_S = tl.load(decays + ((i_slot + i).to(tl.int64) * H + i_h) * K + o_k)[:, None] * b_S
+            b_S += tl.dot(tl.trans(b_k_earlier), b_v_earlier, input_precision=PRECISION)
+
+        # Equations (11) and (12).
+        rows = (i_first + i_t * BT).to(tl.int64) * H + i_h
+        m_t = i_t * BT + o_t < num_rows
+        m_next = (o_t + 1 < BT) & (i_t * BT + o_t + 1 < num_rows)
+        p_tk = rows * K + o_tk
+        b_decay = tl.load(decays + ((i_slot + i_t).to(tl.int64) * H + i_h) * K + o_k)  # [BK]
+        b_g = tl.load(g + p_tk, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BK]
+        b_next = tl.load(g + p_tk + H * K, mask=m_next[:, None], other=0.0).to(tl.float32)  # [BT, BK]
+        b_do = tl.load(do + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
+        b_v = tl.load(v + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
+        b_dq = tl.dot(b_do, tl.trans(b_S.to(low)), input_precision=PRECISION)
+        b_dq = scale * exp(tl.cumsum(b_g, 0)) * b_dq
+        b_dk = tl.dot(b_v, tl.trans(b_dS.to(low)), input_precision=PRECISION)
+        b_dk = exp(tl.cumsum(b_next, 0, reverse=True)) * b_dk
+        tl.store(dq + p_tk, b_dq.to(low), mask=m_t[:, None])
+        tl.store(dk + p_tk, b_dk.to(low), mask=m_t[:, None])
+
+        # Equation (13). The last row's key has no decay to the end: its term enters no sum. Adding the term and
+        # subtracting it again would bury dg under strong decay, so the terms move down by a row before they are summed.
+        b_dg = tl.cumsum(tl.load(q + p_tk, mask=m_t[:, None], other=0.0).to(tl.float32) * b_dq, 0, reverse=True)
+        b_to_end = tl.load(k + p_tk, mask=m_t[:, None], other=0.0).to(tl.float32) * b_dk
+        b_to_end = tl.where(o_t[:, None] > 0, tl.gather(b_to_end, i_previous, 0), 0.0)
+        b_dg += tl.cumsum(b_to_end, 0) + (b_decay * tl.sum(b_S * b_dS, 1))[None, :]
+        tl.store(dg + p_tk, b_dg, mask=m_t[:, None])
+
+        # Equation (14).
+        b_dS = b_decay[:, None] * b_dS
+        b_q = tl.load(q_decayed + p_tk, mask=m_t[:, None], other=0.0)  # [BT, BK]
+        b_dS += tl.dot(tl.trans(b_q), b_do, input_precision=PRECISION)
+
+
+def state_gradients(
+    *,
+    inputs: Inputs,
+    do: torch.Tensor,
+    local: ChunkLocal,
+    chunks: Chunks,
+    span_states: torch.Tensor,
+    d_span_states: torch.Tensor,
+    launches_for=launches_for,
+) -> Gradients:
+    """Equations (10) to (14) of every span.
+
+    Args:
+        inputs, local, chunks: of the same rows.
+        do: [R, H, V], the gradient of o, contiguous.
+        span_states: [M, H, K, V], from ``recurrence``.
+        d_span_states: [M, H, K, V], from ``reverse_recurrence``.
+        launches_for: a kernel set's, with fields as the general set's.
+    """
+    q, v, heads, k_dim, v_dim = inputs.q, inputs.v, inputs.num_heads, inputs.k_dim, inputs.v_dim
+    dq, dk = torch.empty_like(q), torch.empty_like(inputs.k)
+    dg = torch.empty_like(inputs.g, dtype=torch.float32)
+    launch = launches_for(v.device, v.dtype, k_dim, v_dim).state_gradients
+    _state_gradients_kernel[(chunks.num_span_slots * heads * (k_dim // launch.tile),)](
+        q=q,
+        k=inputs.k,
+        v=v,
+        g=inputs.g,
+        q_decayed=local.q_decayed,
+        k_decayed=local.k_decayed,
+        decays=local.decays,
+        do=do,
+        span_states=span_states,
+        d_span_states=d_span_states,
+        cu_seqlens=chunks.cu_seqlens,
+        chunk_offsets=chunks.table.offsets,
+        span_segment=chunks.spans.segment,
+        span_index=chunks.spans.index,
+        dq=dq,
+        dk=dk,
+        dg=dg,
+        scale=inputs.scale,
+        num_segments=chunks.num_segments,
+        H=heads,
+        K=k_dim,
+        V=v_dim,
+        BT=CHUNK,
+        BK=launch.tile,
+        SPAN=SPAN,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    return Gradients(dq, dk, dg)

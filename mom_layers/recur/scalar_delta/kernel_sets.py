@@ -1,0 +1,34 @@
+"""The kernel sets of the gated delta rule.
+
+A set is a module (a file or a folder) with NAME and ``takes``, as `mom_layers.recur.kernel_sets` describes, and with
+the host functions below, which are called by keyword and launch the kernels. A set may take a function of another set,
+or bind that function to launches of its own: ``functools.partial(triton.recurrence, launches_for=launches_for)``.
+
+    chunk_local(inputs, chunks) -> ChunkLocal
+    recurrence(inputs, v, local, chunks, initial_state, output_final_state, for_backward) -> RecurrenceResults
+    reverse_recurrence(inputs, do, local, chunks, span_states, decayed_state, d_final_state, store_d_initial_state)
+        -> (d_errors, d_span_states, boundary, d_initial_state)
+    state_gradients(inputs, rows, decays, chunks, states, so_far) -> StateGradients
+    local_gradients(inputs, rows, scores, chunks, so_far, boundary, from_zero) -> (dg, dbeta)
+
+The functions of the general set, `mom_layers.recur.scalar_delta.triton`, say what each argument and result is.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+
+from mom_layers.recur.kernel_sets import chip_of, choose
+from mom_layers.recur.scalar_delta import hopper, triton
+
+# The first set that takes a chip runs there; the general one takes every chip and stands last.
+KERNEL_SETS = (hopper, triton)
+
+
+@functools.cache
+def kernel_set(device: torch.device, dtype: torch.dtype, k_dim: int, v_dim: int) -> ModuleType:
+    """The kernel set that runs on a device, for inputs of a type and head sizes K and V."""
+    return choose("gated delta rule", KERNEL_SETS, chip_of(device), dtype, k_dim, v_dim)

@@ -1,0 +1,127 @@
+"""Tiles, warps and pipeline stages of the general set's kernels."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from mom_layers.recur.kernel_sets import Chip, chip_of, widest_that_fits
+
+# Warps of the triangular solve, which is float32 for every type of input: one spills a little, and was still the
+# fastest on an H200.
+SOLVE_WARPS = 1
+
+
+class Launch(NamedTuple):
+    """tile: columns (or rows) that a program holds, or that a loop takes at a time."""
+
+    tile: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Launches:
+    """The launches for one K and one V.
+
+    Attributes:
+        chunk_scores: columns of K that the loop takes at a time.
+        recurrence: columns of the state that a program of either recurrence holds.
+        state_gradients: rows of the state that a program holds.
+        score_gradients: columns of V that the loop takes at a time.
+        query_key_gradients: columns of K, and then of V, that the loops take at a time.
+    """
+
+    chunk_scores: Launch
+    recurrence: Launch
+    state_gradients: Launch
+    score_gradients: Launch
+    query_key_gradients: Launch
+
+
+@dataclass(frozen=True)
+class Table:
+    """Launches for every K and V.
+
+    Attributes:
+        name: for the log.
+        shared_memory: bytes that its largest kernel takes, as compiled for sm_80 and sm_90.
+        recurrence: by K, which decides how much of the state [K, tile] is; K below 64 runs as 64 does.
+        state_gradients: by V, in the same way.
+        chunk_scores, score_gradients, query_key_gradients: for every size.
+    """
+
+    name: str
+    shared_memory: int
+    recurrence: dict[int, Launch]
+    state_gradients: dict[int, Launch]
+    chunk_scores: Launch
+    score_gradients: Launch
+    query_key_gradients: Launch
+
+    def launches(self, k_dim: int, v_dim: int) -> Launches:
+        """The launches for one K and one V, with tiles that are no wider than these."""
+        recurrence = self.recurrence[max(64, k_dim)]
+        states = self.state_gradients[max(64, v_dim)]
+        if k_dim < states.tile:
+            states = states._replace(tile=k_dim, num_warps=max(4, states.num_warps * k_dim // states.tile))
+        return Launches(
+            chunk_scores=self.chunk_scores._replace(tile=min(self.chunk_scores.tile, k_dim)),
+            recurrence=recurrence._replace(tile=min(recurrence.tile, v_dim)),
+            state_gradients=states,
+            score_gradients=self.score_gradients._replace(tile=min(self.score_gradients.tile, v_dim)),
+            query_key_gradients=self.query_key_gradients,
+        )
+
+
+# For 16-bit inputs, from the widest tiles to the narrowest: a chip runs the first table that its shared memory holds.
+TABLES = (
+    # H100 and H200 run this table for K or V below 64. Chosen from what the compiler reports for sm_90 (registers,
+    # spills, shared memory); not tuned.
+    Table(
+        name="wide tiles",
+        shared_memory=189184,
+        recurrence={256: Launch(32, 8, 2), 128: Launch(64, 4, 2), 64: Launch(64, 4, 2)},
+        state_gradients={256: Launch(32, 4, 1), 128: Launch(64, 4, 1), 64: Launch(64, 4, 1)},
+        chunk_scores=Launch(64, 4, 3),
+        score_gradients=Launch(256, 8, 1),
+        query_key_gradients=Launch(64, 4, 3),
+    ),
+    # For the 163 KB of an A100, where both operands of a product pass through registers: narrower tiles or more warps.
+    # Chosen from what the compiler reports for sm_80; not tuned.
+    Table(
+        name="narrow tiles",
+        shared_memory=103168,
+        recurrence={256: Launch(32, 8, 2), 128: Launch(32, 4, 2), 64: Launch(32, 4, 2)},
+        state_gradients={256: Launch(32, 8, 1), 128: Launch(32, 8, 1), 64: Launch(32, 8, 1)},
+        chunk_scores=Launch(64, 4, 3),
+        score_gradients=Launch(64, 8, 1),
+        query_key_gradients=Launch(32, 4, 2),
+    ),
+)
+# For float32 inputs, whose exact products run outside the tensor cores, for comparisons: the tiles that spill least by
+# the compiler's report; not tuned.
+FLOAT32_TABLE = Table(
+    name="float32",
+    shared_memory=151552,
+    recurrence={256: Launch(16, 8, 1), 128: Launch(16, 8, 1), 64: Launch(16, 8, 1)},
+    state_gradients={256: Launch(16, 8, 1), 128: Launch(16, 8, 1), 64: Launch(16, 8, 1)},
+    chunk_scores=Launch(32, 8, 1),
+    score_gradients=Launch(32, 8, 1),
+    query_key_gradients=Launch(32, 8, 1),
+)
+
+
+@functools.cache
+def table_for(chip: Chip, dtype: torch.dtype) -> Table:
+    """The widest tiles for a type whose shared memory a chip has."""
+    return widest_that_fits("gated delta rule", (FLOAT32_TABLE,) if dtype == torch.float32 else TABLES, chip)
+
+
+@functools.cache
+def launches_for(device: torch.device, dtype: torch.dtype, k_dim: int, v_dim: int) -> Launches:
+    """The general set's launches on a device, for inputs of a type and head sizes K and V."""
+    return table_for(chip_of(device), dtype).launches(k_dim, v_dim)

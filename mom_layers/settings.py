@@ -1,0 +1,108 @@
+"""The sizes and choices of a Mixture-of-Memories layer, checked once for every program that builds such a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mom_layers.common.kernels import check_kernels
+from mom_layers.recur.rules import MemoryRule, get_rule
+
+
+@dataclass(frozen=True)
+class MixerSettings:
+    """What makes one layer differ from another.
+
+    Attributes:
+        num_heads: H.
+        head_dim: key size K of a head.
+        expand_v: value size V = K * expand_v.
+        num_memories: M, without the shared memory.
+        topk: memories that a token goes to.
+        shared_memory: add the memory that every token goes to.
+        conv_kernel: width W of the causal convolutions on q, k and v.
+        rule_name: name of the update rule.
+        single_kv_proj: one key, value and gate projection for all memories instead of one projection a memory.
+        norm_eps: of the output norm.
+        kernels: "auto" (Triton on CUDA, PyTorch elsewhere), "torch" or "triton".
+
+    Raises:
+        ValueError: a size or a name that no layer can have, with its value.
+    """
+
+    num_heads: int = 4
+    head_dim: int = 256
+    expand_v: float = 1.0
+    num_memories: int = 4
+    topk: int = 2
+    shared_memory: bool = True
+    conv_kernel: int = 4
+    rule_name: str = "gated_deltanet"
+    single_kv_proj: bool = False
+    norm_eps: float = 1e-6
+    kernels: str = "auto"
+
+    def __post_init__(self) -> None:
+        get_rule(self.rule_name)
+        check_kernels(self.kernels)
+        for name in ("num_heads", "head_dim", "num_memories"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 1 <= self.topk <= self.num_memories:
+            raise ValueError(
+                f"topk must be between 1 and the number of memories ({self.num_memories}), got {self.topk}"
+            )
+        value_dim = self.head_dim * self.expand_v
+        if value_dim <= 0 or value_dim != int(value_dim):
+            raise ValueError(
+                "expand_v must be positive and make head_dim * expand_v a whole number, "
+                f"got {self.head_dim} * {self.expand_v}"
+            )
+        if not 2 <= self.conv_kernel <= 8:
+            raise ValueError(f"conv_kernel must be between 2 and 8, got {self.conv_kernel}")
+
+    @property
+    def rule(self) -> MemoryRule:
+        return get_rule(self.rule_name)
+
+    @property
+    def value_dim(self) -> int:
+        """Value size V of a head."""
+        return int(self.head_dim * self.expand_v)
+
+    @property
+    def num_all_memories(self) -> int:
+        """Routed memories and the shared memory."""
+        return self.num_memories + int(self.shared_memory)
+
+    @property
+    def key_width(self) -> int:
+        """Columns of all heads' queries, and of all heads' keys."""
+        return self.rule.num_key_heads(self.num_heads) * self.head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Columns of all heads' values."""
+        return self.num_heads * self.value_dim
+
+    @property
+    def projection_sizes(self) -> list[int]:
+        """Widths of the pieces of one memory's fused projection: keys, values, then each raw gate of the rule."""
+        return self.rule.projection_sizes(self.num_heads, self.head_dim, self.value_dim)
+
+    @property
+    def num_projections(self) -> int:
+        """Projections of keys, values and gates: one a memory, or one in all."""
+        return 1 if self.single_kv_proj else self.num_all_memories
+
+    def has_kernels(self) -> bool:
+        """Whether the rule's Triton kernels take the head sizes."""
+        return {self.head_dim, self.value_dim} <= set(self.rule.head_sizes)
+
+    def check_head_sizes(self) -> None:
+        """Raises ValueError where the rule's Triton kernels do not take the head sizes."""
+        for name, value in [("head_dim", self.head_dim), ("head_dim * expand_v", self.value_dim)]:
+            if value not in self.rule.head_sizes:
+                raise ValueError(
+                    f"{name} = {value} is not supported by the {self.rule_name} kernels: "
+                    f"use one of {', '.join(map(str, self.rule.head_sizes))}, or kernels='torch'"
+                )
