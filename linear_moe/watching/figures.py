@@ -6,11 +6,11 @@ from pathlib import Path
 
 import matplotlib
 
+from linear_moe.temporary import save_figure
+
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
-
-from linear_moe.temporary import save_figure  # noqa: E402
 
 __all__ = ["plt", "save"]
 
