@@ -19,18 +19,7 @@ from mom_layers.recur.kernel_sets import Chip
 RAGGED = [0, 1, 63, 64, 65, 0, 130]
 gated_linear_attention = functools.partial(channel_decay.gated_linear_attention, kernels="triton")
 
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fresh memory holds NaN, so that a test sees an element that is read before a kernel writes it."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        fresh = getattr(owner, name)
-
-        def poisoned(*args, fresh=fresh, **kwargs):
-            out = fresh(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() else out
-
-        monkeypatch.setattr(owner, name, poisoned)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def run(leaves, cu_seqlens, state=True, final=True, scale=None):
