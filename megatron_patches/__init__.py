@@ -8,7 +8,17 @@ __all__ = ["Patch", "PatchError", "applied", "patches"]
 def patches() -> tuple[Patch, ...]:
     """Every patch of this package, applied or not, each once: what it changes, why, and when it can go."""
     # These modules import torch, which a process that only imports the package may do without.
-    from megatron_patches import cpu, dataset_helpers, float32_parameters, reshardable_optimizer, trusted_checkpoints
+    from megatron_patches import (
+        checkpoints,
+        cpu,
+        dataset_helpers,
+        float32_parameters,
+        reshardable_optimizer,
+        trusted_checkpoints,
+    )
 
-    training = (float32_parameters.PATCH, reshardable_optimizer.PATCH, trusted_checkpoints.PATCH)
-    return tuple({patch.name: patch for patch in (dataset_helpers.PATCH, *training, *cpu.PATCHES)}.values())
+    ours = (
+        dataset_helpers.PATCH, float32_parameters.PATCH, reshardable_optimizer.PATCH, trusted_checkpoints.PATCH,
+        *checkpoints.PATCHES, *cpu.PATCHES,
+    )  # fmt: skip
+    return tuple({patch.name: patch for patch in ours}.values())

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     """Loads, measures, prints and draws. Raises PerplexityError."""
     if not (args.load / "config.json").is_file():
         raise PerplexityError(f"--load {args.load} has no config.json: expected an export in the Hugging Face format")
-    trust = {"trust_remote_code": args.trust_remote_code}  # without a word of ours transformers asks standard input
+    trust = {"trust_remote_code": args.trust_remote_code}  # without this argument transformers asks standard input
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.load, **trust)

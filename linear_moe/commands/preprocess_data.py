@@ -47,6 +47,7 @@ from linear_moe.corpus.tokenizer import (
 )
 from linear_moe.corpus.writer import DatasetWriter, publish
 from linear_moe.temporary import temporary_folder
+from megatron_patches.child_processes import end_with_parent
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CHUNKS_IN_FLIGHT = 4  # for each worker: few enough to bound the memory, enough to cover the reader's pauses (not tuned)
@@ -225,6 +226,7 @@ _encoder: ChunkEncoder | None = None
 
 def _start_worker(settings: EncodingSettings) -> None:
     global _encoder
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = ChunkEncoder(settings)

@@ -25,6 +25,8 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # hardware queues, s
 
 import torch  # noqa: E402
 
+from linear_moe.commands import run_command  # noqa: E402
+from linear_moe.commands.values import whole  # noqa: E402
 from linear_moe.recall import records  # noqa: E402
 from linear_moe.recall.matching import MATCHES, names_of_set, parse_mom  # noqa: E402
 from linear_moe.recall.models import Mixer, Shape  # noqa: E402
@@ -45,32 +47,35 @@ QUICK = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns 0, or 1 for settings that do not fit together. Raises SystemExit(2) for wrong words."""
+    """Runs the tool; returns 0, or 1 for settings that do not fit together. SystemExit(2): a wrong command line."""
     start = time.monotonic()
-    words = sys.argv[1:] if argv is None else list(argv)
-    args = parse_arguments(words)
+    args = parse_arguments(argv)
+    words = shlex.join(["tools/recall.py", *(sys.argv[1:] if argv is None else argv)])
+    return run_command("recall.py", lambda: recall(args, start + args.time_limit, words), ValueError)
+
+
+def recall(args: argparse.Namespace, deadline: float, words: str) -> None:
+    """Trains until the deadline, on the clock of ``time.monotonic``, and writes rows, table and pictures.
+
+    Raises ValueError for settings that do not fit together, or that need more memory than a GPU has.
+    """
+    plan = plan_of(args)
+    devices = find_devices(args.device)
+    commit = args.commit or records.commit_of(Path(__file__).parents[2])
+    args.output.mkdir(parents=True, exist_ok=True)
     try:
-        plan = plan_of(args)
-        devices = find_devices(args.device)
-        commit = args.commit or records.commit_of(Path(__file__).parents[2])
-        origin = records.origin(devices[0], commit, shlex.join(["tools/recall.py", *words]))
-        args.output.mkdir(parents=True, exist_ok=True)
-        deadline = start + args.time_limit
-        comparisons, times, whole = run(plan, args.output, devices, deadline, origin, say)
-        text, written = write_report(plan, comparisons, times, args.output)
+        comparisons, times, is_whole = run(
+            plan, args.output, devices, deadline, records.origin(devices[0], commit, words), say
+        )
     except torch.OutOfMemoryError as error:
-        print(f"error: {error}\nuse a smaller --group-size than {args.group_size}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        raise ValueError(f"{error}: use a smaller --group-size than {args.group_size}") from error
+    text, written = write_report(plan, comparisons, times, args.output)
     say("\n" + text + "\n".join(map(str, written)))
-    if not whole:
+    if not is_whole:
         say("some models are still to be trained: the same command goes on with them")
-    return 0
 
 
-def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Settings that were not given come from FULL, or from QUICK with --quick and without a GPU."""
     description = __doc__
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,29 +84,29 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--mom", nargs="+", metavar="M/K", help="these MoM models instead, as 8/2, 4/2+shared, gla:4/2")
     parser.add_argument("--baselines", nargs="+", choices=tuple(MATCHES), default=list(MATCHES), help="[all of them]")
     parser.add_argument("--rule", default="gated_deltanet", help="rule of MoM models without one [%(default)s]")
-    parser.add_argument("--heads", type=_positive, help=f"of a MoM model [{FULL['heads']}]")
-    parser.add_argument("--head-dim", type=_positive, default=16, help="key and value size of a head [%(default)s]")
-    parser.add_argument("--layers", type=_positive, default=2, help="[%(default)s]")
-    parser.add_argument("--hidden", type=_positive, help=f"hidden size [{FULL['hidden']}]")
+    parser.add_argument("--heads", type=whole(1), help=f"of a MoM model [{FULL['heads']}]")
+    parser.add_argument("--head-dim", type=whole(1), default=16, help="key and value size of a head [%(default)s]")
+    parser.add_argument("--layers", type=whole(1), default=2, help="[%(default)s]")
+    parser.add_argument("--hidden", type=whole(1), help=f"hidden size [{FULL['hidden']}]")
     parser.add_argument("--mlp", type=int, default=0, help="width of SwiGLU layers [%(default)s: none]")
-    parser.add_argument("--vocabulary", type=_positive, help=f"[{FULL['vocabulary']}]")
-    parser.add_argument("--length", type=_positive, help=f"tokens a sequence [{FULL['length']}]")
-    parser.add_argument("--pairs", type=_positive, nargs="+", help=f"numbers of pairs {FULL['pairs']}")
-    parser.add_argument("--batch", type=_positive, help=f"sequences a step [{FULL['batch']}]")
-    parser.add_argument("--steps", type=_positive, help=f"[{FULL['steps']}]")
-    parser.add_argument("--max-steps", type=_positive, help="doubled up to this until curves are flat [twice --steps]")
+    parser.add_argument("--vocabulary", type=whole(1), help=f"[{FULL['vocabulary']}]")
+    parser.add_argument("--length", type=whole(1), help=f"tokens a sequence [{FULL['length']}]")
+    parser.add_argument("--pairs", type=whole(1), nargs="+", help=f"numbers of pairs {FULL['pairs']}")
+    parser.add_argument("--batch", type=whole(1), help=f"sequences a step [{FULL['batch']}]")
+    parser.add_argument("--steps", type=whole(1), help=f"[{FULL['steps']}]")
+    parser.add_argument("--max-steps", type=whole(1), help="doubled up to this until curves are flat [twice --steps]")
     parser.add_argument("--rates", type=float, nargs="+", help=f"peak learning rates {FULL['rates']}")
     parser.add_argument("--seeds", type=int, nargs="+", help=f"the first one chooses the rate {FULL['seeds']}")
     parser.add_argument("--all-rates", action="store_true", help="try all rates on all seeds")
     parser.add_argument("--balancing", type=float, default=1e-2, help="balancing loss coefficient [%(default)s]")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="[%(default)s]")
-    parser.add_argument("--evaluations", type=_positive, help=f"along training [{FULL['evaluations']}]")
-    parser.add_argument("--group-size", type=_positive, default=16, help="models at once on a GPU [%(default)s]")
+    parser.add_argument("--evaluations", type=whole(1), help=f"along training [{FULL['evaluations']}]")
+    parser.add_argument("--group-size", type=whole(1), default=16, help="models at once on a GPU [%(default)s]")
     parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="then stop cleanly")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="[cuda where there is one]")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, as without a GPU")
     parser.add_argument("--commit", help="for the rows, where the folder is no git checkout")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name, value in (QUICK if args.quick or args.device == "cpu" else FULL).items():
         if getattr(args, name) is None:
@@ -155,10 +160,3 @@ def find_devices(kind: str) -> list[torch.device]:
 
 def say(line: str) -> None:
     print(line, flush=True)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

@@ -9,11 +9,24 @@ from importlib.metadata import version
 
 import torch
 
+from linear_moe.entry import checks
 from linear_moe.entry.launch import use_loopback_store
-from megatron_patches import dataset_helpers, float32_parameters, reshardable_optimizer, trusted_checkpoints
+from megatron_patches import (
+    checkpoints,
+    dataset_helpers,
+    float32_parameters,
+    reshardable_optimizer,
+    trusted_checkpoints,
+)
 from megatron_patches.patch import apply_all
 
-TRAINING_PATCHES = (float32_parameters.PATCH, reshardable_optimizer.PATCH, trusted_checkpoints.PATCH)
+TRAINING_PATCHES = (
+    float32_parameters.PATCH,
+    reshardable_optimizer.PATCH,
+    trusted_checkpoints.PATCH,
+    *checkpoints.PATCHES,
+    checks.PATCH,
+)
 """Patches of every run with MoM layers, whichever door it came through."""
 
 

@@ -109,6 +109,6 @@ def join_running_script(settings: dict[str, object]) -> None:
     arguments.fill_mom_arguments(args)
     arguments.check_context_parallel(args)
     log.show_log()
-    apply_all(training_patches())  # one of which limits what the check of --load may unpickle
+    apply_all(training_patches())  # one of them limits what the check of --load may unpickle
     arguments.check_run(args)
     log.announce()

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import matplotlib
 
-from linear_moe.temporary import save_figure
-
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
+
+from linear_moe.temporary import save_figure  # noqa: E402
 
 __all__ = ["plt", "save"]
 
 
 def save(figure, path: Path) -> None:
-    """Writes a PNG file, whole or not at all, with its folder where that is missing, and frees the figure."""
+    """Writes a picture, with its folder where that is missing, and frees the figure. An error keeps the old one."""
     save_figure(figure, path, dpi=130)
     plt.close(figure)

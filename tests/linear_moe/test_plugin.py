@@ -55,9 +55,8 @@ def test_a_missing_target_is_named_and_no_patch_is_applied(monkeypatch):
     assert stored_targets() == before
 
 
-def test_six_patches_on_a_machine_with_gpus():
-    assert len(plugin.launcher_patches()) <= 6
-    assert all(patch.reason and patch.removed_when for patch in plugin.launcher_patches())
+def test_every_patch_has_a_reason_and_an_end():
+    assert all(patch.reason and patch.removed_when for patch in plugin.patches())
 
 
 def names_in_the_sources(package: str) -> set[str]:
