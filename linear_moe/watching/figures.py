@@ -6,8 +6,6 @@ from pathlib import Path
 
 import matplotlib
 
-from linear_moe.temporary import save_figure
-
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
