@@ -9,4 +9,4 @@ def patches() -> tuple[Patch, ...]:
     """Every patch of this package, applied or not: what is changed, why, and what would make it unnecessary."""
     from megatron_patches import checkpoints, cpu, dataset_helpers, reshardable_optimizer  # these import torch
 
-    return (dataset_helpers.PATCH, reshardable_optimizer.PATCH, *checkpoints.PATCHES, *cpu.PATCHES)
+    return (dataset_helpers.PATCH, reshardable_optimizer.PATCH, *checkpoints.patches(), *cpu.PATCHES)

@@ -162,8 +162,6 @@ def _finalize(maybe_finalize_async_save, *positional, **keywords):
 
 def _load(load_base_checkpoint, load_dir, args, rank0=False, *positional, **keywords):
     """Megatron's _load_base_checkpoint, which reads the files: of all of a checkpoint, or of its arguments (rank0)."""
-    from megatron.training import checkpointing
-
     try:
         return load_base_checkpoint(load_dir, args, rank0, *positional, **keywords)
     except CheckpointError:
@@ -174,7 +172,7 @@ def _load(load_base_checkpoint, load_dir, args, rank0=False, *positional, **keyw
             raise _refusal(error, folder, args) from error
         if not rank0 and (differences := _differences(load_base_checkpoint, load_dir, args)):
             raise CheckpointError(other_model(folder, differences)) from error
-        iteration = _iteration(checkpointing, folder, args)
+        iteration = _iteration(folder, args)
         checkpoint = folder if iteration is None else iteration_folder(folder, iteration)
         raise CheckpointError(
             f"the checkpoint {checkpoint} cannot be loaded: {_damage(checkpoint) or cause(error)}; "
@@ -221,14 +219,13 @@ def _damage(checkpoint: Path) -> str | None:
     return None
 
 
-def _iteration(checkpointing, folder: Path, args) -> int | None:
+def _iteration(folder: Path, args) -> int | None:
+    from megatron_patches.checkpoint_tracker import TRACKER, read_tracker
+
     if getattr(args, "ckpt_step", None):
         return args.ckpt_step
-    with (
-        suppress(OSError, ValueError),
-        checkpointing.maybe_msc.open(folder / "latest_checkpointed_iteration.txt") as file,
-    ):
-        return int(file.read())
+    with suppress(OSError, ValueError):
+        return int(read_tracker(folder / TRACKER))
     return None
 
 

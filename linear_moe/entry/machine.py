@@ -26,7 +26,7 @@ def prepare_machine() -> None:
     reshardable_optimizer.apply()
     from linear_moe.entry import checks
 
-    apply_all((*checkpoints.PATCHES, checks.PATCH))
+    apply_all((*checkpoints.patches(), checks.PATCH))
 
 
 def start() -> None:

@@ -56,7 +56,7 @@ def training_patches() -> tuple[Patch, ...]:
     return (
         float32_parameters.PATCH,
         reshardable_optimizer.PATCH,
-        *checkpoints.PATCHES,
+        *checkpoints.patches(),
         checks.PATCH,
         training_log.PATCH,
     )

@@ -51,8 +51,8 @@ def test_a_missing_target_is_named_and_nothing_is_changed(monkeypatch):
     assert stored_targets() == before
 
 
-def test_five_patches_on_a_machine_with_gpus():
-    assert len(plugin.patches()) <= 5
+def test_twelve_patches_on_a_machine_with_gpus():
+    assert len(plugin.patches()) <= 12
     assert all(patch.reason and patch.removed_when for patch in plugin.patches())
 
 
