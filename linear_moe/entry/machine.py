@@ -11,6 +11,7 @@ from importlib.metadata import version
 import torch
 
 from megatron_patches import checkpoints, dataset_helpers, float32_parameters, reshardable_optimizer
+from megatron_patches.child_processes import end_with_parent
 from megatron_patches.patch import apply_all
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ def start() -> None:
         # Port 0 is any free one: nobody else has to know it.
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
         os.environ.update({name: str(value) for name, value in alone.items()})
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks whose torchrun was killed would train on beside a restarted job
+        end_with_parent()
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         from megatron_patches import cpu

@@ -26,6 +26,15 @@ def test_a_script_under_the_launcher_saves_its_last_step_on_sigterm(tmp_path):
     assert (tmp_path / "c" / "latest_checkpointed_iteration.txt").read_text() == str(last)
 
 
+def test_ranks_end_with_their_launcher(tmp_path):
+    words = [*TINY, *MOM, "--mock-data", "--train-iters", 5000]
+    with Run(tmp_path, *words, processes=2) as run:
+        run.wait_for("step ", count=3)
+        os.kill(run.process.pid, signal.SIGKILL)
+        run.wait()
+        assert run.left_after(10) == {}
+
+
 def test_the_death_of_the_process_that_writes_checkpoints_ends_the_run(tmp_path):
     words = [*TINY, *MOM, "--mock-data", "--train-iters", 2000, "--save", tmp_path / "c", "--save-interval", 4]
     words += "--async-save --async-strategy mcore --use-persistent-ckpt-worker".split()
