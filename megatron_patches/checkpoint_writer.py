@@ -19,7 +19,7 @@ from multiprocessing import connection, util
 import torch
 
 from megatron_patches import child_processes
-from megatron_patches.checkpoint_errors import CheckpointError
+from megatron_patches.checkpoint_folder import CheckpointError
 from megatron_patches.patch import Patch, apply_all, replace, wrap
 
 _WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"

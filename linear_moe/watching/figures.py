@@ -10,6 +10,8 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 
+from linear_moe.temporary import save_figure  # noqa: E402
+
 __all__ = ["plt", "save"]
 
 
