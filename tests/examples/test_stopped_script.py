@@ -20,7 +20,7 @@ if words[:2] == ["-c", "import torch; print(torch.cuda.device_count())"]:
 elif words[:1] == ["-c"]:
     sys.executable = __file__
     exec(words[1])
-elif words[:2] == ["-m", "torch.distributed.run"]:
+elif words[:2] == ["-m", "linear_moe.entry.launch"]:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     assert os.environ["PET_SIGNALS_TO_HANDLE"] == "SIGINT,SIGHUP,SIGQUIT"
     sys.exit(subprocess.run([sys.executable, __file__, "rank"]).returncode)

@@ -18,7 +18,7 @@ import torch
 
 from linear_moe.entry import checks
 from megatron_patches import PatchError, applied, checkpoint_errors, checkpoint_writer, checkpoints
-from megatron_patches.checkpoint_errors import CheckpointError, complete_iterations
+from megatron_patches.checkpoint_folder import CheckpointError, complete_iterations
 from megatron_patches.checkpoint_tracker import TRACKER, read_tracker, written_whole
 from megatron_patches.patch import apply_all, undo_all
 
@@ -64,7 +64,7 @@ def folder(tmp_path):
         (checkpoint / ".metadata").write_bytes(b"metadata")
     (tmp_path / "iter_0000003" / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
     (tmp_path / TRACKER).write_text("3")
-    checkpoint_errors.warn.cache_clear()
+    checkpoint_folder.warn.cache_clear()
     return tmp_path
 
 
