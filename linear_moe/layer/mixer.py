@@ -142,9 +142,9 @@ class MomTokenMixer(MegatronModule):
         self.k_conv = parameter(self.key_width, width, sharded_dim=0)
         self.v_conv = parameter(self.value_width, width, sharded_dim=0)
         self.norm_weight = parameter(config.mom_value_dim)
-        for gate, shape in self.rule.parameter_shapes(config.mom_head_dim).items():
+        for own, shape in self.rule.parameter_shapes(config.mom_head_dim).items():
             # float32 whatever the model's type
-            self.register_parameter(gate, parameter(self.num_heads, *shape, dtype=torch.float32, sharded_dim=0))
+            self.register_parameter(own, parameter(self.num_heads, *shape, dtype=torch.float32, sharded_dim=0))
         if config.perform_initialization:
             self.reset_parameters()
 

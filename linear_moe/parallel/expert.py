@@ -159,8 +159,8 @@ def mix_memories_over_ranks(
 ) -> torch.Tensor:
     """:func:`mom_layers.mixing.mix_memories` where every rank of a group holds some of the memories.
 
-    The shared memory reads this rank's tokens while rows are exchanged. So does the backward pass: autograd runs the
-    gradient of an operation on the operation's stream, the latest operation first.
+    The shared memory reads this rank's tokens while the ranks exchange rows. The backward pass overlaps the same way:
+    autograd runs the gradient of an operation on the operation's stream, the latest operation first.
 
     Args:
         x: [N, D]. q: [N, H K] before convolution. output_gate: [N, H V] before SiLU.

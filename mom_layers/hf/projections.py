@@ -117,7 +117,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 class _Together:
-    """Holds the matrix in which the weights of a layer lie one after another. A copied layer has none yet."""
+    """Holds the matrix in which the weights of a layer lie one after another. A copied layer starts with no matrix."""
 
     def __init__(self):
         self.matrix: torch.Tensor | None = None

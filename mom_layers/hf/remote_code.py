@@ -110,7 +110,7 @@ def _relative_import(node: ast.ImportFrom) -> tuple[list[str], list[str]]:
     for alias in node.names:
         submodule = f"{node.module}.{alias.name}"
         if _is_package(node.module) and find_spec(submodule) is not None:
-            # The loader copies the files of `from .name import` only; the loader would miss `from . import name`.
+            # The loader copies the files of `from .name import` only, and would miss `from . import name`.
             lines += [
                 f"from .{flat_name(submodule)} import __name__ as _",
                 f"from . import {flat_name(submodule)} as {alias.asname or alias.name}",

@@ -1,8 +1,8 @@
 """Gated linear attention (GLA, arXiv 2312.06635): every key channel of the state decays at its own rate.
 
 ``S <- diag(exp(g)) S + k v^T`` with ``g = logsigmoid(W2 (W1 x) + b) / 16``. Every memory has its own W1, which maps a
-token to 16 numbers a head. All memories share W2 and b, which every head has. In the paper W1 gives 16 numbers for all
-heads together; with 16 for each head, tensor parallelism splits the gate by head, as it splits keys.
+token to 16 numbers a head. All memories share W2 and b, one set for each head. In the paper W1 gives 16 numbers for
+all heads together; 16 for each head let tensor parallelism split the gate by head, as it splits keys.
 """
 
 from __future__ import annotations

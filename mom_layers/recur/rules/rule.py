@@ -157,7 +157,7 @@ def dense_transition(recur: Callable[..., tuple[torch.Tensor, torch.Tensor | Non
 
 @contextmanager
 def kept_exact(parameters: Iterable[torch.nn.Parameter]):
-    """Around a module's cast: a rule's own parameters stay in float32: a rounded decay rate makes another model."""
+    """Around a module's cast: keeps a rule's own parameters in float32, as a rounded decay rate makes another model."""
     kept = [(parameter, parameter.data) for parameter in parameters]
     yield
     for parameter, value in kept:
