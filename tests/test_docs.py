@@ -34,6 +34,16 @@ def modules_in(text):
     return re.findall(r"\b(?:linear_moe|megatron_patches|mom_layers)(?:\.[a-z_0-9]+)+\b", text)
 
 
+def found(module):
+    """Whether a dotted name is a module, a package, or a name in the file of either."""
+    path, (*owner, last) = ROOT / module.replace(".", "/"), module.split(".")
+    if path.is_dir() or path.with_suffix(".py").exists():
+        return True
+    above = ROOT.joinpath(*owner)
+    file = above / "__init__.py" if above.is_dir() else above.with_suffix(".py")
+    return file.exists() and re.search(rf"\b{last}\b", file.read_text()) is not None
+
+
 def slug(heading):
     """The anchor that GitHub makes from a heading."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
@@ -47,15 +57,9 @@ def test_paths_exist(name):
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_modules_exist(name):
-    """The longest part of a dotted name that is a path is a module; at most one name of the module follows."""
+    """A dotted name is a module or a package, or the last word of the name stands in the file of the module."""
     for module in modules_in((ROOT / name).read_text()):
-        parts = module.split(".")
-        found = [
-            place
-            for place in ("/".join(parts), "/".join(parts[:-1]))
-            if (ROOT / place).is_dir() or (ROOT / f"{place}.py").exists()
-        ]
-        assert found, module
+        assert found(module), module
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -99,7 +103,9 @@ def test_the_readme_names_every_patch():
     assert [name for name in sorted(names) if not name.startswith("cpu-") and f"`{name}`" not in readme] == []
 
 
-def test_a_wrong_path_is_found():
+def test_wrong_names_are_found():
+    assert found("mom_layers.mixing.mix_tokens") and found("linear_moe.plugin") and found("mom_layers.recur.rules")
+    assert not any(map(found, ("mom_layers.ops", "mom_layers.mixing.mix_nothing", "mom_layers.ops.mom.route")))
     assert list(paths_in("`mom_layers/ops/mom.py` and\n    python tools/none.py --load x/y")) == [
         "mom_layers/ops/mom.py", "tools/none.py",
     ]  # fmt: skip

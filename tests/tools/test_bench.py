@@ -88,7 +88,7 @@ assert seen == [3, 4, 4] and double.best_config.kwargs == {"B": 16}, (seen, doub
 
 
 def test_a_peers_configurations_are_compiled_before_they_are_timed(tmp_path):
-    """Of three configurations one does not compile; the other two are timed."""
+    """All three configurations are compiled first. One fails, fails again when timed, and is not chosen."""
     (tmp_path / "tuned.py").write_text(TUNED)
     tests = Path(__file__).parents[1]
     run = subprocess.run(
