@@ -1,7 +1,7 @@
 # PYTHON: an interpreter that has the packages; without PYTHON the commands make .venv (see tools/environment.sh).
 PYTHON ?= $(shell DEV=1 bash tools/environment.sh)
 
-.PHONY: setup train test test-gpu bench lint format
+.PHONY: setup train test test-all test-gpu bench lint format
 
 setup:
 	@DEV=1 bash tools/environment.sh
@@ -15,6 +15,12 @@ test: export OMP_NUM_THREADS = 1
 test:
 	"$(PYTHON)" -m pytest -n 2 --dist worksteal tests/linear_moe/parallel
 	"$(PYTHON)" -m pytest -n 2 --dist loadfile --ignore tests/linear_moe/parallel
+
+# Every test at full length: each layout's checkpoint in each other layout, every way to kill a run, every bad input.
+test-all: export MOM_ALL_LAYOUTS = 1
+test-all: export MOM_ALL_KILLS = 1
+test-all: export MOM_ALL_BAD_INPUTS = 1
+test-all: test
 
 # The kernels' and layers' tests, one after the other, on a machine with a GPU.
 test-gpu:

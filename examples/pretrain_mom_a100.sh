@@ -110,11 +110,26 @@ if [ $((TP * CP)) -gt 1 ] || [[ " $* " == *--tensor-model-parallel-size* || " $*
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 fi
 if [ "$GPUS" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / PROCESSES))}; fi
-"$PYTHON" -m linear_moe.entry.launch --nnodes "$NNODES" --node-rank "$NODE_RANK" \
+# SIGTERM: the ranks save and end (--exit-signal-handler). torchrun would kill them 30 seconds later, so that it ignores
+# the signal; a scheduler that sends the signal to this script alone has it passed on to the ranks.
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGINT,SIGHUP,SIGQUIT}
+asked_to_stop=0 launcher=0
+trap 'asked_to_stop=1; for rank in $(cat /proc/"$launcher"/task/*/children 2>/dev/null); do kill -TERM "$rank" || true; done' TERM
+trap : INT # torchrun ends the ranks
+(trap '' TERM && exec "$PYTHON" -m linear_moe.entry.launch --nnodes "$NNODES" --node-rank "$NODE_RANK" \
     --nproc-per-node "$PROCESSES" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
     -m linear_moe.pretrain "${model[@]}" "${training[@]}" "${parallel[@]}" "${watching[@]}" \
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER" --data-cache-path "$OUT/data-cache" \
-    --no-create-attention-mask-in-dataloader "${data_arguments[@]}" "$@"
+    --no-create-attention-mask-in-dataloader "${data_arguments[@]}" "$@") &
+launcher=$!
+while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done # a signal ends a wait
+status=0
+wait "$launcher" || status=$?
+if [ "$status" != 0 ]; then exit "$status"; fi
+if [ "$asked_to_stop" = 1 ]; then
+    echo "stopped by SIGTERM: run again to resume"
+    exit 0
+fi
 
 if [ "$NODE_RANK" = 0 ]; then
     "$PYTHON" "$here/tools/plot_run.py" --tensorboard-dir "$OUT/tensorboard" --output "$OUT" ${reference[@]+"${reference[@]}"}

@@ -19,6 +19,6 @@ def patches() -> tuple[Patch, ...]:
 
     ours = (
         dataset_helpers.PATCH, float32_parameters.PATCH, reshardable_optimizer.PATCH, trusted_checkpoints.PATCH,
-        *checkpoints.PATCHES, *cpu.PATCHES,
+        *checkpoints.patches(), *cpu.PATCHES,
     )  # fmt: skip
     return tuple({patch.name: patch for patch in ours}.values())

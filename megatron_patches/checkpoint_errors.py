@@ -4,20 +4,23 @@ Megatron passes on whatever torch raises: for a full disk or a damaged file that
 Exception, with a traceback of every rank in its text. Some problems end the run with exit status 0 (a bare sys.exit).
 """
 
-import json
 import logging
-import os
 import pickle
-import re
 import shutil
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_patches.checkpoint_folder import (
+    CheckpointError,
+    complete_iterations,
+    is_complete,
+    iteration_folder,
+)
+from megatron_patches.checkpoint_tracker import TRACKER, read_tracker
 from megatron_patches.patch import Patch, wrap
 
 logger = logging.getLogger(__name__)
@@ -31,35 +34,6 @@ SHAPE = (
 """Arguments of Megatron that decide which weights a model has and how large they are."""
 _OPTION = {"add_bias_linear": "--disable-bias-linear"}
 """Options that are not named after their argument."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read."""
-
-
-@cache
-def warn(message: str) -> None:
-    """Logs a warning once, and on the first rank only: all ranks read the same files."""
-    if os.environ.get("RANK", "0") == "0":
-        logger.warning("warning: %s", message)
-
-
-def iteration_folder(folder: Path, iteration: int) -> Path:
-    return folder / f"iter_{iteration:07d}"
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a folder holds a torch_dist checkpoint whose writing ended: metadata.json is the last file written."""
-    with suppress(OSError, ValueError):
-        json.loads((checkpoint / "metadata.json").read_text())
-        return (checkpoint / ".metadata").stat().st_size > 0
-    return False
-
-
-def complete_iterations(folder: Path) -> list[int]:
-    """Iterations of the complete torch_dist checkpoints in a folder, the oldest first."""
-    names = [path.name for path in folder.glob("iter_*") if is_complete(path)]
-    return sorted(int(name[5:]) for name in names if re.fullmatch(r"iter_\d{7,}", name))
 
 
 def cause(error: BaseException) -> str:
@@ -162,8 +136,6 @@ def _finalize(maybe_finalize_async_save, *positional, **keywords):
 
 def _load(load_base_checkpoint, load_dir, args, rank0=False, *positional, **keywords):
     """Megatron's _load_base_checkpoint, which reads the files: of all of a checkpoint, or of its arguments (rank0)."""
-    from megatron.training import checkpointing
-
     try:
         return load_base_checkpoint(load_dir, args, rank0, *positional, **keywords)
     except CheckpointError:
@@ -174,7 +146,7 @@ def _load(load_base_checkpoint, load_dir, args, rank0=False, *positional, **keyw
             raise _refusal(error, folder, args) from error
         if not rank0 and (differences := _differences(load_base_checkpoint, load_dir, args)):
             raise CheckpointError(other_model(folder, differences)) from error
-        iteration = _iteration(checkpointing, folder, args)
+        iteration = _iteration(folder, args)
         checkpoint = folder if iteration is None else iteration_folder(folder, iteration)
         raise CheckpointError(
             f"the checkpoint {checkpoint} cannot be loaded: {_damage(checkpoint) or cause(error)}; "
@@ -221,14 +193,11 @@ def _damage(checkpoint: Path) -> str | None:
     return None
 
 
-def _iteration(checkpointing, folder: Path, args) -> int | None:
+def _iteration(folder: Path, args) -> int | None:
     if getattr(args, "ckpt_step", None):
         return args.ckpt_step
-    with (
-        suppress(OSError, ValueError),
-        checkpointing.maybe_msc.open(folder / "latest_checkpointed_iteration.txt") as file,
-    ):
-        return int(file.read())
+    with suppress(OSError, ValueError):
+        return int(read_tracker(folder / TRACKER))
     return None
 
 

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megatron_patches.checkpoint_errors import (
+from megatron_patches.checkpoint_folder import (
     CheckpointError,
     complete_iterations,
     is_complete,
     iteration_folder,
     warn,
 )
-from megatron_patches.patch import Patch, Target
+from megatron_patches.patch import Patch, Target, wrap
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -70,8 +70,17 @@ def _is_legacy(checkpoint: Path) -> bool:
     return checkpoint.is_dir() and not any(checkpoint.glob("*.distcp")) and any(checkpoint.iterdir())
 
 
+def _open(open_file, path, mode="r", *positional, **keywords):
+    """Megatron's open(), with another way to the tracker file."""
+    from megatron.core.msc_utils import MultiStorageClientFeature
+
+    if Path(str(path)).name != TRACKER or MultiStorageClientFeature.is_enabled():
+        return open_file(path, mode, *positional, **keywords)
+    return written_whole(path) if mode == "w" else io.StringIO(read_tracker(path))
+
+
 class _Storage:
-    """Megatron's way to files, with another way to the tracker file."""
+    """The object through which checkpointing.py reaches files."""
 
     def __init__(self, storage):
         self._storage = storage
@@ -79,17 +88,19 @@ class _Storage:
     def __getattr__(self, name):
         return getattr(self._storage, name)
 
-    def open(self, path, mode="r", *positional, **keywords):
-        from megatron.core.msc_utils import MultiStorageClientFeature
-
-        if Path(str(path)).name != TRACKER or MultiStorageClientFeature.is_enabled():
-            return self._storage.open(path, mode, *positional, **keywords)
-        return written_whole(path) if mode == "w" else io.StringIO(read_tracker(path))
+    def open(self, *positional, **keywords):
+        return _open(self._storage.open, *positional, **keywords)
 
 
-PATCH = Patch(
-    name="checkpoint-tracker",
-    reason="latest_checkpointed_iteration.txt is written in place, and ends a run with exit status 0 when it is empty",
-    removed_when="save_checkpoint renames the file into its place, and read_metadata raises an error",
-    targets=(Target("megatron.training.checkpointing", "maybe_msc", _Storage),),
-)
+def patch() -> Patch:
+    """To be called when megatron.core may be imported."""
+    from megatron.core import msc_utils
+
+    module = "megatron.training.checkpointing"
+    has_storage = hasattr(msc_utils, "maybe_msc")  # core_v0.18 has a function
+    return Patch(
+        name="checkpoint-tracker",
+        reason="latest_checkpointed_iteration.txt is written in place; an empty one ends a run with exit status 0",
+        removed_when="save_checkpoint renames the file into its place, and read_metadata raises an error",
+        targets=(Target(module, "maybe_msc", _Storage) if has_storage else wrap(module, "open_file", _open),),
+    )

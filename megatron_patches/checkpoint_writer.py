@@ -6,7 +6,6 @@ of the run serves the results. The process that writes asynchronous checkpoints 
 killed when its run ends.
 """
 
-import atexit
 import multiprocessing
 import os
 import queue
@@ -15,12 +14,12 @@ import threading
 import uuid
 from contextlib import suppress
 from functools import partial
-from multiprocessing import connection
+from multiprocessing import connection, util
 
 import torch
 
 from megatron_patches import child_processes
-from megatron_patches.checkpoint_errors import CheckpointError
+from megatron_patches.checkpoint_folder import CheckpointError
 from megatron_patches.patch import Patch, apply_all, replace, wrap
 
 _WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
@@ -162,13 +161,13 @@ def _start_worker(get_process, caller_class, rank, mp_mode="spawn", *positional,
     _closing = False
     with child_processes.started_without_stop_signals():
         process = get_process(caller_class, rank, "spawn", *positional, **keywords)
-    atexit.register(_kill, process)
+    util.Finalize(None, _kill, (process,), exitpriority=100)
     threading.Thread(target=_watch, args=(process,), name="checkpoint-worker", daemon=True).start()
     return process
 
 
 def _kill(process: multiprocessing.Process) -> None:
-    """Comes before multiprocessing's own end of the worker: a SIGTERM, which is blocked there, and a wait."""
+    """At the end of this process, before multiprocessing sends a SIGTERM, which the worker has blocked, and waits."""
     global _closing
     _closing = True
     process.kill()

@@ -34,7 +34,10 @@ if [ -n "${MOM_PYTHON:-}" ]; then
 fi
 
 extras=()
-if [ -n "${DEV:-}" ]; then extras=("pytest>=8" "pytest-timeout>=2.3" "pytest-xdist>=3.6" "lm_eval>=0.4.9" "ruff>=0.12" "import-linter>=2.17"); fi
+if [ -n "${DEV:-}" ]; then
+    extras=("pytest>=8" "pytest-timeout>=2.3" "pytest-xdist>=3.6" "lm_eval>=0.4.9" "ruff>=0.12" "import-linter>=2.17"
+        "peft>=0.18" "trl>=1.0")
+fi
 wanted="$(cat requirements.txt) ${extras[*]-}"
 if [ -x .venv/bin/python ] && [[ "$(cat .venv/installed 2>/dev/null)" == "$wanted"* ]]; then
     echo "$PWD/.venv/bin/python"

@@ -18,16 +18,19 @@ from megatron_patches import (
     reshardable_optimizer,
     trusted_checkpoints,
 )
-from megatron_patches.patch import apply_all
+from megatron_patches.child_processes import end_with_parent
+from megatron_patches.patch import Patch, apply_all
 
-TRAINING_PATCHES = (
-    float32_parameters.PATCH,
-    reshardable_optimizer.PATCH,
-    trusted_checkpoints.PATCH,
-    *checkpoints.PATCHES,
-    checks.PATCH,
-)
-"""Patches of every run with MoM layers, whichever door it came through."""
+
+def training_patches() -> tuple[Patch, ...]:
+    """Patches of every run with MoM layers, whichever door it came through. Imports megatron.core."""
+    return (
+        float32_parameters.PATCH,
+        reshardable_optimizer.PATCH,
+        trusted_checkpoints.PATCH,
+        *checkpoints.patches(),
+        checks.PATCH,
+    )
 
 
 def start() -> None:
@@ -37,6 +40,8 @@ def start() -> None:
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
         os.environ.update({name: str(value) for name, value in alone.items()})
     use_loopback_store("torch.distributed.rendezvous")
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks whose torchrun was killed would train on beside a restarted job
+        end_with_parent()
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         from megatron_patches import cpu
@@ -49,7 +54,7 @@ def start() -> None:
 def prepare_machine() -> None:
     """`start`, and the patches that training with MoM layers needs. Call it before importing ``megatron.training``."""
     start()
-    apply_all(TRAINING_PATCHES)
+    apply_all(training_patches())
 
 
 def accelerated_parts() -> dict[str, str | None]:

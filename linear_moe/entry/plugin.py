@@ -65,7 +65,7 @@ def training_patches() -> tuple[Patch, ...]:
     """Patches of a run of another script with MoM layers, once Megatron has built the configuration."""
     from linear_moe.watching.reporter import AddedLineReporter
 
-    return (*machine.TRAINING_PATCHES, AddedLineReporter().patch())
+    return (*machine.training_patches(), AddedLineReporter().patch())
 
 
 def launcher_patches() -> tuple[Patch, ...]:

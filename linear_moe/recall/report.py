@@ -13,6 +13,7 @@ from linear_moe.recall.matching import ATTENTION, MATCHES, STATE_PER_MEMORY, Com
 from linear_moe.recall.models import Mixer, count_parameters
 from linear_moe.recall.runs import Plan, StepTimes, best_rates, finished_rows
 from linear_moe.recall.training import Job, Settings
+from linear_moe.temporary import save_figure
 
 matplotlib.use("Agg")
 
@@ -229,7 +230,7 @@ def _emphasis(mixer: Mixer) -> dict:
 
 def _save(figure, path: Path, title: str) -> None:
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
     plt.close(figure)
 
 

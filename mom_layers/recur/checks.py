@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from mom_layers.common.checks import check_borders
 from mom_layers.common.sizes import FLOAT_TYPES, HEAD_SIZES
 
 
 def check_shapes(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, initial_state: torch.Tensor | None
 ) -> None:
-    """Raises ValueError unless q and k are [R, H, K], v [R, H, V] and the initial state [S, H, K, V] or absent."""
+    """Raises ValueError unless q and k are [R, H, K], v [R, H, V], the initial state [S, H, K, V] or absent, and
+    cu_seqlens [S + 1] never decreasing from 0 to R (`mom_layers.common.checks` says where values are checked)."""
     if q.dim() != 3 or k.shape != q.shape or v.dim() != 3 or v.shape[:2] != q.shape[:2]:
         raise ValueError(
             f"q and k must be [R, H, K] and v [R, H, V], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
         )
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.is_floating_point():
+        raise ValueError(f"cu_seqlens must be [S + 1] integers, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    check_borders(cu_seqlens, q.shape[0])
     if initial_state is not None:
         state_shape = (cu_seqlens.shape[0] - 1, q.shape[1], q.shape[2], v.shape[2])
         if initial_state.shape != state_shape:
@@ -41,7 +46,7 @@ def check_for_triton(
     for name, gate in gates.items():
         if gate.dtype not in FLOAT_TYPES:
             raise ValueError(f"{name} must be of a type in {FLOAT_TYPES}, got {gate.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
+    if cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens must be [S + 1] int32, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
     if initial_state is not None and initial_state.dtype != torch.float32:
         raise ValueError(f"initial_state must be float32, got {initial_state.dtype}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mom_layers.common.checks import check_borders, checks_values
 from mom_layers.common.kernels import resolve_kernels
 from mom_layers.common.sizes import MAX_MEMORIES
 
@@ -132,6 +133,11 @@ def _check(memory_ids, token_cu_seqlens, num_memories, shared, token_mask, kerne
             "token_cu_seqlens must be int32 [B + 1] with B >= 1, "
             f"got {token_cu_seqlens.dtype} {list(token_cu_seqlens.shape)}"
         )
+    check_borders(token_cu_seqlens, memory_ids.shape[0], "token_cu_seqlens")
+    if checks_values(memory_ids) and memory_ids.numel():
+        least, most = int(memory_ids.min()), int(memory_ids.max())
+        if least < 0 or most >= num_memories:
+            raise ValueError(f"memory_ids must be from 0 to {num_memories - 1}, got {least} to {most}")
     if token_mask is not None and (token_mask.dtype != torch.bool or token_mask.shape != memory_ids.shape[:1]):
         raise ValueError(f"token_mask must be bool [{tokens}], got {token_mask.dtype} {list(token_mask.shape)}")
     # A larger number would wrap around and name wrong rows.

@@ -22,7 +22,7 @@ from megatron_patches.checkpoint_errors import CheckpointError, complete_iterati
 from megatron_patches.checkpoint_tracker import TRACKER, read_tracker, written_whole
 from megatron_patches.patch import apply_all, undo_all
 
-ALL = (*checkpoints.PATCHES, checks.PATCH)
+ALL = (*checkpoints.patches(), checks.PATCH)
 
 
 def stored_targets():
@@ -109,7 +109,7 @@ def test_another_tracker_leads_to_the_newest_complete_checkpoint_or_to_an_error(
 
 def test_megatron_reads_and_writes_the_tracker_this_way(folder, caplog):
     checkpointing = import_module("megatron.training.checkpointing")
-    patch = checkpoints.PATCHES[0]
+    patch = checkpoints.patches()[0]
     (folder / TRACKER).write_text("")
     with pytest.raises(SystemExit) as silent:
         checkpointing.read_metadata(str(folder / TRACKER))

@@ -14,6 +14,7 @@ from comparison import DEVICE, TOLERANCE, relative_error
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mom_layers.common.sizes import HEAD_SIZES
 from mom_layers.recur.chunk_table import chunk_table
 from mom_layers.recur.kernel_sets import Chip
 from mom_layers.recur.rules.gated_deltanet import gated_delta_rule_reference
@@ -288,6 +289,14 @@ def test_gated_delta_rule_triton_at_every_tile(key_size, value_size, few_program
     monkeypatch.setattr(hopper_launches, "FEW_PROGRAMS", few_programs)
     compare([64, 0, 130, 1], 2, key_size, value_size, torch.bfloat16, dg_bound=1.2)
     compare([64 * 9 + 5, 3, 63, 64], 2, key_size, value_size, torch.bfloat16, state=False, final=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("key_size", "value_size"), list(itertools.product(HEAD_SIZES, repeat=2)))
+def test_gated_delta_rule_triton_at_every_head_size(key_size, value_size):
+    """Several launches, for a fault of the compiler may show in some only: 64 keys and fewer values once did."""
+    for _ in range(3):
+        compare([200, 64, 3, 330, 0, 130], 2, key_size, value_size, torch.bfloat16, dg_bound=1.2)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from linear_moe.commands import preprocess_data
 from linear_moe.corpus import tokenizer as corpus_tokenizer
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -34,3 +35,16 @@ def corpus(tmp_path) -> Path:
     path.parent.mkdir()
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in STORIES))
     return path
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer_folder):
+    """Runs the tool in this process; the output prefix is tmp_path/out/data."""
+
+    def run_tool(source, *options, output=tmp_path / "out" / "data", workers=1, tokenizer=("--tokenizer",)):
+        if tokenizer == ("--tokenizer",):
+            tokenizer = ("--tokenizer", tokenizer_folder)
+        argv = ["--input", source, "--output", output, "--workers", workers, *tokenizer, *options]
+        return preprocess_data.main([str(argument) for argument in argv])
+
+    return run_tool

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from mom_layers.common.kernels import compute_dtype, resolve_kernels
 from mom_layers.common.reference import bounds, unit_length
+from mom_layers.common.sizes import HEAD_SIZES
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs, dense_transition
 from mom_layers.recur.scalar_delta import gated_delta_rule
@@ -132,7 +133,7 @@ RULE = MemoryRule(
     recurrence_flops=recurrence_flops,
     diagonal_transition=False,
     unit_length_keys=True,
-    head_sizes=(16, 32, 64, 128, 256),
+    head_sizes=HEAD_SIZES,
     initial_state_gradient=initial_state_gradient,
     decode_step=decode_step,
 )

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from mom_layers.common.kernels import compute_dtype
 from mom_layers.common.reference import bounds
+from mom_layers.common.sizes import HEAD_SIZES
 from mom_layers.recur.channel_decay import gated_linear_attention
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs
@@ -122,5 +123,5 @@ RULE = MemoryRule(
     recurrence_flops=recurrence_flops,
     diagonal_transition=True,
     unit_length_keys=False,
-    head_sizes=(16, 32, 64, 128, 256),
+    head_sizes=HEAD_SIZES,
 )
