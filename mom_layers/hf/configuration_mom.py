@@ -64,5 +64,5 @@ MomConfig.__doc__ = f"""The keys and defaults of `fla.models.mom`'s configuratio
 {_ROWS}
 
     Raises:
-        ValueError: a value with which the model would not compute what the key says.
+        ValueError: a value that no layer here can honour.
     """

@@ -63,13 +63,13 @@ FIELDS = (
     Field("topk", 2, "memories a token goes to", megatron="mom_topk", setting="topk"),
     Field("shared_mem", True, "whether there is a memory that every token goes to", megatron="mom_shared_memory",
           setting="shared_memory"),
-    Field("single_kv_proj", False, "one projection of keys, values and raw gates for all memories",
+    Field("single_kv_proj", False, "one key, value and gate projection for all memories",
           megatron="mom_single_kv_proj", setting="single_kv_proj"),
     Field("mom_backend", "gated_deltanet", "name of the memory update rule", megatron="mom_rule", setting="rule_name"),
     Field("attn", None, "None, or which layers are softmax attention instead: {\"layers\": [indices], \"num_heads\", "
           "\"num_kv_heads\", \"qkv_bias\", \"window_size\", \"rope_theta\"}, or a list of such entries"),
     Field("hidden_ratio", 4, "width of the MLP over D, times 3 / 2", exported=None),
-    Field("intermediate_size", None, "width of the MLP; when absent, the multiple of 256 at or above D * hidden_ratio "
+    Field("intermediate_size", None, "width of the MLP; without it the multiple of 256 at or above D * hidden_ratio "
           "* 2 / 3", megatron="ffn_hidden_size"),
     Field("hidden_act", "swish", "activation of the MLP", accepted=("swish", "silu"),
           refusal="the MLP is down(SiLU(gate x) * up x)"),

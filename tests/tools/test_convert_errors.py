@@ -145,7 +145,7 @@ def test_an_incomplete_model(refused, tmp_path, model):
     assert "model-00001-of-00002.safetensors is missing" in refused(convert_from_hf, model)
 
 
-def test_a_tokenizer_that_does_not_fit(refused, model, checkpoint, tokenizer_folder, tmp_path):
+def test_tokenizer_that_does_not_fit(refused, model, checkpoint, tokenizer_folder, tmp_path):
     assert "400 tokens" in refused(convert_to_hf, checkpoint, "--tokenizer", tokenizer_folder)
     assert "400 tokens" in refused(convert_from_hf, model, "--tokenizer", tokenizer_folder)
     assert "has no tokenizer" in refused(convert_to_hf, checkpoint, "--tokenizer", tmp_path)

@@ -96,7 +96,7 @@ def test_table_and_picture(export, book, tmp_path, capsys):
     assert "1 windows of 512 tokens" in out and "bytes of state" in out
 
 
-def test_texts_that_cannot_be_measured_are_refused(export, book, tmp_path, capsys):
+def test_what_cannot_be_measured(export, book, tmp_path, capsys):
     short = tmp_path / "short.txt"
     short.write_text("a b")
     cases = [

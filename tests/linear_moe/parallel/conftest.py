@@ -67,7 +67,7 @@ def once(folder, train, *arguments):
 def trained(tmp_path_factory, documents):
     """trained(layout, model) -> losses of ten steps, and the folder of checkpoints after one, eight and ten.
 
-    Pipeline stages draw their weights from seeds of their own: runs with stages start from the weights of one process.
+    Pipeline stages draw their weights from seeds of their own, so those runs start from the weights of one process.
     """
 
     shared = tmp_path_factory.getbasetemp()
