@@ -2,7 +2,7 @@
 # Pretrains a Mixture-of-Memories language model. With nothing set:
 #   CUDA devices   the MoM paper's 380M recipe on all of them
 #   none, or DEMO=1   a model of a few million parameters, a few minutes on two CPU cores
-# Both make their environment, prepare data, train, and draw the loss and the memories' load. Run it again to resume.
+# Both make their environment, prepare data, train, and draw the loss and the memories' load. The same command resumes.
 # Any setting below can be given in the environment; arguments after the script go to Megatron as they are.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

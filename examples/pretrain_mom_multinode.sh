@@ -3,7 +3,7 @@
 #   NNODES=8 NODE_RANK=0 MASTER_ADDR=node0 MODEL=1.3b DATA_PATH=/data/text TOKENIZER=/data/tokenizer \
 #       bash examples/pretrain_mom_multinode.sh --overlap-grad-reduce --overlap-param-gather
 # MODEL is 380m (the main script's own settings), 1.3b (the MoM paper's) or 7b (our choice, not trained yet). It fills in
-# only what the environment leaves open. All other settings and the arguments are those of the main script.
+# only what the environment leaves open. All other settings and the arguments are the same as of the main script.
 # Every node must see the same repository, data and OUT.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs pretrain_mom_multinode.sh on the nodes of a Slurm job, one launcher on each. From the repository's folder:
+# Runs pretrain_mom_multinode.sh on the nodes of a Slurm job, one torchrun on each. From the repository's folder:
 #   MODEL=1.3b DATA_PATH=/data/text TOKENIZER=/data/tokenizer \
 #       sbatch --nodes 8 --gpus-per-node 8 --time 24:00:00 examples/pretrain_mom_slurm.sh --overlap-grad-reduce
-# Settings and arguments are those of that script. Shortly before the time limit, and when it is preempted with a grace
-# time, the job saves a checkpoint, goes back into the queue and resumes; killed outright it resumes from its last one.
+# Settings and arguments are the same as of that script. Shortly before the time limit, and when a preemption leaves
+# time, the job saves a checkpoint, goes back into the queue and resumes; a killed job resumes from its last checkpoint.
 #SBATCH --job-name=mom
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
@@ -28,8 +28,8 @@ hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=${hosts%%$'\n'*}
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 MOM_PYTHON=$(bash tools/environment.sh) # made once, not by every node
-# The launcher would kill its ranks 30 seconds after SIGTERM, in the middle of a checkpoint. Slurm signals every process
-# of a step, so the ranks hear it themselves.
+# torchrun would kill its ranks 30 seconds after SIGTERM, in the middle of a checkpoint. Slurm signals every process of
+# a step, so that the ranks receive the signal without torchrun.
 PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT
 export NNODES MASTER_ADDR MASTER_PORT MOM_PYTHON PET_SIGNALS_TO_HANDLE
 

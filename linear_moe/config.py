@@ -67,7 +67,7 @@ class MomTransformerConfig(TransformerConfig):
     """Width of the causal convolutions on queries, keys and values."""
 
     mom_single_kv_proj: bool = False
-    """Whether all memories use one key, value and gate projection."""
+    """Whether all memories use one projection of keys, values and raw gates."""
 
     mom_aux_loss_coeff: float = 1e-3
     """Coefficient of the memory router's load-balancing loss; 0 switches the loss off."""

@@ -23,12 +23,12 @@ class MixtureOfMemories(nn.Module):
         num_heads: H.
         head_dim: key size K of a head.
         expand_v: value size V = K * expand_v.
-        num_memories: M, without the shared one.
-        topk: memories a token goes to.
+        num_memories: M, without the shared memory.
+        topk: routed memories that a token goes to.
         shared_memory: add the memory that every token goes to.
         conv_kernel: width W of the causal convolutions on q, k and v.
-        rule: name of the update rule.
-        single_kv_proj: one key, value and gate projection for all memories instead of one each.
+        rule: name of the memory update rule.
+        single_kv_proj: one projection of keys, values and raw gates for all memories, instead of one a memory.
         norm_eps: of the output norm.
         kernels: "auto" (Triton on CUDA, PyTorch elsewhere), "torch" or "triton"; also taken as ``backend``.
 
@@ -116,7 +116,7 @@ class MixtureOfMemories(nn.Module):
 
         Args:
             x: [B, T, D].
-            state: of an earlier call over the same sequences, to continue from; T may be 1 (decoding).
+            state: the state that an earlier call over the same sequences returned; T may be 1 (decoding).
             output_state: also return the state after the last token.
             cu_seqlens: [docs + 1] int32, for packed documents in one row (B = 1): nothing crosses their borders. Values
                 are checked on the CPU; on a GPU with ``MOM_CHECK=1``, since the check waits for the device.
@@ -154,11 +154,12 @@ class MixtureOfMemories(nn.Module):
     @torch.no_grad()
     def step(self, x: torch.Tensor, state: MemoryState) -> torch.Tensor:
         """Decodes one token of every sequence and changes ``state`` in place: what :meth:`forward` computes with T = 1,
-        in few launches, touching only the memories that a token goes to. A CUDA graph can hold it.
+        in few launches, reading and writing only the memories that a token goes to. A CUDA graph can hold
+        the step.
 
         Args:
             x: [B, D].
-            state: of these sequences, from a prefill (``output_state=True``) or earlier steps.
+            state: the state of these sequences, from a prefill (``output_state=True``) or earlier steps.
 
         Returns:
             out [B, D].
@@ -180,6 +181,7 @@ class MixtureOfMemories(nn.Module):
         return TokenMaps(query=self.q_proj, output_gate=self.gate_proj, out=self.out_proj)
 
     def memory_parameters(self) -> MemoryParameters:
+        """The weights that act on rows."""
         return MemoryParameters(
             rule=self.rule,
             projection=self.memory_proj,

@@ -49,15 +49,15 @@ class TokenMaps:
 
 @dataclass(frozen=True)
 class MemoryParameters:
-    """The weights that act on rows, for the heads that are here (all heads, or those of one tensor-parallel rank).
+    """The weights that act on rows, for the heads of this rank (all heads without tensor parallelism).
 
     Attributes:
-        rule: the update rule.
+        rule: the memory update rule.
         projection: [A, O, D] with O = H K + H V + H * (columns of the raw gates): keys, values and raw gates of each
             memory in one matrix, in this order; [1, O, D] where all memories share one projection. Or a function that
             projects tokens [N, D] to [A, N, O] (or [1, N, O]), for modules that must be called.
         q_conv, k_conv: [H K, W]. v_conv: [H V, W].
-        rule_parameters: the rule's own, [H, ...] each.
+        rule_parameters: the rule's own parameters, [H, ...] each.
         norm_weight: [V].
         num_heads: H.
         norm_eps: of the output norm.
@@ -109,12 +109,12 @@ def mix_tokens(
     output_state: bool = False,
     kernels: str = "auto",
 ) -> tuple[torch.Tensor, MemoryState | None, torch.Tensor]:
-    """A whole layer: routes tokens, runs the memories, mixes what they answer, projects the output.
+    """A whole layer: routes tokens, runs the memories, mixes their outputs, projects the result.
 
     Args:
         x: [B, T, D].
         router: [N, D] -> [N, M] logits.
-        maps, parameters, settings: of the layer.
+        maps, parameters, settings: the layer's.
         cu_seqlens: [sequences + 1] int32, first of the B T tokens of every sequence, then their number.
         token_mask: [B, T] bool, False at padding. Padding reaches no memory, and its outputs are zero.
         state: what earlier calls left for these sequences.
@@ -159,8 +159,8 @@ def step_tokens(
 
     Args:
         x: [B, D].
-        router, maps, parameters, settings: as of :func:`mix_tokens`; :func:`has_step` must hold.
-        state: of the B sequences.
+        router, maps, parameters, settings: as for :func:`mix_tokens`; :func:`has_step` must hold.
+        state: the layer's state of the B sequences.
 
     Returns:
         out [B, D] and the router's logits [B, M].
@@ -222,7 +222,7 @@ def mix_memories(
     sequence_slice: SequenceSlice | None = None,
     kernels: str = "auto",
 ) -> tuple[torch.Tensor, MemoryState | None]:
-    """Projects, convolves, runs every memory's recurrence, and mixes what the memories answer.
+    """Projects, convolves, runs every memory's recurrence, and mixes the memories' outputs.
 
     Args:
         x: [N, D] tokens, in the plan's order.
@@ -262,7 +262,7 @@ def read_memories(
     sequence_slice: SequenceSlice | None = None,
     kernels: str = "auto",
 ) -> tuple[torch.Tensor, MemoryState | None]:
-    """Projects, convolves and runs every memory's recurrence; arguments as of :func:`mix_memories`.
+    """Projects, convolves and runs every memory's recurrence; arguments as for :func:`mix_memories`.
 
     Returns:
         o [R, H, V], what every row reads from its memory, and the new state or None.
@@ -327,6 +327,6 @@ def _project(x, plan: RoutingPlan, projection, kernels: str) -> tuple[torch.Tens
     tokens = projection(x)
     if tokens.shape[0] == 1 and plan.num_all_memories > 1:
         return tokens[0], True
-    # Masked rows lie in one more segment at the end, whose memory does not matter.
+    # Masked rows lie in one more segment at the end; their outputs are dropped, so that any memory will do.
     memory_of_row = (plan.segment_of_row // plan.num_sequences).clamp(max=tokens.shape[0] - 1)
     return tokens.flatten(0, 1).index_select(0, memory_of_row * tokens.shape[1] + plan.token_of_row), False

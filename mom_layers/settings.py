@@ -17,16 +17,16 @@ class MixerSettings:
         head_dim: key size K of a head.
         expand_v: value size V = K * expand_v.
         num_memories: M, without the shared memory.
-        topk: memories that a token goes to.
+        topk: routed memories that a token goes to.
         shared_memory: add the memory that every token goes to.
         conv_kernel: width W of the causal convolutions on q, k and v.
-        rule_name: name of the update rule.
-        single_kv_proj: one key, value and gate projection for all memories instead of one projection a memory.
+        rule_name: name of the memory update rule.
+        single_kv_proj: one projection of keys, values and raw gates for all memories, instead of one a memory.
         norm_eps: of the output norm.
         kernels: "auto" (Triton on CUDA, PyTorch elsewhere), "torch" or "triton".
 
     Raises:
-        ValueError: a size or a name that no layer can have, with its value.
+        ValueError: a size or a name that no layer can have. The message has the value.
     """
 
     num_heads: int = 4
@@ -91,7 +91,7 @@ class MixerSettings:
 
     @property
     def num_projections(self) -> int:
-        """Projections of keys, values and gates: one a memory, or one in all."""
+        """Projections of keys, values and raw gates: one a memory, or one for all memories."""
         return 1 if self.single_kv_proj else self.num_all_memories
 
     def has_kernels(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a layer remembers between calls: constant in the number of tokens seen."""
+"""What a layer keeps between calls. Its size does not depend on the number of tokens seen."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 @dataclass
 class MemoryState:
-    """State of one layer for B sequences and G memories (the shared one last).
+    """State of one layer for B sequences and all memories A, the shared memory last.
 
     Attributes:
-        recurrent: [B, G, H, K, V] float32 (float64 in a float64 model).
-        q_tail, k_tail: [B, G, W - 1, H * K], the last inputs of each memory's convolutions, most recent last.
-        v_tail: [B, G, W - 1, H * V].
+        recurrent: [B, A, H, K, V] float32 (float64 in a float64 model), what the memories hold.
+        q_tail, k_tail: [B, A, W - 1, H * K], the last inputs of each memory's convolutions, the latest last.
+        v_tail: [B, A, W - 1, H * V].
     """
 
     recurrent: torch.Tensor
@@ -27,10 +27,11 @@ class MemoryState:
         return MemoryState(*(getattr(self, f.name).index_select(0, index) for f in fields(self)))
 
     def copy_(self, other: MemoryState) -> None:
-        """Takes over another state's numbers, in place."""
+        """Copies another state's numbers into this state's tensors."""
         for f in fields(self):
             getattr(self, f.name).copy_(getattr(other, f.name))
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(getattr(self, f.name).nbytes for f in fields(self))

@@ -56,7 +56,7 @@ DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
 MIXERS = ("mom", "softmax")
 PREFILL = 16384  # tokens a call
 USABLE = 0.9  # of the free memory; the rest is for weights and what a step computes
-# Flash attention splits one query's keys over the GPU, which what PyTorch prefers for training need not do.
+# Flash attention splits one query's keys over the GPU; the kernels that PyTorch prefers for training may not.
 ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 FIELDS = (*VERSIONS, "what", "parameters", "batch", "context")
 FIELDS += ("ms_per_token", "eager_ms_per_token", "tokens_per_second", "state_bytes_per_sequence")

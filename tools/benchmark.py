@@ -76,7 +76,7 @@ def tune_quickly() -> None:
         self._do_bench = self._do_bench or partial(do_bench, warmup=5, rep=15)
         configs = prune_configs(self, kwargs)
         with ThreadPoolExecutor() as executor, AsyncCompileMode(executor, ignore_errors=True):
-            for config in configs:  # those that fail here fail again when timed, and are left out there
+            for config in configs:  # a configuration that fails here fails again when timed, and is left out there
                 with contextlib.suppress(Exception):
                     self.fn.run(**{**self.nargs, **kwargs, **config.all_kwargs(), "warmup": True})
         return configs

@@ -4,7 +4,7 @@ Megatron keeps weights that it multiplies together in one tensor; the Hugging Fa
 own. A :class:`WeightRow` says which Hugging Face tensors one Megatron tensor holds; its :class:`Transform` splits the
 Megatron tensor and joins the parts again, without arithmetic, so that a round trip is exact to the bit. Shapes are part
 of the table: a row names the dimensions of each Hugging Face tensor, and Megatron's shape follows by joining. The rows
-of a memory's gates and parameters come from the memory update rule.
+of raw gates and of a rule's parameters come from the memory update rule.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from mom_layers.recur.rules import MemoryRule, get_rule
 
 @dataclass(frozen=True)
 class Layout:
-    """The sizes of a model that its names and shapes depend on.
+    """The sizes of a model on which the names and shapes of its tensors depend.
 
     Attributes:
         dims: size of every dimension that the table names.
         num_layers: of the decoder.
         attention_layers: indices of the layers whose token mixer is softmax attention.
-        num_memories: of a MoM layer, without the shared one.
-        shared_memory: whether there is a shared one.
-        single_kv_proj: whether all memories have one projection, which is the shared one's.
+        num_memories: of a MoM layer, without the shared memory.
+        shared_memory: whether a layer has a shared memory.
+        single_kv_proj: whether all memories have one projection; its tensors then have the shared memory's names.
         tied: the output layer uses the embedding's weight.
         num_query_groups: key-value heads of a softmax layer.
         memory_rule: name of the memory update rule.
@@ -84,7 +84,7 @@ def _join_qkv(parts: Sequence[Tensor], layout: Layout) -> Tensor:
     return torch.cat([part.view(groups, -1, hidden) for part in parts], dim=1).flatten(0, 1)
 
 
-# Megatron orders the rows of its fused projection by group: its queries, its key, its value, then the next group.
+# Megatron orders the rows of its fused projection by query group: queries, key and value of the first group, and so on.
 QKV = Transform(split=_split_qkv, join=_join_qkv)
 
 
@@ -94,8 +94,8 @@ class WeightRow:
 
     Attributes:
         megatron: name, in a layer without its prefix.
-        hf: (name, dimensions) of each, in a layer without its prefix. A name with ``{memory}`` stands for one tensor a
-            memory, and for no tensor where all memories share a projection.
+        hf: (name, dimensions) of each Hugging Face tensor, in a layer without its prefix. A name with ``{memory}``
+            stands for one tensor a memory, and for no tensor where all memories share a projection.
         transform: how the Megatron tensor holds the Hugging Face tensors.
         layers: which layers have the tensor ("mom", "attention" or "all"); None for a tensor outside the layers.
         padded: Megatron may store more rows than the model has (vocabulary padding).
@@ -125,7 +125,7 @@ def _mom(megatron: str, hf: str, dims: str, **kwargs) -> WeightRow:
 
 
 def weight_rows(rule: MemoryRule) -> tuple[WeightRow, ...]:
-    """The table for models whose memories have this update rule: before the layers, in them, after them."""
+    """The table for models whose memories have this rule: before the layers, in them, after them."""
     gates = [_per_memory(gate.hf, gate.name, f"gate.{gate.name}") for gate in rule.raw_gates]
     parameters = [
         _mom(name, name, " ".join(["heads", *(f"{name}.{i}" for i in range(len(shape)))]), exact=True)
@@ -185,7 +185,7 @@ EXTRA_STATES = {
     "all": ("mlp.linear_fc1", "mlp.linear_fc2"),
     None: ("decoder.final_layernorm",),
 }
-"""Modules that ask a checkpoint for an ``_extra_state`` (Transformer Engine's for FP8), empty in ours."""
+"""Modules that read an ``_extra_state`` from a checkpoint (Transformer Engine's, for FP8), which is empty here."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Mixture-of-Memories as Megatron's token mixer: projections sharded by head around :mod:`mom_layers`.
 
 Shape legend: s tokens a sequence, b sequences, h hidden size, H heads here (all / tensor-parallel size), K key size,
-V value size, G groups (memories and the shared one).
+V value size.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class MomTokenMixerSubmodules:
 class MomTokenMixer(MegatronModule):
     """Drop-in for a Megatron layer's ``self_attention``.
 
-    Heads are sharded over the tensor-parallel group: queries, gates, every memory's projection, convolutions and the
-    rule's parameters by head; the router and the per-head norm are whole on every rank. Memories are sharded over the
-    expert-parallel group: ``memory_proj`` then holds this rank's, and ``shared_proj`` the shared memory's. Without
-    expert parallelism ``memory_proj`` holds them all, for one grouped product. Sequences lie over the context-parallel
-    group in Megatron's order (or, with ``contiguous_context_slices``, in that of time), and inside the mixer in the
-    order of time.
+    Heads are sharded over the tensor-parallel group: queries, output gates, every memory's projection, convolutions and
+    the rule's parameters by head; the router and the per-head norm are whole on every rank. Memories are sharded over
+    the expert-parallel group: ``memory_proj`` then holds the projections of this rank's memories, and ``shared_proj``
+    the projection of the shared memory. Without expert parallelism ``memory_proj`` holds the projections of all
+    memories, for one grouped product. Sequences are cut over the context-parallel group in Megatron's order (or, with
+    ``contiguous_context_slices``, in the order of time); inside the mixer they are in the order of time.
     """
 
     def __init__(
@@ -142,16 +142,16 @@ class MomTokenMixer(MegatronModule):
         self.k_conv = parameter(self.key_width, width, sharded_dim=0)
         self.v_conv = parameter(self.value_width, width, sharded_dim=0)
         self.norm_weight = parameter(config.mom_value_dim)
-        for gate, shape in self.rule.parameter_shapes(config.mom_head_dim).items():
+        for own, shape in self.rule.parameter_shapes(config.mom_head_dim).items():
             # float32 whatever the model's type
-            self.register_parameter(gate, parameter(self.num_heads, *shape, dtype=torch.float32, sharded_dim=0))
+            self.register_parameter(own, parameter(self.num_heads, *shape, dtype=torch.float32, sharded_dim=0))
         if config.perform_initialization:
             self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws the parameters. Those drawn on the CPU are drawn whole and cut by head, so that every tensor-parallel
-        layout starts from the same weights."""
+        """Draws the parameters. A parameter that is drawn on the CPU is drawn whole and cut by head, so that every
+        tensor-parallel layout starts from the same weights."""
         config = self.config
         rank, tp_size = self.tp_group.rank(), self.tp_group.size()
 
@@ -194,15 +194,16 @@ class MomTokenMixer(MegatronModule):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states [s, b, h] ([s / tp, b, h] with sequence parallelism). Returns the same shape and a None bias.
 
-        The attention mask and rotary embeddings do not concern a recurrence; packed documents come by their borders.
-        Under context parallelism s is this rank's part of the sequence, chunks r and 2 P - 1 - r of it (of the whole
-        row of packed documents, whose borders count its tokens: what ``get_batch_on_this_cp_rank`` makes with
-        ``use_per_sequence_balancing``; a zigzag within every document is not supported).
+        A recurrence reads neither an attention mask nor rotary embeddings. ``packed_seq_params`` has the borders of
+        packed documents. Under context parallelism rank r of P holds s tokens of each sequence: chunks r and
+        2 P - 1 - r of 2 P. With packed documents the row of all documents is cut so, and the borders count the tokens
+        of that whole row, as ``get_batch_on_this_cp_rank`` makes it with ``use_per_sequence_balancing``. A zigzag
+        within every document is not supported.
         """
         if inference_context is not None:
             raise NotImplementedError(
-                "Megatron's inference engines do not know the memories' state: convert the checkpoint with "
-                "tools/convert_to_hf.py and generate from that"
+                "Megatron's inference engines do not keep the memories' states: convert the checkpoint with "
+                "tools/convert_to_hf.py and generate text from the export"
             )
         if self.order is not None:
             hidden_states = self.order.to_contiguous(hidden_states)
@@ -211,15 +212,15 @@ class MomTokenMixer(MegatronModule):
         x, weights, ids = self._all_tokens(hidden_states, weights, ids)
         length, batch = x.shape[:2]
         borders, sequence_slice = self._token_borders(packed_seq_params, batch, length, x.device)
-        # The plan wants the tokens of a sequence together. What they carry stays as it is, but where tokens are sent.
+        # The plan takes ids sequence by sequence. All other tensors stay time first; the plan is reordered for them.
         ids = ids.transpose(0, 1).flatten(0, 1)
-        q, gate = projected.flatten(0, 1).split([self.key_width, self.value_width], dim=1)
+        q, output_gate = projected.flatten(0, 1).split([self.key_width, self.value_width], dim=1)
         routed = self._memory_parameters(self.memory_proj)
         if self.splits_memories:
             y = mix_memories_over_ranks(
                 x.flatten(0, 1),
                 q,
-                gate,
+                output_gate,
                 weights.flatten(0, 1),
                 ids,
                 borders,
@@ -235,7 +236,7 @@ class MomTokenMixer(MegatronModule):
             )
         else:
             y, _ = mix_routed(
-                x.flatten(0, 1), q, gate, weights.flatten(0, 1), ids, borders, routed, self.settings,
+                x.flatten(0, 1), q, output_gate, weights.flatten(0, 1), ids, borders, routed, self.settings,
                 time_major=batch > 1, sequence_slice=sequence_slice, kernels=self.config.mom_kernels,
             )  # fmt: skip
         y = y.unflatten(0, (length, batch))
@@ -259,8 +260,8 @@ class MomTokenMixer(MegatronModule):
         )
 
     def _token_borders(self, packed_seq_params, batch, length, device):
-        """First token of every sequence or packed document, then the number of tokens: [B + 1] int32. And where the
-        tokens are a slice of longer sequences, that slice.
+        """Borders [B + 1] int32: first token of every sequence or packed document, then the number of tokens. Under
+        context parallelism also the slice that this rank holds, else None.
         """
         ranks = self.cp_group.size()
         if packed_seq_params is None:
@@ -271,7 +272,7 @@ class MomTokenMixer(MegatronModule):
         borders = packed_seq_params.cu_seqlens_q_padded
         if borders is None:
             borders = packed_seq_params.cu_seqlens_q
-        # Tokens after the last document are padding: one more sequence, empty where there are none.
+        # Tokens after the last document are padding: one more sequence, which is empty without padding.
         last = torch.full((1,), length * ranks, dtype=torch.int32, device=device)
         borders = torch.cat([borders.to(torch.int32), last])
         if ranks == 1:
@@ -294,7 +295,7 @@ class MomTokenMixer(MegatronModule):
         )
 
     def _shared_parameters(self) -> MemoryParameters | None:
-        """Of the shared memory, where memories are split."""
+        """Parameters of the shared memory where memories are split over ranks; None without a shared memory."""
         if not self.config.mom_shared_memory:
             return None
         return self._memory_parameters(self.memory_proj if self.shared_proj is None else self.shared_proj)
@@ -304,8 +305,8 @@ class MomTokenMixer(MegatronModule):
             return super()._apply(fn, recurse)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, tp_group=None):
-        """Parameters for a distributed checkpoint, each piece of a fused one under its own name, so that it can be
-        read at any tensor-parallel size; the memories' projections under one name at any expert-parallel size."""
+        """Parameters for a distributed checkpoint. Every piece of a fused parameter has a name of its own, so that the
+        piece loads at any tensor-parallel size; the memories' projections have one name at any expert-parallel size."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         tp_group = self.tp_group if tp_group is None else tp_group
         own: dict = {}

@@ -1,16 +1,17 @@
-"""Memories sharded over Megatron's expert-parallel group: rows travel to the memory that they chose, and answers back.
+"""Memories sharded over Megatron's expert-parallel group: rows go to the ranks of their memories, outputs come back.
 
-A rank's rows are sorted by (memory, sequence, time), so what it sends to another rank is one slice, and arrives as it
-was. Arriving rows are sorted by source rank, then memory, sequence and time: a list of segments, once the number of
-rows of every (source, memory, sequence) is known, which is one small all-gather. Where sequences lie over
-context-parallel ranks of the group, their pieces are put together on arrival, and only the shared memory passes states.
+A rank's rows are sorted by (memory, sequence, time), so that the rows for another rank lie together, and arrive in the
+same order. Arriving rows are sorted by source rank, then memory, sequence and time. The rows of one source rank, memory
+and sequence are a piece; a small all-gather gives every rank the number of rows of all pieces, and with them the
+segments. Where context-parallel ranks of the group hold slices of the same sequences, the pieces of a sequence are
+joined on arrival, and only the shared memory passes states.
 
-A row carries its token and its token's query. Projecting queries where the memory lives would save their H K / D of the
-volume, and cost k products a token instead of one; it would also take the query weight out of Megatron's linear layer,
-behind the back of its fused gradient accumulation and its low precision.
+A row carries its token and its token's query. Projecting queries on the memory's rank would take their H K numbers,
+beside the token's D, out of the volume, and cost k products a token instead of one. The query weight would then not be
+part of Megatron's linear layer, with its fused gradient accumulation and its low precision.
 
-Shape legend: N tokens here, R rows here (N k), A rows that arrive, M memories, E ranks, P of them hold one sequence, B
-sequences here, D hidden size, H heads here, K key size, V value size.
+Shape legend: N tokens here, R rows here (N k), R' rows that arrive, M routed memories, E ranks, P of them hold one
+sequence, B sequences here, D hidden size, H heads here, K key size, V value size.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 @dataclass(frozen=True)
 class RowExchange:
-    """Who sends how many rows to whom, and where they lie after arriving.
+    """How many rows go from rank to rank, and the plan of the rows that arrive.
 
     Attributes:
         group: the expert-parallel group.
-        sent: rows that go to every rank.
-        arriving: rows that come from every rank.
+        sent: number of rows that go to each rank.
+        arriving: number of rows that come from each rank.
         plan: the arriving rows sorted by (memory, source rank, sequence, time), a sequence's pieces side by side; its
             tokens are the rows in order of arrival.
     """
@@ -48,24 +49,25 @@ class RowExchange:
     plan: RoutingPlan
 
     def dispatch(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows [R, C] in this rank's order to the rows that arrive [A, C], in order of arrival."""
+        """Rows [R, C] in this rank's order to the rows that arrive [R', C], in order of arrival."""
         arrived = all_to_all(self.group, rows, self.arriving, self.sent)
         missing = self.plan.num_rows - arrived.shape[0]
         return F.pad(arrived, (0, 0, 0, missing)) if missing else arrived
 
     def give_back(self, rows: torch.Tensor, kernels: str = "auto") -> torch.Tensor:
-        """Rows [A, C] in the plan's order to [R, C] in the order in which their ranks sent them."""
+        """Rows [R', C] in the plan's order to [R, C] in the order in which their ranks sent them."""
         arrived = rows_of_tokens(rows, self.plan, kernels=kernels)
         return all_to_all(self.group, arrived[: sum(self.arriving)], self.sent, self.arriving)
 
 
 def plan_arrivals(counts: torch.Tensor, num_rows: int, context_size: int = 1) -> RoutingPlan:
-    """Where rows lie that arrive sorted by (source rank, memory, sequence, time).
+    """The plan of rows that arrive sorted by (source rank, memory, sequence, time).
 
     Args:
         counts: [E, M here, B] rows of every piece.
         num_rows: their sum, known on the host.
-        context_size: P; ranks of the group that many times in a row hold the same sequences, the earlier tokens first.
+        context_size: P; every P consecutive ranks of the group hold the same sequences, the first rank the earliest
+            tokens.
     """
     ranks, memories, sequences = counts.shape
 
@@ -99,7 +101,8 @@ def gather_counts(routed: RoutingPlan, group: torch.distributed.ProcessGroup, ra
 
     Args:
         routed: this rank's rows, without the shared memory.
-        ragged: ranks may hold different numbers of sequences (packed documents); then the host waits for the largest.
+        ragged: ranks may hold different numbers of sequences (packed documents); then the host waits for the
+            largest number.
     """
     ranks = group.size()
     counts = routed.cu_seqlens.diff().view(routed.num_all_memories, routed.num_sequences)
@@ -113,7 +116,7 @@ def gather_counts(routed: RoutingPlan, group: torch.distributed.ProcessGroup, ra
 
 
 def plan_exchange(gathered: torch.Tensor, group: torch.distributed.ProcessGroup, context_size: int = 1) -> RowExchange:
-    """The exchange of rows that :func:`gather_counts` counted. The host waits for its sizes.
+    """The exchange of rows that :func:`gather_counts` counted. The host waits for the exchange's sizes.
 
     Args:
         gathered: [source, owner, M here, B].
@@ -122,7 +125,7 @@ def plan_exchange(gathered: torch.Tensor, group: torch.distributed.ProcessGroup,
     ranks, rank = group.size(), group.rank()
     here = gathered[:, rank]
     sent, arriving = torch.stack([gathered[rank].sum((1, 2)), here.sum((1, 2))]).tolist()
-    if not sum(arriving):  # one row of zeros keeps this rank in step with the others, backward too
+    if not sum(arriving):  # one row of zeros, so that this rank runs the same operations as all others, backward too
         here = F.pad(torch.ones_like(here[:1, :1, :1]), (0, here.shape[2] - 1, 0, here.shape[1] - 1, 0, ranks - 1))
     return RowExchange(group, sent, arriving, plan_arrivals(here, max(1, sum(arriving)), context_size))
 
@@ -139,7 +142,7 @@ def _second_stream(device: torch.device):
 def mix_memories_over_ranks(
     x: torch.Tensor,
     q: torch.Tensor,
-    gate: torch.Tensor,
+    output_gate: torch.Tensor,
     weights: torch.Tensor,
     ids: torch.Tensor,
     token_borders: torch.Tensor,
@@ -156,22 +159,22 @@ def mix_memories_over_ranks(
 ) -> torch.Tensor:
     """:func:`mom_layers.mixing.mix_memories` where every rank of a group holds some of the memories.
 
-    The shared memory reads this rank's tokens while rows are on their way; backward too, for autograd runs an
-    operation's gradient on the operation's stream, the latest first.
+    The shared memory reads this rank's tokens while the ranks exchange rows. The backward pass overlaps the same way:
+    autograd runs the gradient of an operation on the operation's stream, the latest operation first.
 
     Args:
-        x: [N, D]. q: [N, H K] before convolution. gate: [N, H V] before SiLU.
+        x: [N, D]. q: [N, H K] before convolution. output_gate: [N, H V] before SiLU.
         weights: [N, k] the router's.
         ids: [N, k] the router's, sequence by sequence whatever ``time_major`` says.
         token_borders: [B + 1] int32, first token of every sequence, then N.
-        routed: parameters of the memories that live here, M / E of them (or one projection for all).
-        shared: parameters of the shared memory, None where there is none.
-        num_memories: M, of all ranks.
+        routed: parameters of this rank's memories, M / E of them (or one projection for all memories).
+        shared: parameters of the shared memory; None without a shared memory.
+        num_memories: M, of all ranks together.
         group: the expert-parallel group.
         ragged: ranks may hold different numbers of sequences.
-        time_major: x, q, gate, weights and y are stored time first, [T, B] flattened.
+        time_major: x, q, output_gate, weights and y are stored time first, [T, B] flattened.
         context_size: P, which divides the group's size.
-        sequence_slice: of this rank, where P > 1: for the shared memory.
+        sequence_slice: the slice of this rank where P > 1, for the shared memory.
 
     Returns:
         y [N, H V] before the output projection.
@@ -189,11 +192,11 @@ def mix_memories_over_ranks(
         counts = None if ragged else gather_counts(plan, group, ragged)
     outputs = []
     if shared is not None:
-        everyone = build_routing_plan(
+        shared_plan = build_routing_plan(
             torch.zeros_like(ids[:, :1]), token_borders, num_memories=1, shared=False, kernels=kernels
         )
-        everyone = everyone.time_major() if time_major else everyone
-        o, _ = read_memories(x, q, everyone, shared, sequence_slice=sequence_slice, kernels=kernels)
+        shared_plan = shared_plan.time_major() if time_major else shared_plan
+        o, _ = read_memories(x, q, shared_plan, shared, sequence_slice=sequence_slice, kernels=kernels)
         outputs.append(o)
     with beside():
         counts = gather_counts(plan, group, ragged) if counts is None else counts
@@ -206,13 +209,13 @@ def mix_memories_over_ranks(
             tensor.record_stream(main)
 
     x_here, q_here = arrived.split([x.shape[1], q.shape[1]], dim=1)
-    answers, _ = read_memories(x_here, q_here, exchange.plan, routed, kernels=kernels)
-    outputs.insert(0, exchange.give_back(answers.flatten(1), kernels).unflatten(1, answers.shape[1:]))
+    o_here, _ = read_memories(x_here, q_here, exchange.plan, routed, kernels=kernels)
+    outputs.insert(0, exchange.give_back(o_here.flatten(1), kernels).unflatten(1, o_here.shape[1:]))
     row_of_choice = plan.row_of_choice
     if shared is not None:
-        row_of_choice = torch.cat([row_of_choice, everyone.row_of_choice + plan.num_rows], dim=1)
+        row_of_choice = torch.cat([row_of_choice, shared_plan.row_of_choice + plan.num_rows], dim=1)
     y = combine(
-        torch.cat(outputs), weights, row_of_choice, gate.unflatten(1, answers.shape[1:]), routed.norm_weight,
+        torch.cat(outputs), weights, row_of_choice, output_gate.unflatten(1, o_here.shape[1:]), routed.norm_weight,
         eps=routed.norm_eps, kernels=kernels,
     )  # fmt: skip
     return y.flatten(1)

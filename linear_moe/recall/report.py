@@ -24,7 +24,7 @@ PICTURES = ("accuracy_by_pairs.png", "accuracy_by_state.png", "curves.png")
 CLAIM_PAIRS = (16, 32)
 LOW, HIGH = 0.5, 0.9  # the claim: one memory stays below, MoM with the same state per memory comes above
 COLUMNS = 4  # of panels
-MOST_NAMED = 10  # models that a legend names; of more it names the kinds
+MOST_NAMED = 10  # a legend names up to this many models; of more models, the kinds
 KINDS = ("MoM(GDN)", "GDN", "MoM(GLA)", "GLA", "softmax")
 Rows = dict[Job, records.Row]
 

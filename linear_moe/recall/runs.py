@@ -17,7 +17,7 @@ from linear_moe.recall.models import Mixer
 from linear_moe.recall.timing import compile_kernels, step_milliseconds
 from linear_moe.recall.training import Job, OutOfTime, Settings, free_memory, train_group
 
-TIMED_HEADS = (1, 2, 4, 8, 16)  # what the search for a baseline as slow as MoM times, or more than it does
+TIMED_HEADS = (1, 2, 4, 8, 16)  # heads whose time is measured in search of a baseline as slow as MoM
 OUT_OF_TIME = 3  # exit status of a process that the time limit ended
 
 
@@ -153,7 +153,7 @@ def best_rates(mixers: Sequence[Mixer], plan: Plan, rows: dict[Job, records.Row]
 
 
 def next_jobs(mixers: Sequence[Mixer], plan: Plan, rows: dict[Job, records.Row]) -> list[Job]:
-    """What is to be trained now: all rates on the first seed, and when those are there the best on the others."""
+    """The next jobs to train: all rates on the first seed, then the best rate on the other seeds."""
     seeds = plan.seeds if plan.all_rates else plan.seeds[:1]
     jobs = [Job(mixer, rate, seed) for mixer in mixers for seed in seeds for rate in plan.rates]
     missing = [job for job in jobs if job not in rows]

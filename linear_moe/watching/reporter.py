@@ -1,6 +1,6 @@
 """Reports a training run on the console and in its plots, in one of two styles.
 
-`WholeLineReporter`, for our own entry, prints a line of ours in place of Megatron's, and plots the run's speed:
+`WholeLineReporter`, for `linear_moe.pretrain`, prints one line in place of Megatron's, and plots the run's speed:
 
     step   120/2000   6% | loss 3.214 | grad 0.92 | lr 2.9e-04 | 12.3k tok/s | 241 TFLOP/s 24% MFU | balance 1.02 |
     memory load 18-31% | left 0:12:30

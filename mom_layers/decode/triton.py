@@ -197,7 +197,7 @@ def decode_step_triton(
     mixed = torch.empty(batch, values, dtype=torch.float32, device=x.device)
     y = torch.empty(batch, values, dtype=x.dtype, device=x.device)
     routing = dict(logits=logits, M=memories, TOPK=topk, CHOICES=choices, BM=triton.next_power_of_2(memories))
-    # One matrix product, once the tokens' choices would read as many weights as it does.
+    # One matrix product reads every projection once; worth it where the tokens' choices would read as many weights.
     by_memory = batch * choices >= projections
     if by_memory:
         projected = torch.nn.functional.linear(x, projection.flatten(0, 1))

@@ -1,6 +1,6 @@
 """Mixture-of-Memories models for Hugging Face's transformers, in the format of `fla.models.mom`.
 
-Importing this registers them with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`.
+Importing this package registers the models with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

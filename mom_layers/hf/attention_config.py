@@ -15,7 +15,7 @@ class AttentionSpec:
         num_heads: query heads; each is hidden_size / num_heads wide.
         num_kv_heads: key and value heads; num_heads when absent.
         qkv_bias: biases on the query, key and value projections.
-        window_size: tokens that a query sees, itself included; all earlier ones when None.
+        window_size: tokens that a query sees, its own included; all earlier tokens when None.
         rope_theta: base of the rotary embedding.
     """
 
@@ -34,7 +34,7 @@ def parse_attention(attn: dict | list | None, hidden_size: int, num_hidden_layer
     """Reads and checks the `attn` entry: None, one specification, or a list of them.
 
     Raises ValueError for an unknown key, a value of the wrong kind, sizes that do not divide, or a layer that does not
-    exist or is named twice.
+    exist or that is named twice.
     """
     if attn is None:
         return []

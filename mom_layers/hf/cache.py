@@ -1,4 +1,4 @@
-"""What a model keeps between calls: a state of constant size a MoM layer, keys and values a softmax layer."""
+"""What a model keeps between calls: states of MoM layers, of constant size, and keys and values of softmax layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CACHE_NAME = next(f.name for f in fields(MoeModelOutputWithPast) if f.name in ("
 
 
 class MemoryLayer(CacheLayerMixin):
-    """One MoM layer's state, and how many tokens it has seen.
+    """One MoM layer's state, and the number of tokens that the state has seen.
 
     Attributes:
         state: None before the first token.
@@ -67,7 +67,7 @@ class MemoryLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:
-            raise ValueError("a memory state cannot be cropped: it does not keep the tokens it has seen")
+            raise ValueError("a memory state cannot be cropped: a state does not keep the tokens that wrote it")
 
     def lazy_initialization(self, key_states, value_states) -> None:
         raise TypeError("a MoM layer keeps a state, not keys and values")
@@ -95,9 +95,9 @@ class MomCache(Cache):
         super().__init__(layers=layers)
 
     def reset(self) -> None:
-        """Forgets everything, so that the next call may have another batch size."""
+        """Drops all states, keys and values, so that the next call may have another batch size."""
         for layer in self.layers:
-            if not isinstance(layer, MemoryLayer):  # Transformers before 5.20 keeps them, as zeros
+            if not isinstance(layer, MemoryLayer):  # transformers before 5.20 keeps keys and values, as zeros
                 layer.keys = layer.values = None
                 layer.is_initialized = False
             layer.reset()
@@ -115,13 +115,13 @@ class MomCache(Cache):
 
 
 def one_cache(past_key_values: MomCache | None, cache: MomCache | None) -> MomCache | None:
-    """The cache a caller has passed under one of transformers' two names.
+    """The cache that a caller has passed under one of transformers' two names.
 
     Raises:
-        ValueError: two caches, or not one of a MoM model.
+        ValueError: two caches, or a cache of another class.
     """
     if past_key_values is not None and cache is not None:
-        raise ValueError("pass either cache or past_key_values: they are one argument")
+        raise ValueError("pass either cache or past_key_values: these are two names of one argument")
     chosen = past_key_values if cache is None else cache
     if chosen is not None and not isinstance(chosen, MomCache):
         raise ValueError(f"past_key_values must be a MomCache, got {type(chosen).__name__}")

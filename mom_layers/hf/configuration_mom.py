@@ -45,7 +45,7 @@ class MomConfig(PretrainedConfig):
         return MixerSettings(**{field.setting: getattr(self, field.name) for field in FIELDS if field.setting})
 
     def attention_specs(self) -> list[AttentionSpec]:
-        """What kind of softmax attention the layers of each entry have; an empty list without softmax layers."""
+        """The softmax attention that `attn` describes, one specification an entry; empty without softmax layers."""
         return parse_attention(self.attn, self.hidden_size, self.num_hidden_layers)
 
     @property
@@ -58,7 +58,7 @@ class MomConfig(PretrainedConfig):
 
 
 _ROWS = "\n".join(f"        {field.name}: {field.meaning} [{field.default!r}]." for field in FIELDS)
-MomConfig.__doc__ = f"""The keys and defaults of `fla.models.mom`'s configuration, so that one config.json serves both.
+MomConfig.__doc__ = f"""The keys and defaults of `fla.models.mom`'s configuration: one config.json serves both models.
 
     Args:
 {_ROWS}

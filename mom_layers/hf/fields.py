@@ -1,6 +1,6 @@
 """The fields of a Hugging Face configuration, one row a field: the only list of these names.
 
-`MomConfig` takes its arguments, defaults and checks from the table; the conversion both ways takes from the table which
+`MomConfig` takes its arguments, defaults and checks from the table; the conversion both ways reads from the table which
 argument of Megatron has the same value, and what to write where Megatron has no such argument.
 """
 
@@ -19,10 +19,10 @@ class Field:
         default: the value where a configuration does not name the key.
         megatron: Megatron's argument with the same value; None where there is no such argument.
         setting: the field of :class:`mom_layers.settings.MixerSettings` with the same value, if any.
-        accepted: the only values with which a model computes what the key says; None where every value will do.
+        accepted: the only values with which a model computes what the key says; None where every value is accepted.
         refusal: why other values are refused.
-        exported: written by the conversion where ``megatron`` is None; ``default`` if not given.
-        meaning: for the documentation.
+        exported: the value that the conversion writes where ``megatron`` is None; ``default`` if not given.
+        meaning: what the documentation of the configuration says.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Field:
         raise ValueError(f"{self.name} must be {only}, got {value!r}: {self.refusal}")
 
 
-_KERNEL_CHOICE = "chooses FLA's kernels, and nothing here"
+_KERNEL_CHOICE = "chooses FLA's kernels; without effect here"
 
 FIELDS = (
     Field("vocab_size", 32000, "tokens of the vocabulary"),

@@ -61,9 +61,9 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, sequence: TokenSequence, past: DynamicLayer | None = None
     ) -> tuple[torch.Tensor, None]:
-        """x [B, T, D] after the tokens in ``past``, which gets these ones' keys and values.
+        """x [B, T, D] follows the tokens in ``past``. Afterwards ``past`` holds the keys and values of x too.
 
-        Returns out [B, T, D], and None where a MoM layer has its router's logits.
+        Returns out [B, T, D], and None in the place of a MoM layer's router logits.
         """
         q, k, v = (
             linear(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, head_dim]

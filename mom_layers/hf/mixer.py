@@ -1,4 +1,4 @@
-"""A MoM layer under the parameter names of the Hugging Face format: one matrix a memory and purpose."""
+"""A MoM layer under the parameter names of the Hugging Face format: one matrix a memory and piece of the projection."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mom_layers.recur.rules import kept_exact
 class MomAttention(nn.Module):
     """Mixture of Memories with `q_proj`, `gate` (the router), `k_proj.M`, `shared_k`, `q_conv1d`, `A_log`, ...
 
-    The separate matrices of keys, values and gates are read as the one matrix [A, O, D] that the kernels take, or
-    called where an adapter, a hook or offloading acts on a module; see :meth:`memory_projection`.
+    The kernels take the matrices of keys, values and raw gates as one matrix [A, O, D]. Where an adapter, a hook or
+    offloading acts on a module, the modules are called instead; see :meth:`memory_projection`.
     """
 
     def __init__(self, config: MomConfig):
@@ -51,9 +51,9 @@ class MomAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, sequence: TokenSequence, past: MemoryLayer | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [B, T, D] after the tokens that ``past`` has seen. Afterwards ``past`` holds the state after these tokens.
+        """x [B, T, D] follows the tokens that ``past`` has seen. Afterwards ``past`` holds the state after x.
 
-        Returns out [B, T, D], zero at padding, which reaches no memory, and the router's logits [B * T, M].
+        Returns out [B, T, D] and the router's logits [B * T, M]. Padding reaches no memory, and its outputs are zero.
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -75,13 +75,15 @@ class MomAttention(nn.Module):
 
     def _decodes(self, x, sequence: TokenSequence, past: MemoryLayer | None, parameters, kernels: str) -> bool:
         """Whether the new tokens, one of every sequence, can go through the kernels that change the state in place."""
-        one_each = sequence.length == 1 and sequence.token_mask is None and past is not None and past.state is not None
-        if not one_each or torch.is_grad_enabled() or parameters.q_conv.dtype != x.dtype:
+        one_new_token = (
+            sequence.length == 1 and sequence.token_mask is None and past is not None and past.state is not None
+        )
+        if not one_new_token or torch.is_grad_enabled() or parameters.q_conv.dtype != x.dtype:
             return False
         return torch.is_tensor(parameters.projection) and has_step(self.rule, kernels, x)
 
     def memory_parameters(self, dtype: torch.dtype) -> MemoryParameters:
-        """What acts on rows; the memories' projections in ``dtype``.
+        """The weights that act on rows; the memories' projections in ``dtype``.
 
         Raises:
             ValueError: an adapter on a convolution or on the output norm, whose weights the kernels read.
@@ -107,11 +109,11 @@ class MomAttention(nn.Module):
         )
 
     def memory_projection(self, dtype: torch.dtype) -> torch.Tensor | Callable[[torch.Tensor], torch.Tensor]:
-        """Keys, values and gates of memory 0, of memory 1, ..., of the shared memory.
+        """The projection of keys, values and raw gates: of memory 0, of memory 1, ..., of the shared memory.
 
         Returns:
-            [A, O, D] where the weights say what the modules compute; otherwise a function from tokens [N, D] to what
-            every memory projects from every token, [A, N, O], which costs more products than the kernels need.
+            the weights [A, O, D] where every module is as the layer made it. Otherwise a function from tokens [N, D] to
+            the projections of all tokens by all memories, [A, N, O], which takes more products than the kernels need.
         """
         routed = [getattr(self, f"{letter}_proj") for letter in self.letters] if hasattr(self, "k_proj") else []
         shared = [getattr(self, f"shared_{letter}") for letter in self.letters] if hasattr(self, "shared_k") else []
@@ -133,9 +135,9 @@ class MomAttention(nn.Module):
 
         def project(x: torch.Tensor) -> torch.Tensor:
             memories = []
-            if routed:  # each module answers for all routed memories
-                answers = [module(x).unflatten(1, (self.settings.num_memories, -1)) for module in routed]
-                memories += torch.cat(answers, dim=-1).unbind(1)
+            if routed:  # each module projects for all routed memories
+                projected = [module(x).unflatten(1, (self.settings.num_memories, -1)) for module in routed]
+                memories += torch.cat(projected, dim=-1).unbind(1)
             if shared:
                 memories.append(torch.cat([module(x) for module in shared], dim=-1))
             return torch.stack(memories)
@@ -144,7 +146,7 @@ class MomAttention(nn.Module):
 
     @torch.no_grad()
     def reset_rule_parameters(self) -> None:
-        """Draws the rule's parameters (A_log, dt_bias, ...) anew, but for those that were loaded."""
+        """Draws the rule's parameters (A_log, dt_bias, ...) anew, except parameters that were loaded."""
         for name, value in self.rule.init_parameters(self.settings.num_heads, self.settings.head_dim).items():
             parameter = getattr(self, name)
             if not getattr(parameter, "_is_hf_initialized", False):

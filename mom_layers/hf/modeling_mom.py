@@ -1,7 +1,7 @@
 """Mixture-of-Memories language model for Hugging Face's transformers (arXiv 2502.13685), `model_type` "mom".
 
-Parameter names and shapes are those of `fla.models.mom`.
-Shape legend: sequences B, tokens T, hidden size D, memories M, memories chosen by a token k.
+Parameters have the names and shapes of `fla.models.mom`.
+Shape legend: sequences B, tokens T, hidden size D, routed memories M, routed memories that a token goes to k.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class MomBlock(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, sequence: TokenSequence, cache: MomCache | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states [B, T, D]. Returns them after this layer, and the router's logits [B * T, M] of a MoM layer."""
+        """hidden_states [B, T, D]. Returns the layer's hidden states, and a MoM layer's router logits [B * T, M]."""
         past = None if cache is None else cache.layers[self.layer_idx]
         mixed, router_logits = self.attn(self.attn_norm(hidden_states), sequence, past)
         hidden_states = hidden_states + mixed
@@ -60,7 +60,7 @@ class MomPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Normal projections and embeddings, uniform convolutions, and the memory rule's own parameters."""
         if isinstance(module, MemoryProjections):
-            return  # its parts are modules of their own
+            return  # the linear maps of the memories are modules of their own
         if isinstance(module, (nn.Linear, MemoryLinear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
@@ -111,13 +111,14 @@ class MomModel(MomPreTrainedModel):
             input_ids: [B, T], or ``inputs_embeds`` [B, T, D] instead.
             attention_mask: [B, tokens in the cache + T], 0 at padding, which reaches no memory and no softmax.
             position_ids: [B, T] for the softmax layers; counted from the mask when absent.
-            past_key_values: of an earlier call over the same sequences, to continue from; it is changed in place.
-                Also taken as ``cache``, its name from transformers 5.24 on.
-            use_cache: return a cache; the configuration's choice when absent, never while training.
-            output_hidden_states, output_router_logits: return them; router logits by default while training.
+            past_key_values: the cache of an earlier call over the same sequences, to continue from; the call changes
+                the cache in place. Also taken as ``cache``, the argument's name from transformers 5.24 on.
+            use_cache: return a cache. When absent, the configuration decides in evaluation; training returns none.
+            output_hidden_states: return the hidden states between the layers.
+            output_router_logits: return the router's logits of every MoM layer; when absent, while training only.
             cu_seqlens: [documents + 1], borders of documents packed into the rows: nothing crosses a border. Also taken
-                under transformers' name, ``cu_seq_lens_q``. Borders come as well from ``seq_idx`` [B, T], the number
-                of every token's document, and from ``position_ids`` that restart. Packed rows leave no cache.
+                under transformers' name, ``cu_seq_lens_q``. ``seq_idx`` [B, T], the number of every token's document,
+                and ``position_ids`` that restart describe borders as well. Packed rows leave no cache.
 
         Raises:
             ValueError: arguments that exclude each other, or shapes that do not fit.
@@ -207,11 +208,12 @@ class MomForCausalLM(MomPreTrainedModel, GenerationMixin):
         """
         Args:
             labels: [B, T]; logits at t are compared with the label at t + 1, and -100 is left out.
-            logits_to_keep: how many of the last positions get logits, or which ones; 0 is all of them, and so is
-                anything together with ``labels``.
+            logits_to_keep: the number of last positions that get logits, or the indices of positions. All positions get
+                logits where the number is 0, and together with ``labels``.
 
-        The others are :meth:`MomModel.forward`'s. With ``output_router_logits`` (while training, by default) there is
-        an ``aux_loss``, k when the memories are balanced, and ``loss`` contains ``aux_loss_scale`` times it.
+        The other arguments are :meth:`MomModel.forward`'s. With ``output_router_logits`` (by default while training)
+        the output has an ``aux_loss``, which is k when the memories are balanced, and ``loss`` contains
+        ``aux_loss_scale`` times ``aux_loss``.
 
         Raises:
             ValueError: arguments that exclude each other, or shapes that do not fit.
@@ -256,7 +258,7 @@ class MomForCausalLM(MomPreTrainedModel, GenerationMixin):
         )
 
     def _balancing_loss(self, router_logits: tuple[torch.Tensor, ...], mask: torch.Tensor | None) -> torch.Tensor:
-        """Switch Transformer's loss with all k choices of a token counted, so that balance is at k, not at 1.
+        """Switch Transformer's loss with all k choices of a token counted: its value is k, not 1, when balanced.
 
         router_logits: [B * T, M] a layer; mask [B, T], 0 at padding, which is left out.
         """
@@ -282,9 +284,9 @@ class MomForCausalLM(MomPreTrainedModel, GenerationMixin):
 def share_of_batch(labels: torch.Tensor, options: dict) -> torch.Tensor | float:
     """The share of a step's targets that these labels hold: 1 where the caller does not split a step.
 
-    A step may be split into micro-batches and over processes. The language-model loss is then divided by the targets of
-    the whole step (``num_items_in_batch``), and the micro-batches' losses are added up. The balancing loss, a mean over
-    tokens, is weighted by the share, so that the losses add up to a mean over the step.
+    A step may be split into micro-batches and over processes. The language-model loss is then divided by the number of
+    targets of the whole step (``num_items_in_batch``), and the micro-batches' losses are added up. The balancing loss,
+    a mean over tokens, is weighted by the share, so that the losses add up to a mean over the step.
     """
     total = options.get("num_items_in_batch")
     if total is None:

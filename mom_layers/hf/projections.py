@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 
 class MemoryLinear(nn.Module):
-    """The linear map of one memory: ``k_proj.2`` of `k_proj.2.weight`."""
+    """The linear map of one memory: the module ``k_proj.2``, whose weight is `k_proj.2.weight`."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -52,10 +52,10 @@ class _JoinedWeight:
 
 
 class MemoryProjections(nn.Linear):
-    """The linear maps of all routed memories for one purpose, `k_proj` say, as one linear map [D] -> [M O].
+    """The linear maps of all routed memories to one piece of a projection (`k_proj`: keys), as one map [D] -> [M O].
 
-    An adapter treats the module as one linear layer, whether the adapter's configuration names ``k_proj`` or asks for
-    all linear layers. The parameters are those of the memories, `k_proj.0.weight` and so on.
+    An adapter treats the module as one linear layer, whether the adapter's configuration names ``k_proj`` or all
+    linear layers. The parameters are the memories' own, `k_proj.0.weight` and so on.
     """
 
     def __init__(self, in_features: int, out_features: int, num_memories: int):
@@ -86,7 +86,7 @@ class MemoryProjections(nn.Linear):
 class ShortConvolution(nn.Module):
     """The filters of a depthwise convolution. A call returns the filters [C, W], which the kernels apply to rows.
 
-    No subclass of PyTorch's convolution, so that a library of adapters refuses the module by its name.
+    The class does not inherit from PyTorch's convolution, so that a library of adapters refuses the module by name.
     """
 
     def __init__(self, channels: int, width: int):
@@ -117,7 +117,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 class _Together:
-    """Holds the matrix in which the weights of a layer lie one after another. Copies of a layer start without one."""
+    """Holds the matrix in which the weights of a layer lie one after another. A copied layer starts with no matrix."""
 
     def __init__(self):
         self.matrix: torch.Tensor | None = None
@@ -130,7 +130,7 @@ class _Together:
 
 
 class OneMatrix:
-    """Reads weights [O_i, D] as one matrix [sum of O_i, D], without a copy where no gradient is wanted."""
+    """Reads weights [O_i, D] as one matrix [sum of O_i, D], without a copy where no gradient is needed."""
 
     def __init__(self):
         self._together = _Together()
@@ -138,12 +138,12 @@ class OneMatrix:
     def read(self, weights: list[torch.Tensor]) -> torch.Tensor:
         """The weights, one after another.
 
-        Where gradients are wanted the result is a copy that leads back to the weights. Elsewhere the first call moves
-        the weights' values so that the weights lie one after another, each with a storage of its own, and later calls
-        copy nothing.
+        Where gradients are needed, the result is a copy, and its gradient reaches the weights. Elsewhere the first call
+        moves the weights' values so that the weights lie one after another, each with a storage of its own, and later
+        calls copy nothing.
         """
-        wants_gradient = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-        if wants_gradient or torch.compiler.is_compiling() or _others_rely_on_the_place_of(weights):
+        needs_gradient = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+        if needs_gradient or torch.compiler.is_compiling() or _others_rely_on_the_place_of(weights):
             return torch.cat(weights)
         matrix = self._together.matrix
         if matrix is None or not _lie_in(matrix, weights):

@@ -63,7 +63,7 @@ def bundle_sources() -> dict[str, str]:
         if flat_name(module) not in sources:
             sources[flat_name(module)], needed = _rewrite(module)
             waiting += needed
-    # transformers 4 copies what the entry modules import from local folders, but not what those import in turn.
+    # transformers 4 copies what the entry modules import from local folders, but not what the imported modules import.
     others = [f"    from .{name} import __name__ as _\n" for name in sorted(set(sources) - set(ENTRIES.values()))]
     index = "\n\nif False:  # never run: names every file, for loaders that look no further\n" + "".join(others)
     for entry in ENTRIES.values():
@@ -72,7 +72,7 @@ def bundle_sources() -> dict[str, str]:
 
 
 def flat_name(module: str) -> str:
-    """``mom_layers.route.plan`` -> ``mom_layers_route_plan``; the entry modules keep the names users know."""
+    """``mom_layers.route.plan`` -> ``mom_layers_route_plan``; the entry modules keep the names that users write."""
     return ENTRIES.get(module, module.replace(".", "_"))
 
 
@@ -110,7 +110,7 @@ def _relative_import(node: ast.ImportFrom) -> tuple[list[str], list[str]]:
     for alias in node.names:
         submodule = f"{node.module}.{alias.name}"
         if _is_package(node.module) and find_spec(submodule) is not None:
-            # The loader copies the files of `from .name import` only; `from . import name` would go unseen.
+            # The loader copies the files of `from .name import` only, and would miss `from . import name`.
             lines += [
                 f"from .{flat_name(submodule)} import __name__ as _",
                 f"from . import {flat_name(submodule)} as {alias.asname or alias.name}",

@@ -1,4 +1,4 @@
-"""What one forward call knows about its tokens: where they stand, which are padding, which see which."""
+"""The tokens of one forward call: their positions, their padding, and which token sees which."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def document_borders(
     position_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """Borders of the documents that are packed into rows of tokens, from whichever argument tells them.
+    """Borders of the documents that are packed into rows of tokens, from the argument that describes the documents.
 
     Args:
         shape: B, T.
@@ -83,7 +83,7 @@ def document_borders(
 
 
 class TokenSequence:
-    """Positions, masks and borders of the tokens of one forward call, worked out once for all layers.
+    """Positions, masks and borders of the tokens of one forward call, computed once for all layers.
 
     Attributes:
         batch, length, past: B sequences of T new tokens each, after ``past`` earlier ones (padding included).
@@ -107,10 +107,10 @@ class TokenSequence:
         """
         Args:
             attention_mask: [B, past + T], 0 at padding, 1 elsewhere.
-            position_ids: [B, T] (or longer: the last T count); from the mask when absent. Positions that do not grow
-                start another document.
+            position_ids: [B, T] (or longer: the last T are used); counted from the mask when absent. A position that
+                does not grow starts another document.
             cu_seqlens: [documents + 1] borders of packed documents.
-            keep_mask: do not look whether the mask is all ones, which waits for the device.
+            keep_mask: keep a mask that may be all ones: the check waits for the device.
             seq_idx: [B, T] numbers of packed documents.
 
         Raises:
@@ -136,7 +136,7 @@ class TokenSequence:
         self.key_mask = attention_mask
         self.token_mask = None if attention_mask is None else attention_mask[:, past:]
         if self.token_mask is not None and past and not keep_mask and self.token_mask.all():
-            self.token_mask = None  # padding in what the cache has seen only
+            self.token_mask = None  # only cached tokens are padding
         described = {"cu_seqlens": cu_seqlens, "seq_idx": seq_idx}
         if length > 1 or not past:  # one new token after cached ones continues its sequence
             described["position_ids"] = position_ids
@@ -152,7 +152,7 @@ class TokenSequence:
         self._rotations: dict[tuple[float, int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> TokenSequence:
-        """The same on another device, for models whose layers are spread over several (accelerate calls this)."""
+        """The same on another device, for models whose layers lie on several devices (accelerate calls this)."""
         if torch.device(device) == self.device:
             return self
         moved = copy.copy(self)
@@ -187,8 +187,8 @@ class TokenSequence:
     def attention_mask(self, num_keys: int, window: int | None) -> torch.Tensor | None:
         """Which of the last ``num_keys`` tokens each new token sees: bool [B or 1, 1, T, keys].
 
-        None where plain causal attention (no earlier tokens) or seeing every key (one new token) says the same. A
-        padding token sees itself, so that its row of the softmax is not empty; nothing reads what comes out of it.
+        None where plain causal attention is the same (no earlier tokens), or where the one new token sees every key. A
+        padding token sees itself, so that its softmax has a key; the outputs of padding tokens are not read.
         """
         key = (num_keys, window)
         if key not in self._masks:

@@ -36,7 +36,7 @@ def patched():
 
 
 def recipe(**changes):
-    """Megatron's arguments of the 380M model, those that num_floating_point_operations reads."""
+    """The arguments of the 380M model that Megatron's num_floating_point_operations reads."""
     args = dict(
         num_layers=24, hidden_size=1024, ffn_hidden_size=2048, swiglu=True, seq_length=LENGTH, padded_vocab_size=32000,
         num_attention_heads=4, kv_channels=256, group_query_attention=False, num_query_groups=None,

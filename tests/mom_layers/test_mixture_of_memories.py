@@ -66,7 +66,9 @@ def test_agrees_for_other_shapes(rule, sizes, kernels, dtype):
 
 
 @pytest.mark.parametrize("kernels,dtype", KERNELS)
-@pytest.mark.parametrize("favour", [{1: -50.0}, {1: 50.0}, {0: 50.0, 3: 50.0}], ids=["nobody", "everybody", "only-two"])
+@pytest.mark.parametrize(
+    "favour", [{1: -50.0}, {1: 50.0}, {0: 50.0, 3: 50.0}], ids=["no token", "every token", "only two memories"]
+)
 def test_agrees_when_a_memory_is_never_or_always_chosen(favour, kernels, dtype):
     x = inputs(*((2, 66) if kernels == "torch" else (1, 7)), dtype=dtype)
     assert_agrees(layer(dtype, favour=favour, num_heads=2 if kernels == "torch" else 1), x, dtype, kernels)

@@ -30,7 +30,7 @@ def tokenizer_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
-    """The stories, one JSON line each."""
+    """The stories as JSON lines, a line for each story."""
     path = tmp_path / "in" / "corpus.jsonl"
     path.parent.mkdir()
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in STORIES))

@@ -1,4 +1,4 @@
-"""The timing tools run where there is no GPU, and write what they print."""
+"""The timing tools run without a GPU, and write the numbers that they print."""
 
 import csv
 import os
@@ -22,11 +22,11 @@ from timed_rows import PNG, rows_of
         ("bench_models.py", "model", {"mom"}),
     ],
 )
-def test_times_one_case(tool, column, names, tmp_path):
+def test_a_timing_tool_times_one_case(tool, column, names, tmp_path):
     assert {row[column] for row in rows_of(tool, tmp_path, "--cases", 1)} == names
 
 
-def test_cost_over_lengths(tmp_path):
+def test_costs_over_sequence_lengths_are_drawn(tmp_path):
     rows = rows_of("bench_layers.py", tmp_path, "--lengths", "--cases", 2, "--plot", tmp_path / "cost.png")
     assert [(row["layer"], row["tokens"]) for row in rows] == [
         ("mom", "256"), ("softmax", "256"), ("mom", "512"), ("softmax", "512"),
@@ -88,7 +88,7 @@ assert seen == [3, 4, 4] and double.best_config.kwargs == {"B": 16}, (seen, doub
 
 
 def test_a_peers_configurations_are_compiled_before_they_are_timed(tmp_path):
-    """All three: one does not compile, and is left out when they are timed."""
+    """All three configurations are compiled first. One fails, fails again when timed, and is not chosen."""
     (tmp_path / "tuned.py").write_text(TUNED)
     tests = Path(__file__).parents[1]
     run = subprocess.run(

@@ -1,4 +1,4 @@
-"""Decoding after a context: what is kept is constant for the memories and grows for softmax attention."""
+"""Decoding after a context: the state of memories is constant, the keys and values of softmax attention grow."""
 
 import bench_decode
 import pytest
@@ -27,7 +27,7 @@ def test_memories_keep_a_constant_state_beside_growing_keys(tmp_path):
     assert (tmp_path / "decode.png").read_bytes().startswith(PNG)
 
 
-def test_only_the_first_cases(tmp_path):
+def test_only_the_first_cases_are_timed(tmp_path):
     rows = rows_of("bench_decode.py", tmp_path, "--cases", 1)
     assert [(row["what"], row["context"]) for row in rows] == [("mom-layer", "64"), ("softmax-layer", "64")]
 
@@ -57,7 +57,7 @@ def test_a_case_that_runs_out_of_memory_does_not_end_the_run(monkeypatch, capsys
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
 def test_filled_keys_are_attended_to_as_a_real_cache_is(batch):
-    """The timed peer computes what the model computes after a prefill of those keys and values."""
+    """The timed peer computes the outputs of the model after a prefill with the same keys and values."""
     torch.manual_seed(0)
     config = MomConfig(vocab_size=128, attn=SOFTMAX, **bench_decode.SIZES["cpu"])
     model = MomForCausalLM(config).eval()
@@ -67,6 +67,6 @@ def test_filled_keys_are_attended_to_as_a_real_cache_is(batch):
     filled.layers = [bench_decode.FilledKeys(batch, 9, "cpu") for _ in prefilled.layers]
     for layer, other in zip(filled.layers, prefilled.layers, strict=True):
         layer.keys[:, :, :8], layer.values[:, :, :8] = other.keys, other.values
-    for _ in range(2):  # a step replaces the newest key, so that the next is the same
+    for _ in range(2):  # a step replaces the newest key, so that the next step is the same
         got = model(tokens[:, 8:], past_key_values=filled).logits
         torch.testing.assert_close(got, model(tokens).logits[:, 8:])

@@ -1,4 +1,4 @@
-"""The comparison of layouts: what it reads from runs and traces, and what it writes."""
+"""The comparison of layouts: numbers from runs and traces, tables and pictures."""
 
 import csv
 import gzip
@@ -13,7 +13,7 @@ from timed_rows import PNG
 
 
 def write_run(folder, losses, tokens_per_second, settings):
-    """What a run of the script leaves, as far as the tool reads it."""
+    """The files of a training run that the tool reads."""
     writer = EventFileWriter(str(folder / "tensorboard"))
     for step, loss in enumerate(losses, start=1):
         values = {"lm loss": loss, "tokens-per-second": tokens_per_second, "mem-max-allocated-bytes": 2**30 * step}
@@ -34,16 +34,16 @@ def kernel(name, elements, ranks=2, dtype="BFloat16", group="TP"):
     return {"cat": "kernel", "args": about | {"Process Group Description": group}}
 
 
-def test_bytes_that_a_rank_sent(tmp_path):
+def test_bytes_that_a_rank_sent_are_read_from_the_trace(tmp_path):
     events = [
-        kernel("_allgather_base", 10, ranks=4),  # its 20 bytes to three others
+        kernel("_allgather_base", 10, ranks=4),  # its 20 bytes to three other ranks
         kernel("_allgather_base", 10, ranks=4),
         kernel("_reduce_scatter_base", 40, ranks=4, dtype="Float"),  # three of four parts
         kernel("allreduce", 40, ranks=4),  # both, of all
         kernel("all_to_allv", 40, group="EP"),
         kernel("send", 8, group="PP"),
         kernel("recv", 8, group="PP"),
-        kernel("allreduce", 40, ranks=1),  # nobody else is there
+        kernel("allreduce", 40, ranks=1),  # no other rank
         {"cat": "cpu_op", "args": {"Collective name": "allreduce", "Group size": 4}},
         {"cat": "kernel", "args": {}},
     ]

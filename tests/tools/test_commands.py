@@ -1,4 +1,4 @@
-"""What all commands share: their shape, and the path from an error to the exit status."""
+"""All commands have one shape, and one path from an error to the exit status."""
 
 import argparse
 import errno

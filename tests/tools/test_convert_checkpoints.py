@@ -1,4 +1,4 @@
-"""Checkpoints that Megatron wrote on several parallel layouts: to the Hugging Face format, back, and what they mean."""
+"""Checkpoints that Megatron wrote on several parallel layouts, converted to the Hugging Face format and back."""
 
 import filecmp
 import json
@@ -126,7 +126,7 @@ def memories(x, p, config):
 
 
 def reference_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits [L, V] of an export for one sequence, in float64, with nothing of the code that exports or runs it."""
+    """Logits [L, V] of an export for one sequence, in float64, without the code that exports or runs models."""
     config = json.loads((folder / "config.json").read_text())
     weights = {name: tensor.double() for name, tensor in read_weights(folder).items()}
     eps, attention = config["norm_eps"], config["attn"] or {"layers": []}
@@ -148,8 +148,8 @@ def reference_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["hybrid", "stacked"])
-def test_three_computations_agree(name, request):
-    """Megatron's model, the exported one, and the plain mathematics on the exported tensors."""
+def test_megatron_the_export_and_a_plain_loop_agree(name, request):
+    """Megatron's model, the exported model, and plain loops over the exported tensors have the same logits."""
     checkpoint, export = request.getfixturevalue(name), request.getfixturevalue(f"{name}_export")
     vocabulary = json.loads((export / "config.json").read_text())["vocab_size"]
     tokens = torch.randint(vocabulary, (1, 20), generator=torch.Generator().manual_seed(1))
@@ -160,7 +160,7 @@ def test_three_computations_agree(name, request):
     assert compare(exported_logits(export, tokens), expected, tokens).relative < 1e-5
 
 
-def test_verify(hybrid, tmp_path, capsys):
+def test_verify_compares_the_export_with_megatron(hybrid, tmp_path, capsys):
     to_hf(hybrid, tmp_path / "export", "--verify", "--verify-tokens", "16", "--dtype", "bfloat16")
     assert "verified on 2 x 16 tokens: logits" in capsys.readouterr().out
     command = ["--load", str(hybrid), "--save", str(tmp_path / "other"), "--verify", "--verify-bound=-1"]
@@ -170,7 +170,7 @@ def test_verify(hybrid, tmp_path, capsys):
 
 
 def test_another_layout_exports_the_same_bytes(hybrid_export, tmp_path):
-    """The export back into Megatron, loaded on two pipeline stages, trained with no learning rate, and out again."""
+    """The export is converted back, loaded on two stages, trained with a learning rate of zero, and exported."""
     release = from_hf(hybrid_export, tmp_path / "release")
     resaved = pretrain(
         tmp_path / "resaved", "--load", str(release), "--use-checkpoint-args", "--lr", "0", "--weight-decay", "0",
@@ -201,7 +201,7 @@ def test_export_is_complete(hybrid_export, tokenizer_folder):
     )
 
 
-def test_types_and_shards(stacked, stacked_export, tmp_path):
+def test_dtype_and_shard_size_are_chosen(stacked, stacked_export, tmp_path):
     stored = read_weights(stacked_export)
     assert {name for name, tensor in stored.items() if tensor.dtype != torch.bfloat16} == {
         f"model.layers.{layer}.attn.{name}" for layer in range(2) for name in ("A_log", "dt_bias")
@@ -216,7 +216,7 @@ def test_types_and_shards(stacked, stacked_export, tmp_path):
     )
 
 
-def test_one_checkpoint_of_several(stacked, stacked_export, tmp_path):
+def test_an_iteration_chooses_one_checkpoint_of_several(stacked, stacked_export, tmp_path):
     by_iteration = to_hf(stacked, tmp_path / "number", "--iteration", "2")
     by_folder = to_hf(stacked / "iter_0000002", tmp_path / "folder")
     for export in (by_iteration, by_folder):
@@ -237,7 +237,7 @@ def test_round_trip_is_exact(settings, tmp_path):
         assert filecmp.cmp(export / file, again / file, shallow=False)
 
 
-def test_older_files(tmp_path):
+def test_older_formats_of_weights_and_arguments_are_read(tmp_path):
     """Pickled weights, and Megatron's common.pt."""
     model = random_model(tmp_path / "model")
     (tmp_path / "pickled").mkdir()

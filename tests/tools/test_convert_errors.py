@@ -1,4 +1,4 @@
-"""What can go wrong with a conversion: one line on stderr, exit status 1, and nothing left behind."""
+"""A conversion that fails prints one line on stderr, exits with status 1 and leaves no file behind."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path, model):
-    """The same as a Megatron checkpoint."""
+    """The same model as a Megatron checkpoint."""
     assert convert_from_hf.main(["--load", str(model), "--save", str(tmp_path / "checkpoint")]) == 0
     return tmp_path / "checkpoint"
 
@@ -46,7 +46,7 @@ def write_with_arguments(folder, shape=None, **changed):
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """Runs a tool that must fail. Returns what it printed."""
+    """Runs a tool that must fail. Returns the tool's output."""
 
     def run(tool, load, *options, target=None):
         target = target or tmp_path / "target"
@@ -62,19 +62,19 @@ def refused(tmp_path, capsys):
     return run
 
 
-def test_no_such_folder(refused, tmp_path):
+def test_a_folder_that_does_not_exist(refused, tmp_path):
     assert "no such folder" in refused(convert_to_hf, tmp_path / "nothing")
     assert "no such folder" in refused(convert_from_hf, tmp_path / "nothing")
 
 
-def test_not_a_checkpoint(refused, tmp_path, model, checkpoint):
+def test_a_folder_that_is_no_checkpoint(refused, tmp_path, model, checkpoint):
     assert "latest_checkpointed_iteration.txt" in refused(convert_to_hf, model)
     assert "iter_0000007; there are release" in refused(convert_to_hf, checkpoint, "--iteration", 7)
     (checkpoint / "release" / ".metadata").rename(checkpoint / "release" / "mp_rank_00")
     assert "legacy format" in refused(convert_to_hf, checkpoint)
 
 
-def test_not_mom(refused, tmp_path, model):
+def test_a_model_that_is_not_mom(refused, tmp_path, model):
     attention = write_with_arguments(tmp_path / "attention", token_mixer="attention")
     assert "--token-mixer attention" in refused(convert_to_hf, attention)
     config = json.loads((model / "config.json").read_text())
@@ -113,7 +113,7 @@ def test_attention_that_the_format_lacks(refused, tmp_path):
         assert next(iter(changed)).replace("_", "-") in refused(convert_to_hf, checkpoint)
 
 
-def test_incomplete_checkpoint(refused, checkpoint):
+def test_an_incomplete_checkpoint(refused, checkpoint):
     data = checkpoint / "release" / "__0_0.distcp"
     whole = data.read_bytes()
     data.write_bytes(whole[: len(whole) // 2])
@@ -126,7 +126,7 @@ def test_incomplete_checkpoint(refused, checkpoint):
     assert ".metadata cannot be read" in refused(convert_to_hf, checkpoint)
 
 
-def test_incomplete_model(refused, tmp_path, model):
+def test_an_incomplete_model(refused, tmp_path, model):
     weights = read_weights(model)
     file = model / "model.safetensors"
     missing = {name: tensor for name, tensor in weights.items() if not name.endswith("k_proj.1.weight")}
@@ -153,7 +153,7 @@ def test_tokenizer_that_does_not_fit(refused, model, checkpoint, tokenizer_folde
 
 @contextmanager
 def small_files(limit):
-    """Files cannot grow beyond a limit: what a program sees is what a full disk shows it, an error in writing."""
+    """Files cannot grow beyond a limit: as on a full disk, writing fails."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -162,7 +162,7 @@ def small_files(limit):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_full_disk(refused, model, checkpoint):
+def test_a_full_disk(refused, model, checkpoint):
     with small_files(20_000):
         to_hf = refused(convert_to_hf, checkpoint)
         from_hf = refused(convert_from_hf, model)
@@ -170,7 +170,7 @@ def test_full_disk(refused, model, checkpoint):
     assert "File too large" in from_hf and "nothing was written" in from_hf
 
 
-def test_full_disk_in_a_later_shard(refused, checkpoint, monkeypatch):
+def test_a_full_disk_in_a_later_shard(refused, checkpoint, monkeypatch):
     written = []
 
     def save(tensors, path, **options):
@@ -184,7 +184,7 @@ def test_full_disk_in_a_later_shard(refused, checkpoint, monkeypatch):
     assert written
 
 
-def test_existing_target(refused, tmp_path, model, checkpoint):
+def test_an_existing_target_is_kept(refused, tmp_path, model, checkpoint):
     (tmp_path / "stranger").mkdir()
     (tmp_path / "stranger" / "thesis.txt").touch()
     for tool, load in ((convert_to_hf, checkpoint), (convert_from_hf, model)):
@@ -195,7 +195,7 @@ def test_existing_target(refused, tmp_path, model, checkpoint):
 
 def test_overwrite_replaces_an_earlier_conversion(tmp_path, model, checkpoint):
     export, again = tmp_path / "export", tmp_path / "again"
-    export.mkdir()  # an empty folder is as good as none
+    export.mkdir()  # an empty folder counts as no folder
     for tool, load, target in ((convert_to_hf, checkpoint, export), (convert_from_hf, model, again)):
         command = ["--load", str(load), "--save", str(target)]
         assert tool.main(command) == 0

@@ -135,7 +135,7 @@ def test_older_configurations_are_completed_from_the_tensors(settings, tmp_path)
         content.pop(key, None)
     config = parse_config(content, set(model.state_dict()))
     assert config.single_kv_proj == model.config.single_kv_proj
-    if not config.single_kv_proj:  # otherwise the shared memory has no tensors of its own
+    if not config.single_kv_proj:  # with one projection the shared memory has no tensors of its own
         assert config.shared_mem == model.config.shared_mem
 
 
@@ -157,13 +157,13 @@ def test_layer_pattern(layers, expected):
         ({"topk": 3}, "topk"),
     ],
 )
-def test_other_models_are_refused(settings, word):
+def test_configurations_of_other_models_are_refused(settings, word):
     with pytest.raises(ConversionError, match=word):
         parse_config({"model_type": "mom"} | TINY | settings, set())
 
 
 @pytest.mark.parametrize("settings", [{"num_memories": 4, "topk": 2, "num_hidden_layers": 3}, VARIANTS["hybrid"]])
-def test_the_balancing_loss_weighs_as_much_there_as_here(settings):
+def test_the_balancing_loss_weighs_the_same_in_both_formats(settings):
     config = MomConfig(**(TINY | settings), aux_loss_scale=0.03)
     args = arguments_from_config(config)
     layers = config.num_hidden_layers - sum(len(spec.layers) for spec in config.attention_specs())

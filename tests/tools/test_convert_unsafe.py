@@ -13,7 +13,7 @@ LIMIT = "give --trust-checkpoint (in training: MOM_TRUST_CHECKPOINT=1)"
 
 
 class MakesFolder:
-    """Unpickled, it makes a folder and is the value that it wraps."""
+    """Unpickling makes a folder, and returns the value that the object wraps."""
 
     def __init__(self, folder: Path, value):
         self.folder, self.value = folder, value
@@ -32,13 +32,13 @@ def checkpoint(tmp_path) -> Path:
 
 @pytest.fixture
 def made(tmp_path, checkpoint) -> Path:
-    """The folder that reading the checkpoint's metadata would make."""
+    """The folder that the code in the checkpoint's metadata would make."""
     path = checkpoint / "release" / ".metadata"
     path.write_bytes(pickle.dumps(MakesFolder(tmp_path / "made", pickle.loads(path.read_bytes()))))
     return tmp_path / "made"
 
 
-def test_conversion(checkpoint, made, tmp_path, capsys):
+def test_conversion_refuses_or_trusts(checkpoint, made, tmp_path, capsys):
     command = ["--load", str(checkpoint), "--save", str(tmp_path / "export")]
     assert convert_to_hf.main(command) == 1
     error = capsys.readouterr().err
@@ -48,7 +48,7 @@ def test_conversion(checkpoint, made, tmp_path, capsys):
     assert made.exists()
 
 
-def test_generation(checkpoint, made, tokenizer_folder, capsys):
+def test_generation_refuses_or_trusts(checkpoint, made, tokenizer_folder, capsys):
     command = ["--load", str(checkpoint), "--prompt", "a", "--tokenizer", str(tokenizer_folder)]
     assert generate.main(command) == 1
     assert LIMIT in capsys.readouterr().err and not made.exists()
@@ -56,8 +56,8 @@ def test_generation(checkpoint, made, tokenizer_folder, capsys):
     assert LIMIT not in capsys.readouterr().err and made.exists()
 
 
-def test_common_state_of_older_checkpoints(checkpoint, tmp_path):
-    """Its classes are never imported, and what they would do is left out."""
+def test_common_state_of_older_checkpoints_is_read_without_its_classes(checkpoint, tmp_path):
+    """The classes that the common state names are not imported, and their values are left out."""
     torch.save({"args": MakesFolder(tmp_path / "made", None), "iteration": 1}, checkpoint / "release" / "common.pt")
     assert convert_to_hf.main(["--load", str(checkpoint), "--save", str(tmp_path / "export")]) == 1
     assert not (tmp_path / "made").exists()

@@ -1,4 +1,4 @@
-"""Parts of tokenizing that the whole tool shows badly: long texts, odd tokenizers, the training sample."""
+"""Tokenizing by itself: long texts, unusual tokenizers, the sample that a tokenizer is trained on."""
 
 import json
 from dataclasses import replace

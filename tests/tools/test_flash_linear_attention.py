@@ -1,6 +1,6 @@
-"""Exports load in flash-linear-attention, and its models in ours: on a GPU where that package is installed.
+"""Exports load in flash-linear-attention (FLA), and FLA's models load here: on a GPU, where FLA is installed.
 
-Not on a CPU: there its version 0.6.0 mixes up the order of a memory's tokens, which it sorts with an unstable sort.
+Not on a CPU: there FLA 0.6.0 sorts tokens by memory with an unstable sort, and mixes up their order.
 """
 
 import importlib.util
@@ -44,9 +44,9 @@ CASES = [(variant, torch.float32) for variant in VARIANTS] + [({"num_memories": 
 
 
 def logits(model, tokens, dtype):
-    """In evaluation mode and without a cache, where flash-linear-attention computes what it means to.
+    """Logits in evaluation mode and without a cache, where FLA's computation is right.
 
-    The rule's own parameters stay in float32, which ours sees to and the other model does not.
+    The rule's own parameters stay in float32: a cast of FLA's model would round them, so they are set again here.
     """
     own = {name: p.data for name, p in model.named_parameters() if name.endswith(("A_log", "dt_bias"))}
     model.to("cuda", dtype).eval()
@@ -67,7 +67,7 @@ torch.save(megatron_logits(Path(folder), torch.load(tokens), torch.float32), log
 
 
 def megatron_logits_without_a_gpu(folder, tokens, tmp_path):
-    """In a process that sees none, as ``convert_to_hf.py --verify`` has it."""
+    """Logits of Megatron's model in a process without a GPU, as ``convert_to_hf.py --verify`` computes them."""
     files = tmp_path / "tokens.pt", tmp_path / "logits.pt"
     torch.save(tokens, files[0])
     command = [sys.executable, "-c", MEGATRON_LOGITS, folder, *files]
@@ -76,7 +76,7 @@ def megatron_logits_without_a_gpu(folder, tokens, tmp_path):
 
 
 def assert_same(ours, theirs, dtype):
-    """Up to 64 tokens its recurrence runs token by token and in float32 too; its chunked one is for bf16 alone."""
+    """Up to 64 tokens FLA's recurrence runs token by token, in float32 too; its chunked recurrence takes bf16 only."""
     length, bound = (60, 1e-3) if dtype is torch.float32 else (200, 0.1)
     tokens = torch.randint(SIZES["vocab_size"], (2, length), device="cuda")
     y, their_y = logits(ours, tokens, dtype), logits(theirs, tokens, dtype)
@@ -86,7 +86,7 @@ def assert_same(ours, theirs, dtype):
 
 
 @pytest.mark.parametrize(("variant", "dtype"), CASES)
-def test_an_export_computes_the_same_there(variant, dtype, tmp_path):
+def test_an_export_computes_the_same_in_fla(variant, dtype, tmp_path):
     import fla.models
 
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def test_an_export_computes_the_same_there(variant, dtype, tmp_path):
 
 
 @pytest.mark.parametrize(("variant", "dtype"), CASES)
-def test_its_own_model_computes_the_same_here(variant, dtype, tmp_path):
+def test_a_model_of_fla_computes_the_same_here(variant, dtype, tmp_path):
     import fla.models
 
     torch.manual_seed(0)
@@ -108,7 +108,7 @@ def test_its_own_model_computes_the_same_here(variant, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("variant", [{}, {"shared_mem": False}, {"num_memories": 8, "topk": 1}])
-def test_its_own_model_has_the_same_loss_in_megatron(variant, tmp_path):
+def test_a_model_of_fla_has_the_same_loss_in_megatron(variant, tmp_path):
     """Megatron computes in float32 on the CPU, hence the bound of its 60 tokens on the GPU."""
     import fla.models
 

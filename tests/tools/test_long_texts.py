@@ -87,7 +87,7 @@ def test_long_text_without_a_token_is_empty(tmp_path, run, monkeypatch, tokenize
 
 
 def test_memory_does_not_grow_with_a_text(tmp_path, tokenizer_folder):
-    """A compressed file of 5 MB in pieces of 64 KB. As a whole it would take 250 MB."""
+    """A compressed file of 5 MB in pieces of 64 KB. As a whole the text would take 250 MB."""
     text = "".join(f"{i} memory {i * i % 97}: what the sequence has said\n" for i in range(120_000))
     source = tmp_path / "long.txt.gz"
     source.write_bytes(gzip.compress(text.encode(), 1))

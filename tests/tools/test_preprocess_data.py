@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py, through its `main`: what goes in comes out of Megatron's reader, or nothing does."""
+"""tools/preprocess_data.py, through its `main`: Megatron's reader returns the texts, or no file is written."""
 
 import errno
 import gzip

@@ -1,4 +1,4 @@
-"""The associative recall tool: what is trained next, rows that a later run goes on from, the report, the command."""
+"""The associative recall tool: the order of training, the rows that a later run continues, report and command."""
 
 import csv
 import os
@@ -149,7 +149,7 @@ def test_several_processes_share_the_jobs_and_the_rows(tmp_path):
     assert runs.train_jobs(jobs, plan(), settings, tmp_path, [CPU, CPU], float("inf"), ORIGIN)
     rows = records.read(tmp_path / records.RESULTS)
     assert runs.finished_rows(rows, settings).keys() == set(jobs) and {row["group"] for row in rows} == {"1", "2"}
-    for left, status in ((0.0, runs.OUT_OF_TIME), (60.0, 0)):  # what a process tells of the time limit
+    for left, status in ((0.0, runs.OUT_OF_TIME), (60.0, 0)):  # past the time limit, and within
         with pytest.raises(SystemExit) as ended:
             runs._process([[Job(SOFT, 1e-3, 3)]], settings, tmp_path, CPU, left, ORIGIN)
         assert ended.value.code == status
@@ -174,7 +174,7 @@ def test_the_table_says_whether_the_claim_holds(tmp_path):
 
 def test_a_step_is_timed():
     assert step_milliseconds(SOFT, SETTINGS, CPU) > 0
-    _one_step(SOFT, SETTINGS, CPU)  # what compiles the kernels elsewhere
+    _one_step(SOFT, SETTINGS, CPU)  # the step that compiles the kernels in other processes
 
 
 def test_kernels_are_compiled_once_on_all_cores(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Folders of strangers: their code does not run unasked, and their links lead nowhere."""
+"""Folders from strangers: their code does not run without permission, and their links are not followed."""
 
 import json
 import os

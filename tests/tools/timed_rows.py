@@ -11,7 +11,7 @@ PNG = b"\x89PNG"
 
 
 def rows_of(tool, folder, *arguments):
-    """What a tool wrote as CSV. Times are noise on a busy machine: neither do they bound each other, nor grow."""
+    """The rows that a tool wrote as CSV. On a busy machine times are noise: no test compares them."""
     out = folder / "rows.csv"
     command = [sys.executable, ROOT / "tools" / tool, "--csv", out, *map(str, arguments)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,7 +1,7 @@
-"""Gated DeltaNet (arXiv 2412.06464): decay the state, then replace what it holds for this key.
+"""Gated DeltaNet (arXiv 2412.06464): decay the state, then replace the value that it holds for the row's key.
 
 ``S <- exp(g) S;  S <- S + k (beta (v - k^T S))^T`` with ``beta = sigmoid(x Wb)`` and
-``g = -exp(A_log) softplus(x Wa + dt_bias)``, one number a head each.
+``g = -exp(A_log) softplus(x Wa + dt_bias)``: one beta and one g for each head.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ A_MAX = 16.0
 
 
 def parameter_shapes(head_dim: int) -> dict[str, tuple[int, ...]]:
-    """One number a head each."""
+    """One A_log and one dt_bias for each head."""
     return {"A_log": (), "dt_bias": ()}
 
 
 def init_parameters(num_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
-    """A_log of decay rates uniform in (0, 16), dt_bias of time steps log-uniform in [1e-3, 1e-1], as Gated DeltaNet."""
+    """As Gated DeltaNet: decay rates exp(A_log) uniform in (0, 16), time steps log-uniform in [1e-3, 1e-1]."""
     rate = torch.empty(num_heads).uniform_(1e-6, A_MAX)
     step = torch.exp(torch.empty(num_heads).uniform_(math.log(DT_MIN), math.log(DT_MAX))).clamp(min=DT_FLOOR)
     inverse_softplus = step + torch.log(-torch.expm1(-step))
@@ -38,7 +38,7 @@ def init_parameters(num_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
 
 
 def gates(raw, parameters, kernels):
-    """raw beta, a [R, H]; A_log, dt_bias [H]. Returns g (log decay), beta [R, H] in float32 or float64."""
+    """From raw gates beta and a [R, H], A_log and dt_bias [H]: g (log decay) and beta [R, H], in float32 or float64."""
     if resolve_kernels(kernels, raw["a"]) == "triton":
         from mom_layers.recur.scalar_delta.gates_triton import decay_gates_triton
 
@@ -61,7 +61,7 @@ def recur(inputs: RuleInputs, cu_seqlens, initial_state, output_final_state, ker
 
 
 def initial_state_gradient(inputs: RuleInputs, do, cu_seqlens, initial_state, kernels):
-    """One walk against time in Triton; by the gradient of :func:`recur` elsewhere."""
+    """In Triton one pass against time; elsewhere the gradient of :func:`recur`."""
     if resolve_kernels(kernels, do) == "triton":
         from mom_layers.recur.scalar_delta.operation import initial_state_gradient_triton
 

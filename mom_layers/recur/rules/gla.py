@@ -1,8 +1,8 @@
 """Gated linear attention (GLA, arXiv 2312.06635): every key channel of the state decays at its own rate.
 
-``S <- diag(exp(g)) S + k v^T`` with ``g = logsigmoid(W2 (W1 x) + b) / 16``. W1 maps a token to 16 numbers a head, for
-every memory its own; W2 and b, a head each, are shared by all memories. GLA's W1 has 16 numbers in all: one set a head
-lets tensor parallelism split the gate as it splits the keys.
+``S <- diag(exp(g)) S + k v^T`` with ``g = logsigmoid(W2 (W1 x) + b) / 16``. Every memory has its own W1, which maps a
+token to 16 numbers a head. All memories share W2 and b, one set for each head. In the paper W1 gives 16 numbers for
+all heads together; 16 for each head let tensor parallelism split the gate by head, as it splits keys.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def parameter_shapes(head_dim: int) -> dict[str, tuple[int, ...]]:
 
 
 def init_parameters(num_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
-    """decay_up uniform as PyTorch's linear maps are, and no bias: at first g is close to log(1/2) / 16."""
+    """decay_up uniform as in PyTorch's linear maps, a bias of zero: g starts close to log(1/2) / 16."""
     bound = RANK**-0.5
     up = torch.empty(num_heads, RANK, head_dim).uniform_(-bound, bound)
     return {"decay_up": up, "decay_bias": torch.zeros(num_heads, head_dim)}
 
 
 def gates(raw, parameters):
-    """raw decay [R, H * rank]; decay_up [H, rank, K], decay_bias [H, K]. Returns g [R, H, K] in float32 or float64."""
+    """From the raw gate decay [R, H * rank], decay_up [H, rank, K], decay_bias [H, K]: g [R, H, K], float32 or more."""
     dtype = compute_dtype(raw["decay"].dtype)
     up, bias = parameters["decay_up"].to(dtype), parameters["decay_bias"].to(dtype)
     low_rank = raw["decay"].to(dtype).unflatten(1, up.shape[:2])
@@ -59,7 +59,7 @@ def transition(inputs: RuleInputs, cu_seqlens, kernels):
     Args:
         inputs: of :func:`prepare`; the keys' type decides the result's type.
         cu_seqlens: [S + 1] int32, from 0 to R; segments may be empty.
-        kernels: not needed: PyTorch computes the sum on every device.
+        kernels: not read, because PyTorch computes the sum on every device.
 
     Returns:
         [S, H, K] in float32 (float64 for float64 keys), 1 for empty segments.

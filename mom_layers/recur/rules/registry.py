@@ -8,7 +8,7 @@ _RULES: dict[str, MemoryRule] = {}
 
 
 def register_rule(rule: MemoryRule) -> None:
-    """Makes a rule available by its name; raises ValueError if the name is taken."""
+    """Makes a rule available by its name. Raises ValueError for a name that another rule has."""
     if rule.name in _RULES:
         raise ValueError(f"a memory rule named {rule.name!r} is already registered")
     _RULES[rule.name] = rule
@@ -20,7 +20,7 @@ def rule_names() -> list[str]:
 
 
 def get_rule(name: str) -> MemoryRule:
-    """The rule of that name; raises ValueError that lists the registered ones."""
+    """The rule of that name. For an unknown name raises ValueError with the registered names."""
     if name not in _RULES:
         raise ValueError(f"unknown memory rule {name!r}: choose one of {', '.join(rule_names())}")
     return _RULES[name]

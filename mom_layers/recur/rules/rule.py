@@ -1,7 +1,7 @@
 """What a memory update rule is.
 
-A rule says which gates a token projects for a memory, which parameters a head keeps, how the two become what the
-recurrence reads, and the recurrence. Routing, projection, convolution and mixing are the same for every rule.
+A rule says which raw gates a memory projects from a token, which parameters a head has, how the recurrence's inputs
+follow from both, and the recurrence itself. Routing, projection, convolution and mixing are the same for every rule.
 
 Shape legend: rows R, segments S, heads H, key size K, value size V.
 """
@@ -22,9 +22,9 @@ class RawGate:
     """Columns that every memory projects from a token beside its key and value.
 
     Attributes:
-        name: by which the rule reads the columns.
-        columns: of a head.
-        hf: how Hugging Face names call the projection: ``{hf}_proj.{memory}.weight`` and ``shared_{hf}.weight``.
+        name: the name by which the rule reads the columns.
+        columns: columns of one head.
+        hf: the projection's letter in Hugging Face names: ``{hf}_proj.{memory}.weight`` and ``shared_{hf}.weight``.
     """
 
     name: str
@@ -39,7 +39,7 @@ class RuleInputs:
     Attributes:
         q, k: [R, H, K'], where a feature map may have made K' longer than the projected key.
         v: [R, H, V].
-        gates: everything else that the recurrence reads, by name: gates [R, H, ...], and parameters of the rule.
+        gates: all other inputs of the recurrence, by name: gates [R, H, ...], and parameters of the rule.
     """
 
     q: torch.Tensor
@@ -49,7 +49,7 @@ class RuleInputs:
 
 
 def key_by_value(k_dim: int, v_dim: int) -> tuple[int, ...]:
-    """The state of most rules: a matrix that a key reads a value from."""
+    """The state of most rules: a matrix, from which a query reads a value."""
     return k_dim, v_dim
 
 
@@ -59,7 +59,7 @@ class MemoryRule:
 
     Attributes:
         name: how a user names the rule.
-        raw_gates: the projected gates, in the order of the fused projection.
+        raw_gates: the columns that a memory projects beside key and value, in the order of the fused projection.
         parameter_shapes: key size K -> {name: shape of a head's part}; the rule's parameters are [H, *shape].
         init_parameters: (H, K) -> {name: float32 [H, *shape] tensor}, drawn with torch's global generator on the CPU.
         prepare: (q, k [R, key heads, K], v [R, H, V] after the convolutions, {name: raw gate [R, H * columns]},
@@ -75,7 +75,7 @@ class MemoryRule:
         diagonal_transition: the transition is a diagonal matrix.
         unit_length_keys: the convolutions bring q and k to unit length per head.
         head_sizes: key and value sizes that the Triton kernels take.
-        key_heads: how many heads q and k have where the value heads share keys; None for one a value head.
+        key_heads: heads of q and k, where the value heads share keys; None where every value head has its own key.
         state_shape: (K, V) -> shape of a head's state. A rule with several state tensors lays them side by side.
         linear_in_state: the outputs are linear in the initial state; then the initial state's gradient needs no values.
         initial_state_gradient: (inputs, gradient of o, cu_seqlens, initial state, kernels) -> the gradient of the
@@ -144,7 +144,7 @@ class MemoryRule:
 
 
 def dense_transition(recur: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]):
-    """``transition`` of a rule with a K x K transition: the final state after a start from the identity, no values."""
+    """``transition`` of a rule with a K x K transition: the final state from an identity, with values of zero."""
 
     def transition(inputs: RuleInputs, cu_seqlens, kernels):
         segments, (_, heads, k_dim) = cu_seqlens.shape[0] - 1, inputs.k.shape
@@ -157,7 +157,7 @@ def dense_transition(recur: Callable[..., tuple[torch.Tensor, torch.Tensor | Non
 
 @contextmanager
 def kept_exact(parameters: Iterable[torch.nn.Parameter]):
-    """Around a module's cast: a rule's own parameters stay in float32, for a rounded decay rate is another model."""
+    """Around a module's cast: keeps a rule's own parameters in float32, as a rounded decay rate makes another model."""
     kept = [(parameter, parameter.data) for parameter in parameters]
     yield
     for parameter, value in kept:

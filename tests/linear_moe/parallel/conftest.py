@@ -10,7 +10,7 @@ import training
 
 MODELS = {
     "shared memory, packed documents, distributed optimizer": [
-        *["--dataloader-inter-document-masking", "--micro-batch-size", 1],  # pipelines want packed rows one by one
+        *["--dataloader-inter-document-masking", "--micro-batch-size", 1],  # pipelines take packed rows one by one
         *training.DISTRIBUTED_OPTIMIZER,
     ],
     "routed memories only": ["--no-mom-shared-memory"],
@@ -53,7 +53,7 @@ def documents(tmp_path_factory):
 
 
 def once(folder, train, *arguments):
-    """train(folder, *arguments) -> losses, by the first worker that asks for it; the others wait. With the folder."""
+    """train(folder, *arguments) -> losses, by the first worker that calls; other workers wait. And the folder."""
     folder.mkdir(exist_ok=True)
     result = folder / "losses.json"
     with (folder / "lock").open("w") as lock:

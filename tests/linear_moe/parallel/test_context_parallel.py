@@ -53,8 +53,8 @@ def parameters_of(rule, kind):
 
 
 def whole_inputs(batch, length=RANKS * LENGTH):
-    """Tokens [B, T, *] and their memories: the third is chosen rarely, so that its segments are short, the last never.
-    And the outputs' gradient."""
+    """Tokens [B, T, *], their memories, and the outputs' gradient. Few tokens choose the third memory, so that its
+    segments are short; no token chooses the last memory."""
     x, q, gate, dy = (
         random(batch, length, width, seed=seed) for seed, width in enumerate((HIDDEN, HEADS * K, HEADS * V, HEADS * V))
     )
@@ -85,7 +85,7 @@ def borders_of(documents, batch, length):
 
 
 def work(rank, documents, rule, kind):
-    """One rank's outputs and gradients, those of the parameters summed over the ranks."""
+    """One rank's outputs and gradients; the gradients of parameters are summed over the ranks."""
     from linear_moe.parallel.context import ContextSlice
 
     batch = 2 if DOCUMENTS[documents] is None else 1
@@ -101,7 +101,7 @@ def work(rank, documents, rule, kind):
 
 
 def reorder(rank):
-    """A batch in Megatron's order, what becomes of it, and the gradient that comes back."""
+    """A batch in Megatron's order, the batch in the order of time, and the gradient that comes back."""
     from linear_moe.parallel.sequence_order import SequenceOrder
 
     order = SequenceOrder(torch.distributed.group.WORLD, RANKS)
@@ -176,7 +176,7 @@ def ranks():
 
 
 @pytest.mark.parametrize("documents,rule,kind", CASES)
-def test_slices_equal_the_whole(ranks, documents, rule, kind):
+def test_slices_of_sequences_equal_whole_sequences(ranks, documents, rule, kind):
     batch = 2 if DOCUMENTS[documents] is None else 1
     borders = borders_of(DOCUMENTS[documents], batch, RANKS * LENGTH)
     by_token, gradients = outputs_and_gradients(whole_inputs(batch), borders, parameters_of(rule, kind))
@@ -188,7 +188,7 @@ def test_slices_equal_the_whole(ranks, documents, rule, kind):
             assert (mine - expected).norm() <= 1e-11 * expected.norm()
 
 
-def test_order_of_time_and_back(ranks):
+def test_reordering_to_the_order_of_time_and_back(ranks):
     for rank, result in enumerate(ranks):
         x, y, back, gradient = (torch.from_numpy(t) for t in result["order"])
         assert y.flatten().tolist() == list(range(8 * rank, 8 * rank + 8))
@@ -196,7 +196,7 @@ def test_order_of_time_and_back(ranks):
 
 
 @pytest.mark.parametrize("context_size,tensor_size", [(2, 1), (4, 1), (2, 2), (3, 2), (2, 3), (4, 4), (3, 5)])
-def test_exchange_of_every_layout(context_size, tensor_size):
+def test_blocks_are_exchanged_in_every_layout(context_size, tensor_size):
     zigzag, contiguous = zigzag_layout(context_size, tensor_size), contiguous_layout(context_size, tensor_size)
     for before, after in [(zigzag, contiguous), (contiguous, zigzag)]:
         plans = [plan_exchange(before, after, rank) for rank in range(context_size * tensor_size)]
@@ -211,7 +211,7 @@ def test_exchange_of_every_layout(context_size, tensor_size):
             assert [arrival[i] for i in plan.place] == blocks
 
 
-def test_volume_does_not_depend_on_the_length(ranks):
+def test_volume_does_not_depend_on_the_sequence_length(ranks):
     segments = 2 * (MEMORIES + 1)
     # States and transitions, then gradients and transitions, and the tails of queries, keys, values and gates.
     maps = 2 * segments * HEADS * K * (K + V)

@@ -1,4 +1,4 @@
-"""Memories over ranks: the exchange of rows by itself, beside a real mixture of experts, and what is refused."""
+"""Memories over ranks: the exchange of rows, alone and beside a mixture of experts; layouts that are refused."""
 
 import os
 import traceback
@@ -55,7 +55,7 @@ def weights(shared):
 
 
 def inputs(rank, crowded):
-    """Ragged sequences, another number of them on every rank; crowded: every token chooses memories 0 and 1."""
+    """Ragged sequences, of another number on every rank. crowded: every token chooses memories 0 and 1."""
     random = torch.Generator().manual_seed(1 + rank)
     borders = torch.tensor([[0, 5, 5, 12], [0, 7, 8, 8, 10, 17]][rank] if not crowded else [0, 6, 9], dtype=torch.int32)
     tokens = int(borders[-1])
@@ -90,9 +90,9 @@ def on_two_ranks(rank, place, cases, sender):
             parameters, data = weights(shared), inputs(rank, crowded)
             here = slice(2 * rank, 2 * rank + 2)
             routed = MemoryParameters(**{**vars(parameters), "projection": parameters.projection[here]})
-            everyone = MemoryParameters(**{**vars(parameters), "projection": parameters.projection[-1:]})
+            all_tokens = MemoryParameters(**{**vars(parameters), "projection": parameters.projection[-1:]})
             y = mix_memories_over_ranks(
-                data.x, data.q, data.gate, data.mix, data.ids, data.borders, routed, everyone if shared else None,
+                data.x, data.q, data.gate, data.mix, data.ids, data.borders, routed, all_tokens if shared else None,
                 num_memories=MEMORIES, group=torch.distributed.group.WORLD, ragged=not crowded,
             )  # fmt: skip
             result = gradients(y, data, parameters)
@@ -131,7 +131,7 @@ def exchanged():
 
 @pytest.mark.parametrize("crowded", [False, True], ids=["ragged", "a rank receives no row"])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "routed only"])
-def test_two_ranks_equal_one(exchanged, shared, crowded):
+def test_two_ranks_compute_what_one_computes(exchanged, shared, crowded):
     expected = [on_one_rank(inputs(rank, crowded), shared) for rank in range(2)]
     for rank, got in enumerate(exchanged[shared, crowded]):
         for i, tensor in enumerate(got):
@@ -139,7 +139,7 @@ def test_two_ranks_equal_one(exchanged, shared, crowded):
             torch.testing.assert_close(torch.from_numpy(tensor), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_a_moe_mlp_shares_the_group(documents, tmp_path):
+def test_a_moe_mlp_shares_the_expert_parallel_group(documents, tmp_path):
     experts = "--num-experts 4 --moe-ffn-hidden-size 32 --moe-router-topk 2 --moe-token-dispatcher-type alltoall"
     model = [*experts.split(), "--mom-single-kv-proj", "--data-path", documents]
     launch(1, [*model, "--train-iters", 1, "--lr", 0], tmp_path / "initial", save_at=(1,))
@@ -158,7 +158,7 @@ def test_a_moe_mlp_shares_the_group(documents, tmp_path):
         ({"token_mixer": "attention"}, "num_moe_experts must be non None"),
     ],
 )
-def test_refuses_layouts_that_cannot_work(settings, message):
+def test_layouts_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         MomTransformerConfig(
             **(

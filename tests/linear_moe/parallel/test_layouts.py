@@ -30,7 +30,7 @@ def test_ten_steps_equal_one_process(trained, layout, model):
 @pytest.mark.parametrize("layout", ["TP2", "TP2+SP"])
 @pytest.mark.parametrize("name", ["norm_weight", "router.weight"])
 def test_replicated_parameters_get_the_gradient_of_all_heads(trained, layout, name):
-    """A rank sees only its heads' part of it (Megatron's issue 7452 is the same in its own linear attention)."""
+    """A rank computes its heads' part of the gradient; the parts are summed (Megatron's issue 7452: are not)."""
     name = f"decoder.layers.self_attention.{name}"
     got = gradients_of_first_step(trained(layout, ROUTED)[1])[name]
     expected = gradients_of_first_step(trained("1", ROUTED)[1])[name]
@@ -44,8 +44,8 @@ def cut_as_megatron_does():
     data.cuts_contiguously = lambda args: False
 
 
-def test_batches_in_megatrons_order_train_the_same(documents, trained, tmp_path):
-    """What models with softmax layers, and Megatron-LM's own scripts, hand to context-parallel ranks."""
+def test_batches_in_megatrons_order_give_the_same_losses(documents, trained, tmp_path):
+    """Megatron's order of tokens, in which softmax layers and Megatron-LM's own scripts give a batch to the ranks."""
     expected, expected_folder = trained("1", ROUTED)
 
     data = ["--data-path", documents, "--train-iters", STEPS]

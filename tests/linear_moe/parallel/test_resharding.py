@@ -1,4 +1,4 @@
-"""A checkpoint of any layout goes on in any other, with its optimizer's state; a broken one is passed over."""
+"""A checkpoint of any layout goes on in any other, with its optimizer's state; a broken checkpoint is passed over."""
 
 import os
 import signal

@@ -1,6 +1,6 @@
-"""Tiny pretraining runs over several ranks, and what they leave in their checkpoints.
+"""Tiny pretraining runs over several ranks, and the tensors of their checkpoints.
 
-Every rank is a fork of a process that has imported Megatron: that takes four seconds, a run one or two.
+Every rank is a fork of a process that has imported Megatron: the import takes four seconds, a run one or two.
 """
 
 import contextlib
@@ -49,11 +49,11 @@ def launch(
 ) -> dict[int, float]:
     """Trains on ``world_size`` ranks and returns the loss of every iteration.
 
-    What rank i prints is in ``folder/rank_i.txt``, and the end of it in the error when the run fails.
+    Rank i prints into ``folder/rank_i.txt``; when the run fails, the error has the end of that file.
 
     Args:
         arguments: of ``linear_moe.pretrain``, after TINY.
-        save_at: iterations after which a checkpoint goes to ``folder``, besides the last one.
+        save_at: iterations after which a checkpoint goes to ``folder``, besides the last iteration.
         prepare: a function of a module, called on every rank before it trains.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def launch(
         while any(rank.is_alive() for rank in ranks) and time.monotonic() < end:
             if receiver.poll(0.05):
                 losses = receiver.recv()
-            if any(rank.exitcode for rank in ranks):  # the others would wait for this one
+            if any(rank.exitcode for rank in ranks):  # the other ranks would wait for this rank
                 break
         losses = receiver.recv() if receiver.poll() else losses
         if losses is None or [rank.exitcode for rank in ranks] != [0] * world_size:
@@ -112,7 +112,7 @@ def _train(rank, place, arguments, folder, save_at, prepare, sender) -> None:
 
 
 def _pretrain(save_at: tuple[int, ...]) -> dict[int, float]:
-    """linear_moe's own entry, with the losses recorded, which only the last pipeline stage knows."""
+    """`linear_moe.pretrain` with the losses recorded, which only the last pipeline stage computes."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from linear_moe import pretrain
@@ -165,7 +165,7 @@ def parameters(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
 
 
 def gradients_of_first_step(folder: Path) -> dict[str, torch.Tensor]:
-    """Every parameter's gradient of step one (times a constant): Adam's first moment after it."""
+    """Every parameter's gradient of step one (times a constant): Adam's first moment after that step."""
     prefix = re.compile(r"^.*exp_avg\.")
     return {
         prefix.sub("", name): tensor for name, tensor in checkpoint_tensors(folder, 1).items() if prefix.match(name)

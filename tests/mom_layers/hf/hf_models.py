@@ -1,4 +1,4 @@
-"""Small models for the tests, and plain loops that say what their logits must be."""
+"""Small models for the tests, and plain loops that compute the expected logits."""
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> 
 
 
 def random_tokens(*shape: int, seed: int = 1) -> torch.Tensor:
-    """Token numbers, never the padding's."""
+    """Token ids, none of which is the padding's."""
     return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
 

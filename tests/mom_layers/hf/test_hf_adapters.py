@@ -1,5 +1,5 @@
-"""Adapters, hooks and offloading act on every projection, take effect, merge and export; what they cannot act on is
-refused by name."""
+"""Adapters, hooks and offloading act on every projection, take effect, merge and export; modules on which they cannot
+act are refused by name."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ KINDS = {"all linear layers": "all-linear", "the usual names": NAMES, "gates": [
 
 
 def adapted(target_modules, **changes):
-    """A model with LoRA, whose adapters are not zero, and the model's logits before."""
+    """A model with LoRA adapters that are not zero, the tokens, and the model's logits without adapters."""
     model, tokens = tiny_model(**changes).eval(), random_tokens(2, 11)
     with torch.no_grad():
         before = model(tokens).logits
@@ -33,7 +33,7 @@ def adapted(target_modules, **changes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_take_effect_merge_and_export(kind, changes, tmp_path):
     targets = KINDS[kind]
-    if changes and kind == "gates":  # a model has the projections of its memories, of a shared one, or both
+    if changes and kind == "gates":  # a model has projections of routed memories, of a shared memory, or both
         targets = ["gate"]
     model, tokens, before = adapted(targets, **changes)
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_adapters_take_effect_merge_and_export(kind, changes, tmp_path):
 
 
 def test_every_memory_has_an_adapter_of_its_own():
-    """all-linear reaches every projection of every memory: the adapted layers' names say so."""
+    """all-linear reaches every projection of every memory."""
     model, *_ = adapted("all-linear")
     layer = model.base_model.model.model.layers[0].attn
     for letter in "kvba":
@@ -65,7 +65,7 @@ def test_every_memory_has_an_adapter_of_its_own():
 
 
 @pytest.mark.parametrize("safe", [False, True])
-def test_merging_and_taking_back(safe):
+def test_adapters_merge_and_unmerge(safe):
     model, tokens, before = adapted(NAMES)
     with torch.no_grad():
         after = model(tokens).logits
@@ -77,8 +77,8 @@ def test_merging_and_taking_back(safe):
             assert relative_error(model(tokens).logits, before) < 1e-4
 
 
-def test_generation_with_adapters():
-    """Token by token gives what the whole sequence gives, with adapters and after merging."""
+def test_generation_with_adapters_equals_one_forward():
+    """Tokens that are generated one by one are the choices of one forward pass, with adapters and after merging."""
     model, tokens, _ = adapted("all-linear")
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     generated = model.generate(tokens, **options)
@@ -95,7 +95,7 @@ def test_adapters_on_convolutions_are_refused_by_name(name):
 
 
 def test_a_wrapped_convolution_is_refused_by_name():
-    """The kernels read its weights: what the wrapper adds would have no effect."""
+    """The kernels read the convolution's weights, so that a wrapper's computation would have no effect."""
     model = tiny_model()
     model.model.layers[0].attn.v_conv1d = torch.nn.Sequential(model.model.layers[0].attn.v_conv1d)
     with pytest.raises(ValueError, match="v_conv1d is a Sequential: .*Leave q_conv1d, k_conv1d, v_conv1d and o_norm"):
@@ -116,8 +116,8 @@ def test_a_hook_on_a_memorys_projection_takes_effect():
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_offloaded_layers(place, tmp_path):
-    """accelerate keeps a layer's weights elsewhere, and brings them for every call of a module."""
+def test_offloaded_layers_compute_the_same(place, tmp_path):
+    """accelerate keeps a layer's weights elsewhere, and loads them for every call of a module."""
     from accelerate import cpu_offload, disk_offload
 
     model, tokens = tiny_model().eval(), random_tokens(2, 9)
@@ -147,7 +147,7 @@ def test_a_device_map_with_layers_on_the_disk(tmp_path):
 
 
 def test_weights_can_be_saved_after_an_evaluation(tmp_path):
-    """Evaluation lays a layer's weights side by side; each keeps a storage of its own, which safetensors asks for."""
+    """Evaluation lays a layer's weights side by side; each weight keeps its own storage, as safetensors requires."""
     model, tokens = tiny_model().eval(), random_tokens(1, 7)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.inference_mode():

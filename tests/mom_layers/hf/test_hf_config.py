@@ -30,7 +30,7 @@ SEPARATE = {
 SHARED = {f"shared_{x}.weight": (s, HIDDEN) for x, s in (("k", KEYS), ("v", VALUES), ("b", HEADS), ("a", HEADS))}
 
 
-def test_keys_and_defaults_are_the_formats():
+def test_keys_and_defaults_are_those_of_the_format():
     config = MomConfig().to_dict()
     assert {key: config[key] for key in FLA_DEFAULTS} == FLA_DEFAULTS
     assert config["model_type"] == "mom"
@@ -45,7 +45,7 @@ def test_keys_and_defaults_are_the_formats():
         ({"single_kv_proj": True, "shared_mem": False}, MIXER | SHARED),
     ],
 )
-def test_parameter_names_and_shapes_are_the_formats(changes, expected):
+def test_parameter_names_and_shapes_are_those_of_the_format(changes, expected):
     expected = {f"model.layers.{i}.attn.{name}": shape for i in range(2) for name, shape in expected.items()}
     for i in range(2):
         expected |= {f"model.layers.{i}.{norm}.weight": (HIDDEN,) for norm in ("attn_norm", "mlp_norm")}
@@ -58,7 +58,7 @@ def test_parameter_names_and_shapes_are_the_formats(changes, expected):
 
 @pytest.mark.parametrize("rule", rule_names())
 def test_parameter_names_follow_the_rule(rule):
-    """Every rule's model has a projection a raw gate and memory, and the rule's own parameters in float32."""
+    """A model has a projection for each raw gate and memory, and the rule's own parameters in float32."""
     model = tiny_model(mom_backend=rule).bfloat16()
     layer, update = model.model.layers[0].attn, get_rule(rule)
     for gate in update.raw_gates:
@@ -112,13 +112,13 @@ def test_width_of_the_mlp(changes, width):
         ({"attn": [{"layers": [0], "num_heads": 2}] * 2}, r"names layers twice: \[0\]"),
     ],
 )
-def test_values_that_cannot_be_honoured_are_refused(changes, message):
+def test_values_that_no_layer_computes_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**changes)
 
 
 def test_old_configurations_load():
-    """Configurations written before newer keys existed, and with keys that have gone since."""
+    """Configurations without the newer keys, and with keys that no longer exist."""
     old = {
         key: value
         for key, value in tiny_config().to_dict().items()

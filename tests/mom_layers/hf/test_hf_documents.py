@@ -1,4 +1,4 @@
-"""Documents packed into rows: nothing crosses a border, however the borders are told; no description is dropped."""
+"""Documents packed into rows: nothing crosses a border, in whichever argument borders are described."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def alone(model):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("changes", [{}, HYBRID, {"mom_backend": "gla"}], ids=str)
 @pytest.mark.parametrize("kind", DESCRIPTIONS)
-def test_the_collator_of_transformers(kind, changes, training):
+def test_documents_packed_by_transformers_collator(kind, changes, training):
     model = tiny_model(**changes)
     expected = alone(model)
     batch = DataCollatorWithFlattening(**DESCRIPTIONS[kind])([{"input_ids": d[0].tolist()} for d in documents()])
@@ -36,7 +36,7 @@ def test_the_collator_of_transformers(kind, changes, training):
 
 
 @pytest.mark.parametrize("changes", [{}, HYBRID], ids=str)
-def test_several_packed_rows(changes):
+def test_a_batch_of_several_packed_rows(changes):
     """Two rows of documents, and a row of one document, in one batch with padding at the end of a row."""
     model = tiny_model(**changes).eval()
     a, b, c = random_tokens(1, 5, seed=1), random_tokens(1, 7, seed=2), random_tokens(1, 12, seed=3)
@@ -92,6 +92,6 @@ def test_positions_of_padding_and_of_generation_are_no_borders():
         ({"position_ids": torch.zeros(2, 8)}, r"position_ids must be \[1, 8\], got \[2, 8\]"),
     ],
 )
-def test_descriptions_that_cannot_be_followed_are_refused(arguments, message):
+def test_wrong_descriptions_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny_model()(random_tokens(1, 8), **arguments)

@@ -10,13 +10,13 @@ from mom_layers.hf.cache import CACHE_NAME
 from mom_layers.hf.mixer import MomAttention
 
 KINDS = [{}, {"shared_mem": False, "topk": 1}, HYBRID, WINDOWED]
-SEED = 1  # of weights for which no token's second and third memory tie within bf16's rounding
+SEED = 1  # its weights give no token a second and a third memory that tie within bf16's rounding
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of kernels that run in Triton's interpreter without a GPU
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the kernels run in Triton's interpreter
 
 
 def decode(model, tokens, prompt, mask=None, chunk=1):
-    """Logits of all positions, from a prefill of ``prompt`` tokens and then ``chunk`` tokens a call."""
+    """Logits of all positions: a prefill of ``prompt`` tokens, then ``chunk`` tokens a call."""
     cache, rows = MomCache(model.config), []
     for first in [0, *range(prompt, tokens.shape[1], chunk)]:
         last = prompt if first == 0 else min(first + chunk, tokens.shape[1])
@@ -39,7 +39,7 @@ def test_prefill_and_decode_equal_one_forward(changes, dtype):
 @pytest.mark.parametrize("changes", [{}, HYBRID, {"single_kv_proj": True}], ids=str)
 @torch.inference_mode()
 def test_tokens_decoded_by_the_kernels_equal_one_forward(changes, monkeypatch):
-    """Left-padded sequences too; the kernels' calls are counted, for the general path would give the same."""
+    """Left-padded sequences too. The kernels' calls are counted: the general path would give the same logits."""
     model, tokens = tiny_model(SEED, head_dim=16, **changes).to(DEVICE), random_tokens(2, 9).to(DEVICE)
     tokens[0, :2] = 0
     mask = (tokens != 0).long()
@@ -90,7 +90,7 @@ def test_a_long_prompt_in_chunks():
 @pytest.mark.parametrize("changes", KINDS, ids=str)
 @torch.inference_mode()
 def test_mixed_lengths_equal_single_sequences(changes, dtype):
-    """Left padding: each sequence of a batch, decoded, has the logits that it has alone."""
+    """Left padding: each sequence of a batch is decoded to the logits of that sequence alone."""
     model = tiny_model(SEED, dtype, **changes)
     lengths = (1, 3, 17, 30)
     sequences = [random_tokens(1, length + 6, seed=length) for length in lengths]
@@ -103,7 +103,7 @@ def test_mixed_lengths_equal_single_sequences(changes, dtype):
 
 @torch.inference_mode()
 def test_the_cache_has_two_names():
-    """Transformers 5.24 calls it ``cache``; a call under the other name must not begin anew in silence."""
+    """transformers 5.24 says ``cache``. A cache passed under the other name must be read, not dropped in silence."""
     model, tokens = tiny_model(), random_tokens(2, 9)
     expected, got = model(tokens).logits[:, 8:], []
     for name in ("past_key_values", "cache"):

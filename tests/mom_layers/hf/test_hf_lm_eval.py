@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on an export: its numbers are the model's own. Needs the `lm_eval` package."""
+"""lm-evaluation-harness on an export reports the model's own numbers. Needs the `lm_eval` package."""
 
 import json
 import os

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mom_layers.hf import MomForCausalLM
 from mom_layers.hf.sequence import TokenSequence
 
-# memories, memories chosen by a token, whether there is a shared one
+# routed memories, routed memories that a token goes to, whether there is a shared memory
 MEMORIES = [(m, k, shared) for m in (1, 2, 4, 8) for k in (1, 2) for shared in (True, False) if k <= m]
 KINDS = [{}, {"single_kv_proj": True}, {"single_kv_proj": True, "shared_mem": False}, HYBRID, WINDOWED]
 
@@ -78,10 +78,10 @@ def test_loss_and_balancing_loss():
 
 @pytest.mark.parametrize("changes", [{}, HYBRID, WINDOWED], ids=str)
 def test_padding_changes_nothing(changes):
-    """Right and left padding, in outputs, loss, balancing loss and gradients."""
+    """Padding on the right and on the left changes no output, loss, balancing loss or gradient."""
     tokens = random_tokens(1, 20)
     model = tiny_model(dtype=torch.float64, **changes).train()
-    labels_of_tokens = torch.cat([torch.tensor([[-100]]), tokens[:, 1:]], dim=1)  # nothing real precedes the first
+    labels_of_tokens = torch.cat([torch.tensor([[-100]]), tokens[:, 1:]], dim=1)  # no token precedes the first
     plain = model(tokens, labels=labels_of_tokens, output_router_logits=True)
     expected = torch.autograd.grad(plain.loss, model.parameters())
     for left, right in ((0, 7), (7, 0), (3, 4)):

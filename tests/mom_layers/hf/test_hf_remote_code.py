@@ -12,7 +12,7 @@ from transformers.dynamic_module_utils import get_imports
 from mom_layers.hf import save_remote_code
 from mom_layers.hf.remote_code import bundle_sources
 
-# Neither this package nor Triton can be imported here: what is left is torch and transformers.
+# Neither this package nor Triton can be imported here; torch and transformers can.
 LOAD = """
 import os, sys
 sys.modules["mom_layers"] = sys.modules["triton"] = None
@@ -59,7 +59,7 @@ def test_an_export_loads_without_this_package(export, tmp_path):
     shutil.move(directory, tmp_path / "moved")
     for actual, e in zip(load_elsewhere(tmp_path / "moved", tmp_path), expected, strict=True):
         assert torch.equal(actual, e)
-    # What was loaded so can be saved again, code and all.
+    # A model that was loaded this way can be saved again with its code.
     saved, first = tmp_path / "again", tmp_path / "moved"
     assert {p.name for p in first.glob("*.py")} == {p.name for p in saved.glob("*.py")}
     assert (saved / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
@@ -87,8 +87,8 @@ def test_the_bundle_is_complete_and_needs_no_more():
     assert {"modeling_mom", "configuration_mom", "mom_layers_mixing", "mom_layers_recur_rules_gla"} <= set(sources)
 
 
-def test_transformers_asks_for_no_other_package(export):
-    """transformers refuses a model whose files import what the machine lacks: Triton is asked for by no file."""
+def test_the_files_require_no_other_package(export):
+    """transformers refuses a model whose files import a missing package: no file requires Triton."""
     _, directory = export
     asked = {package for file in directory.glob("*.py") for package in get_imports(file)}
     assert asked - sys.stdlib_module_names <= {"torch", "transformers"}

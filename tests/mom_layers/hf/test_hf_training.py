@@ -12,7 +12,7 @@ from hf_models import random_tokens, tiny_model
 
 TESTS = Path(__file__).parents[1]
 
-# Eight rows in one step, by one process or two, in as many micro-batches as asked for. Prints the step's loss.
+# Eight rows in one step, by one process or two, in the given number of micro-batches. Prints the step's loss.
 TRAIN = """
 import json, sys
 sys.path[:0] = sys.argv[4:]
@@ -24,7 +24,7 @@ rows, micro_batch, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 tokens = random_tokens(8, 16)
 data = [{"input_ids": row, "labels": row.clone()} for row in tokens]
 for index, row in enumerate(data):
-    row["labels"][: index + 1] = -100  # another number of targets in every row
+    row["labels"][: index + 1] = -100  # every row has another number of targets
 model = tiny_model(aux_loss_scale=0.5)
 arguments = TrainingArguments(
     out, max_steps=1, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=rows // micro_batch,
@@ -56,9 +56,9 @@ def test_the_balancing_loss_is_weighted_by_the_share_of_the_step():
 
 
 @pytest.mark.parametrize("processes,micro_batch", [(1, 8), (1, 1), (2, 1)])
-def test_trainer(processes, micro_batch, tmp_path):
-    """One batch of eight rows, eight micro-batches of one row, and two processes with four: the same loss to a tenth of
-    the balancing loss, which is not linear in the rows."""
+def test_the_trainers_loss_does_not_depend_on_the_split(processes, micro_batch, tmp_path):
+    """One batch of eight rows, eight micro-batches of one, and two processes with four rows have the same loss, to a
+    tenth of the balancing loss, which is not linear in the rows."""
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
     words = [str(8 // processes), str(micro_batch), str(tmp_path), str(TESTS), str(TESTS / "hf")]
@@ -78,8 +78,8 @@ def test_trainer(processes, micro_batch, tmp_path):
     assert abs(loss - out.loss.item()) <= 0.1 * 0.5 * out.aux_loss.item()
 
 
-def test_trl_packing(tmp_path):
-    """SFT on packed rows: the loss is that of the documents alone."""
+def test_trl_packing_gives_the_documents_loss(tmp_path):
+    """SFT on packed rows has the loss of the documents without packing."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
