@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from linear_moe.entry import checks
-from megatron_patches import PatchError, applied, checkpoint_errors, checkpoint_writer, checkpoints
+from megatron_patches import PatchError, applied, checkpoint_folder, checkpoint_writer, checkpoints
 from megatron_patches.checkpoint_folder import CheckpointError, complete_iterations
 from megatron_patches.checkpoint_tracker import TRACKER, read_tracker, written_whole
 from megatron_patches.patch import apply_all, undo_all
