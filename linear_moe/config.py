@@ -123,7 +123,7 @@ class MomTransformerConfig(TransformerConfig):
         """Sizes and choices of a MoM layer, of all tensor-parallel ranks together."""
         names = {f.name for f in fields(self)}
         settings = {f.name: getattr(self, f"mom_{f.name}") for f in fields(MixerSettings) if f"mom_{f.name}" in names}
-        return MixerSettings(rule_name=self.mom_rule, norm_eps=self.layernorm_epsilon, **settings)
+        return MixerSettings(norm_eps=self.layernorm_epsilon, **settings)
 
     def mom_layer_pattern(self) -> list[bool]:
         """For each of the model's layers, whether its token mixer is Mixture-of-Memories."""
@@ -142,7 +142,7 @@ class MomTransformerConfig(TransformerConfig):
         settings = self.mixer_settings()
         if self.mom_kernels != "torch":
             settings.check_head_sizes()
-        if settings.rule.key_heads is not None and self.tensor_model_parallel_size > 1:
+        if settings.update_rule.key_heads is not None and self.tensor_model_parallel_size > 1:
             raise ValueError(
                 f"--mom-rule {self.mom_rule} shares keys between heads, which tensor parallelism would split: "
                 f"--tensor-model-parallel-size must be 1, got {self.tensor_model_parallel_size}"

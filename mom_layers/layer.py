@@ -20,68 +20,38 @@ class MixtureOfMemories(nn.Module):
 
     Args:
         hidden_size: D.
-        num_heads: H.
-        head_dim: key size K of a head.
-        expand_v: value size V = K * expand_v.
-        num_memories: M, without the shared memory.
-        topk: routed memories that a token goes to.
-        shared_memory: add the memory that every token goes to.
-        conv_kernel: width W of the causal convolutions on q, k and v.
-        rule: name of the memory update rule.
-        single_kv_proj: one projection of keys, values and raw gates for all memories, instead of one a memory.
-        norm_eps: of the output norm.
-        kernels: "auto" (Triton on CUDA, PyTorch elsewhere), "torch" or "triton"; also taken as ``backend``.
+        sizes: the fields of :class:`mom_layers.settings.MixerSettings`, in their order or by name: ``num_heads``,
+            ``head_dim``, ``expand_v``, ``num_memories``, ``topk``, ``shared_memory``, ``conv_kernel``, ``rule``,
+            ``single_kv_proj``, ``norm_eps``, ``kernels`` (in version 0.1 ``backend``). Every field has a default.
 
     Raises:
         ValueError: a size or name that is not supported.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int = 4,
-        head_dim: int = 256,
-        expand_v: float = 1.0,
-        num_memories: int = 4,
-        topk: int = 2,
-        shared_memory: bool = True,
-        conv_kernel: int = 4,
-        rule: str = "gated_deltanet",
-        single_kv_proj: bool = False,
-        norm_eps: float = 1e-6,
-        kernels: str = "auto",
-        *,
-        backend: str | None = None,
-    ):
+    def __init__(self, hidden_size: int, *sizes, **named_sizes):
         super().__init__()
-        if backend is not None:  # the name of `kernels` in version 0.1
-            kernels = backend
-        self.settings = MixerSettings(
-            num_heads=num_heads, head_dim=head_dim, expand_v=expand_v, num_memories=num_memories, topk=topk,
-            shared_memory=shared_memory, conv_kernel=conv_kernel, rule_name=rule, single_kv_proj=single_kv_proj,
-            norm_eps=norm_eps, kernels=kernels,
-        )  # fmt: skip
-        if kernels == "triton":
-            self.settings.check_head_sizes()
-        self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, head_dim
-        self.value_dim = self.settings.value_dim
-        self.num_memories, self.topk, self.shared_memory = num_memories, topk, shared_memory
-        self.rule = self.settings.rule
-        self.kernels = kernels
-        keys, values = self.settings.key_width, self.settings.value_width
-        width = sum(self.settings.projection_sizes)
-        self.router = nn.Linear(hidden_size, num_memories, bias=False)
+        if "backend" in named_sizes:
+            named_sizes["kernels"] = named_sizes.pop("backend")
+        self.settings = settings = MixerSettings(*sizes, **named_sizes)
+        if settings.kernels == "triton":
+            settings.check_head_sizes()
+        self.hidden_size, self.num_heads, self.head_dim = hidden_size, settings.num_heads, settings.head_dim
+        self.value_dim = settings.value_dim
+        self.num_memories, self.topk, self.shared_memory = settings.num_memories, settings.topk, settings.shared_memory
+        self.rule, self.kernels = settings.update_rule, settings.kernels
+        keys, values, width = settings.key_width, settings.value_width, sum(settings.projection_sizes)
+        self.router = nn.Linear(hidden_size, settings.num_memories, bias=False)
         self.q_proj = nn.Linear(hidden_size, keys, bias=False)
         self.gate_proj = nn.Linear(hidden_size, values, bias=False)
         self.out_proj = nn.Linear(values, hidden_size, bias=False)
-        self.memory_proj = nn.Parameter(torch.empty(self.settings.num_projections, width, hidden_size))
-        self.q_conv = nn.Parameter(torch.empty(keys, conv_kernel))
-        self.k_conv = nn.Parameter(torch.empty(keys, conv_kernel))
-        self.v_conv = nn.Parameter(torch.empty(values, conv_kernel))
+        self.memory_proj = nn.Parameter(torch.empty(settings.num_projections, width, hidden_size))
+        self.q_conv = nn.Parameter(torch.empty(keys, settings.conv_kernel))
+        self.k_conv = nn.Parameter(torch.empty(keys, settings.conv_kernel))
+        self.v_conv = nn.Parameter(torch.empty(values, settings.conv_kernel))
         self.rule_parameters = nn.ParameterDict(
             {
-                name: nn.Parameter(torch.empty(num_heads, *shape))
-                for name, shape in self.rule.parameter_shapes(head_dim).items()
+                name: nn.Parameter(torch.empty(settings.num_heads, *shape))
+                for name, shape in self.rule.parameter_shapes(settings.head_dim).items()
             }
         )
         self.norm_weight = nn.Parameter(torch.empty(self.value_dim))
@@ -146,7 +116,7 @@ class MixtureOfMemories(nn.Module):
             raise ValueError(f"token_mask must be {[batch, length]}, got {list(token_mask.shape)}")
 
         out, new_state, _ = mix_tokens(
-            x, self.router, self._token_maps(), self.memory_parameters(), self.settings, cu_seqlens,
+            x, self.router, self._token_maps(), self.memory_parameters(), cu_seqlens,
             token_mask=token_mask, state=state, output_state=output_state, kernels=self.kernels,
         )  # fmt: skip
         return out, new_state
@@ -175,7 +145,7 @@ class MixtureOfMemories(nn.Module):
             out, new_state = self(x[:, None], state=state, output_state=True)
             state.copy_(new_state)
             return out[:, 0]
-        return step_tokens(x, self.router, self._token_maps(), self.memory_parameters(), self.settings, state)[0]
+        return step_tokens(x, self.router, self._token_maps(), self.memory_parameters(), state)[0]
 
     def _token_maps(self) -> TokenMaps:
         return TokenMaps(query=self.q_proj, output_gate=self.gate_proj, out=self.out_proj)
@@ -183,13 +153,11 @@ class MixtureOfMemories(nn.Module):
     def memory_parameters(self) -> MemoryParameters:
         """The weights that act on rows."""
         return MemoryParameters(
-            rule=self.rule,
+            settings=self.settings,
             projection=self.memory_proj,
             q_conv=self.q_conv,
             k_conv=self.k_conv,
             v_conv=self.v_conv,
             rule_parameters=self.rule_parameters,
             norm_weight=self.norm_weight,
-            num_heads=self.num_heads,
-            norm_eps=self.settings.norm_eps,
         )

@@ -52,26 +52,32 @@ class MemoryParameters:
     """The weights that act on rows, for the heads of this rank (all heads without tensor parallelism).
 
     Attributes:
-        rule: the memory update rule.
+        settings: sizes and choices of the layer, with H the heads of this rank.
         projection: [A, O, D] with O = H K + H V + H * (columns of the raw gates): keys, values and raw gates of each
             memory in one matrix, in this order; [1, O, D] where all memories share one projection. Or a function that
             projects tokens [N, D] to [A, N, O] (or [1, N, O]), for modules that must be called.
         q_conv, k_conv: [H K, W]. v_conv: [H V, W].
         rule_parameters: the rule's own parameters, [H, ...] each.
         norm_weight: [V].
-        num_heads: H.
-        norm_eps: of the output norm.
     """
 
-    rule: MemoryRule
+    settings: MixerSettings
     projection: torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
     q_conv: torch.Tensor
     k_conv: torch.Tensor
     v_conv: torch.Tensor
     rule_parameters: Mapping[str, torch.Tensor]
     norm_weight: torch.Tensor
-    num_heads: int
-    norm_eps: float = 1e-6
+
+    @property
+    def rule(self) -> MemoryRule:
+        """The memory update rule."""
+        return self.settings.update_rule
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of this rank."""
+        return self.settings.num_heads
 
 
 class SequenceSlice(Protocol):
@@ -101,7 +107,6 @@ def mix_tokens(
     router: Callable[[torch.Tensor], torch.Tensor],
     maps: TokenMaps,
     parameters: MemoryParameters,
-    settings: MixerSettings,
     cu_seqlens: torch.Tensor,
     *,
     token_mask: torch.Tensor | None = None,
@@ -114,7 +119,7 @@ def mix_tokens(
     Args:
         x: [B, T, D].
         router: [N, D] -> [N, M] logits.
-        maps, parameters, settings: the layer's.
+        maps, parameters: the layer's.
         cu_seqlens: [sequences + 1] int32, first of the B T tokens of every sequence, then their number.
         token_mask: [B, T] bool, False at padding. Padding reaches no memory, and its outputs are zero.
         state: what earlier calls left for these sequences.
@@ -128,9 +133,9 @@ def mix_tokens(
         x = x.masked_fill(~token_mask[..., None], 0)
     tokens = x.flatten(0, 1)
     logits = router(tokens)
-    weights, ids = route(logits, settings.topk, kernels=kernels)
+    weights, ids = route(logits, parameters.settings.topk, kernels=kernels)
     y, new_state = mix_routed(
-        tokens, maps.query(tokens), partial(maps.output_gate, tokens), weights, ids, cu_seqlens, parameters, settings,
+        tokens, maps.query(tokens), partial(maps.output_gate, tokens), weights, ids, cu_seqlens, parameters,
         token_mask=None if token_mask is None else token_mask.flatten(),
         state=state, output_state=output_state, kernels=kernels,
     )  # fmt: skip
@@ -150,7 +155,6 @@ def step_tokens(
     router: Callable[[torch.Tensor], torch.Tensor],
     maps: TokenMaps,
     parameters: MemoryParameters,
-    settings: MixerSettings,
     state: MemoryState,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A whole layer for one new token of every sequence, in few launches; changes ``state`` in place.
@@ -159,13 +163,13 @@ def step_tokens(
 
     Args:
         x: [B, D].
-        router, maps, parameters, settings: as for :func:`mix_tokens`; :func:`has_step` must hold.
+        router, maps, parameters: as for :func:`mix_tokens`; :func:`has_step` must hold.
         state: the layer's state of the B sequences.
 
     Returns:
         out [B, D] and the router's logits [B, M].
     """
-    logits = router(x)
+    logits, settings = router(x), parameters.settings
     y = parameters.rule.decode_step(
         x.contiguous(), maps.query(x), maps.output_gate(x), logits, parameters, state,
         settings.topk, settings.shared_memory, UNIT_LENGTH_EPS,
@@ -181,7 +185,6 @@ def mix_routed(
     ids: torch.Tensor,
     cu_seqlens: torch.Tensor,
     parameters: MemoryParameters,
-    settings: MixerSettings,
     *,
     token_mask: torch.Tensor | None = None,
     time_major: bool = False,
@@ -199,6 +202,7 @@ def mix_routed(
         token_mask: [N] bool, False at padding.
         time_major: x, q, output_gate, weights and the result are stored time first, [T, B] flattened.
     """
+    settings = parameters.settings
     plan = build_routing_plan(
         ids, cu_seqlens,
         num_memories=settings.num_memories, shared=settings.shared_memory, token_mask=token_mask, kernels=kernels,
@@ -246,7 +250,7 @@ def mix_memories(
     output_gate = output_gate() if callable(output_gate) else output_gate
     y = combine(
         o, weights, plan.row_of_choice, output_gate.unflatten(1, o.shape[1:]), parameters.norm_weight,
-        eps=parameters.norm_eps, kernels=kernels,
+        eps=parameters.settings.norm_eps, kernels=kernels,
     )  # fmt: skip
     return y.flatten(1), new_state
 

@@ -20,7 +20,7 @@ class MixerSettings:
         topk: routed memories that a token goes to.
         shared_memory: add the memory that every token goes to.
         conv_kernel: width W of the causal convolutions on q, k and v.
-        rule_name: name of the memory update rule.
+        rule: name of the memory update rule.
         single_kv_proj: one projection of keys, values and raw gates for all memories, instead of one a memory.
         norm_eps: of the output norm.
         kernels: "auto" (Triton on CUDA, PyTorch elsewhere), "torch" or "triton".
@@ -36,13 +36,13 @@ class MixerSettings:
     topk: int = 2
     shared_memory: bool = True
     conv_kernel: int = 4
-    rule_name: str = "gated_deltanet"
+    rule: str = "gated_deltanet"
     single_kv_proj: bool = False
     norm_eps: float = 1e-6
     kernels: str = "auto"
 
     def __post_init__(self) -> None:
-        get_rule(self.rule_name)
+        get_rule(self.rule)
         check_kernels(self.kernels)
         for name in ("num_heads", "head_dim", "num_memories"):
             if getattr(self, name) < 1:
@@ -61,8 +61,9 @@ class MixerSettings:
             raise ValueError(f"conv_kernel must be between 2 and 8, got {self.conv_kernel}")
 
     @property
-    def rule(self) -> MemoryRule:
-        return get_rule(self.rule_name)
+    def update_rule(self) -> MemoryRule:
+        """The rule of that name."""
+        return get_rule(self.rule)
 
     @property
     def value_dim(self) -> int:
@@ -77,7 +78,7 @@ class MixerSettings:
     @property
     def key_width(self) -> int:
         """Columns of all heads' queries, and of all heads' keys."""
-        return self.rule.num_key_heads(self.num_heads) * self.head_dim
+        return self.update_rule.num_key_heads(self.num_heads) * self.head_dim
 
     @property
     def value_width(self) -> int:
@@ -87,7 +88,7 @@ class MixerSettings:
     @property
     def projection_sizes(self) -> list[int]:
         """Widths of the pieces of one memory's fused projection: keys, values, then each raw gate of the rule."""
-        return self.rule.projection_sizes(self.num_heads, self.head_dim, self.value_dim)
+        return self.update_rule.projection_sizes(self.num_heads, self.head_dim, self.value_dim)
 
     @property
     def num_projections(self) -> int:
@@ -96,13 +97,13 @@ class MixerSettings:
 
     def has_kernels(self) -> bool:
         """Whether the rule's Triton kernels take the head sizes."""
-        return {self.head_dim, self.value_dim} <= set(self.rule.head_sizes)
+        return {self.head_dim, self.value_dim} <= set(self.update_rule.head_sizes)
 
     def check_head_sizes(self) -> None:
         """Raises ValueError where the rule's Triton kernels do not take the head sizes."""
         for name, value in [("head_dim", self.head_dim), ("head_dim * expand_v", self.value_dim)]:
-            if value not in self.rule.head_sizes:
+            if value not in self.update_rule.head_sizes:
                 raise ValueError(
-                    f"{name} = {value} is not supported by the {self.rule_name} kernels: "
-                    f"use one of {', '.join(map(str, self.rule.head_sizes))}, or kernels='torch'"
+                    f"{name} = {value} is not supported by the {self.rule} kernels: "
+                    f"use one of {', '.join(map(str, self.update_rule.head_sizes))}, or kernels='torch'"
                 )

@@ -218,7 +218,7 @@ def layout_of(config: MomConfig) -> Layout:
         "width": config.conv_size,
         "keys_values": groups * head,
         "one": 1,
-        **rule_dimensions(settings.rule, config.num_heads, config.head_dim),
+        **rule_dimensions(settings.update_rule, config.num_heads, config.head_dim),
     }
     return Layout(
         dims=dims,
@@ -229,7 +229,7 @@ def layout_of(config: MomConfig) -> Layout:
         single_kv_proj=config.single_kv_proj,
         tied=config.tie_word_embeddings,
         num_query_groups=groups,
-        memory_rule=settings.rule_name,
+        memory_rule=settings.rule,
     )
 
 

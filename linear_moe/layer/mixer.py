@@ -6,7 +6,7 @@ V value size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
@@ -77,13 +77,13 @@ class MomTokenMixer(MegatronModule):
             group = pg_collection.tp_cp if config.sequence_parallel else self.cp_group
             self.order = SequenceOrder(group, self.cp_group.size())
         self.settings = config.mixer_settings()
-        self.rule = self.settings.rule
+        self.rule = self.settings.update_rule
 
         heads, tp_size = config.mom_num_heads, pg_collection.tp.size()
         self.num_heads = heads // tp_size
-        self.key_width = self.rule.num_key_heads(self.num_heads) * config.mom_head_dim
-        self.value_width = self.num_heads * config.mom_value_dim
-        self.sizes = self.rule.projection_sizes(self.num_heads, config.mom_head_dim, config.mom_value_dim)
+        self.local_settings = replace(self.settings, num_heads=self.num_heads)
+        self.key_width, self.value_width = self.local_settings.key_width, self.local_settings.value_width
+        self.sizes = self.local_settings.projection_sizes
 
         self.router = MemoryRouter(config, layer_number, pg_collection)
         self.in_proj = build_module(
@@ -236,7 +236,7 @@ class MomTokenMixer(MegatronModule):
             )
         else:
             y, _ = mix_routed(
-                x.flatten(0, 1), q, output_gate, weights.flatten(0, 1), ids, borders, routed, self.settings,
+                x.flatten(0, 1), q, output_gate, weights.flatten(0, 1), ids, borders, routed,
                 time_major=batch > 1, sequence_slice=sequence_slice, kernels=self.config.mom_kernels,
             )  # fmt: skip
         y = y.unflatten(0, (length, batch))
@@ -282,7 +282,7 @@ class MomTokenMixer(MegatronModule):
 
     def _memory_parameters(self, projection: torch.Tensor) -> MemoryParameters:
         return MemoryParameters(
-            rule=self.rule,
+            settings=self.local_settings,
             projection=projection,
             q_conv=self.q_conv,
             k_conv=self.k_conv,
@@ -290,8 +290,6 @@ class MomTokenMixer(MegatronModule):
             rule_parameters={name: getattr(self, name) for name in self.rule.parameter_names},
             # Every rank sees only its heads' part of this weight's gradient.
             norm_weight=copy_to_tensor_model_parallel_region(self.norm_weight, group=self.tp_group),
-            num_heads=self.num_heads,
-            norm_eps=self.config.layernorm_epsilon,
         )
 
     def _shared_parameters(self) -> MemoryParameters | None:

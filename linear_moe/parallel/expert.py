@@ -216,7 +216,7 @@ def mix_memories_over_ranks(
         row_of_choice = torch.cat([row_of_choice, shared_plan.row_of_choice + plan.num_rows], dim=1)
     y = combine(
         torch.cat(outputs), weights, row_of_choice, output_gate.unflatten(1, o_here.shape[1:]), routed.norm_weight,
-        eps=routed.norm_eps, kernels=kernels,
+        eps=routed.settings.norm_eps, kernels=kernels,
     )  # fmt: skip
     return y.flatten(1)
 

@@ -245,7 +245,7 @@ def decode_step_triton(
         norm_weight=parameters.norm_weight,
         mixed=mixed,
         y=y,
-        norm_eps=parameters.norm_eps,
+        norm_eps=parameters.settings.norm_eps,
         num_warps=4,
         **tails,
         **sizes,

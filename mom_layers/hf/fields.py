@@ -65,7 +65,7 @@ FIELDS = (
           setting="shared_memory"),
     Field("single_kv_proj", False, "one key, value and gate projection for all memories",
           megatron="mom_single_kv_proj", setting="single_kv_proj"),
-    Field("mom_backend", "gated_deltanet", "name of the memory update rule", megatron="mom_rule", setting="rule_name"),
+    Field("mom_backend", "gated_deltanet", "name of the memory update rule", megatron="mom_rule", setting="rule"),
     Field("attn", None, "None, or which layers are softmax attention instead: {\"layers\": [indices], \"num_heads\", "
           "\"num_kv_heads\", \"qkv_bias\", \"window_size\", \"rope_theta\"}, or a list of such entries"),
     Field("hidden_ratio", 4, "width of the MLP over D, times 3 / 2", exported=None),

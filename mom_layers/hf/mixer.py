@@ -26,7 +26,7 @@ class MomAttention(nn.Module):
     def __init__(self, config: MomConfig):
         super().__init__()
         self.settings = config.mixer_settings()
-        self.rule = self.settings.rule
+        self.rule = self.settings.update_rule
         hidden, keys, values = config.hidden_size, self.settings.key_width, self.settings.value_width
 
         self.q_proj = nn.Linear(hidden, keys, bias=False)
@@ -61,11 +61,11 @@ class MomAttention(nn.Module):
         maps = TokenMaps(query=self.q_proj, output_gate=self.g_proj, out=self.o_proj)
         parameters = self.memory_parameters(x.dtype)
         if self._decodes(x, sequence, past, parameters, kernels):
-            out, router_logits = step_tokens(x[:, 0], self.gate, maps, parameters, self.settings, past.state)
+            out, router_logits = step_tokens(x[:, 0], self.gate, maps, parameters, past.state)
             past.advance(past.state, 1)
             return out[:, None], router_logits
         out, state, router_logits = mix_tokens(
-            x, self.gate, maps, parameters, self.settings, sequence.cu_seqlens,
+            x, self.gate, maps, parameters, sequence.cu_seqlens,
             token_mask=sequence.token_mask, state=None if past is None else past.state,
             output_state=past is not None, kernels=kernels,
         )  # fmt: skip
@@ -97,15 +97,13 @@ class MomAttention(nn.Module):
                     "k_conv1d, v_conv1d and o_norm out of the adapter's target modules"
                 )
         return MemoryParameters(
-            rule=self.rule,
+            settings=self.settings,
             projection=self.memory_projection(dtype),
             q_conv=self.q_conv1d(),
             k_conv=self.k_conv1d(),
             v_conv=self.v_conv1d(),
             rule_parameters={name: getattr(self, name) for name in self.rule.parameter_names},
             norm_weight=self.o_norm(),
-            num_heads=self.settings.num_heads,
-            norm_eps=self.settings.norm_eps,
         )
 
     def memory_projection(self, dtype: torch.dtype) -> torch.Tensor | Callable[[torch.Tensor], torch.Tensor]:

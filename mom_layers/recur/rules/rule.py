@@ -70,7 +70,8 @@ class MemoryRule:
         transition: (inputs, cu_seqlens, kernels) -> what a segment multiplies its initial state by, in float32 (float64
             for float64 inputs): [S, H, K', K'], or [S, H, K'] where ``diagonal_transition`` says so.
         reference: (q, k, v, raw gates, parameters, cu_seqlens, initial state or None) -> (o, final states): the plain
-            loop over tokens, from the same arguments as ``prepare``. Every faster path is compared with this loop.
+            loop over tokens, from the arguments of ``prepare`` but with q and k before they are brought to unit length.
+            Every faster path is compared with this loop.
         recurrence_flops: (rows, H, K, V) -> floating-point operations of a forward pass, for the utilisation (MFU).
         diagonal_transition: the transition is a diagonal matrix.
         unit_length_keys: the convolutions bring q and k to unit length per head.

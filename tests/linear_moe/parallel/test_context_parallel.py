@@ -2,7 +2,7 @@
 
 import os
 import traceback
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from linear_moe.parallel.sequence_order import contiguous_layout, plan_exchange, zigzag_layout
 from mom_layers.mixing import MemoryParameters, mix_memories
-from mom_layers.recur.rules import get_rule, rule_names
+from mom_layers.recur.rules import MemoryRule, get_rule, rule_names
 from mom_layers.route.plan import build_routing_plan
+from mom_layers.settings import MixerSettings
 
 RANKS, LENGTH, MEMORIES, HEADS, K, V, HIDDEN, WIDTH = 3, 12, 4, 2, 16, 8, 24, 4
 WEIGHTS = ("projection", "q_conv", "k_conv", "v_conv", "norm_weight")
@@ -35,11 +36,22 @@ def random(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@dataclass(frozen=True)
+class SettingsOfRule(MixerSettings):
+    """Settings with a rule that no registry has."""
+
+    given: MemoryRule | None = None
+
+    @property
+    def update_rule(self):
+        return self.given
+
+
 def parameters_of(rule, kind):
     rule = RULES[rule]
     groups = 1 if kind == "one projection" else MEMORIES + 1
     return MemoryParameters(
-        rule=rule,
+        settings=SettingsOfRule(HEADS, K, V / K, given=rule),
         projection=0.4 * random(groups, sum(rule.projection_sizes(HEADS, K, V)), HIDDEN, seed=10),
         q_conv=random(HEADS * K, WIDTH, seed=11),
         k_conv=random(HEADS * K, WIDTH, seed=12),
@@ -48,7 +60,6 @@ def parameters_of(rule, kind):
             name: 0.2 + 0.3 * random(HEADS, *shape, seed=14) for name, shape in rule.parameter_shapes(K).items()
         },
         norm_weight=random(V, seed=15),
-        num_heads=HEADS,
     )
 
 

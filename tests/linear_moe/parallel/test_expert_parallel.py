@@ -14,6 +14,7 @@ from linear_moe.parallel.expert import plan_arrivals
 from mom_layers.mixing import MemoryParameters, mix_memories
 from mom_layers.recur.rules import get_rule
 from mom_layers.route.plan import build_routing_plan
+from mom_layers.settings import MixerSettings
 
 MEMORIES, HEADS, K, V, HIDDEN = 4, 2, 16, 8, 32
 WEIGHTS = ("projection", "q_conv", "k_conv", "v_conv", "norm_weight")
@@ -42,14 +43,13 @@ def weights(shared):
         return (0.3 * torch.randn(*shape, generator=random)).requires_grad_()
 
     parameters = MemoryParameters(
-        rule=rule,
+        settings=MixerSettings(HEADS, K, V / K),
         projection=draw(MEMORIES + shared, sum(rule.projection_sizes(HEADS, K, V)), HIDDEN),
         q_conv=draw(HEADS * K, 4),
         k_conv=draw(HEADS * K, 4),
         v_conv=draw(HEADS * V, 4),
         rule_parameters={name: draw(HEADS) for name in rule.parameter_names},
         norm_weight=draw(V),
-        num_heads=HEADS,
     )
     return parameters
 
