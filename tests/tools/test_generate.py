@@ -6,9 +6,13 @@ import re
 import pytest
 import torch
 from test_convert_names import random_model
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 from linear_moe.commands import convert_from_hf, generate
 from linear_moe.conversion.files import load_tokenizer
+from linear_moe.conversion.loading import load_model
+from linear_moe.vocabulary import document_start, encode_texts
 
 PROMPTS = ["The memory of a sequence", "Each token", "def forward(self, x):"]
 
@@ -52,8 +56,8 @@ def test_export_and_checkpoint_write_the_same(run, model, checkpoint):
 
 def test_greedy_is_the_models_argmax(run, model, tokenizer_folder):
     tokenizer = load_tokenizer(tokenizer_folder)
-    network = generate.MomForCausalLM.from_pretrained(model)
-    tokens = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    network = load_model(model)
+    tokens = torch.tensor([[tokenizer.eos_token_id, *tokenizer(PROMPTS[0])["input_ids"]]])
     with torch.no_grad():
         for _ in range(12):
             tokens = torch.cat([tokens, network(tokens, use_cache=False).logits[:, -1:].argmax(-1)], 1)
@@ -112,7 +116,7 @@ def test_report(run, model):
 
 def test_end_of_document_ends_a_sequence(run, model, tmp_path):
     """A model that always writes the end token."""
-    ending = generate.MomForCausalLM.from_pretrained(model)
+    ending = load_model(model)
     end = load_tokenizer(model).eos_token_id
     with torch.no_grad():
         ending.lm_head.weight.zero_()
@@ -126,6 +130,61 @@ def test_end_of_document_ends_a_sequence(run, model, tmp_path):
 
 def test_empty_prompt_starts_a_document(run, model):
     assert run(model, "--prompt", "", *GREEDY).out.strip()
+
+
+@pytest.fixture
+def prompts_read(monkeypatch, model):
+    """What the model is given: token ids of a prompt. The model of the folder runs all the same."""
+    seen = []
+    load = generate.load_model
+
+    def loaded(*arguments):
+        network = load(*arguments)
+        write = network.generate
+        network.generate = lambda input_ids, **options: seen.append(input_ids.tolist()) or write(input_ids, **options)
+        return network
+
+    monkeypatch.setattr(generate, "load_model", loaded)
+    return seen
+
+
+def test_prompts_start_a_document(run, model, prompts_read, tokenizer_folder, tmp_path):
+    """With the tokens of the text alone, after the end-of-document token: a document in a corpus is no other."""
+    plain = load_tokenizer(model)
+    ids = encode_texts(plain, [PROMPTS[0]])[0]
+    run(model, "--prompt", PROMPTS[0], *GREEDY)
+    run(model, "--prompt", PROMPTS[0], "--no-document-start", *GREEDY)
+    assert prompts_read == [[[plain.eos_token_id, *ids]], [ids]]
+
+    with_template = load_tokenizer(tokenizer_folder)  # puts a token of its own before every text, as Mistral's does
+    with_template.add_special_tokens({"bos_token": "<s>"})
+    with_template.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", with_template.bos_token_id)]
+    )
+    with_template.save_pretrained(tmp_path / "template")
+    assert load_tokenizer(tmp_path / "template")("x y").input_ids[0] == with_template.bos_token_id
+    run(model, "--tokenizer", tmp_path / "template", "--prompt", PROMPTS[2], *GREEDY)
+    assert prompts_read[-1] == [[plain.eos_token_id, *encode_texts(with_template, [PROMPTS[2]])[0]]]
+
+
+def test_tokenizers_without_an_end_of_document(run, model, prompts_read, tmp_path):
+    """Nothing stands before the prompt, and an empty prompt is refused."""
+    tokenizer = load_tokenizer(model)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    bare.save_pretrained(tmp_path)
+    assert document_start(bare) == []
+    text = run(model, "--tokenizer", tmp_path, "--prompt", PROMPTS[0], *GREEDY).out
+    assert text.startswith(PROMPTS[0]) and prompts_read == [[encode_texts(tokenizer, [PROMPTS[0]])[0]]]
+    assert "the prompt is empty" in run(model, "--tokenizer", tmp_path, "--prompt", "", status=1).err
+    assert "the prompt is empty" in run(model, "--no-document-start", "--prompt", "", status=1).err
+
+
+def test_sep_ends_a_document_where_there_is_no_eos(run, model, prompts_read, tmp_path):
+    tokenizer = load_tokenizer(model)
+    sep = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, sep_token=tokenizer.eos_token)
+    sep.save_pretrained(tmp_path)
+    assert run(model, "--tokenizer", tmp_path, "--prompt", "A", *GREEDY).out == run(model, "--prompt", "A", *GREEDY).out
+    assert prompts_read[0] == prompts_read[1] and prompts_read[0][0][0] == tokenizer.eos_token_id
 
 
 def test_dtype(run, model):
