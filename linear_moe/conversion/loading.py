@@ -62,8 +62,12 @@ def check_complete(weights: Weights, table: Sequence[Entry], layout: Layout) -> 
         actual = tuple(weights.describe(name).shape)
         if actual != shape:
             raise ConversionError(f"{name} is {list(actual)}, and config.json makes it {list(shape)}")
-    if TIED_WEIGHT in weights.names() - found and not torch.equal(weights.read(TIED_WEIGHT), weights.read(EMBEDDING)):
-        raise ConversionError(f"{TIED_WEIGHT} differs from {EMBEDDING}, and config.json says tie_word_embeddings: true")
+    if TIED_WEIGHT in weights.names() - found:
+        tied, embedding = weights.read(TIED_WEIGHT), weights.read(EMBEDDING)
+        if tied.dtype != embedding.dtype or not torch.equal(tied, embedding):
+            raise ConversionError(
+                f"{TIED_WEIGHT} differs from {EMBEDDING}, and config.json says tie_word_embeddings: true"
+            )
     for entry in table:
         types = {weights.describe(name).dtype for name in entry.hf_names}
         if len(types) > 1:
@@ -85,9 +89,11 @@ def load_model(
         ConversionError: tensors are missing, unexpected, of another shape, not finite, or not those in digests.json.
     """
     if loader is MomForCausalLM or read_json(folder / "config.json").get("model_type") == "mom":
-        weights = read_model(folder)[1]
+        config, weights, _ = read_model(folder)
         for name in weights.names():
             weights.read(name)  # compares the digest
+        if not options.get("trust_remote_code"):
+            options["config"] = config  # of an older file, completed from the tensors
     try:
         model, report = loader.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **options)
     except OSError:

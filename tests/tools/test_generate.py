@@ -1,6 +1,7 @@
 """Text out of exports and Megatron checkpoints."""
 
 import io
+import json
 import re
 
 import pytest
@@ -130,6 +131,16 @@ def test_end_of_document_ends_a_sequence(run, model, tmp_path):
 
 def test_empty_prompt_starts_a_document(run, model):
     assert run(model, "--prompt", "", *GREEDY).out.strip()
+
+
+def test_older_configurations_are_completed_from_the_tensors(run, tokenizer_folder, tmp_path):
+    random_model(tmp_path, vocab_size=400, single_kv_proj=True)
+    words = ("--tokenizer", tokenizer_folder, "--prompt", "A", *GREEDY)
+    expected = run(tmp_path, *words).out
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["single_kv_proj"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run(tmp_path, *words).out == expected
 
 
 @pytest.fixture
