@@ -4,9 +4,9 @@
     python tools/convert_to_hf.py --load CKPT --save DIR --iteration 1000 --dtype bfloat16 --verify
 
 Reads torch_dist checkpoints of any parallel layout, in one process and without a GPU; the model's arguments come from
-the checkpoint. Writes safetensors, digests.json, config.json, generation_config.json, the tokenizer, a
-model card, and the code that `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)` runs. DIR appears only
-when it is complete.
+the checkpoint. Writes safetensors, digests.json, config.json, generation_config.json, the tokenizer, a model card, and
+the code that `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)` runs. DIR appears only when it is
+complete.
 """
 
 from __future__ import annotations

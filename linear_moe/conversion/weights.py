@@ -47,14 +47,14 @@ class Weights:
 
     def _files(self) -> list[str]:
         self._index: dict[str, str] = {}
-        for index, single in ((WEIGHTS_INDEX, WEIGHTS), (PICKLED_INDEX, PICKLED)):
+        for index, single in ((WEIGHTS_INDEX, WEIGHTS), (PICKLED_INDEX, PICKLED)):  # in the order of transformers
+            if (self._folder / single).is_file():
+                return [single]
             if (self._folder / index).is_file():
                 self._index = read_json(self._folder / index).get("weight_map")
                 if not isinstance(self._index, dict) or not all(isinstance(f, str) for f in self._index.values()):
                     raise ConversionError(f"{self._folder / index} has no weight_map of file names")
                 return sorted(set(self._index.values()))
-            if (self._folder / single).is_file():
-                return [single]
         raise ConversionError(f"{self._folder} has no {WEIGHTS}, {WEIGHTS_INDEX} or {PICKLED}")
 
     def _load(self, file: str):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 LARGEST = 2**31 - 1
@@ -45,7 +45,7 @@ def whole(least: int, most: int = LARGEST) -> Kind:
     """Whole numbers from ``least`` to ``most``."""
 
     def accepts(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+        return isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
 
     return Kind(accepts, f"a whole number between {least} and {most}")
 

@@ -118,6 +118,17 @@ def test_a_broken_list(export, refused):
     assert all(f"differs from {export / DIGESTS}" in line for line in refused(export))
 
 
+def test_the_file_that_is_checked_is_the_file_that_is_loaded(checkpoint, tmp_path, refused):
+    """transformers reads model.safetensors where there are shards and an index too."""
+    command = ["--load", str(checkpoint), "--save", str(tmp_path / "export"), "--max-shard-size", "50KB"]
+    assert convert_to_hf.main(command) == 0
+    export = tmp_path / "export"
+    assert load_model(export) is not None
+    weights = read_weights(export)
+    save_file(weights | {NAME: torch.zeros(32, 32)}, export / "model.safetensors", metadata={"format": "pt"})
+    assert all(f"{NAME} differs from {export / DIGESTS} in the bytes" in line for line in refused(export))
+
+
 def test_changed_on_purpose(export):
     change(export, **{NAME: torch.zeros(32, 32)})
     (export / DIGESTS).unlink()

@@ -126,6 +126,7 @@ def test_files_that_are_no_configuration(model, content, text, tmp_path, capsys)
 @pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": [1]}}'])
 def test_indices_that_name_no_files(tmp_path, index, capsys):
     random_model(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
     (tmp_path / "model" / "model.safetensors.index.json").write_text(index)
     assert run(convert_from_hf, tmp_path / "model", "--save", tmp_path / "out")[0] == 1
     assert "model.safetensors.index.json" in capsys.readouterr().err
