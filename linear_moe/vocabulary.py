@@ -23,6 +23,13 @@ def end_of_document(tokenizer) -> int | None:
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
 
 
+def document_start(tokenizer) -> list[int]:
+    """The tokens before the first token of a document in training: the one that ended the document before. Empty where
+    the tokenizer has no end-of-document token."""
+    end = end_of_document(tokenizer)
+    return [] if end is None else [end]
+
+
 def encode_texts(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of every text alone, without a BOS or SEP that the tokenizer would add: a corpus has none.
 

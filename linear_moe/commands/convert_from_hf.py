@@ -20,22 +20,19 @@ from tqdm import tqdm
 from linear_moe.commands import run_command
 from linear_moe.commands.values import whole
 from linear_moe.conversion.checkpoint import TRACKER, write_checkpoint
-from linear_moe.conversion.config import arguments_from_config, layout_of, parse_config
+from linear_moe.conversion.config import arguments_from_config, layout_of
 from linear_moe.conversion.files import (
     ConversionError,
-    Weights,
     check_target,
     copy_tokenizer,
     load_tokenizer,
     new_folder,
-    read_json,
     tokenizer_files,
 )
-from linear_moe.conversion.names import Entry, Layout, entries
+from linear_moe.conversion.loading import read_model
+from linear_moe.conversion.names import Entry
 from linear_moe.vocabulary import vocabulary_size
 from mom_layers.hf.configuration_mom import MomConfig
-
-TIED_WEIGHT = "lm_head.weight"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,18 +65,13 @@ def convert(args: argparse.Namespace) -> None:
     """
     if not args.load.is_dir():
         raise ConversionError(f"--load {args.load}: no such folder")
-    content = read_json(args.load / "config.json")
-    if content.get("model_type") != "mom":
-        parse_config(content, set())
-    weights = Weights(args.load)
-    config = parse_config(content, weights.names())
+    config, weights, table = read_model(args.load)
     layout = layout_of(config)
-    table = list(entries(layout))
-    check_complete(weights, table, layout)
     stored = arguments_from_config(config)
     tokenizer = find_tokenizer(args, config)
     set_vocabulary(stored, config, tokenizer, args)
     check_target(args.save, [TRACKER], args.overwrite)
+    options = command_line(args.save, stored)
 
     def read(entry: Entry) -> torch.Tensor:
         tensor = entry.join([weights.read(name) for name in entry.hf_names])
@@ -94,25 +86,7 @@ def convert(args: argparse.Namespace) -> None:
         write_checkpoint(folder, layout, lambda entry: weights.describe(entry.hf_names[0]).dtype, read, stored)
         if tokenizer:
             copy_tokenizer(tokenizer, folder / "tokenizer")
-    print(f"train further with: {command_line(args.save, stored)}")
-
-
-def check_complete(weights: Weights, table: Sequence[Entry], layout: Layout) -> None:
-    """Raises ConversionError unless the weights are the table's, in their shapes."""
-    expected = {name: shape for entry in table for name, shape in entry.hf}
-    found = weights.names() - ({TIED_WEIGHT} if layout.tied else set())
-    if missing := sorted(expected.keys() - found):
-        raise ConversionError(f"the weights lack {', '.join(missing[:3])}, which config.json describes")
-    if unknown := sorted(found - expected.keys()):
-        raise ConversionError(f"the weights have {', '.join(unknown[:3])}, which config.json does not describe")
-    for name, shape in expected.items():
-        actual = tuple(weights.describe(name).shape)
-        if actual != shape:
-            raise ConversionError(f"{name} is {list(actual)}, and config.json makes it {list(shape)}")
-    for entry in table:
-        types = {weights.describe(name).dtype for name in entry.hf_names}
-        if len(types) > 1:
-            raise ConversionError(f"{', '.join(entry.hf_names)} must be of one type, not {', '.join(map(str, types))}")
+    print(f"train further with: {options}")
 
 
 def find_tokenizer(args: argparse.Namespace, config: MomConfig) -> Path | None:
@@ -123,8 +97,8 @@ def find_tokenizer(args: argparse.Namespace, config: MomConfig) -> Path | None:
     size = vocabulary_size(load_tokenizer(folder))
     if size > config.vocab_size:
         raise ConversionError(
-            f"the tokenizer in {folder} has {size} tokens, and the model's embedding only {config.vocab_size}: "
-            "give the model's --tokenizer"
+            f"the tokenizer in {folder} needs {size} rows, one more than its largest id, and the model's embedding has "
+            f"{config.vocab_size}: give the model's --tokenizer"
         )
     return folder
 

@@ -4,8 +4,9 @@
     python tools/convert_to_hf.py --load CKPT --save DIR --iteration 1000 --dtype bfloat16 --verify
 
 Reads torch_dist checkpoints of any parallel layout, in one process and without a GPU; the model's arguments come from
-the checkpoint. Writes safetensors, config.json, generation_config.json, the tokenizer, a model card, and the code that
-`AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)` runs. DIR appears only when it is complete.
+the checkpoint. Writes safetensors, digests.json, config.json, generation_config.json, the tokenizer, a model card, and
+the code that `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)` runs. DIR appears only when it is
+complete.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from linear_moe.conversion.config import (
     token_ids,
     vocabulary,
 )
+from linear_moe.conversion.digests import digest, write_digests
 from linear_moe.conversion.files import (
     ConversionError,
     check_target,
@@ -47,6 +49,7 @@ from linear_moe.conversion.files import (
 )
 from linear_moe.conversion.names import Entry, entries
 from linear_moe.conversion.verify import verify
+from linear_moe.conversion.weights import check_finite
 from megatron_patches.trusted_checkpoints import trusting
 from mom_layers.hf.remote_code import save_remote_code
 
@@ -108,7 +111,8 @@ def export(checkpoint_folder: Path, folder: Path, args: argparse.Namespace) -> N
     """Fills a folder with an export of one checkpoint.
 
     Raises:
-        ConversionError: the checkpoint is not MoM, incomplete, or does not fit the format or the tokenizer.
+        ConversionError: the checkpoint is not MoM, incomplete, or does not fit the format or the tokenizer; or a weight
+            is not finite, as stored or in the type of the export.
         OSError: a file cannot be written.
     """
     checkpoint = MegatronCheckpoint(checkpoint_folder)
@@ -135,11 +139,13 @@ def export(checkpoint_folder: Path, folder: Path, args: argparse.Namespace) -> N
     write_json(folder / "generation_config.json", generation_config(ids))
     if tokenizer_folder:
         copy_tokenizer(tokenizer_folder, folder)
-    card = model_card(checkpoint.args, checkpoint.iteration, content, parameters, main_type, tokenizer is not None)
+    card = model_card(checkpoint.args, checkpoint.iteration, content, parameters, main_type, tokenizer)
     (folder / "README.md").write_text(card, encoding="utf-8")
     total = sum(tensor.nbytes for tensor in described.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None) as progress:
-        write_weights(folder, described, _converted(checkpoint, table, types, progress), args.max_shard_size)
+        digests: dict[str, dict[str, object]] = {}
+        write_weights(folder, described, _converted(checkpoint, table, types, progress, digests), args.max_shard_size)
+    write_digests(folder, digests)
 
 
 def find_tokenizer(given: Path | None, args: argparse.Namespace) -> Path | None:
@@ -178,9 +184,22 @@ def _dtype(checkpoint: MegatronCheckpoint, entry: Entry, wanted: str | None) -> 
 
 
 def _converted(
-    checkpoint: MegatronCheckpoint, table: Sequence[Entry], types: dict[str, torch.dtype], progress: tqdm
+    checkpoint: MegatronCheckpoint,
+    table: Sequence[Entry],
+    types: dict[str, torch.dtype],
+    progress: tqdm,
+    digests: dict[str, dict[str, object]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the export. Adds its digest to ``digests``. Raises ConversionError for one that is not finite."""
     for entry in table:
-        for name, tensor in zip(entry.hf_names, entry.split(checkpoint.read(entry)), strict=True):
-            yield name, tensor.to(types[name]).contiguous()
-            progress.update(tensor.numel() * types[name].itemsize)
+        for name, stored in zip(entry.hf_names, entry.split(checkpoint.read(entry)), strict=True):
+            check_finite(name, stored, f"in {checkpoint.folder}")
+            tensor = stored.to(types[name]).contiguous()
+            if not tensor.isfinite().all():
+                raise ConversionError(
+                    f"{name} overflows in {dtype_name(tensor.dtype)}, whose largest number is "
+                    f"{torch.finfo(tensor.dtype).max:g}: it has {stored.abs().max():g}; give another --dtype"
+                )
+            digests[name] = digest(tensor)
+            yield name, tensor
+            progress.update(tensor.nbytes)

@@ -4,6 +4,7 @@
     python tools/generate.py --load runs/demo/checkpoints --prompt "A" "B" --greedy --max-new-tokens 50
     cat story.txt | python tools/generate.py --load DIR --temperature 0.8 --top-p 0.95 --seed 1
 
+A prompt starts a document: the end-of-document token stands before the prompt, as before every document in training.
 The continuation of one prompt is printed word by word. Several prompts are one batch, printed in order at the end.
 Speed and the size of the model's state go to stderr.
 """
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, TextStreamer, set_seed
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer, set_seed
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
@@ -28,8 +29,9 @@ from linear_moe.commands import convert_to_hf, run_command
 from linear_moe.commands.values import positive, share, whole
 from linear_moe.conversion.config import DTYPES
 from linear_moe.conversion.files import ConversionError, load_tokenizer, read_json, tokenizer_files
+from linear_moe.conversion.loading import load_model, read_model
 from linear_moe.temporary import temporary_folder
-from mom_layers.hf import MomForCausalLM
+from linear_moe.vocabulary import document_start, encode_texts, end_of_document
 from mom_layers.hf.cache import CACHE_NAME
 
 
@@ -55,6 +57,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--prompt", nargs="+", metavar="TEXT", help="several prompts are one batch")
     source.add_argument("--prompt-file", nargs="+", type=Path, metavar="FILE", help="several files are one batch")
     prompt.add_argument("--lines", action="store_true", help="every line of the files or of standard input is a prompt")
+    prompt.add_argument(
+        "--no-document-start",
+        action="store_true",
+        help="do not put the end-of-document token before a prompt, as it stands before every document in training; "
+        "nothing stands before a prompt where the tokenizer has no such token",
+    )
     prompt.add_argument("--skip-prompt", action="store_true", help="print only what the model adds")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--max-new-tokens", type=whole(1), default=128, help="[%(default)s]")
@@ -83,11 +91,13 @@ def generate(args: argparse.Namespace) -> None:
     """
     prompts = read_prompts(args)
     with model_folder(args) as folder:
+        read_model(folder)  # before transformers reads config.json for the tokenizer
         tokenizer = load_tokenizer(find_tokenizer(args, folder))
         logging.disable_progress_bar()
-        model = MomForCausalLM.from_pretrained(folder, dtype=DTYPES.get(args.dtype, "auto"))
-    model = model.to(args.device).eval()
-    encoded = encode(tokenizer, prompts, model.config.vocab_size)
+        model = load_model(folder, DTYPES.get(args.dtype))
+    model = model.to(args.device)
+    start = [] if args.no_document_start else document_start(tokenizer)
+    encoded = encode(tokenizer, prompts, model.config.vocab_size, start)
     settings = generation_config(args, tokenizer)
     ids, mask = (tensor.to(args.device) for tensor in pad_left(encoded, settings.pad_token_id))
     if args.seed is not None:
@@ -95,7 +105,13 @@ def generate(args: argparse.Namespace) -> None:
 
     one = TextStreamer(tokenizer, skip_prompt=args.skip_prompt, skip_special_tokens=True) if len(prompts) == 1 else None
     streamer = Stopwatch(one)
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, streamer=streamer)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=settings,
+        streamer=streamer,
+        logits_processor=LogitsProcessorList([RefuseNonFinite()]),
+    )
     added = [_until_end(tokens, settings) for tokens in output.sequences[:, ids.shape[1] :].tolist()]
     if one is None:
         for index, (start, end) in enumerate(zip(encoded, added, strict=True)):
@@ -146,12 +162,11 @@ def find_tokenizer(args: argparse.Namespace, folder: Path) -> Path:
     return args.tokenizer or folder
 
 
-def encode(tokenizer, prompts: list[str], vocab_size: int) -> list[list[int]]:
-    """Token ids of every prompt. An empty prompt becomes the token that starts a document."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    encoded = [tokenizer(text)["input_ids"] or ([] if start is None else [start]) for text in prompts]
+def encode(tokenizer, prompts: list[str], vocab_size: int, start: list[int]) -> list[list[int]]:
+    """Token ids of every prompt, with the tokens ``start`` before the text's own."""
+    encoded = [start + ids for ids in encode_texts(tokenizer, prompts)]
     if not all(encoded):
-        raise ConversionError("the prompt is empty, and the tokenizer has no token that starts a document: give a text")
+        raise ConversionError("the prompt is empty, and no end-of-document token stands before it: give a text")
     largest = max(map(max, encoded))
     if largest >= vocab_size:
         raise ConversionError(
@@ -173,8 +188,8 @@ def generation_config(args: argparse.Namespace, tokenizer) -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=args.max_new_tokens,
         do_sample=not args.greedy,
-        eos_token_id=None if args.ignore_eos else tokenizer.eos_token_id,
-        pad_token_id=next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None),
+        eos_token_id=None if args.ignore_eos else end_of_document(tokenizer),
+        pad_token_id=next(id for id in (tokenizer.pad_token_id, end_of_document(tokenizer), 0) if id is not None),
         return_dict_in_generate=True,
         **sampling,
     )
@@ -183,6 +198,15 @@ def generation_config(args: argparse.Namespace, tokenizer) -> GenerationConfig:
 def _until_end(tokens: list[int], settings: GenerationConfig) -> list[int]:
     """The tokens up to and with the token that ends the text."""
     return tokens[: tokens.index(settings.eos_token_id) + 1] if settings.eos_token_id in tokens else tokens
+
+
+class RefuseNonFinite(LogitsProcessor):
+    """Raises ConversionError for logits that are not finite: sampling from NaN is undefined."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not scores.isfinite().all():
+            raise ConversionError("the model's logits are NaN or infinite: try --dtype float32")
+        return scores
 
 
 @dataclass

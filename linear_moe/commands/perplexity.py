@@ -26,6 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from linear_moe.commands import run_command
 from linear_moe.commands.values import whole
+from linear_moe.conversion.files import ConversionError, read_json
+from linear_moe.conversion.loading import load_model, read_model
+from linear_moe.vocabulary import document_start, encode_texts
 from linear_moe.watching.figures import plt, save
 from mom_layers.hf.cache import CACHE_NAME  # importing the package registers the model type
 
@@ -70,13 +73,18 @@ class Measurement:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0, or 1 when nothing can be measured."""
     args = parse_arguments(argv)
-    return run_command("perplexity.py", lambda: run(args), PerplexityError)
+    return run_command("perplexity.py", lambda: run(args), PerplexityError, ConversionError)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--load", type=Path, required=True, help="folder of an export in the Hugging Face format")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="text files; no window spans two")
+    parser.add_argument(
+        "--no-document-start",
+        action="store_true",
+        help="do not put the end-of-document token, which every document of the training text follows, before a text",
+    )
     parser.add_argument("--train-length", type=whole(1), help="tokens [the configuration's max_position_embeddings]")
     parser.add_argument("--max-length", type=whole(1), help=f"tokens a window [{REACH} times the training length]")
     parser.add_argument("--stride", type=whole(1), help="tokens from one window's start to the next [--max-length]")
@@ -92,22 +100,27 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Loads, measures, prints and draws. Raises PerplexityError."""
+    """Loads, measures, prints and draws. Raises PerplexityError, and ConversionError for a model that is broken."""
     if not (args.load / "config.json").is_file():
         raise PerplexityError(f"--load {args.load} has no config.json: expected an export in the Hugging Face format")
     trust = {"trust_remote_code": args.trust_remote_code}  # without this argument transformers asks standard input
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    if read_json(args.load / "config.json").get("model_type") == "mom":
+        read_model(args.load)  # before transformers reads config.json for the tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.load, **trust)
-        model = AutoModelForCausalLM.from_pretrained(args.load, dtype=dtype, **trust)
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise PerplexityError(f"{args.load} brings code of its own along: --trust-remote-code runs that") from error
-    model = model.to(args.device).eval()
+        model = load_model(args.load, dtype, AutoModelForCausalLM, **trust)
+    except (OSError, ConversionError):
+        raise
+    except Exception as error:  # any of transformers' own
+        if "trust_remote_code" in str(error):
+            raise PerplexityError(f"{args.load} brings code of its own along: --trust-remote-code runs that") from error
+        raise PerplexityError(f"{args.load} cannot be loaded: {' '.join(str(error).split())}") from error
+    model = model.to(args.device)
     train_length = args.train_length or model.config.max_position_embeddings
 
-    texts = [_encode(tokenizer, path, model.config.vocab_size) for path in args.text]
+    start = [] if args.no_document_start else document_start(tokenizer)
+    texts = [_encode(tokenizer, path, model.config.vocab_size, start) for path in args.text]
     longest = max(len(text) for text in texts) - 1
     max_length = args.max_length or min(REACH * train_length, longest)
     if not FIRST_LENGTH <= max_length <= longest:
@@ -180,7 +193,7 @@ def stream_losses(
     for position in range(0, tokens.shape[1] - 1, chunk_size):
         targets = tokens[:, position + 1 : position + 1 + chunk_size]
         inputs = tokens[:, position : position + targets.shape[1]]
-        out = model(inputs, use_cache=True, **{CACHE_NAME: cache})
+        out = model(inputs, use_cache=True, return_dict=True, **{CACHE_NAME: cache})
         cache = out[CACHE_NAME]
         yield position, F.cross_entropy(out.logits.float().transpose(1, 2), targets, reduction="none"), cache
 
@@ -224,12 +237,13 @@ def draw(measurement: Measurement, train_length: int, name: str, path: Path) -> 
     save(figure, path)
 
 
-def _encode(tokenizer, path: Path, vocab_size: int) -> torch.Tensor:
+def _encode(tokenizer, path: Path, vocab_size: int, start: list[int]) -> torch.Tensor:
+    """Token ids of a file, with the tokens ``start`` before the text's own."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise PerplexityError(f"--text {path} is not UTF-8: {error}") from error
-    tokens = torch.tensor(tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=torch.long)
+    tokens = torch.tensor(start + encode_texts(tokenizer, [text])[0], dtype=torch.long)
     if len(tokens) and tokens.max() >= vocab_size:
         raise PerplexityError(f"the tokenizer makes token {tokens.max()}, the model's vocabulary has {vocab_size}")
     return tokens

@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import PurePath
 
 from linear_moe.conversion.config import dtype_name
+from linear_moe.vocabulary import end_of_document
 
 CODE = """from transformers import AutoModelForCausalLM
 
@@ -15,6 +16,11 @@ CODE_WITH_TOKENIZER = """from transformers import AutoModelForCausalLM, AutoToke
 
 model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)"""
+
+PROMPTS = """
+In training, a document has no special token of its own and follows the end-of-document token: encode a prompt with
+`add_special_tokens=False`, and put that token (id {end}) before a prompt that starts a document.
+"""
 
 TEMPLATE = """---
 library_name: transformers
@@ -33,7 +39,7 @@ several memory states and a router sends each token to a few of them. Decoding n
 ```python
 {code}
 ```
-
+{prompts}
 The weights are in the format of `fla.models.mom` of
 [flash-linear-attention](https://github.com/fla-org/flash-linear-attention), which loads them too.
 
@@ -47,7 +53,7 @@ The weights are in the format of `fla.models.mom` of
 """
 
 
-def model_card(args: Namespace, iteration: int, config: dict, parameters: int, dtype: str, has_tokenizer: bool) -> str:
+def model_card(args: Namespace, iteration: int, config: dict, parameters: int, dtype: str, tokenizer) -> str:
     """README.md of an export.
 
     Args:
@@ -56,11 +62,12 @@ def model_card(args: Namespace, iteration: int, config: dict, parameters: int, d
         config: its config.json.
         parameters: their number.
         dtype: the type most of them are stored in.
-        has_tokenizer: a tokenizer lies beside the weights.
+        tokenizer: the one that lies beside the weights, or None.
     """
     return TEMPLATE.format(
         except_attention=", but for its softmax layers' cache" if config["attn"] else "",
-        code=CODE_WITH_TOKENIZER if has_tokenizer else CODE,
+        code=CODE if tokenizer is None else CODE_WITH_TOKENIZER,
+        prompts="" if tokenizer is None or (end := end_of_document(tokenizer)) is None else PROMPTS.format(end=end),
         model=_table(_model_facts(config, parameters, dtype)),
         training=_table(_training_facts(args, iteration)) if iteration else "Converted, not trained further.",
     )

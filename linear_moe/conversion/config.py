@@ -8,8 +8,9 @@ import torch
 
 from linear_moe.conversion.files import ConversionError
 from linear_moe.conversion.names import Layout, rule_dimensions
+from linear_moe.vocabulary import vocabulary_size
 from mom_layers.hf.configuration_mom import MomConfig
-from mom_layers.hf.fields import FIELDS
+from mom_layers.hf.fields import FIELDS, shown
 from mom_layers.recur.rules import rule_names
 
 # Hugging Face key, Megatron argument: the same value under two names.
@@ -188,7 +189,10 @@ def parse_config(content: dict, tensor_names: set[str]) -> MomConfig:
     """
     if content.get("model_type") != "mom":
         found = content.get("model_type")
-        raise ConversionError(f"not a Mixture-of-Memories model: config.json has model_type {found!r}")
+        raise ConversionError(f"not a Mixture-of-Memories model: config.json has model_type {shown(found)}")
+    for key in ("dtype", "torch_dtype"):
+        if content.get(key) not in (None, *DTYPES):
+            raise ConversionError(f"config.json: {key} must be {', '.join(DTYPES)} or null, got {shown(content[key])}")
     own_projections = any(".attn.k_proj.0." in name for name in tensor_names)
     shared = any(".attn.shared_k." in name for name in tensor_names)
     seen = {"single_kv_proj": shared and not own_projections}
@@ -196,8 +200,10 @@ def parse_config(content: dict, tensor_names: set[str]) -> MomConfig:
         seen["shared_mem"] = shared
     try:
         return MomConfig(**(seen | content))
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ConversionError(f"config.json: {error}") from error
+    except Exception as error:  # transformers checks few of its own keys
+        raise ConversionError(f"config.json cannot be used: {type(error).__name__}: {error}") from error
 
 
 def layout_of(config: MomConfig) -> Layout:
@@ -234,11 +240,16 @@ def layout_of(config: MomConfig) -> Layout:
 
 
 def vocabulary(args: Namespace, rows: int, tokenizer) -> int:
-    """Tokens of a model whose embedding has ``rows`` of them, padding included.
+    """Rows of an export's embedding: all that a token id can reach.
 
-    Raises ConversionError where the tokenizer has more.
+    Args:
+        args: of the checkpoint.
+        rows: of the checkpoint's embedding, padding included.
+        tokenizer: of the export, or None.
+
+    Raises ConversionError where the tokenizer has an id without a row.
     """
-    known = len(tokenizer) if tokenizer is not None else 0
+    known = vocabulary_size(tokenizer) if tokenizer is not None else 0
     if getattr(args, "hf_config", None):
         size = args.hf_config["vocab_size"]
     elif getattr(args, "tokenizer_type", None) in SIZED_TOKENIZERS and args.vocab_size:
@@ -247,8 +258,8 @@ def vocabulary(args: Namespace, rows: int, tokenizer) -> int:
         size = known or rows
     if max(size, known) > rows or known > size:
         raise ConversionError(
-            f"the tokenizer has {max(size, known)} tokens, and the checkpoint's embedding {min(rows, size)}: "
-            "it was trained with another tokenizer"
+            f"the tokenizer needs {max(size, known)} rows, one more than its largest id, and the checkpoint's "
+            f"embedding has {min(rows, size)}: it was trained with another tokenizer"
         )
     return size
 

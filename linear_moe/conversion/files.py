@@ -10,13 +10,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from linear_moe.temporary import REPLACED, remove_leftovers, temporary_folder, umask
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
@@ -120,77 +118,17 @@ def check_inside(folder: Path, names: Iterable[str]) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Raises ConversionError for a file that is missing, not JSON, or a link out of its folder."""
+    """Raises ConversionError for a file that is missing, not a JSON object, or a link out of its folder."""
     check_inside(path.parent, [path.name])
     if not path.is_file():
         raise ConversionError(f"{path.parent} has no {path.name}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not JSON: {error}") from error
-
-
-class Weights:
-    """The tensors of a Hugging Face folder, each read when asked for. Safetensors, or PyTorch's older pickled files.
-
-    Raises ConversionError where there are none, or where a file is missing, broken or outside the folder.
-    """
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._open: dict[str, object] = {}
-        files = self._files()
-        self._file_of: dict[str, str] = {}
-        check_inside(folder, files)
-        for file in files:
-            if not (folder / file).is_file():
-                raise ConversionError(f"{folder} is incomplete: {file} is missing")
-            self._file_of |= dict.fromkeys(self._load(file).keys(), file)
-        if self._index:
-            for name, file in self._index.items():
-                if self._file_of.get(name) != file:
-                    raise ConversionError(f"{folder / file} lacks {name}, which the index says it holds")
-
-    def _files(self) -> list[str]:
-        self._index: dict[str, str] = {}
-        for index, single in ((WEIGHTS_INDEX, WEIGHTS), (PICKLED_INDEX, PICKLED)):
-            if (self._folder / index).is_file():
-                self._index = read_json(self._folder / index).get("weight_map", {})
-                return sorted(set(self._index.values()))
-            if (self._folder / single).is_file():
-                return [single]
-        raise ConversionError(f"{self._folder} has no {WEIGHTS}, {WEIGHTS_INDEX} or {PICKLED}")
-
-    def _load(self, file: str):
-        if file not in self._open:
-            try:
-                if file.endswith(".safetensors"):
-                    self._open[file] = safe_open(self._folder / file, framework="pt")
-                else:
-                    self._open[file] = torch.load(self._folder / file, map_location="cpu", weights_only=True, mmap=True)
-            except (SafetensorError, RuntimeError, ValueError, EOFError) as error:
-                raise ConversionError(f"{self._folder / file} cannot be read: {error}") from error
-        return self._open[file]
-
-    def names(self) -> set[str]:
-        return set(self._file_of)
-
-    def describe(self, name: str) -> torch.Tensor:
-        """Shape and type of a tensor, as one on the meta device."""
-        held = self._load(self._file_of[name])
-        if isinstance(held, dict):
-            return held[name].to("meta")
-        piece = held.get_slice(name)
-        if piece.get_dtype() not in _SAFETENSORS_DTYPES:
-            raise ConversionError(f"{name} is of type {piece.get_dtype()}; it must be {', '.join(_SAFETENSORS_DTYPES)}")
-        return torch.empty(piece.get_shape(), dtype=_SAFETENSORS_DTYPES[piece.get_dtype()], device="meta")
-
-    def read(self, name: str) -> torch.Tensor:
-        held = self._load(self._file_of[name])
-        return held[name] if isinstance(held, dict) else held.get_tensor(name)
-
-
-_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} is not a JSON object: expected {{...}}, got {type(content).__name__}")
+    return content
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

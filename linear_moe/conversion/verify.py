@@ -17,11 +17,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from linear_moe.conversion.checkpoint import MegatronCheckpoint
 from linear_moe.conversion.config import DTYPES, KEYS
-from linear_moe.conversion.files import ConversionError, read_json
+from linear_moe.conversion.files import ConversionError, load_tokenizer, read_json, tokenizer_files
+from linear_moe.conversion.loading import load_model
 from linear_moe.entry.machine import prepare_machine
+from linear_moe.vocabulary import vocabulary_size
 from megatron_patches.cpu import CPU_ARGUMENTS
 from megatron_patches.patch import applied, undo_all
-from mom_layers.hf import MomForCausalLM
 from mom_layers.recur.rules import get_rule
 
 BATCH = 2
@@ -47,14 +48,29 @@ def verify(checkpoint_folder: Path, export_folder: Path, *, bound: float, length
     Raises ConversionError where the logits differ by more than ``bound`` of the largest one.
     """
     config = read_json(export_folder / "config.json")
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config["vocab_size"], (BATCH, length), generator=generator)
-    expected = megatron_logits(checkpoint_folder, tokens, DTYPES[config["dtype"]])[..., : config["vocab_size"]]
+    size = config["vocab_size"]
+    if tokenizer_files(export_folder):
+        check_vocabulary(size, load_tokenizer(export_folder))
+    tokens = draw_tokens(size, length)
+    expected = megatron_logits(checkpoint_folder, tokens, DTYPES[config["dtype"]])[..., :size]
     difference = compare(exported_logits(export_folder, tokens), expected, tokens)
     print(f"verified on {BATCH} x {length} tokens: {difference}")
     if not difference.relative <= bound:
         raise ConversionError(f"the export differs from the checkpoint by more than {bound:g}: {difference}")
     return difference
+
+
+def check_vocabulary(size: int, tokenizer) -> None:
+    """Raises ConversionError where an embedding of ``size`` rows lacks the row of a token."""
+    if (needed := vocabulary_size(tokenizer)) > size:
+        raise ConversionError(f"the export has {size} rows of the vocabulary, and its tokenizer needs {needed}")
+
+
+def draw_tokens(size: int, length: int) -> torch.Tensor:
+    """Tokens [BATCH, length] of the whole vocabulary: random ones, and the largest id."""
+    tokens = torch.randint(size, (BATCH, length), generator=torch.Generator().manual_seed(0))
+    tokens[-1, -1] = size - 1
+    return tokens
 
 
 def compare(logits: torch.Tensor, expected: torch.Tensor, tokens: torch.Tensor) -> Difference:
@@ -71,8 +87,7 @@ def compare(logits: torch.Tensor, expected: torch.Tensor, tokens: torch.Tensor) 
 def exported_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [B, T, V] of an export, in float32."""
     disable_progress_bar()
-    model = MomForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model(tokens).logits
+    return load_model(folder, torch.float32)(tokens).logits
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import io
 from dataclasses import fields
 
 from linear_moe.config import MOM_REFUSES, TOKEN_MIXERS, MomTransformerConfig, refuse
+from linear_moe.entry.vocabulary_rows import keep_rows, report_rows
 from megatron_patches import releases
 from megatron_patches.patch import Patch, wrap
 from mom_layers.common.kernels import KERNELS
@@ -155,6 +156,7 @@ def check_run(args: argparse.Namespace) -> None:
         found = load_args_from_checkpoint(copy.copy(args))
     if isinstance(found, tuple):
         compare_with_checkpoint(args, found[1])
+        keep_rows(args, found[1])
 
 
 def restore_from_checkpoint(args: argparse.Namespace, saved: argparse.Namespace) -> None:
@@ -201,6 +203,7 @@ def _compare(check_checkpoint_args, saved, *positional, **keywords):
 
     check_checkpoint_args(saved, *positional, **keywords)
     compare_with_checkpoint(get_args(), saved)
+    report_rows(get_args(), saved)
 
 
 PATCH = Patch(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields
 from numbers import Real
+
+from mom_layers.hf.fields import LARGEST, shown
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class AttentionSpec:
     rope_theta: float = 10000.0
 
 
+LARGEST_BASE = 1e12  # of the rotary embedding: powers of the base stay finite in float32
 KEYS = tuple(field.name for field in fields(AttentionSpec))
 
 
@@ -40,10 +44,10 @@ def parse_attention(attn: dict | list | None, hidden_size: int, num_hidden_layer
         return []
     entries = [attn] if isinstance(attn, dict) else attn
     if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"attn must be None, a dictionary or a list of dictionaries, got {attn!r}")
+        raise ValueError(f"attn must be None, a dictionary or a list of dictionaries, got {shown(attn)}")
     specs = [_parse_entry(entry, hidden_size, num_hidden_layers) for entry in entries]
     named = [layer for spec in specs for layer in spec.layers]
-    twice = sorted({layer for layer in named if named.count(layer) > 1})
+    twice = sorted(layer for layer, times in Counter(named).items() if times > 1)
     if twice:
         raise ValueError(f"attn names layers twice: {twice}")
     return specs
@@ -62,11 +66,13 @@ def _parse_entry(entry: dict, hidden_size: int, num_hidden_layers: int) -> Atten
     window = None if entry.get("window_size") is None else _positive(entry, "window_size")
     layers, bias, theta = entry["layers"], entry.get("qkv_bias", False), entry.get("rope_theta", 10000.0)
     if not isinstance(layers, (list, tuple)) or not all(_is_integer(i) and 0 <= i < num_hidden_layers for i in layers):
-        raise ValueError(f"attn's layers must be a list of numbers from 0 to {num_hidden_layers - 1}, got {layers!r}")
+        raise ValueError(
+            f"attn's layers must be a list of numbers from 0 to {num_hidden_layers - 1}, got {shown(layers)}"
+        )
     if not isinstance(bias, bool):
-        raise ValueError(f"attn's qkv_bias must be true or false, got {bias!r}")
-    if isinstance(theta, bool) or not isinstance(theta, Real) or not 0 < theta < float("inf"):
-        raise ValueError(f"attn's rope_theta must be a positive number, got {theta!r}")
+        raise ValueError(f"attn's qkv_bias must be true or false, got {shown(bias)}")
+    if isinstance(theta, bool) or not isinstance(theta, Real) or not 0 < theta <= LARGEST_BASE:
+        raise ValueError(f"attn's rope_theta must be a positive number, got {shown(theta)} (up to {LARGEST_BASE:g})")
     if hidden_size % heads or (hidden_size // heads) % 2:
         raise ValueError(f"attn's num_heads must divide hidden_size into even widths, got {hidden_size} / {heads}")
     if heads % kv_heads:
@@ -80,6 +86,6 @@ def _is_integer(value) -> bool:
 
 def _positive(entry: dict, key: str) -> int:
     value = entry[key]
-    if not _is_integer(value) or value < 1:
-        raise ValueError(f"attn's {key} must be a positive whole number, got {value!r}")
+    if not _is_integer(value) or not 1 <= value <= LARGEST:
+        raise ValueError(f"attn's {key} must be a positive whole number up to {LARGEST}, got {shown(value)}")
     return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers.configuration_utils import PretrainedConfig
 
 from mom_layers.hf.attention_config import AttentionSpec, parse_attention
-from mom_layers.hf.fields import FIELDS
+from mom_layers.hf.fields import FIELDS, LARGEST, TRUTH, shown, whole
 from mom_layers.settings import MixerSettings
 
 INTERMEDIATE_MULTIPLE = 256
@@ -26,6 +26,9 @@ class MomConfig(PretrainedConfig):
         for field in FIELDS:
             setattr(self, field.name, values.pop(field.name, field.default))
         self._check()
+        _check_tokens(self.vocab_size, pad_token_id, bos_token_id, eos_token_id)
+        if not TRUTH.accepts(tie_word_embeddings):
+            raise ValueError(f"tie_word_embeddings must be {TRUTH.words}, got {shown(tie_word_embeddings)}")
         super().__init__(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,
@@ -35,10 +38,16 @@ class MomConfig(PretrainedConfig):
         )
 
     def _check(self) -> None:
+        for field in FIELDS:
+            field.check_kind(getattr(self, field.name))
         self.mixer_settings()
         for field in FIELDS:
             field.check(getattr(self, field.name))
         self.attention_specs()
+        if self.mlp_size > LARGEST:
+            raise ValueError(
+                f"hidden_size * hidden_ratio must be at most {LARGEST}, got {self.hidden_size} * {self.hidden_ratio}"
+            )
 
     def mixer_settings(self) -> MixerSettings:
         """Sizes and choices of a MoM layer."""
@@ -57,6 +66,17 @@ class MomConfig(PretrainedConfig):
         return -(-int(self.hidden_size * ratio * 2 / 3) // INTERMEDIATE_MULTIPLE) * INTERMEDIATE_MULTIPLE
 
 
+def _check_tokens(vocab_size: int, pad: object, bos: object, eos: object) -> None:
+    """Raises ValueError for ids of special tokens that are not ids."""
+    token, padding = whole(0).or_none(), whole(0, vocab_size - 1).or_none()
+    if not padding.accepts(pad):
+        raise ValueError(f"pad_token_id must be {padding.words}, got {shown(pad)}")
+    if not token.accepts(bos):
+        raise ValueError(f"bos_token_id must be {token.words}, got {shown(bos)}")
+    if not all(map(token.accepts, eos if isinstance(eos, list) else [eos])):
+        raise ValueError(f"eos_token_id must be {token.words}, or a list of such numbers, got {shown(eos)}")
+
+
 _ROWS = "\n".join(f"        {field.name}: {field.meaning} [{field.default!r}]." for field in FIELDS)
 MomConfig.__doc__ = f"""The keys and defaults of `fla.models.mom`'s configuration: one config.json serves both models.
 
@@ -64,5 +84,5 @@ MomConfig.__doc__ = f"""The keys and defaults of `fla.models.mom`'s configuratio
 {_ROWS}
 
     Raises:
-        ValueError: a value that no layer here can honour.
+        ValueError: a value of another kind, out of its range, or that no layer here can honour.
     """

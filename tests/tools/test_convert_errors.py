@@ -99,7 +99,7 @@ def test_a_model_that_is_not_mom(refused, tmp_path, model):
         ({"mom_shared_memory": False}, "memory_proj"),
         ({"num_layers": 3}, "layers"),
         ({"untie_embeddings_and_output_weights": False}, "no place for output_layer.weight"),
-        ({"hf_config": {"vocab_size": 41}}, "41 tokens"),
+        ({"hf_config": {"vocab_size": 41}}, "needs 41 rows"),
     ],
 )
 def test_arguments_that_do_not_fit(refused, tmp_path, changed, words):
@@ -146,8 +146,8 @@ def test_an_incomplete_model(refused, tmp_path, model):
 
 
 def test_tokenizer_that_does_not_fit(refused, model, checkpoint, tokenizer_folder, tmp_path):
-    assert "400 tokens" in refused(convert_to_hf, checkpoint, "--tokenizer", tokenizer_folder)
-    assert "400 tokens" in refused(convert_from_hf, model, "--tokenizer", tokenizer_folder)
+    assert "needs 400 rows" in refused(convert_to_hf, checkpoint, "--tokenizer", tokenizer_folder)
+    assert "needs 400 rows" in refused(convert_from_hf, model, "--tokenizer", tokenizer_folder)
     assert "has no tokenizer" in refused(convert_to_hf, checkpoint, "--tokenizer", tmp_path)
 
 

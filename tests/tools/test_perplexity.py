@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoTokenizer
 
 from linear_moe.commands import perplexity
+from linear_moe.vocabulary import encode_texts
 from mom_layers.hf import MomConfig, MomForCausalLM
 
 HYBRID = {"layers": [1], "num_heads": 2}
@@ -94,6 +96,23 @@ def test_table_and_picture(export, book, tmp_path, capsys):
     assert perplexity.main([*arguments, "--max-windows", "1", "--chunk-size", "100"]) == 0
     out = capsys.readouterr().out
     assert "1 windows of 512 tokens" in out and "bytes of state" in out
+
+
+def test_a_text_starts_a_document(export, tmp_path, monkeypatch):
+    """The end-of-document token stands before the text's own tokens, once a file."""
+    (tmp_path / "a.txt").write_text("memory of a sequence " * 20)
+    (tmp_path / "b.txt").write_text("Each token " * 40)
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    expected = [encode_texts(tokenizer, [(tmp_path / name).read_text()])[0] for name in ("a.txt", "b.txt")]
+    seen = []
+    cut = perplexity.cut_windows
+    monkeypatch.setattr(perplexity, "cut_windows", lambda texts, *rest: seen.append(texts) or cut(texts, *rest))
+    command = ["--load", export, "--text", tmp_path / "a.txt", tmp_path / "b.txt", "--max-length", 16]
+    command += ["--max-windows", 1, "--output", tmp_path / "plot.png"]
+    assert perplexity.main(list(map(str, command))) == 0
+    assert perplexity.main([*map(str, command), "--no-document-start"]) == 0
+    started, bare = ([text.tolist() for text in texts] for texts in seen)
+    assert bare == expected and started == [[tokenizer.eos_token_id, *text] for text in expected]
 
 
 def test_what_cannot_be_measured(export, book, tmp_path, capsys):

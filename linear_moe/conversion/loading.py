@@ -1,0 +1,110 @@
+"""Models of Hugging Face folders, loaded only when every tensor is there, in its shape, whole and finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from linear_moe.conversion.config import layout_of, parse_config
+from linear_moe.conversion.digests import listed
+from linear_moe.conversion.files import ConversionError, read_json
+from linear_moe.conversion.names import Entry, Layout, entries
+from linear_moe.conversion.weights import Weights, check_finite
+from mom_layers.hf import MomForCausalLM
+from mom_layers.hf.configuration_mom import MomConfig
+
+EMBEDDING, TIED_WEIGHT = "model.embeddings.weight", "lm_head.weight"
+
+
+def read_model(folder: Path) -> tuple[MomConfig, Weights, list[Entry]]:
+    """A folder's configuration, its weights, and the table of the tensors that the configuration describes.
+
+    The sizes in the configuration are compared with the tensors' shapes here. No tensor is read, and none is made.
+
+    Raises ConversionError for a folder that is not a MoM model's, or whose weights are not what config.json describes.
+    """
+    content = read_json(folder / "config.json")
+    if content.get("model_type") != "mom":
+        parse_config(content, set())
+    weights = Weights(folder)
+    config = parse_config(content, weights.names())
+    check_counts(config, weights)
+    layout = layout_of(config)
+    table = list(entries(layout))
+    check_complete(weights, table, layout)
+    return config, weights, table
+
+
+def check_counts(config: MomConfig, weights: Weights) -> None:
+    """Raises ConversionError for more layers or memories than there are tensors: the table of all names could fill the
+    computer's memory."""
+    counts = {"num_hidden_layers": config.num_hidden_layers}
+    if not config.single_kv_proj:
+        counts["num_memories"] = config.num_memories
+    held = len(weights.names())
+    for key, count in counts.items():
+        if count > held:
+            raise ConversionError(f"config.json says {key} {count}, and the weights have only {held} tensors in all")
+
+
+def check_complete(weights: Weights, table: Sequence[Entry], layout: Layout) -> None:
+    """Raises ConversionError unless the weights are the table's, in their shapes."""
+    expected = {name: shape for entry in table for name, shape in entry.hf}
+    found = weights.names() - ({TIED_WEIGHT} if layout.tied else set())
+    if missing := expected.keys() - found:
+        raise ConversionError(f"the weights lack {listed(missing)}, which config.json describes")
+    if unknown := found - expected.keys():
+        raise ConversionError(f"the weights have {listed(unknown)}, which config.json does not describe")
+    for name, shape in expected.items():
+        actual = tuple(weights.describe(name).shape)
+        if actual != shape:
+            raise ConversionError(f"{name} is {list(actual)}, and config.json makes it {list(shape)}")
+    if TIED_WEIGHT in weights.names() - found:
+        tied, embedding = weights.read(TIED_WEIGHT), weights.read(EMBEDDING)
+        if tied.dtype != embedding.dtype or not torch.equal(tied, embedding):
+            raise ConversionError(
+                f"{TIED_WEIGHT} differs from {EMBEDDING}, and config.json says tie_word_embeddings: true"
+            )
+    for entry in table:
+        types = {weights.describe(name).dtype for name in entry.hf_names}
+        if len(types) > 1:
+            raise ConversionError(f"{', '.join(entry.hf_names)} must be of one type, not {', '.join(map(str, types))}")
+
+
+def load_model(
+    folder: Path, dtype: torch.dtype | None = None, loader: type = MomForCausalLM, **options
+) -> PreTrainedModel:
+    """A folder's model in evaluation mode, on the CPU.
+
+    Args:
+        folder: in the Hugging Face format. A model that is not a MoM model is loaded too, where ``loader`` can.
+        dtype: to convert the weights to; the type in config.json when None.
+        loader: the class whose ``from_pretrained`` loads the model.
+        options: of ``from_pretrained``.
+
+    Raises:
+        ConversionError: tensors are missing, unexpected, of another shape, not finite, or not those in digests.json.
+    """
+    if loader is MomForCausalLM or read_json(folder / "config.json").get("model_type") == "mom":
+        config, weights, _ = read_model(folder)
+        for name in weights.names():
+            weights.read(name)  # compares the digest
+        if not options.get("trust_remote_code"):
+            options["config"] = config  # of an older file, completed from the tensors
+    try:
+        model, report = loader.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **options)
+    except OSError:
+        raise
+    except Exception as error:  # any of transformers' own
+        if "trust_remote_code" in str(error):
+            raise
+        raise ConversionError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
+    for kind, names in report.items():
+        if names:  # missing_keys, unexpected_keys, mismatched_keys, error_msgs
+            raise ConversionError(f"{folder} does not fit its config.json: {kind} {listed(map(str, names))}")
+    for name, tensor in model.state_dict().items():
+        check_finite(name, tensor, f"in {tensor.dtype}".replace("torch.", ""))
+    return model.eval()
