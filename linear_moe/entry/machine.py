@@ -12,9 +12,12 @@ import torch
 from linear_moe.entry import checks
 from linear_moe.entry.launch import use_loopback_store
 from megatron_patches import (
+    bucket_types,
     checkpoints,
     dataset_helpers,
+    float16_optimizer,
     float32_parameters,
+    layer_wise_optimizer,
     reshardable_optimizer,
     trusted_checkpoints,
 )
@@ -22,6 +25,9 @@ from megatron_patches.patch import apply_all
 
 TRAINING_PATCHES = (
     float32_parameters.PATCH,
+    float16_optimizer.PATCH,
+    layer_wise_optimizer.PATCH,
+    bucket_types.PATCH,
     reshardable_optimizer.PATCH,
     trusted_checkpoints.PATCH,
     *checkpoints.PATCHES,
