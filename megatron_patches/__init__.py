@@ -9,16 +9,20 @@ def patches() -> tuple[Patch, ...]:
     """Every patch of this package, applied or not, each once: what it changes, why, and when it can go."""
     # These modules import torch, which a process that only imports the package may do without.
     from megatron_patches import (
+        bucket_types,
         checkpoints,
         cpu,
         dataset_helpers,
+        float16_optimizer,
         float32_parameters,
+        layer_wise_optimizer,
         reshardable_optimizer,
         trusted_checkpoints,
     )
 
     ours = (
-        dataset_helpers.PATCH, float32_parameters.PATCH, reshardable_optimizer.PATCH, trusted_checkpoints.PATCH,
-        *checkpoints.patches(), *cpu.PATCHES,
+        dataset_helpers.PATCH, float32_parameters.PATCH, float16_optimizer.PATCH, layer_wise_optimizer.PATCH,
+        bucket_types.PATCH, reshardable_optimizer.PATCH, trusted_checkpoints.PATCH, *checkpoints.patches(),
+        *cpu.PATCHES,
     )  # fmt: skip
     return tuple({patch.name: patch for patch in ours}.values())

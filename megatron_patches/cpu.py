@@ -63,6 +63,17 @@ def _on_cpu(factory, *args, **kwargs):
     return factory(*args, **kwargs)
 
 
+def _with_own_generator(init, loader, *args, **kwargs):
+    """DataLoader.__init__ with a generator of the loader's own, for its shuffling and its workers' seeds.
+
+    A loader without one draws a seed from torch's CPU generator at every start. On a GPU dropout has another generator.
+    On a CPU both are one, and a resumed run, which starts its loaders in another step, would draw other dropout masks.
+    """
+    if kwargs.get("generator") is None:
+        kwargs["generator"] = torch.Generator().manual_seed(torch.initial_seed())
+    return _on_cpu(init, loader, *args, **kwargs)
+
+
 def _same_tensor(original, tensor, *args, **kwargs):
     return tensor
 
@@ -249,7 +260,6 @@ PATCHES = (
             *(wrap("torch", name, _on_cpu) for name in _TENSOR_FACTORIES),
             wrap("torch", "Tensor.cuda", _same_tensor),
             wrap("torch", "Tensor.pin_memory", _same_tensor),
-            wrap("torch.utils.data", "DataLoader.__init__", _on_cpu),
         ),
     ),
     Patch(
@@ -265,7 +275,8 @@ PATCHES = (
     ),
     Patch(
         name="cpu-random",
-        reason="dropout, initialisation and recomputation save and fork the state of CUDA's generator",
+        reason="dropout, initialisation and recomputation save and fork the state of CUDA's generator, which data "
+        "loaders do not draw from",
         removed_when="the RNG tracker works on the generator of the device in use",
         targets=(
             wrap("torch.cuda", "manual_seed", _seed_cpu),
@@ -278,6 +289,7 @@ PATCHES = (
                 lambda original, state, device=-1, graph_safe=False: torch.set_rng_state(state),
             ),
             replace("megatron.core.tensor_parallel.random", "CudaRNGStatesTracker.fork", _fork),
+            wrap("torch.utils.data", "DataLoader.__init__", _with_own_generator),
         ),
     ),
     Patch(

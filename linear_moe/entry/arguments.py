@@ -74,18 +74,6 @@ def fill_mom_arguments(args: argparse.Namespace) -> None:
             setattr(args, name, DEFAULTS[name])
 
 
-def check_optimizer(args: argparse.Namespace) -> None:
-    """Raises ValueError where Megatron could not save the optimizer: its plain optimizer numbers 16-bit parameters
-    only, and a MoM layer's decay rates stay float32.
-    """
-    saves = args.save is not None and not args.no_save_optim
-    if args.token_mixer == "mom" and (args.bf16 or args.fp16) and saves and not args.use_distributed_optimizer:
-        raise ValueError(
-            "--token-mixer mom in 16 bits cannot save the state of Megatron's plain optimizer: "
-            "add --use-distributed-optimizer (or --no-save-optim)"
-        )
-
-
 def check_model(args: argparse.Namespace) -> None:
     """Raises ValueError for arguments that --token-mixer mom does not work with: they would build another model, stop
     in the middle of start-up, or replay the documents of another batch.
@@ -146,10 +134,9 @@ def compare_with_checkpoint(args: argparse.Namespace, saved: argparse.Namespace)
 
 
 def check_run(args: argparse.Namespace) -> None:
-    """Raises ValueError where the run could not be saved, or where --load names a checkpoint of another model."""
+    """Raises ValueError where --load names a checkpoint of another model."""
     from megatron.training.checkpointing import load_args_from_checkpoint
 
-    check_optimizer(args)
     if args.load is None:
         return
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints every argument that it sets on the copy

@@ -12,9 +12,12 @@ import torch
 from linear_moe.entry import checks
 from linear_moe.entry.launch import use_loopback_store
 from megatron_patches import (
+    bucket_types,
     checkpoints,
     dataset_helpers,
+    float16_optimizer,
     float32_parameters,
+    layer_wise_optimizer,
     reshardable_optimizer,
     trusted_checkpoints,
 )
@@ -26,6 +29,9 @@ def training_patches() -> tuple[Patch, ...]:
     """Patches of every run with MoM layers, whichever door it came through. Imports megatron.core."""
     return (
         float32_parameters.PATCH,
+        float16_optimizer.PATCH,
+        layer_wise_optimizer.PATCH,
+        bucket_types.PATCH,
         reshardable_optimizer.PATCH,
         trusted_checkpoints.PATCH,
         *checkpoints.patches(),

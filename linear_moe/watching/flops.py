@@ -111,7 +111,11 @@ def _count(
     if tokens is None:
         tokens = batch_size * args.seq_length
     rest, num_mom_layers = _without_mom_layers(args)
-    return num_floating_point_operations(rest, batch_size, *lengths) + num_mom_layers * mom_layer_flops(args, tokens)
+    others = num_floating_point_operations(rest, batch_size, *lengths)
+    # Megatron sets this argument while counting. Rank 0's report of memory sets it too: unless every rank has it,
+    # Megatron warns at every save that the ranks' arguments differ.
+    args.num_query_groups = rest.num_query_groups
+    return others + num_mom_layers * mom_layer_flops(args, tokens)
 
 
 FLOPS_TARGET = wrap("megatron.training.training", "num_floating_point_operations", _count)

@@ -90,7 +90,11 @@ def test_model_of_mom_layers():
     args = recipe()
     before = dict(vars(args))
     assert count(args) == pytest.approx(3 * TOKENS * (24 * (MOM_LAYER + MLP_LAYER) + LOGITS), rel=1e-12)
-    assert vars(args) == before
+    # The one argument that Megatron sets while counting softmax layers.
+    assert vars(args) == before | {"num_query_groups": 4}
+    softmax = recipe(token_mixer="attention")
+    count(softmax)
+    assert softmax.num_query_groups == args.num_query_groups
 
 
 @pytest.mark.parametrize("freq, num_mom", [(4, 18), ([1] * 5 + [0] * 19, 5)])

@@ -88,7 +88,6 @@ def dataset(tmp_path):
         ([*MOM, "--mom-rule", "hebb"], "argument --mom-rule: invalid choice: 'hebb'"),
         ([*MOM, "--mom-topk", "5"], "topk must be between 1 and the number of memories (4), got 5"),
         (["--token-mixer", "mom", "--mom-head-dim", "100"], "head_dim = 100 is not supported by the gated_deltanet"),
-        ([*MOM, "--bf16"], "add --use-distributed-optimizer"),
         ([*MOM, "--data-path", "nowhere/data"], "there is no nowhere/data.bin"),
     ],
 )

@@ -145,7 +145,28 @@ def test_two_processes_give_the_losses_of_one(losses, tmp_path, layout):
     assert launch(2, layout, tmp_path) == pytest.approx(expected, rel=1e-5)
 
 
+DROPOUT = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
+
+
+def test_resuming_continues_with_the_same_dropout(tmp_path):
+    checkpoint = str(tmp_path / "checkpoint")
+    expected = launch(1, [*DROPOUT, "--save", checkpoint, "--save-interval", "2"], tmp_path)
+    assert launch(1, [*DROPOUT, "--load", checkpoint, "--ckpt-step", "2"], tmp_path) == expected[2:]
+
+
+def test_a_data_loader_leaves_the_dropouts_generator_alone(patched):
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    orders = [list(torch.utils.data.DataLoader(range(20), batch_size=None, shuffle=True)) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert orders[0] == orders[1] and sorted(orders[0]) == list(range(20)) != orders[0]
+    loader = torch.utils.data.DataLoader(range(20), batch_size=None, shuffle=True)
+    assert list(loader) != list(loader)
+    mine = torch.Generator()
+    assert torch.utils.data.DataLoader(range(20), generator=mine).generator is mine
+
+
 def test_recomputation_repeats_the_dropout(tmp_path):
-    dropout = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1", "--train-iters", "2"]
+    dropout = [*DROPOUT, "--train-iters", "2"]
     recomputation = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
     assert launch(1, dropout + recomputation, tmp_path) == launch(1, dropout, tmp_path)
