@@ -6,13 +6,25 @@ import argparse
 import contextlib
 import copy
 import io
+import logging
 from dataclasses import fields
 
-from linear_moe.config import MOM_REFUSES, TOKEN_MIXERS, MomTransformerConfig, refuse
+from linear_moe.config import (
+    EXPERT_PARALLEL,
+    MOM_REFUSES,
+    TOKEN_MIXERS,
+    MomTransformerConfig,
+    check_expert_parallel,
+    describe_memories,
+    refuse,
+    splits_memories,
+)
 from megatron_patches import releases
 from megatron_patches.patch import Patch, wrap
 from mom_layers.common.kernels import KERNELS
 from mom_layers.recur.rules import rule_names
+
+logger = logging.getLogger(__name__)
 
 DEFAULTS = {f.name: f.default for f in fields(MomTransformerConfig)}
 OURS = [name for name in DEFAULTS if name == "token_mixer" or name.startswith("mom_")]
@@ -52,6 +64,8 @@ def add_mom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         action=argparse.BooleanOptionalAction)  # fmt: skip
     add("mom_aux_loss_coeff", "Coefficient of the memories' load-balancing loss.", type=float)
     add("mom_z_loss_coeff", "Coefficient of the memory router's z-loss.", type=float)
+    add("mom_expert_parallel", "Whether --expert-model-parallel-size splits the memories; auto: where that works.",
+        choices=EXPERT_PARALLEL)  # fmt: skip
     add("mom_kernels", "Implementation of the mixer's operations.", choices=KERNELS)
     return parser
 
@@ -144,6 +158,22 @@ def compare_with_checkpoint(args: argparse.Namespace, saved: argparse.Namespace)
             )
 
 
+def place_memories(args: argparse.Namespace) -> None:
+    """Logs where the memories are, in a run with expert parallelism. A model without experts whose memories are whole
+    has nothing to split: the size becomes 1, and so the optimizer's checkpoint is that of any run without a split.
+
+    Raises ValueError where --mom-expert-parallel on asks for a split that cannot be.
+    """
+    check_expert_parallel(args)
+    line = describe_memories(args)
+    if line is None:
+        return
+    if not args.num_experts and not splits_memories(args):
+        line += f"; the model has no experts: --expert-model-parallel-size {args.expert_model_parallel_size} becomes 1"
+        args.expert_model_parallel_size = 1
+    logger.info(line)
+
+
 def check_run(args: argparse.Namespace) -> None:
     """Raises ValueError where the run could not be saved, or where --load names a checkpoint of another model."""
     from megatron.training.checkpointing import load_args_from_checkpoint
@@ -185,6 +215,7 @@ def _validate(validate_args, args, *positional, **keywords):
         args.expert_model_parallel_size = 1
     result = validate_args(args, *positional, **keywords)
     args.expert_model_parallel_size = size
+    place_memories(args)
     check_run(args)
     return result
 

@@ -112,3 +112,4 @@ def join_running_script(settings: dict[str, object]) -> None:
     apply_all(training_patches())  # one of them limits what the check of --load may unpickle
     arguments.check_run(args)
     log.announce()
+    arguments.place_memories(args)
