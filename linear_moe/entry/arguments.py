@@ -19,6 +19,7 @@ from linear_moe.config import (
     refuse,
     splits_memories,
 )
+from linear_moe.entry import hybrid_pattern
 from megatron_patches import releases
 from megatron_patches.patch import Patch, wrap
 from mom_layers.common.kernels import KERNELS
@@ -111,7 +112,6 @@ def check_model(args: argparse.Namespace) -> None:
         (args.multi_latent_attention, "--multi-latent-attention", "use plain or grouped-query attention layers"),
         (args.heterogeneous_layers_config_path, "--heterogeneous-layers-config-path", "use --linear-attention-freq"),
         (spec and not pattern and spec != OUR_SPEC, f"--spec {spec}", f"leave it out, or {OUR_SPEC}"),
-        (pattern and "G" not in pattern, f"--hybrid-layer-pattern {pattern}", "write G where a MoM layer is to be"),
         ((args.reset_attention_mask or args.reset_position_ids) and not packed,
          "--reset-attention-mask" if args.reset_attention_mask else "--reset-position-ids",
          "use --dataloader-inter-document-masking, which tells the memories where documents end"),
@@ -126,20 +126,24 @@ def check_model(args: argparse.Namespace) -> None:
         (packed and graphs, "CUDA graphs of packed documents",
          "the number of documents changes from batch to batch: leave out one of the two"),
     ])  # fmt: skip
+    hybrid_pattern.check_pattern(args)
 
 
 def check_context_parallel(args: argparse.Namespace) -> None:
-    """Raises ValueError for packed documents that Megatron would cut in another way than the layers: MoM layers cut a
-    row of documents as a whole, softmax attention (multi-token prediction's too, and ``--sft``) cuts every document.
+    """Raises ValueError for softmax attention that cannot cut sequences, and for packed documents that Megatron would
+    cut in another way than the layers: MoM layers cut a row of documents as a whole, softmax attention (multi-token
+    prediction's too, and ``--sft``) cuts every document.
     """
     if args.token_mixer != "mom" or args.context_parallel_size == 1:
         return
     split = f"--context-parallel-size {args.context_parallel_size}"
     packed = releases.argument(args, "dataloader_inter_document_masking")
-    freq = args.linear_attention_freq
-    softmax = "*" in (args.hybrid_layer_pattern or "") or not (freq is None or (isinstance(freq, list) and all(freq)))
-    softmax = softmax or bool(args.mtp_num_layers)
+    softmax = hybrid_pattern.has_softmax_layers(args)
     refuse(MOM_REFUSES, [
+        (softmax and args.transformer_impl == "local",
+         f"softmax attention layers, --transformer-impl local and {split}",
+         "local attention cannot split a sequence: make every layer MoM, or use --transformer-impl "
+         "transformer_engine"),
         (args.sft, f"--sft and {split}", "--sft cuts every document by itself: use another layout"),
         (packed and softmax, f"--dataloader-inter-document-masking, {split} and softmax attention layers",
          "softmax attention cuts every document by itself: make every layer MoM, without --mtp-num-layers, or leave "
@@ -208,6 +212,7 @@ def _validate(validate_args, args, *positional, **keywords):
     fill_mom_arguments(args)
     if args.token_mixer != "mom":
         return validate_args(args, *positional, **keywords)
+    hybrid_pattern.use_present_name(args)
     check_model(args)
     check_context_parallel(args)
     size = args.expert_model_parallel_size

@@ -13,12 +13,14 @@ from linear_moe.entry.arguments import (
     fill_mom_arguments,
     restore_from_checkpoint,
 )
+from linear_moe.entry.hybrid_pattern import use_present_name
 
 
 def check(*arguments):
     parser = add_mom_arguments(add_megatron_arguments(argparse.ArgumentParser()))
     args = parser.parse_args(["--token-mixer", "mom", *map(str, arguments)])
     fill_mom_arguments(args)
+    use_present_name(args)
     check_model(args)
     check_context_parallel(args)
 
@@ -27,7 +29,26 @@ def check(*arguments):
     ("arguments", "message"),
     [
         (["--spec", "some.module", "some_spec"], "does not work with --spec some.module some_spec: leave it out"),
-        (["--hybrid-layer-pattern", "M-*-"], "--hybrid-layer-pattern M-*-: write G where a MoM layer is to be"),
+        (
+            ["--hybrid-layer-pattern", "M-*-"],
+            "--hybrid-layer-pattern M-*- has no layer with memories: write G for each layer that is to have memories, "
+            "for example --hybrid-layer-pattern 'G-*-'",
+        ),
+        (["--hybrid-override-pattern", "*-*-"], "for example --hybrid-layer-pattern 'G-*-', or leave out"),
+        (["--hybrid-override-pattern", "*-", "--hybrid-layer-pattern", "G-"], "are two names of one argument"),
+        (
+            ["--hybrid-layer-pattern", "*-", "--mtp-hybrid-override-pattern", "G-", "--mtp-num-layers", 1],
+            "--hybrid-layer-pattern *-/G- has no layer with memories",
+        ),
+        (["--hybrid-layer-pattern", "GD-"], "does not work with the letter D in --hybrid-layer-pattern GD-"),
+        (
+            ["--hybrid-layer-pattern", "GM-", "--transformer-impl", "local"],
+            "the letter M in --hybrid-layer-pattern GM- and --transformer-impl local: Megatron's Mamba layers need",
+        ),
+        (
+            ["--hybrid-layer-pattern", "G*-", "--transformer-impl", "local", "--context-parallel-size", 2],
+            "softmax attention layers, --transformer-impl local and --context-parallel-size 2: local attention cannot",
+        ),
         (["--multi-latent-attention"], "does not work with --multi-latent-attention"),
         (["--context-parallel-size", 2, "--sft"], "does not work with --sft and --context-parallel-size 2"),
         (
@@ -69,6 +90,9 @@ def test_refused_combinations(arguments, message):
         ["--context-parallel-size", 2, "--linear-attention-freq", 2],
         ["--cuda-graph-impl", "full_iteration"],
         ["--hybrid-layer-pattern", "G-*-"],
+        ["--hybrid-override-pattern", "G-*-"],
+        ["--hybrid-layer-pattern", "G-*-", "--context-parallel-size", 2],
+        ["--hybrid-layer-pattern", "GM-"],
         ["--reset-position-ids", "--dataloader-inter-document-masking"],
         ["--dataloader-inter-document-masking", "--pipeline-model-parallel-size", 2, "--micro-batch-size", 1],
     ],

@@ -194,3 +194,17 @@ def test_hybrid_spec_keeps_softmax_layers(megatron):
     spec = mom_block_spec(make_config(num_layers=4, linear_attention_freq=[1, 0, 1, 0]))
     mixers = [layer.submodules.self_attention.module for layer in spec.layer_specs]
     assert mixers == [MomTokenMixer, SelfAttention, MomTokenMixer, SelfAttention]
+
+
+@pytest.mark.parametrize(("setting", "norm"), [("qk_layernorm", "RMSNorm"), ("qk_l2_norm", "L2Norm")])
+def test_local_hybrid_layers_have_the_norms_of_queries_and_keys(megatron, setting, norm):
+    from megatron.core.transformer.spec_utils import build_module
+
+    from linear_moe.layer.hybrid_specs import hybrid_stack_spec
+
+    for given in (True, False):
+        config = make_config(**{setting: given})
+        stack = hybrid_stack_spec(config, None).submodules
+        layer = build_module(stack.attention_layer, config=config, layer_number=1)
+        names = {type(layer.self_attention.q_layernorm).__name__, type(layer.self_attention.k_layernorm).__name__}
+        assert names == {norm if given else "NoneType"}
