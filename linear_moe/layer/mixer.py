@@ -309,6 +309,14 @@ class MomTokenMixer(MegatronModule):
             return None
         return self._memory_parameters(self.memory_proj if self.shared_proj is None else self.shared_proj)
 
+    def backward_dw(self) -> None:
+        """Computes the weight gradients that --delay-wgrad-compute put off: of the two linear layers, where these are
+        Transformer Engine's. Local linear layers compute theirs in the backward pass, as the memories' projections,
+        the convolutions and the router do."""
+        for linear in (self.in_proj, self.out_proj):
+            if hasattr(linear, "backward_dw"):
+                linear.backward_dw()
+
     def _apply(self, fn, recurse=True):
         with kept_exact(getattr(self, name) for name in self.rule.parameter_names):
             return super()._apply(fn, recurse)
