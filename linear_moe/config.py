@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from mom_layers.common.kernels import KERNELS
 from mom_layers.settings import MixerSettings
@@ -164,12 +165,12 @@ class MomTransformerConfig(TransformerConfig):
 
     @classmethod
     def adopt(cls, config: TransformerConfig, **settings) -> None:
-        """Makes a configuration of Megatron's class one of this class, with the given values of our fields and the
-        defaults of the others.
+        """Makes a configuration of Megatron's class one of this class (with multi-latent attention, one of
+        `MomMLATransformerConfig`), with the given values of our fields and the defaults of the others.
 
         Changes the object in place: data parallelism, schedules and the optimizer hold a reference to it already.
         """
-        config.__class__ = cls
+        config.__class__ = MomMLATransformerConfig if isinstance(config, MLATransformerConfig) else cls
         for field in fields(cls):
             if field.name not in TransformerConfig.__dataclass_fields__:
                 setattr(config, field.name, settings.pop(field.name, field.default))
@@ -236,7 +237,6 @@ class MomTransformerConfig(TransformerConfig):
         inference = self.transformer_impl == "inference_optimized"
         refuse(MOM_REFUSES, [
             (self.hybrid_context_parallel, "--hybrid-context-parallel", "use --context-parallel-size alone"),
-            (self.multi_latent_attention, "--multi-latent-attention", "use plain or grouped-query attention layers"),
             (variant is not None, f"--experimental-attention-variant {variant}", "leave out one of the two mixers"),
             (self.heterogeneous_block_specs, "--heterogeneous-layers-config-path", "use --linear-attention-freq"),
             (inference, "--transformer-impl inference_optimized", "use local or transformer_engine"),
@@ -266,3 +266,27 @@ class MomTransformerConfig(TransformerConfig):
                 )
             if not any(freq):
                 raise ValueError("--linear-attention-freq lists no MoM layer: use --token-mixer attention instead")
+
+
+@dataclass
+class MomMLATransformerConfig(MomTransformerConfig, MLATransformerConfig):
+    """MomTransformerConfig for a model whose softmax layers are multi-latent attention."""
+
+    multi_latent_attention: bool = True
+
+
+def configure(core_transformer_config_from_args, args) -> TransformerConfig:
+    """Configuration of a model that may have memories, from Megatron's function and the arguments of a run.
+
+    Megatron's function replaces every class by MLATransformerConfig where --multi-latent-attention is given.
+    """
+    if not args.multi_latent_attention:
+        return core_transformer_config_from_args(args, MomTransformerConfig)
+    without_split = copy.copy(args)
+    if not args.num_experts:
+        without_split.expert_model_parallel_size = 1  # in a model without experts Megatron accepts only 1
+    config = core_transformer_config_from_args(without_split)
+    config.expert_model_parallel_size = args.expert_model_parallel_size
+    ours = {field.name for field in fields(MomTransformerConfig)} - TransformerConfig.__dataclass_fields__.keys()
+    MomTransformerConfig.adopt(config, **{name: getattr(args, name) for name in ours if hasattr(args, name)})
+    return config

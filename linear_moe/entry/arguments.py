@@ -19,7 +19,7 @@ from linear_moe.config import (
     refuse,
     splits_memories,
 )
-from linear_moe.entry import hybrid_pattern
+from linear_moe.entry import attention_options, hybrid_pattern
 from megatron_patches import releases
 from megatron_patches.patch import Patch, wrap
 from mom_layers.common.kernels import KERNELS
@@ -109,8 +109,6 @@ def check_model(args: argparse.Namespace) -> None:
     packed = args.sft or releases.argument(args, "dataloader_inter_document_masking")
     graphs = args.cuda_graph_impl != "none" or args.enable_cuda_graph or args.external_cuda_graph
     refuse(MOM_REFUSES, [
-        (args.multi_latent_attention, "--multi-latent-attention", "use plain or grouped-query attention layers"),
-        (args.heterogeneous_layers_config_path, "--heterogeneous-layers-config-path", "use --linear-attention-freq"),
         (spec and not pattern and spec != OUR_SPEC, f"--spec {spec}", f"leave it out, or {OUR_SPEC}"),
         ((args.reset_attention_mask or args.reset_position_ids) and not packed,
          "--reset-attention-mask" if args.reset_attention_mask else "--reset-position-ids",
@@ -127,6 +125,7 @@ def check_model(args: argparse.Namespace) -> None:
          "the number of documents changes from batch to batch: leave out one of the two"),
     ])  # fmt: skip
     hybrid_pattern.check_pattern(args)
+    attention_options.check_attention(args)
 
 
 def check_context_parallel(args: argparse.Namespace) -> None:
@@ -215,6 +214,7 @@ def _validate(validate_args, args, *positional, **keywords):
     hybrid_pattern.use_present_name(args)
     check_model(args)
     check_context_parallel(args)
+    attention_options.drop_unused_attention(args)
     size = args.expert_model_parallel_size
     if not args.num_experts:
         args.expert_model_parallel_size = 1

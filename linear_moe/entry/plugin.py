@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 import megatron_patches
-from linear_moe.config import MomTransformerConfig, has_memories
+from linear_moe.config import configure, has_memories
 from linear_moe.entry import arguments, log, machine
 from megatron_patches import releases
 from megatron_patches.patch import Patch, applied, apply_all, undo_all, wrap
@@ -20,7 +20,7 @@ def _configure(core_transformer_config_from_args, args, config_class=None):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     if has_memories(args) and config_class in (None, TransformerConfig):
-        config_class = MomTransformerConfig
+        return configure(core_transformer_config_from_args, args)
     return core_transformer_config_from_args(args, config_class)
 
 

@@ -1,6 +1,7 @@
 """Combinations of arguments that are refused, and earlier names of arguments."""
 
 import argparse
+import logging
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from linear_moe.entry.arguments import (
     fill_mom_arguments,
     restore_from_checkpoint,
 )
+from linear_moe.entry.attention_options import drop_unused_attention
 from linear_moe.entry.hybrid_pattern import use_present_name
 
 
@@ -23,6 +25,7 @@ def check(*arguments):
     use_present_name(args)
     check_model(args)
     check_context_parallel(args)
+    return args
 
 
 @pytest.mark.parametrize(
@@ -49,7 +52,16 @@ def check(*arguments):
             ["--hybrid-layer-pattern", "G*-", "--transformer-impl", "local", "--context-parallel-size", 2],
             "softmax attention layers, --transformer-impl local and --context-parallel-size 2: local attention cannot",
         ),
-        (["--multi-latent-attention"], "does not work with --multi-latent-attention"),
+        (
+            ["--multi-latent-attention", "--linear-attention-freq", 2, "--transformer-impl", "local"],
+            "does not work with softmax layers of multi-latent attention and --transformer-impl local: Megatron has",
+        ),
+        (["--hybrid-layer-pattern", "G+", "--transformer-impl", "local"], "Megatron has that attention with"),
+        (
+            ["--experimental-attention-variant", "dsa", "--linear-attention-freq", 2],
+            "does not work with --experimental-attention-variant dsa and softmax attention layers: Megatron scales one",
+        ),
+        (["--heterogeneous-layers-config-path", "x.json"], "leave the option out, and use --linear-attention-freq"),
         (["--context-parallel-size", 2, "--sft"], "does not work with --sft and --context-parallel-size 2"),
         (
             ["--context-parallel-size", 2, "--dataloader-inter-document-masking", "--linear-attention-freq", 2],
@@ -91,6 +103,9 @@ def test_refused_combinations(arguments, message):
         ["--cuda-graph-impl", "full_iteration"],
         ["--hybrid-layer-pattern", "G-*-"],
         ["--hybrid-override-pattern", "G-*-"],
+        ["--multi-latent-attention", "--transformer-impl", "local"],
+        ["--multi-latent-attention", "--linear-attention-freq", 2],
+        ["--hybrid-layer-pattern", "G+"],
         ["--hybrid-layer-pattern", "G-*-", "--context-parallel-size", 2],
         ["--hybrid-layer-pattern", "GM-"],
         ["--reset-position-ids", "--dataloader-inter-document-masking"],
@@ -116,3 +131,43 @@ def test_the_kernels_come_back_from_checkpoints_old_and_new(name, given, restore
     restore_from_checkpoint(args, saved)
     assert args.mom_kernels == restored
     assert (args.token_mixer, args.mom_topk, args.layernorm_epsilon) == ("mom", 3, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "left", "lines"),
+    [
+        (
+            ["--multi-latent-attention", "--rope-type", "yarn", "--mla-down-proj-fusion"],
+            (False, None, False, None),
+            ["--multi-latent-attention and its options have nothing to do: every layer is MoM"],
+        ),
+        (
+            ["--multi-latent-attention", "--rope-type", "yarn", "--linear-attention-freq", 2],
+            (True, None, False, "yarn"),
+            [],
+        ),
+        (["--multi-latent-attention", "--mtp-num-layers", 1], (True, None, False, None), []),
+        (
+            ["--multi-latent-attention", "--experimental-attention-variant", "dsa"],
+            (False, None, False, None),
+            [
+                "--experimental-attention-variant dsa has nothing to do: every layer is MoM",
+                "--multi-latent-attention and its options have nothing to do: every layer is MoM",
+            ],
+        ),
+        (
+            ["--experimental-attention-variant", "gated_delta_net", "--linear-attention-freq", 4],
+            (False, None, False, None),
+            ["--experimental-attention-variant gated_delta_net has nothing to do: MoM layers take the place of the "
+             "gated delta net"],
+        ),
+    ],
+)  # fmt: skip
+def test_attention_options_that_have_nothing_to_do_are_named(arguments, left, lines, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("linear_moe"), "propagate", True)
+    args = check(*arguments)
+    with caplog.at_level("INFO", logger="linear_moe"):
+        drop_unused_attention(args)
+    assert caplog.messages == lines
+    names = ("multi_latent_attention", "experimental_attention_variant", "mla_down_proj_fusion", "rope_type")
+    assert tuple(getattr(args, name) for name in names) == left

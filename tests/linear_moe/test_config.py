@@ -1,8 +1,12 @@
 """The values that MomTransformerConfig accepts, and its messages about other values."""
 
-import pytest
+from argparse import Namespace
 
-from linear_moe.config import MomTransformerConfig, describe_memories, splits_memories
+import pytest
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from linear_moe.config import MomTransformerConfig, configure, describe_memories, splits_memories
+from linear_moe.layer.specs import mom_block_spec
 
 
 def config(**settings) -> MomTransformerConfig:
@@ -116,3 +120,26 @@ def test_the_start_says_where_the_memories_of_a_model_with_experts_are(settings,
     found = config(**(EXPERTS | settings))
     assert describe_memories(found) == line
     assert splits_memories(found) == (line is not None and "because" not in line)
+
+
+def test_softmax_layers_keep_multi_latent_attention():
+    """Megatron replaces the class of a configuration with multi-latent attention; ours has both kinds of fields."""
+    args = Namespace(
+        multi_latent_attention=True, num_experts=None, expert_model_parallel_size=2, token_mixer="mom",
+        mom_num_memories=8, contiguous_context_slices=True,
+    )  # fmt: skip
+
+    def megatrons(args, config_class=None):
+        assert args.expert_model_parallel_size == 1
+        return MLATransformerConfig(
+            num_layers=4, hidden_size=64, num_attention_heads=4, linear_attention_freq=2, q_lora_rank=24,
+            rope_type="rope", transformer_impl="local",
+        )  # fmt: skip
+
+    found = configure(megatrons, args)
+    assert isinstance(found, MomTransformerConfig) and isinstance(found, MLATransformerConfig)
+    assert (found.multi_latent_attention, found.q_lora_rank, found.v_head_dim) == (True, 24, 128)
+    assert (found.mom_num_memories, found.mom_topk, found.contiguous_context_slices) == (8, 2, True)
+    assert found.expert_model_parallel_size == 2 and splits_memories(found)
+    mixers = [layer.submodules.self_attention.module.__name__ for layer in mom_block_spec(found).layer_specs]
+    assert mixers == ["MomTokenMixer", "MLASelfAttention"] * 2
