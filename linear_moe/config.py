@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from mom_layers.common.kernels import KERNELS
 from mom_layers.settings import MixerSettings
 
 TOKEN_MIXERS = ("attention", "mom")
 MOM_REFUSES = "--token-mixer mom does not work with"
+EXPERT_PARALLEL = ("auto", "on", "off")
 LOSS_SCALE_HOOK = "experimental_attention_variant_loss_scale_func"
 
 
@@ -21,6 +23,74 @@ def refuse(refusal: str, cases: Iterable[tuple[object, str, str]]) -> None:
     for present, what, instead in cases:
         if present:
             raise ValueError(f"{refusal} {what}: {instead}")
+
+
+def why_memories_are_whole(settings: object) -> str | None:
+    """Why the memories cannot be split over the expert-parallel ranks; None where they can be split.
+
+    Args:
+        settings: a model's arguments or configuration, with an expert-parallel size above 1.
+    """
+    experts, tensor = settings.expert_model_parallel_size, settings.tensor_model_parallel_size
+    expert_tensor = settings.expert_tensor_parallel_size or tensor
+    context, graphs = settings.context_parallel_size, settings.cuda_graph_impl
+    reasons = [
+        (
+            settings.mom_num_memories % experts,
+            f"--mom-num-memories {settings.mom_num_memories} does not divide over --expert-model-parallel-size "
+            f"{experts}",
+        ),
+        (
+            expert_tensor != tensor,
+            f"--tensor-model-parallel-size {tensor} splits each memory by head, and --expert-tensor-parallel-size "
+            f"{expert_tensor} is another size",
+        ),
+        (
+            context > 1 and experts % context,
+            f"a memory reads whole sequences, and --expert-model-parallel-size {experts} is no multiple of "
+            f"--context-parallel-size {context}",
+        ),
+        (
+            graphs != "none",
+            f"--cuda-graph-impl {graphs} lets no layer wait for the host, which reads how many rows the ranks exchange",
+        ),
+        (
+            settings.overlap_moe_expert_parallel_comm,
+            "--overlap-moe-expert-parallel-comm runs two micro-batches at once, and the host would wait in every layer "
+            "for the number of rows that the ranks exchange",
+        ),
+    ]
+    return next((reason for present, reason in reasons if present), None)
+
+
+def splits_memories(settings: object) -> bool:
+    """Whether a model's memories are split over the expert-parallel ranks, from its arguments or configuration."""
+    if settings.expert_model_parallel_size == 1 or settings.mom_expert_parallel == "off":
+        return False
+    return why_memories_are_whole(settings) is None
+
+
+def check_expert_parallel(settings: object) -> None:
+    """Raises ValueError where --mom-expert-parallel has an unknown value, or asks for a split that cannot be."""
+    choice = settings.mom_expert_parallel
+    if choice not in EXPERT_PARALLEL:
+        raise ValueError(f"--mom-expert-parallel must be one of {', '.join(EXPERT_PARALLEL)}, got {choice!r}")
+    if choice == "on" and settings.expert_model_parallel_size > 1 and (reason := why_memories_are_whole(settings)):
+        raise ValueError(
+            f"--mom-expert-parallel on: {reason}: change that, or give --mom-expert-parallel auto, which then keeps "
+            "all memories on every rank"
+        )
+
+
+def describe_memories(settings: object) -> str | None:
+    """A line for the start of a run: where the memories of a model are; None without expert parallelism."""
+    experts, memories = settings.expert_model_parallel_size, settings.mom_num_memories
+    if experts == 1:
+        return None
+    if splits_memories(settings):
+        return f"memories: {memories // experts} of {memories} on each of {experts} expert-parallel ranks"
+    reason = "--mom-expert-parallel off" if settings.mom_expert_parallel == "off" else why_memories_are_whole(settings)
+    return f"memories: all {memories} on each of {experts} expert-parallel ranks, because {reason}"
 
 
 def has_memories(settings: object) -> bool:
@@ -78,6 +148,10 @@ class MomTransformerConfig(TransformerConfig):
     mom_kernels: str = "auto"
     """Implementation of the mixer's operations: "auto" (Triton on GPUs, PyTorch elsewhere), "torch" or "triton"."""
 
+    mom_expert_parallel: str = "auto"
+    """Whether the expert-parallel ranks split the memories: "on", "off" (every rank has all memories), or "auto" (the
+    ranks split the memories where `why_memories_are_whole` finds no obstacle)."""
+
     contiguous_context_slices: bool = False
     """Whether a context-parallel rank holds one contiguous slice of a sequence; Megatron's batches have two."""
 
@@ -91,12 +165,12 @@ class MomTransformerConfig(TransformerConfig):
 
     @classmethod
     def adopt(cls, config: TransformerConfig, **settings) -> None:
-        """Makes a configuration of Megatron's class one of this class, with the given values of our fields and the
-        defaults of the others.
+        """Makes a configuration of Megatron's class one of this class (with multi-latent attention, one of
+        `MomMLATransformerConfig`), with the given values of our fields and the defaults of the others.
 
         Changes the object in place: data parallelism, schedules and the optimizer hold a reference to it already.
         """
-        config.__class__ = cls
+        config.__class__ = MomMLATransformerConfig if isinstance(config, MLATransformerConfig) else cls
         for field in fields(cls):
             if field.name not in TransformerConfig.__dataclass_fields__:
                 setattr(config, field.name, settings.pop(field.name, field.default))
@@ -150,47 +224,26 @@ class MomTransformerConfig(TransformerConfig):
         if self.mom_num_heads % self.tensor_model_parallel_size:
             raise ValueError(
                 f"--mom-num-heads {self.mom_num_heads} does not divide over "
-                f"--tensor-model-parallel-size {self.tensor_model_parallel_size}"
+                f"--tensor-model-parallel-size {self.tensor_model_parallel_size}: give a multiple of "
+                f"{self.tensor_model_parallel_size}"
             )
-        if self.mom_num_memories % self.expert_model_parallel_size:
-            raise ValueError(
-                f"--mom-num-memories {self.mom_num_memories} does not divide over "
-                f"--expert-model-parallel-size {self.expert_model_parallel_size}"
-            )
-        if self.expert_model_parallel_size > 1 and self.expert_tensor_parallel_size != self.tensor_model_parallel_size:
-            raise ValueError(
-                f"memories are split by head over --tensor-model-parallel-size {self.tensor_model_parallel_size}: with "
-                f"expert parallelism --expert-tensor-parallel-size must be the same, got "
-                f"{self.expert_tensor_parallel_size}"
-            )
+        check_expert_parallel(self)
         self._check_context_parallel()
         for name, coefficient in [("aux", self.mom_aux_loss_coeff), ("z", self.mom_z_loss_coeff or 0.0)]:
             if coefficient < 0:
                 raise ValueError(f"--mom-{name}-loss-coeff must not be negative, got {coefficient}")
         self._check_pattern()
-        if self.cuda_graph_impl != "none" and self.expert_model_parallel_size > 1:
-            raise ValueError(
-                f"with memories over ranks the host reads in every layer how many rows the ranks exchange: "
-                f"--cuda-graph-impl {self.cuda_graph_impl} needs --expert-model-parallel-size 1, got "
-                f"{self.expert_model_parallel_size}"
-            )
         variant = self.experimental_attention_variant
         inference = self.transformer_impl == "inference_optimized"
         refuse(MOM_REFUSES, [
             (self.hybrid_context_parallel, "--hybrid-context-parallel", "use --context-parallel-size alone"),
-            (self.multi_latent_attention, "--multi-latent-attention", "use plain or grouped-query attention layers"),
             (variant is not None, f"--experimental-attention-variant {variant}", "leave out one of the two mixers"),
             (self.heterogeneous_block_specs, "--heterogeneous-layers-config-path", "use --linear-attention-freq"),
             (inference, "--transformer-impl inference_optimized", "use local or transformer_engine"),
         ])  # fmt: skip
 
     def _check_context_parallel(self) -> None:
-        size, experts = self.context_parallel_size, self.expert_model_parallel_size
-        if size > 1 and experts > 1 and experts % size:
-            raise ValueError(
-                f"with memories over ranks a memory reads whole sequences: --expert-model-parallel-size {experts} "
-                f"must be 1 or a multiple of --context-parallel-size {size}"
-            )
+        size = self.context_parallel_size
         softmax = self.mtp_num_layers or not all(self.mom_layer_pattern())
         if size > 1 and self.transformer_impl == "local" and softmax:
             raise ValueError(
@@ -213,3 +266,27 @@ class MomTransformerConfig(TransformerConfig):
                 )
             if not any(freq):
                 raise ValueError("--linear-attention-freq lists no MoM layer: use --token-mixer attention instead")
+
+
+@dataclass
+class MomMLATransformerConfig(MomTransformerConfig, MLATransformerConfig):
+    """MomTransformerConfig for a model whose softmax layers are multi-latent attention."""
+
+    multi_latent_attention: bool = True
+
+
+def configure(core_transformer_config_from_args, args) -> TransformerConfig:
+    """Configuration of a model that may have memories, from Megatron's function and the arguments of a run.
+
+    Megatron's function replaces every class by MLATransformerConfig where --multi-latent-attention is given.
+    """
+    if not args.multi_latent_attention:
+        return core_transformer_config_from_args(args, MomTransformerConfig)
+    without_split = copy.copy(args)
+    if not args.num_experts:
+        without_split.expert_model_parallel_size = 1  # in a model without experts Megatron accepts only 1
+    config = core_transformer_config_from_args(without_split)
+    config.expert_model_parallel_size = args.expert_model_parallel_size
+    ours = {field.name for field in fields(MomTransformerConfig)} - TransformerConfig.__dataclass_fields__.keys()
+    MomTransformerConfig.adopt(config, **{name: getattr(args, name) for name in ours if hasattr(args, name)})
+    return config

@@ -27,7 +27,7 @@ def main() -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 
-    from linear_moe.config import MomTransformerConfig
+    from linear_moe.config import configure
     from linear_moe.entry import arguments, data
     from linear_moe.layer.specs import gpt_layer_spec
     from linear_moe.watching.reporter import WholeLineReporter
@@ -40,7 +40,7 @@ def main() -> None:
     data.check_data_paths(args)
     data.check_vocabulary(args)
     args.contiguous_context_slices = data.cuts_contiguously(args)
-    config = core_transformer_config_from_args(args, MomTransformerConfig)
+    config = configure(core_transformer_config_from_args, args)
     model = gpt_config_from_args(args, config=config)
     model.transformer_layer_spec = gpt_layer_spec
     container = pretrain_cfg_container_from_args(args, model)

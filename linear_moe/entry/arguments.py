@@ -6,14 +6,27 @@ import argparse
 import contextlib
 import copy
 import io
+import logging
 from dataclasses import fields
 
-from linear_moe.config import MOM_REFUSES, TOKEN_MIXERS, MomTransformerConfig, refuse
+from linear_moe.config import (
+    EXPERT_PARALLEL,
+    MOM_REFUSES,
+    TOKEN_MIXERS,
+    MomTransformerConfig,
+    check_expert_parallel,
+    describe_memories,
+    refuse,
+    splits_memories,
+)
+from linear_moe.entry import attention_options, hybrid_pattern
 from linear_moe.entry.vocabulary_rows import keep_rows, report_rows
 from megatron_patches import releases
 from megatron_patches.patch import Patch, wrap
 from mom_layers.common.kernels import KERNELS
 from mom_layers.recur.rules import rule_names
+
+logger = logging.getLogger(__name__)
 
 DEFAULTS = {f.name: f.default for f in fields(MomTransformerConfig)}
 OURS = [name for name in DEFAULTS if name == "token_mixer" or name.startswith("mom_")]
@@ -53,6 +66,8 @@ def add_mom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         action=argparse.BooleanOptionalAction)  # fmt: skip
     add("mom_aux_loss_coeff", "Coefficient of the memories' load-balancing loss.", type=float)
     add("mom_z_loss_coeff", "Coefficient of the memory router's z-loss.", type=float)
+    add("mom_expert_parallel", "Whether --expert-model-parallel-size splits the memories; auto: where that works.",
+        choices=EXPERT_PARALLEL)  # fmt: skip
     add("mom_kernels", "Implementation of the mixer's operations.", choices=KERNELS)
     return parser
 
@@ -83,10 +98,7 @@ def check_model(args: argparse.Namespace) -> None:
     packed = args.sft or releases.argument(args, "dataloader_inter_document_masking")
     graphs = args.cuda_graph_impl != "none" or args.enable_cuda_graph or args.external_cuda_graph
     refuse(MOM_REFUSES, [
-        (args.multi_latent_attention, "--multi-latent-attention", "use plain or grouped-query attention layers"),
-        (args.heterogeneous_layers_config_path, "--heterogeneous-layers-config-path", "use --linear-attention-freq"),
         (spec and not pattern and spec != OUR_SPEC, f"--spec {spec}", f"leave it out, or {OUR_SPEC}"),
-        (pattern and "G" not in pattern, f"--hybrid-layer-pattern {pattern}", "write G where a MoM layer is to be"),
         ((args.reset_attention_mask or args.reset_position_ids) and not packed,
          "--reset-attention-mask" if args.reset_attention_mask else "--reset-position-ids",
          "use --dataloader-inter-document-masking, which tells the memories where documents end"),
@@ -101,20 +113,25 @@ def check_model(args: argparse.Namespace) -> None:
         (packed and graphs, "CUDA graphs of packed documents",
          "the number of documents changes from batch to batch: leave out one of the two"),
     ])  # fmt: skip
+    hybrid_pattern.check_pattern(args)
+    attention_options.check_attention(args)
 
 
 def check_context_parallel(args: argparse.Namespace) -> None:
-    """Raises ValueError for packed documents that Megatron would cut in another way than the layers: MoM layers cut a
-    row of documents as a whole, softmax attention (multi-token prediction's too, and ``--sft``) cuts every document.
+    """Raises ValueError for softmax attention that cannot cut sequences, and for packed documents that Megatron would
+    cut in another way than the layers: MoM layers cut a row of documents as a whole, softmax attention (multi-token
+    prediction's too, and ``--sft``) cuts every document.
     """
     if args.token_mixer != "mom" or args.context_parallel_size == 1:
         return
     split = f"--context-parallel-size {args.context_parallel_size}"
     packed = releases.argument(args, "dataloader_inter_document_masking")
-    freq = args.linear_attention_freq
-    softmax = "*" in (args.hybrid_layer_pattern or "") or not (freq is None or (isinstance(freq, list) and all(freq)))
-    softmax = softmax or bool(args.mtp_num_layers)
+    softmax = hybrid_pattern.has_softmax_layers(args)
     refuse(MOM_REFUSES, [
+        (softmax and args.transformer_impl == "local",
+         f"softmax attention layers, --transformer-impl local and {split}",
+         "local attention cannot split a sequence: make every layer MoM, or use --transformer-impl "
+         "transformer_engine"),
         (args.sft, f"--sft and {split}", "--sft cuts every document by itself: use another layout"),
         (packed and softmax, f"--dataloader-inter-document-masking, {split} and softmax attention layers",
          "softmax attention cuts every document by itself: make every layer MoM, without --mtp-num-layers, or leave "
@@ -131,6 +148,22 @@ def compare_with_checkpoint(args: argparse.Namespace, saved: argparse.Namespace)
                 f"the checkpoint was written with {option(name)} {theirs}, the command line says {mine}: "
                 "give the same value, or --use-checkpoint-args"
             )
+
+
+def place_memories(args: argparse.Namespace) -> None:
+    """Logs where the memories are, in a run with expert parallelism. A model without experts whose memories are whole
+    has nothing to split: the size becomes 1, and so the optimizer's checkpoint is that of any run without a split.
+
+    Raises ValueError where --mom-expert-parallel on asks for a split that cannot be.
+    """
+    check_expert_parallel(args)
+    line = describe_memories(args)
+    if line is None:
+        return
+    if not args.num_experts and not splits_memories(args):
+        line += f"; the model has no experts: --expert-model-parallel-size {args.expert_model_parallel_size} becomes 1"
+        args.expert_model_parallel_size = 1
+    logger.info(line)
 
 
 def check_run(args: argparse.Namespace) -> None:
@@ -167,13 +200,16 @@ def _validate(validate_args, args, *positional, **keywords):
     fill_mom_arguments(args)
     if args.token_mixer != "mom":
         return validate_args(args, *positional, **keywords)
+    hybrid_pattern.use_present_name(args)
     check_model(args)
     check_context_parallel(args)
+    attention_options.drop_unused_attention(args)
     size = args.expert_model_parallel_size
     if not args.num_experts:
         args.expert_model_parallel_size = 1
     result = validate_args(args, *positional, **keywords)
     args.expert_model_parallel_size = size
+    place_memories(args)
     check_run(args)
     return result
 

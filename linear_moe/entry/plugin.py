@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
+
 import megatron_patches
-from linear_moe.config import MomTransformerConfig, has_memories
+from linear_moe.config import configure, has_memories
 from linear_moe.entry import arguments, log, machine
 from megatron_patches import releases
 from megatron_patches.patch import Patch, applied, apply_all, undo_all, wrap
@@ -16,7 +20,7 @@ def _configure(core_transformer_config_from_args, args, config_class=None):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     if has_memories(args) and config_class in (None, TransformerConfig):
-        config_class = MomTransformerConfig
+        return configure(core_transformer_config_from_args, args)
     return core_transformer_config_from_args(args, config_class)
 
 
@@ -45,8 +49,35 @@ def _choose_hybrid_layers(hybrid_config_from_args, args, *positional, **keywords
     return model_config
 
 
+def require_memories(model: Iterable[torch.nn.Module]) -> None:
+    """Raises RuntimeError where no layer of a model has memories, in all processes of the job together.
+
+    model: the parts of the model that this process holds; a pipeline stage may have no layer with memories.
+    """
+    from linear_moe.layer.mixer import MomTokenMixer
+
+    here = any(isinstance(module, MomTokenMixer) for part in model for module in part.modules())
+    found = torch.tensor([float(here)], device=torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(found)
+    if not found.item():
+        raise RuntimeError(
+            "--token-mixer mom: no layer of the model that this script built has memories; run a script that builds "
+            "its model as pretrain_gpt.py and pretrain_hybrid.py do"
+        )
+
+
+def _set_up_model(setup_model_and_optimizer, *positional, **keywords):
+    from megatron.training import get_args
+
+    model, *rest = setup_model_and_optimizer(*positional, **keywords)
+    if has_memories(get_args()):
+        require_memories(model)
+    return model, *rest
+
+
 def model_patch() -> Patch:
-    """Gives the model its configuration's class and its layers."""
+    """Gives the model its configuration's class and its layers, and checks that there are memories among the layers."""
     hooks = releases.ModelHooks(configure=_configure, layers=_layers, routed_memories=_routed_memories)
     return Patch(
         name="model",
@@ -56,6 +87,7 @@ def model_patch() -> Patch:
             wrap("megatron.training.argument_utils", "core_transformer_config_from_args", _configure),
             wrap("megatron.training.argument_utils", "hybrid_config_from_args", _choose_hybrid_layers),
             wrap("megatron.training.models.gpt", "default_layer_spec", _choose_layers),
+            wrap("megatron.training.training", "setup_model_and_optimizer", _set_up_model),
             *releases.running().model_targets(hooks),
         ),
     )
@@ -112,3 +144,4 @@ def join_running_script(settings: dict[str, object]) -> None:
     apply_all(training_patches())  # one of them limits what the check of --load may unpickle
     arguments.check_run(args)
     log.announce()
+    arguments.place_memories(args)

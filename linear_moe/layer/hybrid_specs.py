@@ -55,7 +55,12 @@ def _local_stack(config: MomTransformerConfig) -> ModuleSpec:
     """A stack of Megatron's local modules: softmax attention, MLP and MoE MLP, each a separate layer."""
 
     def parts(num_experts):
-        whole = get_gpt_layer_local_spec(num_experts=num_experts, normalization=config.normalization).submodules
+        whole = get_gpt_layer_local_spec(
+            num_experts=num_experts,
+            normalization=config.normalization,
+            qk_layernorm=config.qk_layernorm,
+            qk_l2_norm=config.qk_l2_norm,
+        ).submodules
         norm = {"pre_mlp_layernorm": input_norm(config), "mlp": whole.mlp, "mlp_bda": whole.mlp_bda}
         return whole, TransformerLayerSubmodules(**norm)
 

@@ -25,7 +25,7 @@ from megatron.core.transformer.utils import (
     sharded_state_dict_default,
 )
 
-from linear_moe.config import MomTransformerConfig
+from linear_moe.config import MomTransformerConfig, splits_memories
 from linear_moe.layer.checkpoint import split_for_checkpoint
 from linear_moe.layer.router import MemoryRouter
 from linear_moe.parallel.context import ContextSlice
@@ -48,10 +48,11 @@ class MomTokenMixer(MegatronModule):
 
     Heads are sharded over the tensor-parallel group: queries, output gates, every memory's projection, convolutions and
     the rule's parameters by head; the router and the per-head norm are whole on every rank. Memories are sharded over
-    the expert-parallel group: ``memory_proj`` then holds the projections of this rank's memories, and ``shared_proj``
-    the projection of the shared memory. Without expert parallelism ``memory_proj`` holds the projections of all
-    memories, for one grouped product. Sequences are cut over the context-parallel group in Megatron's order (or, with
-    ``contiguous_context_slices``, in the order of time); inside the mixer they are in the order of time.
+    the expert-parallel group where `linear_moe.config.splits_memories` says so: ``memory_proj`` then holds the
+    projections of this rank's memories, and ``shared_proj`` the projection of the shared memory. Elsewhere
+    ``memory_proj`` holds the projections of all memories, for one grouped product. Sequences are cut over the
+    context-parallel group in Megatron's order (or, with ``contiguous_context_slices``, in the order of time); inside
+    the mixer they are in the order of time.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class MomTokenMixer(MegatronModule):
         self.tp_group = pg_collection.tp
         self.ep_group = pg_collection.ep
         self.cp_group = pg_collection.cp
-        self.splits_memories = config.expert_model_parallel_size > 1
+        self.splits_memories = splits_memories(config)
         self.order = None
         if self.cp_group.size() > 1 and not config.contiguous_context_slices:
             group = pg_collection.tp_cp if config.sequence_parallel else self.cp_group
@@ -133,9 +134,7 @@ class MomTokenMixer(MegatronModule):
                 self.shared_proj = parameter(1, sum(self.sizes), config.hidden_size, sharded_dim=1)
         count = self.memories_here.stop - self.memories_here.start
         self.memory_proj = parameter(count, sum(self.sizes), config.hidden_size, sharded_dim=1)
-        if not config.mom_single_kv_proj and config.expert_tensor_parallel_size == config.tensor_model_parallel_size:
-            # Reduced over the expert-data group, which without expert parallelism is the data group: the optimizer's
-            # parameter groups, and so its checkpoint, are the same at every size.
+        if self._is_reduced_as_experts_are():
             self.memory_proj.allreduce = False
         width = config.mom_conv_kernel
         self.q_conv = parameter(self.key_width, width, sharded_dim=0)
@@ -147,6 +146,18 @@ class MomTokenMixer(MegatronModule):
             self.register_parameter(own, parameter(self.num_heads, *shape, dtype=torch.float32, sharded_dim=0))
         if config.perform_initialization:
             self.reset_parameters()
+
+    def _is_reduced_as_experts_are(self) -> bool:
+        """Whether the gradient of ``memory_proj`` is summed over the expert-data group, and not over the data group.
+
+        Without expert parallelism the two groups are the same. The expert-data group is taken all the same: so the
+        optimizer's parameter groups, and its checkpoint, are the same at every size. A projection that every
+        expert-parallel rank holds whole needs the data group.
+        """
+        config = self.config
+        if config.mom_single_kv_proj or (config.expert_model_parallel_size > 1 and not self.splits_memories):
+            return False
+        return config.expert_tensor_parallel_size == config.tensor_model_parallel_size
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -297,6 +308,14 @@ class MomTokenMixer(MegatronModule):
         if not self.config.mom_shared_memory:
             return None
         return self._memory_parameters(self.memory_proj if self.shared_proj is None else self.shared_proj)
+
+    def backward_dw(self) -> None:
+        """Computes the weight gradients that --delay-wgrad-compute put off: of the two linear layers, where these are
+        Transformer Engine's. Local linear layers compute theirs in the backward pass, as the memories' projections,
+        the convolutions and the router do."""
+        for linear in (self.in_proj, self.out_proj):
+            if hasattr(linear, "backward_dw"):
+                linear.backward_dw()
 
     def _apply(self, fn, recurse=True):
         with kept_exact(getattr(self, name) for name in self.rule.parameter_names):

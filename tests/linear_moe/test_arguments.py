@@ -1,6 +1,7 @@
 """Combinations of arguments that are refused, and earlier names of arguments."""
 
 import argparse
+import logging
 import re
 
 import pytest
@@ -13,22 +14,54 @@ from linear_moe.entry.arguments import (
     fill_mom_arguments,
     restore_from_checkpoint,
 )
+from linear_moe.entry.attention_options import drop_unused_attention
+from linear_moe.entry.hybrid_pattern import use_present_name
 
 
 def check(*arguments):
     parser = add_mom_arguments(add_megatron_arguments(argparse.ArgumentParser()))
     args = parser.parse_args(["--token-mixer", "mom", *map(str, arguments)])
     fill_mom_arguments(args)
+    use_present_name(args)
     check_model(args)
     check_context_parallel(args)
+    return args
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--spec", "some.module", "some_spec"], "does not work with --spec some.module some_spec: leave it out"),
-        (["--hybrid-layer-pattern", "M-*-"], "--hybrid-layer-pattern M-*-: write G where a MoM layer is to be"),
-        (["--multi-latent-attention"], "does not work with --multi-latent-attention"),
+        (
+            ["--hybrid-layer-pattern", "M-*-"],
+            "--hybrid-layer-pattern M-*- has no layer with memories: write G for each layer that is to have memories, "
+            "for example --hybrid-layer-pattern 'G-*-'",
+        ),
+        (["--hybrid-override-pattern", "*-*-"], "for example --hybrid-layer-pattern 'G-*-', or leave out"),
+        (["--hybrid-override-pattern", "*-", "--hybrid-layer-pattern", "G-"], "are two names of one argument"),
+        (
+            ["--hybrid-layer-pattern", "*-", "--mtp-hybrid-override-pattern", "G-", "--mtp-num-layers", 1],
+            "--hybrid-layer-pattern *-/G- has no layer with memories",
+        ),
+        (["--hybrid-layer-pattern", "GD-"], "does not work with the letter D in --hybrid-layer-pattern GD-"),
+        (
+            ["--hybrid-layer-pattern", "GM-", "--transformer-impl", "local"],
+            "the letter M in --hybrid-layer-pattern GM- and --transformer-impl local: Megatron's Mamba layers need",
+        ),
+        (
+            ["--hybrid-layer-pattern", "G*-", "--transformer-impl", "local", "--context-parallel-size", 2],
+            "softmax attention layers, --transformer-impl local and --context-parallel-size 2: local attention cannot",
+        ),
+        (
+            ["--multi-latent-attention", "--linear-attention-freq", 2, "--transformer-impl", "local"],
+            "does not work with softmax layers of multi-latent attention and --transformer-impl local: Megatron has",
+        ),
+        (["--hybrid-layer-pattern", "G+", "--transformer-impl", "local"], "Megatron has that attention with"),
+        (
+            ["--experimental-attention-variant", "dsa", "--linear-attention-freq", 2],
+            "does not work with --experimental-attention-variant dsa and softmax attention layers: Megatron scales one",
+        ),
+        (["--heterogeneous-layers-config-path", "x.json"], "leave the option out, and use --linear-attention-freq"),
         (["--context-parallel-size", 2, "--sft"], "does not work with --sft and --context-parallel-size 2"),
         (
             ["--context-parallel-size", 2, "--dataloader-inter-document-masking", "--linear-attention-freq", 2],
@@ -69,6 +102,12 @@ def test_refused_combinations(arguments, message):
         ["--context-parallel-size", 2, "--linear-attention-freq", 2],
         ["--cuda-graph-impl", "full_iteration"],
         ["--hybrid-layer-pattern", "G-*-"],
+        ["--hybrid-override-pattern", "G-*-"],
+        ["--multi-latent-attention", "--transformer-impl", "local"],
+        ["--multi-latent-attention", "--linear-attention-freq", 2],
+        ["--hybrid-layer-pattern", "G+"],
+        ["--hybrid-layer-pattern", "G-*-", "--context-parallel-size", 2],
+        ["--hybrid-layer-pattern", "GM-"],
         ["--reset-position-ids", "--dataloader-inter-document-masking"],
         ["--dataloader-inter-document-masking", "--pipeline-model-parallel-size", 2, "--micro-batch-size", 1],
     ],
@@ -92,3 +131,43 @@ def test_the_kernels_come_back_from_checkpoints_old_and_new(name, given, restore
     restore_from_checkpoint(args, saved)
     assert args.mom_kernels == restored
     assert (args.token_mixer, args.mom_topk, args.layernorm_epsilon) == ("mom", 3, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "left", "lines"),
+    [
+        (
+            ["--multi-latent-attention", "--rope-type", "yarn", "--mla-down-proj-fusion"],
+            (False, None, False, None),
+            ["--multi-latent-attention and its options have nothing to do: every layer is MoM"],
+        ),
+        (
+            ["--multi-latent-attention", "--rope-type", "yarn", "--linear-attention-freq", 2],
+            (True, None, False, "yarn"),
+            [],
+        ),
+        (["--multi-latent-attention", "--mtp-num-layers", 1], (True, None, False, None), []),
+        (
+            ["--multi-latent-attention", "--experimental-attention-variant", "dsa"],
+            (False, None, False, None),
+            [
+                "--experimental-attention-variant dsa has nothing to do: every layer is MoM",
+                "--multi-latent-attention and its options have nothing to do: every layer is MoM",
+            ],
+        ),
+        (
+            ["--experimental-attention-variant", "gated_delta_net", "--linear-attention-freq", 4],
+            (False, None, False, None),
+            ["--experimental-attention-variant gated_delta_net has nothing to do: MoM layers take the place of the "
+             "gated delta net"],
+        ),
+    ],
+)  # fmt: skip
+def test_attention_options_that_have_nothing_to_do_are_named(arguments, left, lines, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("linear_moe"), "propagate", True)
+    args = check(*arguments)
+    with caplog.at_level("INFO", logger="linear_moe"):
+        drop_unused_attention(args)
+    assert caplog.messages == lines
+    names = ("multi_latent_attention", "experimental_attention_variant", "mla_down_proj_fusion", "rope_type")
+    assert tuple(getattr(args, name) for name in names) == left

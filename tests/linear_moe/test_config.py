@@ -1,8 +1,12 @@
 """The values that MomTransformerConfig accepts, and its messages about other values."""
 
-import pytest
+from argparse import Namespace
 
-from linear_moe.config import MomTransformerConfig
+import pytest
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from linear_moe.config import MomTransformerConfig, configure, describe_memories, splits_memories
+from linear_moe.layer.specs import mom_block_spec
 
 
 def config(**settings) -> MomTransformerConfig:
@@ -28,6 +32,9 @@ def test_a_model_without_experts_has_the_hook_that_scales_the_losses():
     assert config(token_mixer="attention").experimental_attention_variant_loss_scale_func is None
 
 
+SPLIT = {"expert_model_parallel_size": 2, "mom_expert_parallel": "on"}
+
+
 @pytest.mark.parametrize(
     "settings,message",
     [
@@ -39,6 +46,7 @@ def test_a_model_without_experts_has_the_hook_that_scales_the_losses():
         ({"mom_expand_v": 3.0}, r"head_dim \* expand_v = 768 is not supported"),
         ({"mom_num_heads": 3, "tensor_model_parallel_size": 2}, "--mom-num-heads 3 does not divide over"),
         ({"mom_aux_loss_coeff": -1.0}, "--mom-aux-loss-coeff must not be negative, got -1.0"),
+        ({"mom_expert_parallel": "yes"}, "--mom-expert-parallel must be one of auto, on, off, got 'yes'"),
         ({"mom_kernels": "cuda"}, "--mom-kernels must be one of auto, torch, triton, got 'cuda'"),
         ({"linear_attention_freq": 1}, "--linear-attention-freq 1 leaves no MoM layer"),
         ({"linear_attention_freq": [0, 0, 0, 0]}, "lists no MoM layer"),
@@ -52,12 +60,12 @@ def test_a_model_without_experts_has_the_hook_that_scales_the_losses():
             "make every layer MoM .no --linear-attention-freq, no --mtp-num-layers",
         ),
         (
-            {"cuda_graph_impl": "full_iteration", "expert_model_parallel_size": 2},
-            "--cuda-graph-impl full_iteration needs --expert-model-parallel-size 1, got 2",
+            {"cuda_graph_impl": "full_iteration", **SPLIT},
+            "--cuda-graph-impl full_iteration lets no layer wait for the host",
         ),
         (
-            {"context_parallel_size": 4, "expert_model_parallel_size": 2},
-            "--expert-model-parallel-size 2 must be 1 or a multiple of --context-parallel-size 4",
+            {"context_parallel_size": 4, **SPLIT},
+            "--expert-model-parallel-size 2 is no multiple of --context-parallel-size 4",
         ),
         (
             {"context_parallel_size": 2, "hybrid_context_parallel": True},
@@ -72,3 +80,66 @@ def test_refused_values_and_combinations(settings, message):
 
 def test_any_head_size_works_with_the_torch_kernels():
     assert config(mom_head_dim=100, mom_kernels="torch").mom_value_dim == 100
+
+
+EXPERTS = {"num_moe_experts": 8, "expert_model_parallel_size": 8, "moe_ffn_hidden_size": 64, "add_bias_linear": False}
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"mom_num_memories": 16}, "memories: 2 of 16 on each of 8 expert-parallel ranks"),
+        (
+            {},
+            "memories: all 4 on each of 8 expert-parallel ranks, because --mom-num-memories 4 does not divide over "
+            "--expert-model-parallel-size 8",
+        ),
+        (
+            {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+            "memories: all 4 on each of 2 expert-parallel ranks, because --tensor-model-parallel-size 2 splits each "
+            "memory by head, and --expert-tensor-parallel-size 1 is another size",
+        ),
+        (
+            {"expert_model_parallel_size": 2, "context_parallel_size": 4},
+            "memories: all 4 on each of 2 expert-parallel ranks, because a memory reads whole sequences, and "
+            "--expert-model-parallel-size 2 is no multiple of --context-parallel-size 4",
+        ),
+        (
+            {"expert_model_parallel_size": 2, "cuda_graph_impl": "full_iteration"},
+            "memories: all 4 on each of 2 expert-parallel ranks, because --cuda-graph-impl full_iteration lets no "
+            "layer wait for the host, which reads how many rows the ranks exchange",
+        ),
+        (
+            {"mom_num_memories": 16, "mom_expert_parallel": "off"},
+            "memories: all 16 on each of 8 expert-parallel ranks, because --mom-expert-parallel off",
+        ),
+        ({"expert_model_parallel_size": 1}, None),
+    ],
+)
+def test_the_start_says_where_the_memories_of_a_model_with_experts_are(settings, line):
+    found = config(**(EXPERTS | settings))
+    assert describe_memories(found) == line
+    assert splits_memories(found) == (line is not None and "because" not in line)
+
+
+def test_softmax_layers_keep_multi_latent_attention():
+    """Megatron replaces the class of a configuration with multi-latent attention; ours has both kinds of fields."""
+    args = Namespace(
+        multi_latent_attention=True, num_experts=None, expert_model_parallel_size=2, token_mixer="mom",
+        mom_num_memories=8, contiguous_context_slices=True,
+    )  # fmt: skip
+
+    def megatrons(args, config_class=None):
+        assert args.expert_model_parallel_size == 1
+        return MLATransformerConfig(
+            num_layers=4, hidden_size=64, num_attention_heads=4, linear_attention_freq=2, q_lora_rank=24,
+            rope_type="rope", transformer_impl="local",
+        )  # fmt: skip
+
+    found = configure(megatrons, args)
+    assert isinstance(found, MomTransformerConfig) and isinstance(found, MLATransformerConfig)
+    assert (found.multi_latent_attention, found.q_lora_rank, found.v_head_dim) == (True, 24, 128)
+    assert (found.mom_num_memories, found.mom_topk, found.contiguous_context_slices) == (8, 2, True)
+    assert found.expert_model_parallel_size == 2 and splits_memories(found)
+    mixers = [layer.submodules.self_attention.module.__name__ for layer in mom_block_spec(found).layer_specs]
+    assert mixers == ["MomTokenMixer", "MLASelfAttention"] * 2

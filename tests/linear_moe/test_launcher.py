@@ -92,6 +92,13 @@ def test_letter_g_of_a_hybrid_pattern():
     assert "memories at iteration 6 | load " in run.stdout
 
 
+def test_the_deprecated_name_of_a_pattern():
+    memories = launch(*COMMON, *MOM, "--hybrid-override-pattern", "G-")
+    assert losses(memories) and "memories at iteration 6 | load " in memories.stdout
+    softmax = launch(*COMMON, *MOM, "--hybrid-override-pattern", "*-*-", "--log-interval", 100)
+    assert softmax.returncode != 0 and "for example --hybrid-layer-pattern 'G-*-'" in softmax.stdout
+
+
 def test_refuses_what_would_build_another_model():
     run = launch(*COMMON, *MOM, "--spec", "some.module", "some_spec")
     assert run.returncode != 0

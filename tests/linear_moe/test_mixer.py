@@ -1,5 +1,7 @@
 """Megatron's token mixer and router, in one process."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -194,3 +196,48 @@ def test_hybrid_spec_keeps_softmax_layers(megatron):
     spec = mom_block_spec(make_config(num_layers=4, linear_attention_freq=[1, 0, 1, 0]))
     mixers = [layer.submodules.self_attention.module for layer in spec.layer_specs]
     assert mixers == [MomTokenMixer, SelfAttention, MomTokenMixer, SelfAttention]
+
+
+@pytest.mark.parametrize(("setting", "norm"), [("qk_layernorm", "RMSNorm"), ("qk_l2_norm", "L2Norm")])
+def test_local_hybrid_layers_have_the_norms_of_queries_and_keys(megatron, setting, norm):
+    from megatron.core.transformer.spec_utils import build_module
+
+    from linear_moe.layer.hybrid_specs import hybrid_stack_spec
+
+    for given in (True, False):
+        config = make_config(**{setting: given})
+        stack = hybrid_stack_spec(config, None).submodules
+        layer = build_module(stack.attention_layer, config=config, layer_number=1)
+        names = {type(layer.self_attention.q_layernorm).__name__, type(layer.self_attention.k_layernorm).__name__}
+        assert names == {norm if given else "NoneType"}
+
+
+def test_delayed_weight_gradients_are_those_of_the_two_linear_layers(megatron):
+    """Transformer Engine's linear layers compute a weight's gradient in backward_dw; local ones have no such method."""
+    mixer, x = make_mixer(), hidden_states()
+    mixer(x)[0].sum().backward()
+    expected = {name: getattr(mixer, name).weight.grad.clone() for name in ("in_proj", "out_proj")}
+    mixer.backward_dw()
+    assert all(torch.equal(getattr(mixer, name).weight.grad, grad) for name, grad in expected.items())
+
+    for name in expected:  # stand-ins that put their weight's gradient off, as Transformer Engine's layers do
+        linear = getattr(mixer, name)
+        linear.weight.grad = None
+        linear.backward_dw = partial(setattr, linear.weight, "grad", expected[name])
+    mixer.backward_dw()
+    assert all(getattr(mixer, name).weight.grad is grad for name, grad in expected.items())
+
+
+def test_a_layer_offers_what_the_overlap_of_experts_exchange_takes_from_attention(megatron):
+    from megatron.core.models.common.utils import _BackwardDWWrapper
+    from megatron.core.transformer.spec_utils import build_module
+
+    from linear_moe.layer.specs import mom_block_spec
+
+    config = make_config()
+    layer = build_module(mom_block_spec(config).layer_specs[0], config=config, layer_number=1)
+    called = []
+    layer.self_attention.in_proj.backward_dw = partial(called.append, "in_proj")
+    layer.self_attention.out_proj.backward_dw = partial(called.append, "out_proj")
+    _BackwardDWWrapper(layer).backward_dw()
+    assert called == ["in_proj", "out_proj"]

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 from linear_moe.entry import machine, plugin
 from megatron_patches import PatchError, applied, dataset_helpers, patches
@@ -44,6 +45,16 @@ def test_uninstall_restores_every_target():
 def test_without_memories_only_the_arguments_are_added():
     plugin.install(mom=False)
     assert [patch.name for patch in applied()] == ["arguments"]
+
+
+def test_a_model_without_memories_is_refused_when_it_is_built():
+    from linear_moe.layer.mixer import MomTokenMixer as mixer
+
+    with pytest.raises(RuntimeError, match="--token-mixer mom: no layer of the model .* has memories; run a script"):
+        plugin.require_memories([torch.nn.Linear(2, 2), torch.nn.ReLU()])
+    with_memories = torch.nn.ModuleList([torch.nn.Linear(2, 2), mixer.__new__(mixer)])
+    torch.nn.Module.__init__(with_memories[1])
+    plugin.require_memories([torch.nn.Linear(2, 2), with_memories])
 
 
 def test_a_missing_target_is_named_and_no_patch_is_applied(monkeypatch):

@@ -286,12 +286,6 @@ def test_no_line_is_added_to_a_run_of_softmax_attention(added, capsys):
     assert capsys.readouterr().out == "Megatron's line 2\n"
 
 
-def test_a_run_that_built_no_memories_stops(added):
-    reporter, _ = added
-    with pytest.raises(RuntimeError, match="--token-mixer mom: no layer of the model .* has memories; run a script"):
-        reporter.log(training_log, iteration=2)
-
-
 def test_other_fields():
     line = ITERATION_LINE.format(5).replace("loss scale: 1.0", "loss scale: 65536.0")
     assert other_fields(line, {"lm loss"}) == [

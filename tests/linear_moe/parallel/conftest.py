@@ -17,7 +17,14 @@ MODELS = {
 }
 PACKED, ROUTED = MODELS
 GLA = "gated linear attention"
-ARGUMENTS = MODELS | {GLA: ["--mom-rule", "gla"]}
+EXPERTS = "experts in the MLPs, distributed optimizer"
+ARGUMENTS = MODELS | {
+    GLA: ["--mom-rule", "gla"],
+    EXPERTS: [
+        *"--num-experts 4 --moe-ffn-hidden-size 32 --moe-router-topk 2 --moe-token-dispatcher-type alltoall".split(),
+        *training.DISTRIBUTED_OPTIMIZER,
+    ],
+}
 
 LAYOUTS = {
     "1": (1, []),
@@ -26,6 +33,7 @@ LAYOUTS = {
     "PP2": (2, training.PP2),
     "DP2": (2, training.DISTRIBUTED_OPTIMIZER),
     "EP2": (2, training.EP2),
+    "EP2, whole memories": (2, training.EP2 + training.WHOLE),
     "CP2": (2, training.CP2),
     "CP2+EP2": (2, training.CP2 + training.EP2),
     "TP2+SP x PP2": (4, training.TP2 + training.SP + training.PP2),
@@ -67,7 +75,8 @@ def once(folder, train, *arguments):
 def trained(tmp_path_factory, documents):
     """trained(layout, model) -> losses of ten steps, and the folder of checkpoints after one, eight and ten.
 
-    Pipeline stages draw their weights from seeds of their own, so those runs start from the weights of one process.
+    Pipeline stages and experts draw their weights from seeds of their own, so those runs start from the weights of one
+    process.
     """
 
     shared = tmp_path_factory.getbasetemp()
@@ -89,7 +98,7 @@ def trained(tmp_path_factory, documents):
     def train(folder, layout, model):
         ranks, arguments = LAYOUTS[layout]
         start = []
-        if "PP" in layout:
+        if "PP" in layout or model == EXPERTS:
             start = ["--load", initial_weights(model), "--finetune", "--no-load-optim", "--no-load-rng"]
         data = ["--data-path", documents, "--train-iters", STEPS]
         return training.launch(ranks, [*ARGUMENTS[model], *data, *arguments, *start], folder, save_at=(1, SAVED))

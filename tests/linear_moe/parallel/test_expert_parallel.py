@@ -147,13 +147,23 @@ def test_a_moe_mlp_shares_the_expert_parallel_group(documents, tmp_path):
     assert launch(2, [*model, *EP2], tmp_path / "two") == pytest.approx(launch(1, model, tmp_path / "one"), rel=1e-5)
 
 
+def test_memories_that_do_not_divide_stay_whole_beside_experts(documents, tmp_path):
+    experts = "--num-experts 4 --moe-ffn-hidden-size 32 --moe-router-topk 2 --moe-token-dispatcher-type alltoall"
+    model = [*experts.split(), "--mom-num-memories", 3, "--data-path", documents, "--train-iters", 2]
+    assert len(launch(2, [*model, *EP2], tmp_path)) == 2
+    assert (
+        "memories: all 3 on each of 2 expert-parallel ranks, because --mom-num-memories 3 does not divide over "
+        "--expert-model-parallel-size 2\n"
+    ) in (tmp_path / "rank_0.txt").read_text()
+
+
 @pytest.mark.parametrize(
     "settings,message",
     [
         ({"mom_num_memories": 3}, "--mom-num-memories 3 does not divide over --expert-model-parallel-size 2"),
         (
             {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
-            "--tensor-model-parallel-size 2: with expert parallelism --expert-tensor-parallel-size must be the same",
+            "--tensor-model-parallel-size 2 splits each memory by head, and --expert-tensor-parallel-size 1 is another",
         ),
         ({"token_mixer": "attention"}, "num_moe_experts must be non None"),
     ],
@@ -163,7 +173,7 @@ def test_layouts_that_cannot_work_are_refused(settings, message):
         MomTransformerConfig(
             **(
                 {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "token_mixer": "mom"}
-                | {"expert_model_parallel_size": 2}
+                | {"expert_model_parallel_size": 2, "mom_expert_parallel": "on"}
                 | settings
             )
         )

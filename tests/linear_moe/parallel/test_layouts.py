@@ -1,7 +1,7 @@
 """Every layout trains as one process does: the losses, every gradient and every parameter."""
 
 import pytest
-from conftest import GLA, LAYOUTS, MODELS, ROUTED, STEPS
+from conftest import EXPERTS, GLA, LAYOUTS, MODELS, ROUTED, STEPS
 from training import CP2, gradients_of_first_step, launch, parameters
 
 RTOL = 1e-5
@@ -25,6 +25,11 @@ def test_ten_steps_equal_one_process(trained, layout, model):
     assert losses == pytest.approx(expected, rel=RTOL)
     assert_same(gradients_of_first_step(folder), gradients_of_first_step(expected_folder))
     assert_same(parameters(folder, STEPS), parameters(expected_folder, STEPS))
+
+
+@pytest.mark.parametrize("layout", ["EP2", "EP2, whole memories"])
+def test_memories_whole_or_split_beside_experts_equal_one_process(trained, layout):
+    test_ten_steps_equal_one_process(trained, layout, EXPERTS)
 
 
 @pytest.mark.parametrize("layout", ["TP2", "TP2+SP"])

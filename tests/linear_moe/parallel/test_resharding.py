@@ -4,13 +4,15 @@ import os
 import signal
 
 import pytest
-from conftest import ARGUMENTS, GLA, LAYOUTS, MODELS, PACKED, ROUTED, SAVED, STEPS
+from conftest import ARGUMENTS, EXPERTS, GLA, LAYOUTS, MODELS, PACKED, ROUTED, SAVED, STEPS
 from training import launch
 
 TABLE = ["1", "TP2", "PP2", "EP2", "CP2"]
 if os.environ.get("MOM_ALL_LAYOUTS"):  # 90 pairs
     TABLE += ["TP2+SP", "DP2", "CP2+TP2", "TP2+SP x PP2", "TP2+SP+EP2"]
 BEYOND = [("1", "TP2+SP+EP2"), ("TP2+SP+EP2", "1"), ("TP2+SP+EP2", "PP2"), ("DP2", "EP2")]
+WHOLE = "EP2, whole memories"
+BEYOND += [("EP2", WHOLE), (WHOLE, "EP2"), (WHOLE, "1")]
 BEYOND += [("CP2+TP2+SP", "EP2"), ("TP2+SP+EP2", "CP4")]
 
 
@@ -37,6 +39,11 @@ def test_continues_in_another_layout(trained, documents, tmp_path, writer, reade
 )
 def test_continues_without_the_distributed_optimizer(trained, documents, tmp_path, writer, reader):
     go_on(writer, reader, ROUTED, trained, documents, tmp_path)
+
+
+@pytest.mark.parametrize("writer,reader", [("EP2", WHOLE), (WHOLE, "EP2"), (WHOLE, "1"), ("1", WHOLE)])
+def test_memories_whole_and_split_beside_experts(trained, documents, tmp_path, writer, reader):
+    go_on(writer, reader, EXPERTS, trained, documents, tmp_path)
 
 
 def test_gated_linear_attention_continues_in_another_layout(trained, documents, tmp_path):

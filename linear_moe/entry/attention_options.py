@@ -1,0 +1,58 @@
+"""Options of Megatron's attention variants in a model whose layers have memories: which have nothing to do."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from linear_moe.config import MOM_REFUSES, refuse
+from linear_moe.entry.hybrid_pattern import has_softmax_layers, whole_pattern
+
+logger = logging.getLogger(__name__)
+
+
+def check_attention(args: argparse.Namespace) -> None:
+    """Raises ValueError for attention variants that softmax layers beside memories cannot have."""
+    variant = getattr(args, "experimental_attention_variant", None)
+    softmax = has_softmax_layers(args)
+    multi_latent = args.multi_latent_attention or "+" in (whole_pattern(args) or "")
+    mixed = args.heterogeneous_layers_config_path or args.heterogeneous_layers_config_encoded_json
+    refuse(MOM_REFUSES, [
+        (
+            mixed, "--heterogeneous-layers-config-path",
+            "that file chooses each layer's attention: leave the option out, and use --linear-attention-freq",
+        ),
+        (
+            variant == "dsa" and softmax, "--experimental-attention-variant dsa and softmax attention layers",
+            "Megatron scales one extra loss, the memories' or sparse attention's: leave the option out for softmax "
+            "layers of multi-latent attention, or make every layer MoM (no --linear-attention-freq, no "
+            "--mtp-num-layers)",
+        ),
+        (
+            multi_latent and softmax and args.transformer_impl == "local",
+            "softmax layers of multi-latent attention and --transformer-impl local",
+            "Megatron has that attention with Transformer Engine only: use --transformer-impl transformer_engine, or "
+            "make every layer MoM (no --linear-attention-freq, no --mtp-num-layers, no + in a hybrid pattern)",
+        ),
+        (
+            variant not in (None, "dsa", "gated_delta_net"), f"--experimental-attention-variant {variant}",
+            "leave the option out",
+        ),
+    ])  # fmt: skip
+
+
+def drop_unused_attention(args: argparse.Namespace) -> None:
+    """Switches off the attention variants that no layer of the model has, with a line in the log for each."""
+    variant = getattr(args, "experimental_attention_variant", None)
+    if variant is not None:
+        place = (
+            "MoM layers take the place of the gated delta net" if variant == "gated_delta_net" else "every layer is MoM"
+        )
+        logger.info("--experimental-attention-variant %s has nothing to do: %s", variant, place)
+        args.experimental_attention_variant = None
+    if args.multi_latent_attention and not has_softmax_layers(args):
+        logger.info("--multi-latent-attention and its options have nothing to do: every layer is MoM")
+        args.multi_latent_attention = args.mla_down_proj_fusion = False
+        args.rope_type = None
+        if "mla_up_proj" in (args.recompute_modules or []):
+            args.recompute_modules = [name for name in args.recompute_modules if name != "mla_up_proj"] or None
