@@ -50,9 +50,9 @@ def main() -> int:
     log.show_log()
     try:
         machine.start()
-        from linear_moe.entry import plugin
+        from linear_moe.entry import model_patches
 
-        plugin.install(mom=mom)
+        model_patches.install(mom=mom)
     except PatchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from mom_layers.common.kernels import KERNELS
+from mom_layers.common.kernel_choice import KERNELS
+from mom_layers.recur.rules import rule_names
 from mom_layers.settings import MixerSettings
 
 TOKEN_MIXERS = ("attention", "mom")
@@ -98,6 +99,19 @@ def has_memories(settings: object) -> bool:
     return getattr(settings, "token_mixer", "attention") == "mom"
 
 
+def argument(default, help: str, *, choices=None, fixed: bool = False, kind: type | None = None):
+    """A field of the configuration that is an argument of the command line too.
+
+    Args:
+        help: for ``--help``, without the default.
+        choices: the accepted values, or a function that returns them.
+        fixed: a checkpoint fixes the value: another value gives the weights another meaning.
+        kind: type of a value on the command line; the default's type where absent.
+    """
+    metadata = {"help": help, "choices": choices, "fixed": fixed, "kind": kind or type(default)}
+    return field(default=default, metadata=metadata)
+
+
 @dataclass
 class MomTransformerConfig(TransformerConfig):
     """TransformerConfig for a model whose token mixers may be Mixture-of-Memories layers.
@@ -109,48 +123,37 @@ class MomTransformerConfig(TransformerConfig):
     Raises ValueError for a value, or a combination with Megatron's own settings, that does not work.
     """
 
-    token_mixer: str = "attention"
-    """Token mixer of the decoder's layers: "attention" (Megatron's own) or "mom"."""
-
-    mom_rule: str = "gated_deltanet"
-    """Name of the memory update rule."""
-
-    mom_num_memories: int = 4
-    """Memories of a layer, without the shared memory."""
-
-    mom_topk: int = 2
-    """Memories that the router sends a token to."""
-
-    mom_shared_memory: bool = True
-    """Whether a layer has one more memory, which every token goes to."""
-
-    mom_num_heads: int = 4
-    """Heads of a memory."""
-
-    mom_head_dim: int = 256
-    """Key size of a head."""
-
-    mom_expand_v: float = 1.0
-    """Value size of a head over its key size."""
-
-    mom_conv_kernel: int = 4
-    """Width of the causal convolutions on queries, keys and values."""
-
-    mom_single_kv_proj: bool = False
-    """Whether all memories use one projection of keys, values and raw gates."""
-
-    mom_aux_loss_coeff: float = 1e-3
-    """Coefficient of the memory router's load-balancing loss; 0 switches the loss off."""
-
-    mom_z_loss_coeff: float | None = None
-    """Coefficient of the memory router's z-loss; None switches the loss off."""
-
-    mom_kernels: str = "auto"
-    """Implementation of the mixer's operations: "auto" (Triton on GPUs, PyTorch elsewhere), "torch" or "triton"."""
-
-    mom_expert_parallel: str = "auto"
-    """Whether the expert-parallel ranks split the memories: "on", "off" (every rank has all memories), or "auto" (the
-    ranks split the memories where `why_memories_are_whole` finds no obstacle)."""
+    token_mixer: str = argument(
+        "attention", "Token mixer of the decoder's layers: Megatron's attention, or memories.",
+        choices=TOKEN_MIXERS, fixed=True,
+    )  # fmt: skip
+    mom_rule: str = argument("gated_deltanet", "Memory update rule.", choices=rule_names, fixed=True)
+    mom_num_memories: int = argument(4, "Memories of a layer, without the shared memory.", fixed=True)
+    mom_topk: int = argument(2, "Memories that the router sends a token to.", fixed=True)
+    mom_shared_memory: bool = argument(True, "Keep one more memory, which every token goes to.", fixed=True)
+    mom_num_heads: int = argument(4, "Heads of a memory.", fixed=True)
+    mom_head_dim: int = argument(256, "Key size of a head.", fixed=True)
+    mom_expand_v: float = argument(1.0, "Value size of a head over its key size.", fixed=True)
+    mom_conv_kernel: int = argument(
+        4, "Width of the causal convolutions on queries, keys and values.", fixed=True
+    )  # fmt: skip
+    mom_single_kv_proj: bool = argument(
+        False, "One projection of keys, values and raw gates for all memories.", fixed=True
+    )  # fmt: skip
+    mom_aux_loss_coeff: float = argument(
+        1e-3, "Coefficient of the memory router's load-balancing loss; 0 switches the loss off."
+    )  # fmt: skip
+    mom_z_loss_coeff: float | None = argument(
+        None, "Coefficient of the memory router's z-loss; None switches the loss off.", kind=float
+    )  # fmt: skip
+    mom_expert_parallel: str = argument(
+        "auto", "Whether --expert-model-parallel-size splits the memories; auto: where that works.",
+        choices=EXPERT_PARALLEL,
+    )  # fmt: skip
+    mom_kernels: str = argument(
+        "auto", "Implementation of the mixer's operations: Triton, PyTorch, or auto for Triton on GPUs and PyTorch "
+        "elsewhere.", choices=KERNELS,
+    )  # fmt: skip
 
     contiguous_context_slices: bool = False
     """Whether a context-parallel rank holds one contiguous slice of a sequence; Megatron's batches have two."""
@@ -171,9 +174,9 @@ class MomTransformerConfig(TransformerConfig):
         Changes the object in place: data parallelism, schedules and the optimizer hold a reference to it already.
         """
         config.__class__ = MomMLATransformerConfig if isinstance(config, MLATransformerConfig) else cls
-        for field in fields(cls):
-            if field.name not in TransformerConfig.__dataclass_fields__:
-                setattr(config, field.name, settings.pop(field.name, field.default))
+        for ours in fields(cls):
+            if ours.name not in TransformerConfig.__dataclass_fields__:
+                setattr(config, ours.name, settings.pop(ours.name, ours.default))
         assert not settings, settings
         config._check_token_mixer()
 

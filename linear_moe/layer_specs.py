@@ -5,16 +5,16 @@ from __future__ import annotations
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from linear_moe.config import MomTransformerConfig
-from linear_moe.entry.plugin import join_running_script
-from linear_moe.entry.settings import read_settings
-from linear_moe.layer.specs import mom_block_spec
+from linear_moe.entry.environment import read_settings
+from linear_moe.entry.model_patches import join_running_script
+from linear_moe.layer.decoder_layers import mom_block_spec
 
 
 def mom_layer_spec(model_config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Decoder layers for a command without our launcher: Mixture-of-Memories in every layer, or in the layers that
     ``--linear-attention-freq`` says.
 
-    The settings come from the environment and from the file that ``MOM_CONFIG`` names (`linear_moe.entry.settings`).
+    The settings come from the environment and from the file that ``MOM_CONFIG`` names (`linear_moe.entry.environment`).
     """
     if not isinstance(model_config.transformer, MomTransformerConfig):
         settings = read_settings()

@@ -29,7 +29,7 @@ def main() -> None:
 
     from linear_moe.config import configure
     from linear_moe.entry import arguments, data
-    from linear_moe.layer.specs import gpt_layer_spec
+    from linear_moe.layer.decoder_layers import gpt_layer_spec
     from linear_moe.watching.reporter import WholeLineReporter
 
     arguments.PATCH.apply()

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 
 from mom_layers.combine.operation import combine
-from mom_layers.common.kernels import resolve_kernels
+from mom_layers.common.kernel_choice import resolve_kernels
 from mom_layers.convolve.operation import UNIT_LENGTH_EPS, segment_convolution
 from mom_layers.convolve.qkv import convolve_qkv
 from mom_layers.project.operation import grouped_projection

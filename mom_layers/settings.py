@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mom_layers.common.kernels import check_kernels
+from mom_layers.common.kernel_choice import check_kernels
 from mom_layers.recur.rules import MemoryRule, get_rule
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from benchmark import VERSIONS, append_csv, device_kind, versions
 
 from linear_moe.temporary import save_figure
-from linear_moe.watching.plots import read_scalars
+from linear_moe.watching.run_plots import read_scalars
 
 ROOT = Path(__file__).parents[1]
 # GPUs, and settings of the script

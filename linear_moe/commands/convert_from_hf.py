@@ -31,7 +31,7 @@ from linear_moe.conversion.files import (
 )
 from linear_moe.conversion.loading import read_model
 from linear_moe.conversion.names import Entry
-from linear_moe.vocabulary import vocabulary_size
+from linear_moe.tokens import vocabulary_size
 from mom_layers.hf.configuration_mom import MomConfig
 
 

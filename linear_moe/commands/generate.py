@@ -31,7 +31,7 @@ from linear_moe.conversion.config import DTYPES
 from linear_moe.conversion.files import ConversionError, load_tokenizer, read_json, tokenizer_files
 from linear_moe.conversion.loading import load_model, read_model
 from linear_moe.temporary import temporary_folder
-from linear_moe.vocabulary import document_start, encode_texts, end_of_document
+from linear_moe.tokens import document_start, encode_texts, end_of_document
 from mom_layers.hf.cache import CACHE_NAME
 
 

@@ -28,8 +28,8 @@ from linear_moe.commands import run_command
 from linear_moe.commands.values import whole
 from linear_moe.conversion.files import ConversionError, read_json
 from linear_moe.conversion.loading import load_model, read_model
-from linear_moe.vocabulary import document_start, encode_texts
-from linear_moe.watching.figures import plt, save
+from linear_moe.tokens import document_start, encode_texts
+from linear_moe.watching.headless_matplotlib import plt, save
 from mom_layers.hf.cache import CACHE_NAME  # importing the package registers the model type
 
 REACH = 32  # length of a window over the training length, without --max-length and where the text is long enough

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from linear_moe.commands import run_command
-from linear_moe.watching.plots import LOAD, PlotError, plot_losses, plot_memory_load, read_scalars
+from linear_moe.watching.run_plots import LOAD, PlotError, plot_losses, plot_memory_load, read_scalars
 
 
 def main(argv: Sequence[str] | None = None) -> int:

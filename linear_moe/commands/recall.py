@@ -28,7 +28,7 @@ import torch  # noqa: E402
 from linear_moe.commands import run_command  # noqa: E402
 from linear_moe.commands.values import whole  # noqa: E402
 from linear_moe.recall import records  # noqa: E402
-from linear_moe.recall.matching import MATCHES, names_of_set, parse_mom  # noqa: E402
+from linear_moe.recall.baselines import MATCHES, names_of_set, parse_mom  # noqa: E402
 from linear_moe.recall.models import Mixer, Shape  # noqa: E402
 from linear_moe.recall.report import write_report  # noqa: E402
 from linear_moe.recall.runs import Plan, run  # noqa: E402

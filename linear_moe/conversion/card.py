@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import PurePath
 
 from linear_moe.conversion.config import dtype_name
-from linear_moe.vocabulary import end_of_document
+from linear_moe.tokens import end_of_document
 
 CODE = """from transformers import AutoModelForCausalLM
 

@@ -8,7 +8,7 @@ import torch
 
 from linear_moe.conversion.files import ConversionError
 from linear_moe.conversion.names import Layout, rule_dimensions
-from linear_moe.vocabulary import vocabulary_size
+from linear_moe.tokens import vocabulary_size
 from mom_layers.hf.configuration_mom import MomConfig
 from mom_layers.hf.fields import FIELDS, shown
 from mom_layers.recur.rules import rule_names

@@ -20,7 +20,7 @@ from linear_moe.conversion.config import DTYPES, KEYS
 from linear_moe.conversion.files import ConversionError, load_tokenizer, read_json, tokenizer_files
 from linear_moe.conversion.loading import load_model
 from linear_moe.entry.machine import prepare_machine
-from linear_moe.vocabulary import vocabulary_size
+from linear_moe.tokens import vocabulary_size
 from megatron_patches.cpu import CPU_ARGUMENTS
 from megatron_patches.patch import applied, undo_all
 from mom_layers.recur.rules import get_rule
@@ -142,7 +142,7 @@ def _model(checkpoint: MegatronCheckpoint):
     from megatron.core.models.gpt import GPTModel
 
     from linear_moe.config import MomTransformerConfig
-    from linear_moe.layer.specs import mom_block_spec
+    from linear_moe.layer.decoder_layers import mom_block_spec
 
     args = checkpoint.args
     known = {field.name for field in fields(MomTransformerConfig)}

@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from linear_moe.corpus.pieces import pieces_of_stream
+from linear_moe.corpus.long_texts import pieces_of_stream
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
 COMPRESSION_SUFFIXES = (".gz", ".zst")

@@ -15,8 +15,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from linear_moe.corpus.files import BadDocument, BadDocuments, Chunk, CorpusError, document_text, hash64
-from linear_moe.corpus.pieces import LONGEST_PIECE, pieces_of
-from linear_moe.vocabulary import encode_texts, end_of_document, vocabulary_size
+from linear_moe.corpus.long_texts import LONGEST_PIECE, pieces_of
+from linear_moe.tokens import encode_texts, end_of_document, vocabulary_size
 
 EOS_TOKEN = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte and the end-of-document token

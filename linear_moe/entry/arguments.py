@@ -10,9 +10,7 @@ import logging
 from dataclasses import fields
 
 from linear_moe.config import (
-    EXPERT_PARALLEL,
     MOM_REFUSES,
-    TOKEN_MIXERS,
     MomTransformerConfig,
     check_expert_parallel,
     describe_memories,
@@ -23,17 +21,13 @@ from linear_moe.entry import attention_options, hybrid_pattern
 from linear_moe.entry.vocabulary_rows import keep_rows, report_rows
 from megatron_patches import releases
 from megatron_patches.patch import Patch, wrap
-from mom_layers.common.kernels import KERNELS
-from mom_layers.recur.rules import rule_names
 
 logger = logging.getLogger(__name__)
 
-DEFAULTS = {f.name: f.default for f in fields(MomTransformerConfig)}
-OURS = [name for name in DEFAULTS if name == "token_mixer" or name.startswith("mom_")]
-SHAPE = [
-    "token_mixer", "mom_rule", "mom_num_memories", "mom_topk", "mom_shared_memory", "mom_num_heads", "mom_head_dim",
-    "mom_expand_v", "mom_conv_kernel", "mom_single_kv_proj", "linear_attention_freq",
-]  # fmt: skip
+FIELDS = {f.name: f for f in fields(MomTransformerConfig)}
+DEFAULTS = {name: f.default for name, f in FIELDS.items()}
+OURS = [name for name, f in FIELDS.items() if "help" in f.metadata]
+SHAPE = [*(name for name in OURS if FIELDS[name].metadata["fixed"]), "linear_attention_freq"]
 """Arguments that a checkpoint fixes: other values give the weights another meaning."""
 OLD_NAMES = {"mom_backend": "mom_kernels"}
 """Earlier names of arguments, which commands, settings and checkpoints may still use."""
@@ -45,30 +39,23 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def is_switch(name: str) -> bool:
+    """Whether an argument of ours is given as ``--name`` and ``--no-name``."""
+    return FIELDS[name].metadata["kind"] is bool
+
+
 def add_mom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds the group to Megatron's parser. Every default is None: a checkpoint or the configuration fills the value."""
     group = parser.add_argument_group("mixture of memories")
 
-    def add(name, help, **kwargs):
-        old = [option(before) for before, now in OLD_NAMES.items() if now == name]
-        group.add_argument(option(name), *old, default=None, help=f"{help} Default: {DEFAULTS[name]}.", **kwargs)
-
-    add("token_mixer", "Token mixer of the decoder's layers.", choices=TOKEN_MIXERS)
-    add("mom_rule", "Memory update rule.", choices=rule_names())
-    add("mom_num_memories", "Memories of a layer, without the shared memory.", type=int)
-    add("mom_topk", "Memories that the router sends a token to.", type=int)
-    add("mom_shared_memory", "Keep one more memory, which every token goes to.", action=argparse.BooleanOptionalAction)
-    add("mom_num_heads", "Heads of a memory.", type=int)
-    add("mom_head_dim", "Key size of a head.", type=int)
-    add("mom_expand_v", "Value size of a head over its key size.", type=float)
-    add("mom_conv_kernel", "Width of the causal convolutions.", type=int)
-    add("mom_single_kv_proj", "One key, value and gate projection for all memories.",
-        action=argparse.BooleanOptionalAction)  # fmt: skip
-    add("mom_aux_loss_coeff", "Coefficient of the memories' load-balancing loss.", type=float)
-    add("mom_z_loss_coeff", "Coefficient of the memory router's z-loss.", type=float)
-    add("mom_expert_parallel", "Whether --expert-model-parallel-size splits the memories; auto: where that works.",
-        choices=EXPERT_PARALLEL)  # fmt: skip
-    add("mom_kernels", "Implementation of the mixer's operations.", choices=KERNELS)
+    for name in OURS:
+        about, old = FIELDS[name].metadata, [option(before) for before, now in OLD_NAMES.items() if now == name]
+        choices = about["choices"]() if callable(about["choices"]) else about["choices"]
+        kind = {"choices": choices} if choices else {"type": about["kind"]}
+        if is_switch(name):
+            kind = {"action": argparse.BooleanOptionalAction}
+        help = f"{about['help']} Default: {DEFAULTS[name]}."
+        group.add_argument(option(name), *old, default=None, help=help, **kind)
     return parser
 
 

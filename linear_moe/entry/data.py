@@ -25,7 +25,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from linear_moe.config import MomTransformerConfig
-from linear_moe.vocabulary import vocabulary_size
+from linear_moe.tokens import vocabulary_size
 
 FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids", "cu_seqlens", "cu_seqlens_padded",
           "max_seqlen", "local_cp_size", "hybrid_cp_group")  # fmt: skip

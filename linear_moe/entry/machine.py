@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import torch
 
-from linear_moe.entry import checks
+from linear_moe.entry import run_checks
 from linear_moe.entry.launch import use_loopback_store
 from megatron_patches import (
     bucket_types,
@@ -35,7 +35,7 @@ def training_patches() -> tuple[Patch, ...]:
         reshardable_optimizer.PATCH,
         trusted_checkpoints.PATCH,
         *checkpoints.patches(),
-        checks.PATCH,
+        run_checks.PATCH,
     )
 
 

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from linear_moe.config import MomTransformerConfig
-from linear_moe.layer.specs import input_norm, mom_mixer_spec
+from linear_moe.layer.decoder_layers import input_norm, mom_mixer_spec
 
 
 def hybrid_stack_spec(config: MomTransformerConfig, chosen: ModuleSpec | None) -> ModuleSpec:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mom_layers.common.kernels import compute_dtype
+from mom_layers.common.kernel_choice import compute_dtype
 from mom_layers.recur.rules import MemoryRule, RuleInputs
 from mom_layers.recur.state_passing import fold_gradients, fold_states, join_tails, last_inputs
 from mom_layers.route.plan import RoutingPlan

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 
 from linear_moe.recall import records
-from linear_moe.recall.matching import ATTENTION, MATCHES, STATE_PER_MEMORY, Comparison, all_mixers
+from linear_moe.recall.baselines import ATTENTION, MATCHES, STATE_PER_MEMORY, Comparison, all_mixers
 from linear_moe.recall.models import Mixer, count_parameters
 from linear_moe.recall.runs import Plan, StepTimes, best_rates, finished_rows
 from linear_moe.recall.training import Job, Settings

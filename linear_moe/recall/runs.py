@@ -12,7 +12,7 @@ import torch
 import triton
 
 from linear_moe.recall import records
-from linear_moe.recall.matching import MATCHES, TIME, Comparison, all_mixers, compare
+from linear_moe.recall.baselines import MATCHES, TIME, Comparison, all_mixers, compare
 from linear_moe.recall.models import Mixer
 from linear_moe.recall.timing import compile_kernels, step_milliseconds
 from linear_moe.recall.training import Job, OutOfTime, Settings, free_memory, train_group

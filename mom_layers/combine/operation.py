@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from mom_layers.common.kernels import compute_dtype, resolve_kernels
-from mom_layers.common.sizes import FLOAT_TYPES, HEAD_SIZES
+from mom_layers.common.kernel_choice import compute_dtype, resolve_kernels
+from mom_layers.common.supported import FLOAT_TYPES, HEAD_SIZES
 
 
 def _check(o, weights, row_of_choice, output_gate, norm_weight, kernels) -> None:

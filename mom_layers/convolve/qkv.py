@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from mom_layers.common.kernels import resolve_kernels
+from mom_layers.common.kernel_choice import resolve_kernels
 from mom_layers.convolve.operation import UNIT_LENGTH_EPS, check_convolution, segment_convolution
 from mom_layers.route.plan import RoutingPlan
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
+from mom_layers.hf.attention_and_mlp import HeadNorm
 from mom_layers.hf.cache import MemoryLayer
 from mom_layers.hf.configuration_mom import MomConfig
-from mom_layers.hf.layers import HeadNorm
 from mom_layers.hf.projections import MemoryLinear, MemoryProjections, OneMatrix, ShortConvolution, is_plain
 from mom_layers.hf.sequence import TokenSequence
 from mom_layers.mixing import MemoryParameters, TokenMaps, has_step, mix_tokens, step_tokens

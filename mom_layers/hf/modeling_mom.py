@@ -14,9 +14,9 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
+from mom_layers.hf.attention_and_mlp import Attention, GatedMLP, RMSNorm
 from mom_layers.hf.cache import CACHE_NAME, MomCache, one_cache
 from mom_layers.hf.configuration_mom import MomConfig
-from mom_layers.hf.layers import Attention, GatedMLP, RMSNorm
 from mom_layers.hf.mixer import MomAttention
 from mom_layers.hf.projections import MemoryLinear, MemoryProjections, ShortConvolution
 from mom_layers.hf.sequence import TokenSequence, described_documents

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from mom_layers.common.kernels import resolve_kernels
-from mom_layers.common.sizes import FLOAT_TYPES
+from mom_layers.common.kernel_choice import resolve_kernels
+from mom_layers.common.supported import FLOAT_TYPES
 from mom_layers.route.plan import RoutingPlan
 from mom_layers.route.rows import gather_rows, sum_rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mom_layers.common.checks import check_borders
-from mom_layers.common.sizes import FLOAT_TYPES, HEAD_SIZES
+from mom_layers.common.supported import FLOAT_TYPES, HEAD_SIZES
 
 
 def check_shapes(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from mom_layers.common.kernels import resolve_kernels
+from mom_layers.common.kernel_choice import resolve_kernels
 
 # Rows a chunk, for which the kernels are written: the height of a warpgroup's tensor-core product, and 64 x 64 scores
 # cost less than a 256 x 256 state does.

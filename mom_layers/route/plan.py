@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from mom_layers.common.checks import check_borders, checks_values
-from mom_layers.common.kernels import resolve_kernels
-from mom_layers.common.sizes import MAX_MEMORIES
+from mom_layers.common.kernel_choice import resolve_kernels
+from mom_layers.common.supported import MAX_MEMORIES
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from mom_layers.common.kernels import compute_dtype, resolve_kernels
-from mom_layers.common.sizes import FLOAT_TYPES, MAX_MEMORIES
+from mom_layers.common.kernel_choice import compute_dtype, resolve_kernels
+from mom_layers.common.supported import FLOAT_TYPES, MAX_MEMORIES
 
 
 def _check(logits: torch.Tensor, topk: int, kernels: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from mom_layers.common.kernels import resolve_kernels
+from mom_layers.common.kernel_choice import resolve_kernels
 from mom_layers.route.plan import RoutingPlan
 
 

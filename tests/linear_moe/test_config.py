@@ -6,7 +6,8 @@ import pytest
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from linear_moe.config import MomTransformerConfig, configure, describe_memories, splits_memories
-from linear_moe.layer.specs import mom_block_spec
+from linear_moe.layer.decoder_layers import mom_block_spec
+from mom_layers.recur.rules import rule_names
 
 
 def config(**settings) -> MomTransformerConfig:
@@ -39,7 +40,7 @@ SPLIT = {"expert_model_parallel_size": 2, "mom_expert_parallel": "on"}
     "settings,message",
     [
         ({"token_mixer": "mamba"}, "--token-mixer must be one of attention, mom, got 'mamba'"),
-        ({"mom_rule": "hebb"}, "unknown memory rule 'hebb': choose one of gated_deltanet, gla"),
+        ({"mom_rule": "hebb"}, "unknown memory rule 'hebb': choose one of " + ", ".join(rule_names())),
         ({"mom_topk": 5}, r"topk must be between 1 and the number of memories \(4\), got 5"),
         ({"mom_topk": 0}, r"topk must be between 1 and the number of memories \(4\), got 0"),
         ({"mom_head_dim": 100}, "head_dim = 100 is not supported by the gated_deltanet kernels: use one of 16, 32, 64"),

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from linear_moe.entry import arguments, plugin
+from linear_moe.entry import arguments, model_patches
 from megatron_patches import PatchError, releases
 
 
@@ -22,12 +22,14 @@ def core_v018(monkeypatch):
 
 def around(attribute):
     """What the model patch calls in place of an attribute: a function of the original and its arguments."""
-    (target,) = [target for target in plugin.model_patch().targets if target.attribute == attribute]
+    (target,) = [target for target in model_patches.model_patch().targets if target.attribute == attribute]
     return lambda original, *args, **keywords: target.build(original)(*args, **keywords)
 
 
 def test_layers_are_chosen_where_the_script_builds_its_model(core_v018, monkeypatch):
-    monkeypatch.setattr("linear_moe.layer.specs.mom_block_spec", lambda config, vp_stage: ("memories", vp_stage))
+    monkeypatch.setattr(
+        "linear_moe.layer.decoder_layers.mom_block_spec", lambda config, vp_stage: ("memories", vp_stage)
+    )
 
     def build(config, transformer_layer_spec, vp_stage, **keywords):
         return transformer_layer_spec, keywords
@@ -56,7 +58,7 @@ def test_the_model_patch_replaces_gpt_builders_instead_of_megatrons_own(core_v01
     models = sys.modules.get("megatron.training.models.gpt")
     monkeypatch.setitem(sys.modules, "megatron.training.models.gpt", None)  # core_v0.18 has no such module
     before = dict(vars(builders))
-    patch = plugin.model_patch()
+    patch = model_patches.model_patch()
     patch.apply()
     try:
         assert all(getattr(builders, name) is not before[name] for name in before if not name.startswith("__"))
@@ -69,7 +71,7 @@ def test_the_model_patch_replaces_gpt_builders_instead_of_megatrons_own(core_v01
 def test_without_gpt_builders_the_model_patch_is_refused(core_v018, monkeypatch):
     monkeypatch.setitem(sys.modules, "gpt_builders", None)
     with pytest.raises(PatchError, match="'model' cannot be applied: there is no module gpt_builders; .* 0.18.2 is"):
-        plugin.model_patch().apply()
+        model_patches.model_patch().apply()
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def make_config(**settings) -> MomTransformerConfig:
 def make_mixer(**settings):
     from megatron.core.transformer.spec_utils import build_module
 
-    from linear_moe.layer.specs import mom_block_spec
+    from linear_moe.layer.decoder_layers import mom_block_spec
 
     config = make_config(**settings)
     spec = mom_block_spec(config).layer_specs[0].submodules.self_attention
@@ -190,8 +190,8 @@ def test_router_survives_the_expert_bias_of_a_real_moe(megatron):
 def test_hybrid_spec_keeps_softmax_layers(megatron):
     from megatron.core.transformer.attention import SelfAttention
 
+    from linear_moe.layer.decoder_layers import mom_block_spec
     from linear_moe.layer.mixer import MomTokenMixer
-    from linear_moe.layer.specs import mom_block_spec
 
     spec = mom_block_spec(make_config(num_layers=4, linear_attention_freq=[1, 0, 1, 0]))
     mixers = [layer.submodules.self_attention.module for layer in spec.layer_specs]
@@ -232,7 +232,7 @@ def test_a_layer_offers_what_the_overlap_of_experts_exchange_takes_from_attentio
     from megatron.core.models.common.utils import _BackwardDWWrapper
     from megatron.core.transformer.spec_utils import build_module
 
-    from linear_moe.layer.specs import mom_block_spec
+    from linear_moe.layer.decoder_layers import mom_block_spec
 
     config = make_config()
     layer = build_module(mom_block_spec(config).layer_specs[0], config=config, layer_number=1)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from linear_moe.entry import machine, plugin
+from linear_moe.entry import machine, model_patches
 from megatron_patches.patch import Patch, applied, wrap
 
 os.environ.setdefault("RANK", os.environ.get("LOCAL_RANK", "0"))
@@ -55,7 +55,7 @@ if not torch.cuda.is_available():
         targets=(wrap("megatron.core.parallel_state", "destroy_model_parallel", _free_groups),),
     ).apply()
 if "WITHOUT_PATCHES" not in os.environ:
-    plugin.install(mom=True)
+    model_patches.install(mom=True)
 
 
 def pytest_report_header():

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from linear_moe.entry import checks
+from linear_moe.entry import run_checks
 from megatron_patches import PatchError, applied, checkpoint_folder, checkpoint_writer, checkpoints
 from megatron_patches.checkpoint_folder import CheckpointError, complete_iterations
 from megatron_patches.checkpoint_tracker import TRACKER, read_tracker, written_whole
 from megatron_patches.patch import apply_all, undo_all
 
-ALL = (*checkpoints.patches(), checks.PATCH)
+ALL = (*checkpoints.patches(), run_checks.PATCH)
 
 
 def stored_targets():

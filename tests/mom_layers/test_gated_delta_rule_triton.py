@@ -14,7 +14,7 @@ from comparison import DEVICE, TOLERANCE, relative_error
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mom_layers.common.sizes import HEAD_SIZES
+from mom_layers.common.supported import HEAD_SIZES
 from mom_layers.recur.chunk_table import chunk_table
 from mom_layers.recur.kernel_sets import Chip
 from mom_layers.recur.rules.gated_deltanet import gated_delta_rule_reference

@@ -11,7 +11,7 @@ import torch
 from comparison import TOLERANCE, relative_error
 from test_gated_linear_attention import NAMES, expected, inputs, outputs_and_gradients
 
-from mom_layers.common.sizes import HEAD_SIZES
+from mom_layers.common.supported import HEAD_SIZES
 from mom_layers.recur import channel_decay
 from mom_layers.recur.channel_decay import triton as general
 from mom_layers.recur.channel_decay.kernel_sets import KERNEL_SETS, kernel_set

@@ -17,6 +17,7 @@ from linear_moe.conversion import checkpoint as hf_checkpoint
 from linear_moe.conversion import files as hf_files
 from linear_moe.conversion.config import arguments_from_config, layout_of
 from mom_layers.hf import MomConfig
+from mom_layers.recur.rules import rule_names
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_a_model_that_is_not_mom(refused, tmp_path, model):
     [
         ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type learned_absolute"),
         ({"normalization": "LayerNorm"}, "--normalization LayerNorm"),
-        ({"mom_rule": "titans"}, "--mom-rule titans: it needs gated_deltanet or gla"),
+        ({"mom_rule": "titans"}, "--mom-rule titans: it needs " + " or ".join(rule_names())),
         ({"mom_rule": "gla"}, "memory_proj.decay"),
         ({"num_experts": 8}, "--num-experts 8"),
         ({"mom_num_memories": 3}, "router.weight"),

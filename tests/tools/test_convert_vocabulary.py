@@ -13,7 +13,7 @@ from linear_moe.conversion.config import arguments_from_config, layout_of
 from linear_moe.conversion.files import ConversionError, load_tokenizer
 from linear_moe.conversion.verify import check_vocabulary, draw_tokens
 from linear_moe.corpus.tokenizer import save_trained_tokenizer, train_tokenizer
-from linear_moe.vocabulary import vocabulary_size
+from linear_moe.tokens import vocabulary_size
 from mom_layers.hf import MomConfig
 
 ROWS, LARGEST = 640, 620

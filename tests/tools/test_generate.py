@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from linear_moe.commands import convert_from_hf, generate
 from linear_moe.conversion.files import load_tokenizer
 from linear_moe.conversion.loading import load_model
-from linear_moe.vocabulary import document_start, encode_texts
+from linear_moe.tokens import document_start, encode_texts
 
 PROMPTS = ["The memory of a sequence", "Each token", "def forward(self, x):"]
 

@@ -12,7 +12,7 @@ import zstandard
 from preprocessed import decoded, facts, with_eod
 
 from linear_moe.corpus import files as corpus_files
-from linear_moe.corpus import pieces
+from linear_moe.corpus import long_texts
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -21,8 +21,8 @@ def small_pieces(monkeypatch) -> None:
     """Long texts and pieces of a few hundred bytes, in this process."""
     monkeypatch.setattr(corpus_files, "LONG_TEXT", 700)
     monkeypatch.setattr(corpus_files, "BLOCK_BYTES", 61)
-    monkeypatch.setattr(pieces.pieces_of, "__defaults__", (300,))
-    monkeypatch.setattr(pieces.pieces_of_stream, "__defaults__", (300,))
+    monkeypatch.setattr(long_texts.pieces_of, "__defaults__", (300,))
+    monkeypatch.setattr(long_texts.pieces_of_stream, "__defaults__", (300,))
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".txt.zst"])
@@ -93,8 +93,8 @@ def test_memory_does_not_grow_with_a_text(tmp_path, tokenizer_folder):
     source.write_bytes(gzip.compress(text.encode(), 1))
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from linear_moe.corpus import files, pieces, tokenizer\n"
-        "pieces.pieces_of.__defaults__ = pieces.pieces_of_stream.__defaults__ = (1 << 16,)\n"
+        "from linear_moe.corpus import files, long_texts, tokenizer\n"
+        "long_texts.pieces_of.__defaults__ = long_texts.pieces_of_stream.__defaults__ = (1 << 16,)\n"
         "tokenizer.LONGEST_PIECE = files.BLOCK_BYTES = files.LONG_TEXT = 1 << 16\n"
         "spec = tokenizer.load_tokenizer(Path(sys.argv[1]))\n"
         "encoder = tokenizer.ChunkEncoder(tokenizer.EncodingSettings(spec, 'text', True, 0.0))\n"

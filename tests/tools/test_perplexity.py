@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from linear_moe.commands import perplexity
-from linear_moe.vocabulary import encode_texts
+from linear_moe.tokens import encode_texts
 from mom_layers.hf import MomConfig, MomForCausalLM
 
 HYBRID = {"layers": [1], "num_heads": 2}

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from linear_moe.recall import matching, training
+from linear_moe.recall import baselines, training
 from linear_moe.recall.models import SOFTMAX, Mixer, RecallModel, Shape, count_parameters, rotate
 from linear_moe.recall.task import BLANK, HELD_OUT_SEED, Sampler, Task
 from linear_moe.recall.training import Job, OutOfTime, Settings, TrainedModel, Training, is_flat, train_group
@@ -123,26 +123,26 @@ def training_loss(logits, mixer):
 
 @pytest.mark.parametrize("text", ["8/2", "4/1+shared", "gla:2/2"])
 def test_baselines_match_state_parameters_and_time(text):
-    mom = matching.parse_mom(text, Mixer(heads=2))
+    mom = baselines.parse_mom(text, Mixer(heads=2))
     times = {heads: 1 + 0.1 * heads for heads in range(1, 65)}
 
     def milliseconds(mixer):
         return 1.5 if mixer == mom else times[mixer.heads]
 
-    found = matching.compare(mom, SHAPE, 1024, milliseconds).baselines
-    assert set(found) == set(matching.MATCHES.values())
+    found = baselines.compare(mom, SHAPE, 1024, milliseconds).baselines
+    assert set(found) == set(baselines.MATCHES.values())
     assert all(mixer.memories == 1 and not mixer.shared for mixer in found.values())
-    assert found[matching.STATE_PER_MEMORY].state * mom.all_memories == mom.state
-    assert found[matching.STATE_BY_HEADS].state == mom.state
-    for name in (matching.STATE_BY_KEYS, matching.STATE_BY_VALUES):
+    assert found[baselines.STATE_PER_MEMORY].state * mom.all_memories == mom.state
+    assert found[baselines.STATE_BY_HEADS].state == mom.state
+    for name in (baselines.STATE_BY_KEYS, baselines.STATE_BY_VALUES):
         assert mom.state <= found[name].state < 2 * mom.state and found[name].heads == mom.heads
-    target, by_parameters = count_parameters(mom, SHAPE, 1024), found[matching.PARAMETERS]
+    target, by_parameters = count_parameters(mom, SHAPE, 1024), found[baselines.PARAMETERS]
     assert count_parameters(by_parameters, SHAPE, 1024) >= target
     assert count_parameters(replace(by_parameters, heads=by_parameters.heads - 1), SHAPE, 1024) < target
-    assert found[matching.TIME].heads == 5  # 1.5 ms
-    assert matching.TIME not in matching.compare(mom, SHAPE, 1024).baselines
-    wanted = (matching.STATE_BY_KEYS, matching.ATTENTION)
-    assert set(matching.compare(mom, SHAPE, 1024, milliseconds, wanted).baselines) == set(wanted)
+    assert found[baselines.TIME].heads == 5  # 1.5 ms
+    assert baselines.TIME not in baselines.compare(mom, SHAPE, 1024).baselines
+    wanted = (baselines.STATE_BY_KEYS, baselines.ATTENTION)
+    assert set(baselines.compare(mom, SHAPE, 1024, milliseconds, wanted).baselines) == set(wanted)
 
 
 def test_a_model_has_the_state_and_the_parameters_that_are_stated():
@@ -155,13 +155,13 @@ def test_a_model_has_the_state_and_the_parameters_that_are_stated():
 
 
 def test_the_time_match_ends_at_the_most_heads():
-    found = matching.compare(MOM, SHAPE, 32, lambda mixer: 9.0 if mixer == MOM else 1.0).baselines
-    assert found[matching.TIME].heads == matching.MOST_HEADS
+    found = baselines.compare(MOM, SHAPE, 32, lambda mixer: 9.0 if mixer == MOM else 1.0).baselines
+    assert found[baselines.TIME].heads == baselines.MOST_HEADS
 
 
 def test_sets_name_mom_models_and_a_wrong_name_is_refused():
-    assert matching.names_of_set("decisive") == ["4/2"]
-    moms = {matching.parse_mom(name, GDN) for name in matching.names_of_set("all")}
+    assert baselines.names_of_set("decisive") == ["4/2"]
+    moms = {baselines.parse_mom(name, GDN) for name in baselines.names_of_set("all")}
     wanted = {
         (rule, memories, topk, shared)
         for rule in ("gated_deltanet", "gla")
@@ -172,7 +172,7 @@ def test_sets_name_mom_models_and_a_wrong_name_is_refused():
     assert {(mom.rule, mom.memories, mom.topk, mom.shared) for mom in moms} == wanted
     for text in ("8", "8/2+other", "8/9", "1/1", "nothing:4/2"):
         with pytest.raises(ValueError, match="8|9|1/1|nothing"):
-            matching.parse_mom(text, GDN)
+            baselines.parse_mom(text, GDN)
 
 
 # --- training

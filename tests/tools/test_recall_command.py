@@ -13,7 +13,7 @@ import triton
 from timed_rows import PNG
 
 from linear_moe.commands import recall as command
-from linear_moe.recall import matching, records, report, runs
+from linear_moe.recall import baselines, records, report, runs
 from linear_moe.recall.models import SOFTMAX, Mixer, Shape
 from linear_moe.recall.task import Task
 from linear_moe.recall.timing import _one_step, step_milliseconds
@@ -119,7 +119,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_rest(tmp_path, monkeypatch):
     assert whole and kept.isdisjoint(trained[3]) and set(stopped) <= {job for jobs in trained[3:] for job in jobs}
     assert len(times.rows) == len(records.read(tmp_path / records.TIMES))
     rows = records.read(tmp_path / records.RESULTS)
-    jobs = len(matching.all_mixers(comparisons)) * (2 + 2)
+    jobs = len(baselines.all_mixers(comparisons)) * (2 + 2)
     assert len(rows) == 2 * jobs and {row["steps"] for row in rows} == {"8", "16"}  # not flat after 8
     count = len(trained)
     assert runs.run(*arguments)[2] and len(trained) == count  # nothing is left
@@ -139,7 +139,7 @@ def test_a_baseline_that_does_not_run_here_is_left_out_and_said(tmp_path, monkey
     lines = []
     times = runs.StepTimes(tmp_path / "times.csv", SETTINGS, CPU, ORIGIN, lines.append)
     (comparison,) = runs.find_comparisons(plan(), times)
-    assert set(comparison.baselines) == set(matching.MATCHES.values()) - {matching.STATE_BY_KEYS}
+    assert set(comparison.baselines) == set(baselines.MATCHES.values()) - {baselines.STATE_BY_KEYS}
     assert any("left out" in line and "out of registers" in line for line in lines)
 
 
@@ -159,7 +159,7 @@ def test_the_table_says_whether_the_claim_holds(tmp_path):
     task = Task(vocabulary=128, length=128, pairs=(16, 32), batch=2)
     settings = Settings(task, SHAPE, Training(steps=8))
     wanted = runs.Plan((MOM,), settings, max_steps=8, rates=(1e-3,), seeds=(0, 1))
-    comparison = matching.compare(MOM, SHAPE, 128)
+    comparison = baselines.compare(MOM, SHAPE, 128)
     for low, holds in ((0.49, True), (0.51, False)):
         found = {GDN: (low, 0.2), MOM: (0.95, 0.91)}
         jobs = {m: [Job(m, 1e-3, s) for s in (0, 1)] for m in found}
@@ -182,7 +182,7 @@ def test_kernels_are_compiled_once_on_all_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "compile_kernels", lambda mixers, settings, device: compiled.append(set(mixers)))
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
     times = runs.StepTimes(tmp_path / "times.csv", SETTINGS, torch.device("cuda"), ORIGIN, quiet)
-    wanted = plan(baselines=(matching.STATE_PER_MEMORY, matching.TIME))
+    wanted = plan(baselines=(baselines.STATE_PER_MEMORY, baselines.TIME))
     runs._compile(wanted, times)
     everything = {MOM, *(replace(GDN, heads=heads) for heads in runs.TIMED_HEADS)}
     assert compiled == [everything]

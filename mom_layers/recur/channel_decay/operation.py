@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from mom_layers.common.kernels import resolve_kernels
+from mom_layers.common.kernel_choice import resolve_kernels
 from mom_layers.recur.channel_decay.torch import gated_linear_attention_torch
 from mom_layers.recur.checks import check_for_triton, check_shapes
 

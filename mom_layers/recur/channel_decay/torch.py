@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from mom_layers.common.kernels import compute_dtype
-from mom_layers.recur.chunk_rows import ChunkRows
+from mom_layers.common.kernel_choice import compute_dtype
 from mom_layers.recur.chunk_table import CHUNK
+from mom_layers.recur.chunks_torch import ChunkRows
 
 
 def _until(g: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from mom_layers.common.kernels import compute_dtype, resolve_kernels
+from mom_layers.common.kernel_choice import compute_dtype, resolve_kernels
 from mom_layers.common.reference import bounds, unit_length
-from mom_layers.common.sizes import HEAD_SIZES
+from mom_layers.common.supported import HEAD_SIZES
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs, dense_transition
 from mom_layers.recur.scalar_delta import gated_delta_rule

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from mom_layers.common.kernels import compute_dtype
+from mom_layers.common.kernel_choice import compute_dtype
 from mom_layers.common.reference import bounds
-from mom_layers.common.sizes import HEAD_SIZES
+from mom_layers.common.supported import HEAD_SIZES
 from mom_layers.recur.channel_decay import gated_linear_attention
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mom_layers.common.kernels import compute_dtype
+from mom_layers.common.kernel_choice import compute_dtype
 
 
 @dataclass(frozen=True)

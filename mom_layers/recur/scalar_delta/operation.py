@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from mom_layers.common.kernels import resolve_kernels
+from mom_layers.common.kernel_choice import resolve_kernels
 from mom_layers.recur.checks import check_for_triton, check_shapes
 from mom_layers.recur.scalar_delta.torch import gated_delta_rule_torch
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import torch
 
-from mom_layers.common.kernels import compute_dtype
-from mom_layers.recur.chunk_rows import ChunkRows
+from mom_layers.common.kernel_choice import compute_dtype
 from mom_layers.recur.chunk_table import CHUNK
+from mom_layers.recur.chunks_torch import ChunkRows
 
 
 def gated_delta_rule_torch(

@@ -18,11 +18,11 @@ def main() -> None:
     os.environ |= alone | {"LOCAL_RANK": "0", "TORCHDYNAMO_DISABLE": "1"}
     if sys.argv[1] == "--apply-and-undo":
         del sys.argv[1]
-        from linear_moe.entry import machine, plugin
+        from linear_moe.entry import machine, model_patches
 
         machine.start()
-        plugin.install(mom=True)
-        plugin.uninstall()
+        model_patches.install(mom=True)
+        model_patches.uninstall()
         assert not applied()
     cpu.apply()
     dataset_helpers.apply()

@@ -34,7 +34,7 @@ from mom_layers.recur.channel_decay.tensors import ChunkLocal, Inputs
 from mom_layers.recur.channel_decay.triton.launches import Launch, launches_for
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
-from mom_layers.recur.prologue_triton import tile_of_chunk
+from mom_layers.recur.program_place_triton import tile_of_chunk
 
 # Rows of a block: the least side of a tensor core's product.
 BLOCK = 16

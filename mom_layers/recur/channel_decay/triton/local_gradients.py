@@ -31,7 +31,7 @@ from mom_layers.recur.channel_decay.triton.chunk_local import BLOCK, PRECISION, 
 from mom_layers.recur.channel_decay.triton.launches import Launch, launches_for
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
-from mom_layers.recur.prologue_triton import chunk_of_program, tile_of_chunk
+from mom_layers.recur.program_place_triton import chunk_of_program, tile_of_chunk
 
 
 @triton.jit(do_not_specialize=["num_segments"])

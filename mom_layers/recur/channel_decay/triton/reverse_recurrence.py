@@ -19,7 +19,7 @@ from mom_layers.recur.channel_decay.triton.chunk_local import PRECISION
 from mom_layers.recur.channel_decay.triton.launches import launches_for
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
-from mom_layers.recur.prologue_triton import segment_of_program
+from mom_layers.recur.program_place_triton import segment_of_program
 
 
 @triton.jit

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
-from mom_layers.recur.prologue_triton import chunk_of_program
+from mom_layers.recur.program_place_triton import chunk_of_program
 from mom_layers.recur.scalar_delta.tensors import ChunkLocal, Inputs
 from mom_layers.recur.scalar_delta.triton.launches import SOLVE_WARPS, launches_for
 

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import SPAN, Chunks
-from mom_layers.recur.prologue_triton import rows_of_span, span_of_program
+from mom_layers.recur.program_place_triton import rows_of_span, span_of_program
 from mom_layers.recur.scalar_delta.tensors import ErrorRows, Inputs, StateGradients
 from mom_layers.recur.scalar_delta.triton.chunk_local import PRECISION
 from mom_layers.recur.scalar_delta.triton.launches import launches_for

@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers.cache_utils import DynamicLayer
 
-from mom_layers.common.kernels import compute_dtype
+from mom_layers.common.kernel_choice import compute_dtype
 from mom_layers.hf.attention_config import AttentionSpec
 from mom_layers.hf.sequence import TokenSequence
 

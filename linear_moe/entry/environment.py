@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from linear_moe.entry.arguments import OLD_NAMES, OURS, add_mom_arguments, option
+from linear_moe.entry.arguments import OLD_NAMES, OURS, add_mom_arguments, is_switch, option
 
 CONFIG_FILE = "MOM_CONFIG"
 OTHER_VARIABLES = {CONFIG_FILE, "MOM_PYTHON", "MOM_TRACEBACK", "MOM_TRUST_CHECKPOINT"}
@@ -66,7 +66,7 @@ def _by_present_name(where: str, given: Mapping[str, object]) -> dict[str, objec
 
 
 def _as_argument(name: str, value: object) -> list[str]:
-    if name in ("mom_shared_memory", "mom_single_kv_proj"):
+    if is_switch(name):
         if str(value).lower() not in ("0", "1", "false", "true"):
             raise ValueError(f"{name} must be true or false, got {value!r}")
         return [option(name) if str(value).lower() in ("1", "true") else option(f"no_{name}")]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from linear_moe.entry import machine, plugin
+from linear_moe.entry import machine, model_patches
 from megatron_patches import PatchError, applied, dataset_helpers, patches
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
     yield
-    plugin.uninstall()
+    model_patches.uninstall()
     assert applied() == ()
 
 
@@ -28,22 +28,22 @@ def stored_targets():
         *path, name = target.attribute.split(".")
         return vars(reduce(getattr, path, import_module(target.module)))[name]
 
-    return {str(target): stored(target) for patch in plugin.launcher_patches() for target in patch.targets}
+    return {str(target): stored(target) for patch in model_patches.launcher_patches() for target in patch.targets}
 
 
 def test_uninstall_restores_every_target():
     before = stored_targets()
-    plugin.install(mom=True)
-    plugin.install(mom=True)
+    model_patches.install(mom=True)
+    model_patches.install(mom=True)
     during = stored_targets()
-    assert [patch.name for patch in applied()] == [patch.name for patch in plugin.launcher_patches()]
-    plugin.uninstall()
+    assert [patch.name for patch in applied()] == [patch.name for patch in model_patches.launcher_patches()]
+    model_patches.uninstall()
     assert all(during[name] is not value for name, value in before.items())
     assert stored_targets() == before
 
 
 def test_without_memories_only_the_arguments_are_added():
-    plugin.install(mom=False)
+    model_patches.install(mom=False)
     assert [patch.name for patch in applied()] == ["arguments"]
 
 
@@ -51,23 +51,23 @@ def test_a_model_without_memories_is_refused_when_it_is_built():
     from linear_moe.layer.mixer import MomTokenMixer as mixer
 
     with pytest.raises(RuntimeError, match="--token-mixer mom: no layer of the model .* has memories; run a script"):
-        plugin.require_memories([torch.nn.Linear(2, 2), torch.nn.ReLU()])
+        model_patches.require_memories([torch.nn.Linear(2, 2), torch.nn.ReLU()])
     with_memories = torch.nn.ModuleList([torch.nn.Linear(2, 2), mixer.__new__(mixer)])
     torch.nn.Module.__init__(with_memories[1])
-    plugin.require_memories([torch.nn.Linear(2, 2), with_memories])
+    model_patches.require_memories([torch.nn.Linear(2, 2), with_memories])
 
 
 def test_a_missing_target_is_named_and_no_patch_is_applied(monkeypatch):
     before = stored_targets()
     monkeypatch.delattr("megatron.training.models.gpt.default_layer_spec")
     with pytest.raises(PatchError, match="'model' cannot be applied: there is no .*gpt.default_layer_spec"):
-        plugin.install(mom=True)
+        model_patches.install(mom=True)
     monkeypatch.undo()
     assert stored_targets() == before
 
 
 def test_every_patch_has_a_reason_and_an_end():
-    assert all(patch.reason and patch.removed_when for patch in plugin.patches())
+    assert all(patch.reason and patch.removed_when for patch in model_patches.patches())
 
 
 def names_in_the_sources(package: str) -> set[str]:
@@ -85,13 +85,13 @@ def test_the_lists_of_patches_have_every_patch_of_their_packages():
     below, ours = names_in_the_sources("megatron_patches"), names_in_the_sources("linear_moe")
     assert len(below) > 10 and {"arguments", "model", "training-log", "console"} <= ours
     assert sorted(patch.name for patch in patches()) == sorted(below)
-    assert sorted(patch.name for patch in plugin.patches()) == sorted(below | ours)
+    assert sorted(patch.name for patch in model_patches.patches()) == sorted(below | ours)
 
 
 def test_uninstall_undoes_the_patches_of_the_machine_too():
     dataset_helpers.apply()
-    plugin.install(mom=True)
-    plugin.uninstall()
+    model_patches.install(mom=True)
+    model_patches.uninstall()
     assert applied() == ()
 
 

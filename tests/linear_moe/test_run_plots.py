@@ -6,7 +6,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from linear_moe.commands import plot_run
-from linear_moe.watching.plots import PlotError, plot_losses, plot_memory_load, read_scalars, smooth
+from linear_moe.watching.run_plots import PlotError, plot_losses, plot_memory_load, read_scalars, smooth
 
 
 def write_scalars(directory, points, start=0.0):

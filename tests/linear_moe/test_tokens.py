@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from linear_moe.commands import preprocess_data
 from linear_moe.corpus.tokenizer import load_tokenizer, save_trained_tokenizer, train_tokenizer
-from linear_moe.vocabulary import encode_texts, end_of_document, vocabulary_size
+from linear_moe.tokens import encode_texts, end_of_document, vocabulary_size
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def _configure(core_transformer_config_from_args, args, config_class=None):
 
 def _layers(config, vp_stage):
     """The decoder layers of a model with memories; None for a model without."""
-    from linear_moe.layer.specs import mom_block_spec
+    from linear_moe.layer.decoder_layers import mom_block_spec
 
     return mom_block_spec(config, vp_stage=vp_stage) if has_memories(config) else None
 

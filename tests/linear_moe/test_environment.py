@@ -3,7 +3,7 @@
 import pytest
 
 from linear_moe.__main__ import asks_for_mom
-from linear_moe.entry.settings import read_settings
+from linear_moe.entry.environment import read_settings
 
 
 def test_the_environment_wins_over_the_file(tmp_path):

@@ -11,7 +11,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from linear_moe.watching.figures import plt, save
+from linear_moe.watching.headless_matplotlib import plt, save
 
 TRAINING_LOSS = "lm loss"
 VALIDATION_LOSS = "lm loss validation"  # and a suffix for each of several validation sets

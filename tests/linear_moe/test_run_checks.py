@@ -7,31 +7,33 @@ import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from pretraining_runs import MOM, TINY, losses, pretrain
 
-from linear_moe.entry import checks
+from linear_moe.entry import run_checks
 
 
 def arguments(**values) -> SimpleNamespace:
-    settings = dict.fromkeys((*checks.AT_LEAST_ONE, *checks.NOT_NEGATIVE, "save"))
+    settings = dict.fromkeys((*run_checks.AT_LEAST_ONE, *run_checks.NOT_NEGATIVE, "save"))
     return SimpleNamespace(**settings | {"lr": 1e-3, "min_lr": 0.0, "train_iters": 10} | values)
 
 
 def test_good_numbers_pass():
-    checks.check_values(arguments())
-    checks.check_values(arguments(save="c", save_interval=5, lr_warmup_iters=9, lr_warmup_fraction=0.5, eval_iters=0))
+    run_checks.check_values(arguments())
+    run_checks.check_values(
+        arguments(save="c", save_interval=5, lr_warmup_iters=9, lr_warmup_fraction=0.5, eval_iters=0)
+    )
 
 
-@pytest.mark.parametrize("name", checks.AT_LEAST_ONE)
+@pytest.mark.parametrize("name", run_checks.AT_LEAST_ONE)
 @pytest.mark.parametrize("value", [0, -1])
 def test_numbers_below_one_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"^{checks.option(name)} {value}: use a whole number of at least 1"):
-        checks.check_values(arguments(**{name: value}))
+    with pytest.raises(ValueError, match=f"^{run_checks.option(name)} {value}: use a whole number of at least 1"):
+        run_checks.check_values(arguments(**{name: value}))
 
 
-@pytest.mark.parametrize("name", checks.NOT_NEGATIVE)
+@pytest.mark.parametrize("name", run_checks.NOT_NEGATIVE)
 @pytest.mark.parametrize("value", [-1, float("nan")])
 def test_negative_numbers_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"^{checks.option(name)} {value}: use a number that is not negative"):
-        checks.check_values(arguments(**{name: value}))
+    with pytest.raises(ValueError, match=f"^{run_checks.option(name)} {value}: use a number that is not negative"):
+        run_checks.check_values(arguments(**{name: value}))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,7 @@ def test_negative_numbers_are_refused(name, value):
 )
 def test_numbers_that_do_not_go_together_are_refused(values, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        checks.check_values(arguments(**values))
+        run_checks.check_values(arguments(**values))
 
 
 def write_data(prefix, highest, documents=50):
@@ -59,11 +61,11 @@ def write_data(prefix, highest, documents=50):
 
 
 def test_the_range_of_a_large_file_comes_from_parts_of_the_whole_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "SAMPLE_TOKENS", 640)
+    monkeypatch.setattr(run_checks, "SAMPLE_TOKENS", 640)
     tokens = np.full(100_000, 5, np.uint16)
     tokens[0], tokens[-1] = 2, 900
     (tmp_path / "tokens.bin").write_bytes(tokens.tobytes())
-    assert checks.token_range(tmp_path / "tokens.bin", np.dtype(np.uint16)) == (2, 900)
+    assert run_checks.token_range(tmp_path / "tokens.bin", np.dtype(np.uint16)) == (2, 900)
 
 
 def refused(*words) -> str:
