@@ -108,7 +108,10 @@ def test_a_second_run_is_refused_and_the_first_goes_on(site):
     second = site.run()
     assert second.returncode == 1
     host = os.uname().nodename
-    assert f"error: {site.out} is in use by another run ({site.out}/.lock: host {host} process {first.pid} " in second.stderr
+    assert (
+        f"error: {site.out} is in use by another run ({site.out}/.lock: host {host} process {first.pid} "
+        in second.stderr
+    )
     assert locks(site.out) == [".lock", "checkpoints/.lock"]
     site.finish()
     assert first.wait(30) == 0, first.stdout.read()
