@@ -165,8 +165,8 @@ class MomTransformerConfig(TransformerConfig):
             )
         self._check_context_parallel()
         for name, coefficient in [("aux", self.mom_aux_loss_coeff), ("z", self.mom_z_loss_coeff or 0.0)]:
-            if coefficient < 0:
-                raise ValueError(f"--mom-{name}-loss-coeff must not be negative, got {coefficient}")
+            if not 0 <= coefficient < float("inf"):
+                raise ValueError(f"--mom-{name}-loss-coeff must be a number that is not negative, got {coefficient}")
         self._check_pattern()
         if self.cuda_graph_impl != "none" and self.expert_model_parallel_size > 1:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from judge import Case, names
@@ -166,8 +167,8 @@ def examples() -> dict[str, tuple[Callable, dict, dict]]:
         "route": (route, {"logits": torch.randn(TOKENS, MEMORIES), "topk": TOPK, "kernels": "torch"},
             {"logits": {"NaN", "empty", "wrong device", "wrong shape: a row less", "wrong shape: a column more"}}),
         "build_routing_plan": (build_routing_plan, {"memory_ids": ids, "token_cu_seqlens": borders,
-            "num_memories": MEMORIES, "shared": True, "token_mask": torch.ones(TOKENS, dtype=torch.bool), "kernels": "torch"},
-            {"token_mask": {"None"}}),
+            "num_memories": MEMORIES, "shared": True, "token_mask": torch.ones(TOKENS, dtype=torch.bool),
+            "kernels": "torch"}, {"token_mask": {"None"}}),
         "combine": (combine, {"o": torch.randn(rows, HEADS, SIZE), "weights": torch.rand(TOKENS, TOPK),
             "row_of_choice": plan.row_of_choice, "output_gate": torch.randn(TOKENS, HEADS, SIZE),
             "norm_weight": torch.rand(SIZE), "eps": 1e-6, "kernels": "torch"},
@@ -184,7 +185,7 @@ def examples() -> dict[str, tuple[Callable, dict, dict]]:
     }  # fmt: skip
 
 
-def api_cases() -> list[Case]:
+def api_cases(_: Path | None = None) -> list[Case]:
     cases = []
     for target, (call, good, allowed) in examples().items():
         for argument, value in good.items():

@@ -34,7 +34,7 @@ class Case:
 
 
 def draw(cases: Iterable[Case], count: int | None, seed: int) -> list[Case]:
-    """``count`` of the cases in an order that the seed fixes, from every target in turn; without a count all of them."""
+    """``count`` of the cases in an order that the seed fixes, from every target in turn; all of them without one."""
     chance = random.Random(seed)
     by_target: dict[str, list[Case]] = {}
     for case in cases:
