@@ -6,6 +6,7 @@ the embedding wherever that is. The checks here name the argument, its value and
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def check_values(args) -> None:
         value = getattr(args, name, None)
         if value is not None and not 0 <= value < 1:
             raise ValueError(f"{option(name)} {value}: use a number from 0 up to, but not including, 1")
+    if args.split and not re.fullmatch(r"[\d.,/ ]+", args.split):  # Megatron reads the digits and skips all else
+        raise ValueError(f"--split {args.split}: use shares such as 99,1,0")
     if args.seed is not None and args.seed >= 2**31:  # to which ranks add their numbers, and NumPy takes 32 bits
         raise ValueError(f"--seed {args.seed}: use a whole number below {2**31}")
     if args.lr is not None and args.min_lr is not None and args.min_lr > args.lr:

