@@ -6,9 +6,33 @@
 # Any setting below can be given in the environment; arguments after the script go to Megatron as they are.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=examples/run_lock.sh
+. "$here/examples/run_lock.sh"
+
+# Ends the script unless each named setting that is given matches. To be called before the setting is computed with:
+# bash arithmetic evaluates names, and what stands in brackets after a name it runs.
+check() {
+    local pattern=$1 expected=$2 name
+    shift 2
+    for name in "$@"; do
+        if [ -n "${!name:-}" ] && ! [[ "${!name}" =~ ^($pattern)$ ]]; then
+            printf 'error: %s=%q: use %s\n' "$name" "${!name}" "$expected" >&2
+            exit 2
+        fi
+    done
+}
+check '[1-9][0-9]{0,5}' "a whole number from 1 to 999999" TP PP EP CP NNODES PROCESSES
+check '[1-9][0-9]{0,8}' "a whole number from 1 to 999999999" LAYERS HIDDEN FFN HEADS HEAD_DIM SEQ_LENGTH MICRO_BATCH \
+    GLOBAL_BATCH TRAIN_ITERS VOCAB MEMORIES TOPK ATTENTION_HEADS LOG_INTERVAL EVAL_INTERVAL SAVE_INTERVAL
+check '0|[1-9][0-9]{0,5}' "a whole number from 0 to 999999" GPUS NODE_RANK
+check '[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]' "a port from 1 to 65535" MASTER_PORT
+check '0|1' "0 or 1" DEMO SP OVERLAP
+check '([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?' "a number such as 3e-4" LR
+check '0?\.[0-9]+([eE][-+]?[0-9]+)?|0|[0-9]+(\.[0-9]*)?[eE]-[0-9]+' "a share of the steps such as 0.01" WARMUP_FRACTION
+check 'bf16|fp32' "bf16 or fp32" PRECISION
+
 PYTHON=$(bash "$here/tools/environment.sh")
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
-
 : "${TP:=1}" "${PP:=1}" "${EP:=1}" "${CP:=1}" "${SP:=$((TP > 1))}" "${NNODES:=1}"
 : "${GPUS:=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}"
 if [ "$GPUS" != 0 ] && [ $((GPUS * NNODES % (TP * PP * CP))) != 0 ]; then
@@ -44,7 +68,24 @@ for name in PYTHON OUT GPUS PROCESSES NNODES NODE_RANK MASTER_ADDR MASTER_PORT T
     LOG_INTERVAL EVAL_INTERVAL SAVE_INTERVAL CHECKPOINTS DATA_PATH TOKENIZER VOCAB WANDB_PROJECT; do
     echo "  $name=${!name}"
 done
-mkdir -p "$OUT"
+if [ "$NODE_RANK" -ge "$NNODES" ]; then
+    echo "error: NODE_RANK=$NODE_RANK with NNODES=$NNODES: use 0 to NNODES - 1" >&2
+    exit 2
+fi
+if [ -n "$DATA_PATH" ] && [ -z "$TOKENIZER" ]; then
+    printf 'error: DATA_PATH=%q needs TOKENIZER, the folder of the tokenizer that it was made with\n' "$DATA_PATH" >&2
+    exit 2
+fi
+# A name that starts with a dash would be taken for an option.
+case "$OUT" in -*) OUT=./$OUT ;; esac
+case "$CHECKPOINTS" in -*) CHECKPOINTS=./$CHECKPOINTS ;; esac
+for name in OUT ${CHECKPOINTS:+CHECKPOINTS}; do
+    if ! reason=$(mkdir -p "${!name}" 2>&1); then
+        printf 'error: %s=%q cannot be a folder: %s\n' "$name" "${!name}" "${reason##*: }" >&2
+        exit 1
+    fi
+    if [ "$NODE_RANK" = 0 ]; then take_lock "${!name}"; fi # the nodes of one run share the folder
+done
 
 reference=()
 if [ -z "$DATA_PATH" ]; then # a corpus that every machine has: the Python installation's sources and documentation
@@ -60,12 +101,11 @@ if [ -z "$DATA_PATH" ]; then # a corpus that every machine has: the Python insta
     entropy=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["unigram_entropy_nats"])' "$data/corpus.json")
     reference=(--reference-loss "$entropy" "unigram entropy")
 else
-    if [ -z "$TOKENIZER" ]; then
-        echo "error: DATA_PATH=$DATA_PATH needs TOKENIZER, the folder of the tokenizer that it was made with" >&2
-        exit 2
+    prefixes=("$DATA_PATH")
+    if ! [ -e "$DATA_PATH.bin" ] && ! [ -e "$DATA_PATH.idx" ]; then # a blend: weight prefix weight prefix ...
+        read -r -d '' -a prefixes <<<"$DATA_PATH" || true
     fi
-    # shellcheck disable=SC2206  # DATA_PATH may be a blend: weight prefix weight prefix ...
-    data_arguments=(--data-path $DATA_PATH --split 99,1,0)
+    data_arguments=(--data-path "${prefixes[@]}" --split 99,1,0)
 fi
 
 model=(
@@ -81,11 +121,7 @@ training=(
     --optimizer adam --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.01 --clip-grad 1.0
     --lr "$LR" --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-fraction "$WARMUP_FRACTION" --use-distributed-optimizer
 )
-case "$PRECISION" in
-    bf16) training+=(--bf16) ;;
-    fp32) ;;
-    *) echo "error: PRECISION=$PRECISION: use bf16 or fp32" >&2; exit 2 ;;
-esac
+if [ "$PRECISION" = bf16 ]; then training+=(--bf16); fi
 parallel=(
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --expert-model-parallel-size "$EP"
     --context-parallel-size "$CP"
@@ -109,22 +145,13 @@ fi
 if [ $((TP * CP)) -gt 1 ] || [[ " $* " == *--tensor-model-parallel-size* || " $* " == *--context-parallel-size* ]]; then
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 fi
-if [ "$GPUS" = 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / PROCESSES))}; fi
-# SIGTERM: the ranks save and end (--exit-signal-handler). torchrun would kill them 30 seconds later, so that it ignores
-# the signal; a scheduler that sends the signal to this script alone has it passed on to the ranks.
-export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGINT,SIGHUP,SIGQUIT}
-asked_to_stop=0 launcher=0
-trap 'asked_to_stop=1; for rank in $(cat /proc/"$launcher"/task/*/children 2>/dev/null); do kill -TERM "$rank" || true; done' TERM
-trap : INT # torchrun ends the ranks
-(trap '' TERM && exec "$PYTHON" -m linear_moe.entry.launch --nnodes "$NNODES" --node-rank "$NODE_RANK" \
+if [ "$GPUS" = 0 ]; then threads=$(($(nproc) / PROCESSES)) && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}; fi
+status=0
+run_to_end "$PYTHON" -m linear_moe.entry.launch --nnodes "$NNODES" --node-rank "$NODE_RANK" \
     --nproc-per-node "$PROCESSES" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
     -m linear_moe.pretrain "${model[@]}" "${training[@]}" "${parallel[@]}" "${watching[@]}" \
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER" --data-cache-path "$OUT/data-cache" \
-    --no-create-attention-mask-in-dataloader "${data_arguments[@]}" "$@") &
-launcher=$!
-while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done # a signal ends a wait
-status=0
-wait "$launcher" || status=$?
+    --no-create-attention-mask-in-dataloader "${data_arguments[@]}" "$@" || status=$?
 if [ "$status" != 0 ]; then exit "$status"; fi
 if [ "$asked_to_stop" = 1 ]; then
     echo "stopped by SIGTERM: run again to resume"
@@ -136,6 +163,6 @@ if [ "$NODE_RANK" = 0 ]; then
     echo "pictures    $(ls "$OUT"/*.png | tr '\n' ' ')"
     if [ -n "$CHECKPOINTS" ]; then
         echo "checkpoint  $CHECKPOINTS"
-        echo "next:       $PYTHON $here/tools/convert_to_hf.py --load $CHECKPOINTS --save $OUT/hf"
+        printf 'next:       %q %q --load %q --save %q\n' "$PYTHON" "$here/tools/convert_to_hf.py" "$CHECKPOINTS" "$OUT/hf"
     fi
 fi

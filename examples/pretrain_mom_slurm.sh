@@ -23,6 +23,10 @@ if [ ! -f examples/pretrain_mom_multinode.sh ]; then # sbatch runs a copy of thi
     exit 2
 fi
 
+if ! [[ "$SLURM_JOB_ID" =~ ^[1-9][0-9]*$ ]]; then # bash arithmetic would evaluate the name of a variable
+    printf 'error: SLURM_JOB_ID=%q: use a whole number\n' "$SLURM_JOB_ID" >&2
+    exit 2
+fi
 NNODES=$SLURM_NNODES
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=${hosts%%$'\n'*}

@@ -233,8 +233,8 @@ class MomTransformerConfig(TransformerConfig):
         check_expert_parallel(self)
         self._check_context_parallel()
         for name, coefficient in [("aux", self.mom_aux_loss_coeff), ("z", self.mom_z_loss_coeff or 0.0)]:
-            if coefficient < 0:
-                raise ValueError(f"--mom-{name}-loss-coeff must not be negative, got {coefficient}")
+            if not 0 <= coefficient < float("inf"):
+                raise ValueError(f"--mom-{name}-loss-coeff must be a number that is not negative, got {coefficient}")
         self._check_pattern()
         variant = self.experimental_attention_variant
         inference = self.transformer_impl == "inference_optimized"

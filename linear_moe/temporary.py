@@ -6,6 +6,7 @@ process left, and gives a folder its name back that the process had set aside.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -84,7 +85,10 @@ def temporary_folder(target: Path) -> Iterator[Path]:
 def replaced_file(target: Path) -> Iterator[Path]:
     """A path to write to; the file takes the name ``target`` when the block ends without an error and the file is on
     disk. Until then, and after an error, ``target`` is what it was. A device or a pipe is written to directly."""
-    target = target.resolve()  # of a link, the file that it leads to is replaced
+    try:
+        target = target.resolve()  # of a link, the file that it leads to is replaced
+    except RuntimeError as error:  # Python 3.12's, of a link that leads to itself
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(target)) from error
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists() and not target.is_file():
         yield target

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 
-from mom_layers.common.checks import check_borders
+from mom_layers.common.checks import FLOATING, TRUTH, WHOLE, check_borders, check_instance, check_tensors, check_whole
 from mom_layers.mixing import MemoryParameters, TokenMaps, has_step, mix_tokens, step_tokens
 from mom_layers.recur.rules import kept_exact
 from mom_layers.settings import MixerSettings
@@ -25,7 +25,7 @@ class MixtureOfMemories(nn.Module):
             ``single_kv_proj``, ``norm_eps``, ``kernels`` (in version 0.1 ``backend``). Every field has a default.
 
     Raises:
-        ValueError: a size or name that is not supported.
+        ValueError, TypeError: a size or name that is not supported.
     """
 
     def __init__(self, hidden_size: int, *sizes, **named_sizes):
@@ -33,6 +33,7 @@ class MixtureOfMemories(nn.Module):
         if "backend" in named_sizes:
             named_sizes["kernels"] = named_sizes.pop("backend")
         self.settings = settings = MixerSettings(*sizes, **named_sizes)
+        check_whole(1, hidden_size=hidden_size)
         if settings.kernels == "triton":
             settings.check_head_sizes()
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, settings.num_heads, settings.head_dim
@@ -96,8 +97,10 @@ class MixtureOfMemories(nn.Module):
             out [B, T, D] and the new state or None.
 
         Raises:
-            ValueError: shapes that do not fit together.
+            ValueError: shapes, types or devices that do not fit together.
+            TypeError: an argument of another kind.
         """
+        self._check_input(x, state)
         if x.dim() != 3 or x.shape[2] != self.hidden_size:
             raise ValueError(f"x must be [B, T, {self.hidden_size}], got {list(x.shape)}")
         batch, length = x.shape[:2]
@@ -107,11 +110,14 @@ class MixtureOfMemories(nn.Module):
         elif batch != 1:
             raise ValueError(f"cu_seqlens describes one packed row of tokens; got a batch of {batch}")
         else:
+            check_tensors(WHOLE, x.device, cu_seqlens=cu_seqlens)
             check_borders(cu_seqlens, length)
         if state is not None and state.recurrent.shape[0] != cu_seqlens.shape[0] - 1:
             raise ValueError(
                 f"the state holds {state.recurrent.shape[0]} sequences, the input {cu_seqlens.shape[0] - 1}"
             )
+        if token_mask is not None:
+            check_tensors(TRUTH, x.device, token_mask=token_mask)
         if token_mask is not None and token_mask.shape != x.shape[:2]:
             raise ValueError(f"token_mask must be {[batch, length]}, got {list(token_mask.shape)}")
 
@@ -135,8 +141,11 @@ class MixtureOfMemories(nn.Module):
             out [B, D].
 
         Raises:
-            ValueError: shapes that do not fit together.
+            ValueError: shapes, types or devices that do not fit together.
+            TypeError: an argument of another kind.
         """
+        check_instance(MemoryState, state=state)
+        self._check_input(x, state)
         if x.dim() != 2 or x.shape[1] != self.hidden_size:
             raise ValueError(f"x must be [B, {self.hidden_size}], got {list(x.shape)}")
         if state.recurrent.shape[0] != x.shape[0]:
@@ -146,6 +155,20 @@ class MixtureOfMemories(nn.Module):
             state.copy_(new_state)
             return out[:, 0]
         return step_tokens(x, self.router, self._token_maps(), self.memory_parameters(), state)[0]
+
+    def _check_input(self, x: torch.Tensor, state: MemoryState | None) -> None:
+        """Raises an error that names the argument, where PyTorch's would name the operands of a product."""
+        check_tensors(FLOATING, x=x)
+        weight = self.router.weight
+        # A weight that a hook fetches before use may be of any type and anywhere until then.
+        if type(self.router) is nn.Linear and not hasattr(self.router, "_hf_hook") and weight.device.type != "meta":
+            if x.device != weight.device:
+                raise ValueError(f"x must be on {weight.device} as the layer is, got {x.device}")
+            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise ValueError(f"x must be {weight.dtype} as the layer is, got {x.dtype}")
+        if state is not None:
+            check_instance(MemoryState, state=state)
+            check_tensors(FLOATING, x.device, **{"state.recurrent": state.recurrent})
 
     def _token_maps(self) -> TokenMaps:
         return TokenMaps(query=self.q_proj, output_gate=self.gate_proj, out=self.out_proj)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mom_layers.common.checks import LARGEST_SIZE, check_number, check_truth, check_whole
 from mom_layers.common.kernel_choice import check_kernels
 from mom_layers.recur.rules import MemoryRule, get_rule
 
@@ -26,7 +27,7 @@ class MixerSettings:
         kernels: "auto" (Triton on CUDA, PyTorch elsewhere), "torch" or "triton".
 
     Raises:
-        ValueError: a size or a name that no layer can have. The message has the value.
+        ValueError, TypeError: a size or a name that no layer can have. The message has the value.
     """
 
     num_heads: int = 4
@@ -44,15 +45,19 @@ class MixerSettings:
     def __post_init__(self) -> None:
         get_rule(self.rule)
         check_kernels(self.kernels)
-        for name in ("num_heads", "head_dim", "num_memories"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_whole(1, num_heads=self.num_heads, head_dim=self.head_dim, num_memories=self.num_memories)
+        for name in ("topk", "conv_kernel"):
+            check_whole(-LARGEST_SIZE, **{name: getattr(self, name)})
+        check_number(expand_v=self.expand_v, norm_eps=self.norm_eps)
+        check_truth(shared_memory=self.shared_memory, single_kv_proj=self.single_kv_proj)
+        if not 0 <= self.norm_eps < 1:
+            raise ValueError(f"norm_eps must be a number from 0 up to, but not including, 1, got {self.norm_eps}")
         if not 1 <= self.topk <= self.num_memories:
             raise ValueError(
                 f"topk must be between 1 and the number of memories ({self.num_memories}), got {self.topk}"
             )
         value_dim = self.head_dim * self.expand_v
-        if value_dim <= 0 or value_dim != int(value_dim):
+        if not 0 < value_dim <= LARGEST_SIZE or value_dim != int(value_dim):
             raise ValueError(
                 "expand_v must be positive and make head_dim * expand_v a whole number, "
                 f"got {self.head_dim} * {self.expand_v}"

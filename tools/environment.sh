@@ -16,7 +16,7 @@ find_python() {
         for name in python3.12 python3.13 python3.14 python3 python; do command -v "$name" || true; done
         # pyenv's own commands answer only for the chosen version: look at every version.
         for version in 3.12 3.13 3.14; do
-            ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$version"*/bin/python 2>/dev/null || true
+            ls -d "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/"$version"*/bin/python 2>/dev/null || true
         done
         if command -v uv >/dev/null; then uv python find '>=3.12' 2>/dev/null || true; fi
     } | while read -r candidate; do

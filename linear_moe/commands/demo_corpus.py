@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from linear_moe.commands import run_command
+from linear_moe.commands.values import path as a_path
 from linear_moe.temporary import replaced_file
 
 LEAST_BYTES = 1_000_000
@@ -52,7 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="file to write")
+    parser.add_argument("--output", type=a_path, required=True, metavar="FILE.jsonl", help="file to write")
     parser.add_argument("--max-bytes", type=int, default=12_000_000, help="largest size of the file")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     args = parser.parse_args(argv)
@@ -60,7 +61,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--max-bytes {args.max_bytes}: expected at least {LEAST_BYTES}")
     if args.output.suffix != ".jsonl":
         parser.error(f"--output {args.output}: expected a name that ends in .jsonl")
-    if args.output.exists() and not args.overwrite:
+    try:
+        exists = args.output.exists()
+    except OSError as error:  # a name that no file can have
+        parser.error(f"--output {args.output}: {error.strerror}")
+    if exists and not args.overwrite:
         parser.error(f"{args.output} exists; give another name, or --overwrite to replace it")
     return args
 

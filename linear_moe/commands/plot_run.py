@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from linear_moe.commands import run_command
+from linear_moe.commands.values import number, path
 from linear_moe.watching.run_plots import LOAD, PlotError, plot_losses, plot_memory_load, read_scalars
+
+_nats = number(float, lambda value: 0 <= value < float("inf"), "a number that is not negative")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--tensorboard-dir", type=Path, required=True, help="folder of the event files")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--tensorboard-dir", type=path, required=True, help="folder of the event files")
+    parser.add_argument("--output", type=path, required=True, help="folder for the pictures")
     parser.add_argument(
         "--reference-loss",
         nargs=2,
@@ -36,9 +38,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     try:
-        args.reference_loss = [(float(nats), label) for nats, label in args.reference_loss]
-    except ValueError as error:
-        parser.error(f"--reference-loss: expected a number of nats per token, then a label: {error}")
+        args.reference_loss = [(_nats(text), label) for text, label in args.reference_loss]
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"--reference-loss {error} of nats per token, then a label")
     return args
 
 

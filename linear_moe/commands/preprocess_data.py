@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from linear_moe.commands import run_command
 from linear_moe.commands.values import fraction, whole
+from linear_moe.commands.values import path as a_path
 from linear_moe.corpus import files as corpus_files
 from linear_moe.corpus.files import DEFAULT_SUFFIXES, BadDocuments, Chunk, CorpusError, find_files, read_chunks
 from linear_moe.corpus.tokenizer import (
@@ -65,7 +66,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--input", nargs="+", type=Path, required=True, metavar="PATH", help="files or folders of text")
+    data.add_argument("--input", nargs="+", type=a_path, required=True, metavar="PATH", help="files or folders of text")
     data.add_argument("--output", required=True, metavar="PREFIX", help="path of the output files, without extension")
     data.add_argument(
         "--suffixes",
@@ -88,7 +89,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--overwrite", action="store_true", help="replace output files that exist")
     tokens = parser.add_argument_group("tokens")
     source = tokens.add_mutually_exclusive_group(required=True)
-    source.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of a Hugging Face tokenizer")
+    source.add_argument("--tokenizer", type=a_path, metavar="DIR", help="folder of a Hugging Face tokenizer")
     source.add_argument(
         "--train-tokenizer",
         type=whole(SMALLEST_VOCABULARY, LARGEST_VOCABULARY),
@@ -99,7 +100,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--trust-remote-code", action="store_true", help="run the code that the folder of --tokenizer may bring along"
     )
     tokens.add_argument(
-        "--tokenizer-output", type=Path, metavar="DIR", help="folder for a trained tokenizer [PREFIX-tokenizer]"
+        "--tokenizer-output", type=a_path, metavar="DIR", help="folder for a trained tokenizer [PREFIX-tokenizer]"
     )
     tokens.add_argument(
         "--tokenizer-bytes", type=whole(1), default=1 << 25, help="size of the sample that trains a tokenizer"
@@ -117,7 +118,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="tokenizing processes; 1 tokenizes in the main process",
     )
     args = parser.parse_args(argv)
-    _check(args, parser.error)
+    try:
+        _check(args, parser.error)
+    except OSError as error:  # a name that no file can have
+        parser.error(f"{error.filename}: {error.strerror}")
     return args
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 
 def number(kind: Callable[[str], float], accepts: Callable[[float], bool], expected: str) -> Callable[[str], float]:
@@ -32,6 +33,13 @@ def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def path(text: str) -> Path:
+    """A path. Without the check an empty text, as of a variable that is not set, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a path")
+    return Path(text)
 
 
 positive = number(float, lambda value: 0 < value < float("inf"), "a number above 0")

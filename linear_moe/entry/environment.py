@@ -42,7 +42,11 @@ def _from_file(environment: Mapping[str, str]) -> dict[str, object]:
         return {}
     if not Path(path).is_file():
         raise ValueError(f"{CONFIG_FILE}: there is no file {path!r}; give the path of a YAML file")
-    content = yaml.safe_load(Path(path).read_text()) or {}
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{CONFIG_FILE}: {path!r} is no YAML file: {' '.join(str(error).split())}") from error
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected lines such as 'mom_num_memories: 4', got {content!r}")
     return _by_present_name(path, {str(name).replace("-", "_"): value for name, value in content.items()})

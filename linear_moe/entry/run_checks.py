@@ -6,6 +6,7 @@ the embedding wherever that is. The checks here name the argument, its value and
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -69,6 +70,15 @@ def check_values(args) -> None:
                 raise ValueError(f"{option(name)} {value}: use {kind}{INSTEAD.get(name, '')}")
     if args.save is not None and args.save_interval is None:
         raise ValueError(f"--save {args.save} needs --save-interval, the number of steps between two checkpoints")
+    _check_load(args)
+    for name in ("adam_beta1", "adam_beta2", "attention_dropout", "hidden_dropout"):
+        value = getattr(args, name, None)
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"{option(name)} {value}: use a number from 0 up to, but not including, 1")
+    if args.split and not re.fullmatch(r"[\d.,/ ]+", args.split):  # Megatron reads the digits and skips all else
+        raise ValueError(f"--split {args.split}: use shares such as 99,1,0")
+    if args.seed is not None and args.seed >= 2**31:  # to which ranks add their numbers, and NumPy takes 32 bits
+        raise ValueError(f"--seed {args.seed}: use a whole number below {2**31}")
     if args.lr is not None and args.min_lr is not None and args.min_lr > args.lr:
         raise ValueError(f"--min-lr {args.min_lr} is larger than --lr {args.lr}: use a value up to --lr")
     if args.lr_warmup_fraction is not None and not args.lr_warmup_fraction < 1:
@@ -77,6 +87,20 @@ def check_values(args) -> None:
     if args.lr_warmup_iters and steps and args.lr_warmup_iters >= steps:
         source = "--lr-decay-iters" if args.lr_decay_iters else "--train-iters"
         raise ValueError(f"--lr-warmup-iters {args.lr_warmup_iters}: use fewer steps than {source} {steps}")
+
+
+def _check_load(args) -> None:
+    """Megatron starts from random weights where there is no checkpoint: right for the folder that the run will save
+    into, and a mistake in the name of any other.
+    """
+    if args.load is None or args.load == args.save or "://" in str(args.load):
+        return
+    try:
+        Path(args.load).stat()
+    except OSError as error:
+        raise ValueError(
+            f"--load {args.load}: {error.strerror}: give the folder of a checkpoint, or leave it out to start anew"
+        ) from error
 
 
 def _check_values(validate_args, args, *positional, **keywords):

@@ -10,11 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from mom_layers.common.checks import FLOATING, WHOLE, check_number, check_range, check_tensors
 from mom_layers.common.kernel_choice import compute_dtype, resolve_kernels
 from mom_layers.common.supported import FLOAT_TYPES, HEAD_SIZES
 
 
-def _check(o, weights, row_of_choice, output_gate, norm_weight, kernels) -> None:
+def _check(o, weights, row_of_choice, output_gate, norm_weight, eps, kernels) -> None:
+    check_tensors(FLOATING, o=o)
+    check_tensors(FLOATING, o.device, weights=weights, output_gate=output_gate, norm_weight=norm_weight)
+    check_tensors(WHOLE, o.device, row_of_choice=row_of_choice)
+    check_number(eps=eps)
+    if eps < 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
     if row_of_choice.dim() != 2 or row_of_choice.dtype != torch.int32:
         raise ValueError(
             f"row_of_choice must be int32 [N, k or k + 1], got {row_of_choice.dtype} {list(row_of_choice.shape)}"
@@ -31,6 +38,7 @@ def _check(o, weights, row_of_choice, output_gate, norm_weight, kernels) -> None
         raise ValueError(f"output_gate must be {[tokens, heads, size]}, got {list(output_gate.shape)}")
     if norm_weight.shape != (size,):
         raise ValueError(f"norm_weight must be [{size}], got {list(norm_weight.shape)}")
+    check_range(0, o.shape[0], row_of_choice=row_of_choice)
     if kernels == "torch":
         return
     for name, tensor in (("o", o), ("output_gate", output_gate), ("norm_weight", norm_weight)):
@@ -111,7 +119,7 @@ def combine(
         ValueError: a shape, size, type or stride that does not fit.
     """
     kernels = resolve_kernels(kernels, o)
-    _check(o, weights, row_of_choice, output_gate, norm_weight, kernels)
+    _check(o, weights, row_of_choice, output_gate, norm_weight, eps, kernels)
     if kernels == "torch":
         return _combine_torch(o, weights, row_of_choice, output_gate, norm_weight, eps)
     return _Combine.apply(

@@ -33,7 +33,8 @@ def resolve_kernels(kernels: str, tensor: torch.Tensor) -> str:
     """
     check_kernels(kernels)
     if kernels == "auto":
-        return "triton" if tensor.is_cuda else "torch"
+        # What is no tensor is refused by the operation's own checks, with the argument's name.
+        return "triton" if getattr(tensor, "is_cuda", False) else "torch"
     return kernels
 
 

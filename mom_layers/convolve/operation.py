@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from mom_layers.common.checks import FLOATING, check_instance, check_tensors, check_whole
 from mom_layers.common.kernel_choice import compute_dtype, resolve_kernels
 from mom_layers.common.supported import FLOAT_TYPES, HEAD_SIZES
 from mom_layers.route.plan import RoutingPlan
@@ -20,6 +21,13 @@ MAX_WIDTH = 8  # of the Triton kernels' filters, which keep W - 1 rows in regist
 
 def check_convolution(x, weight, plan, gather, unit_length_heads, initial_tail, kernels) -> None:
     """Raises ValueError for arguments that :func:`segment_convolution` does not take; kernels: "torch" or "triton"."""
+    check_instance(RoutingPlan, plan=plan)
+    check_tensors(FLOATING, x=x)
+    check_tensors(FLOATING, x.device, weight=weight)
+    if initial_tail is not None:
+        check_tensors(FLOATING, x.device, initial_tail=initial_tail)
+    if unit_length_heads is not None:
+        check_whole(0, unit_length_heads=unit_length_heads)
     inputs = plan.row_of_choice.shape[0] if gather else plan.num_rows
     if x.dim() != 2 or x.shape[0] != inputs:
         kind = "tokens" if gather else "rows"

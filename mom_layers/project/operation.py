@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from mom_layers.common.checks import FLOATING, check_instance, check_tensors
 from mom_layers.common.kernel_choice import resolve_kernels
 from mom_layers.common.supported import FLOAT_TYPES
 from mom_layers.route.plan import RoutingPlan
@@ -28,6 +29,9 @@ def has_device_grouped_mm(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, plan: RoutingPlan) -> None:
+    check_instance(RoutingPlan, plan=plan)
+    check_tensors(FLOATING, x=x)
+    check_tensors(FLOATING, x.device, weight=weight)
     tokens = plan.row_of_choice.shape[0]
     if x.dim() != 2 or x.shape[0] != tokens:
         raise ValueError(f"x must be [{tokens}, D] for this plan, got {list(x.shape)}")

@@ -4,8 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from mom_layers.common.checks import check_borders
+from mom_layers.common.checks import FLOATING, WHOLE, check_borders, check_number, check_tensors
 from mom_layers.common.supported import FLOAT_TYPES, HEAD_SIZES
+
+
+def check_types(q, k, v, gates: dict[str, object], cu_seqlens, initial_state, scale) -> None:
+    """Raises TypeError or ValueError, with the argument's name, for arguments of another type than the operation takes.
+
+    ``gates``: by name.
+    """
+    check_tensors(FLOATING, q=q)
+    check_tensors(FLOATING, q.device, k=k, v=v, **gates)
+    check_tensors(WHOLE, q.device, cu_seqlens=cu_seqlens)
+    check_borders(cu_seqlens, q.shape[0] if q.dim() else 0)
+    if initial_state is not None:
+        check_tensors(FLOATING, q.device, initial_state=initial_state)
+    if scale is not None:
+        check_number(scale=scale)
 
 
 def check_shapes(

@@ -12,7 +12,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mom_layers.common.checks import check_borders, checks_values
+from mom_layers.common.checks import (
+    TRUTH,
+    WHOLE,
+    check_borders,
+    check_range,
+    check_tensors,
+    check_truth,
+    check_whole,
+    checks_values,
+)
 from mom_layers.common.kernel_choice import resolve_kernels
 from mom_layers.common.supported import MAX_MEMORIES
 
@@ -123,6 +132,12 @@ def _plan_torch(memory_ids, token_cu_seqlens, num_memories, shared, token_mask):
 
 
 def _check(memory_ids, token_cu_seqlens, num_memories, shared, token_mask, kernels) -> None:
+    check_tensors(WHOLE, memory_ids=memory_ids)
+    check_tensors(WHOLE, memory_ids.device, token_cu_seqlens=token_cu_seqlens)
+    if token_mask is not None:
+        check_tensors(TRUTH, memory_ids.device, token_mask=token_mask)
+    check_whole(1, num_memories=num_memories)
+    check_truth(shared=shared)
     if memory_ids.dim() != 2 or memory_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"memory_ids must be int32 or int64 [N, k], got {memory_ids.dtype} {list(memory_ids.shape)}")
     tokens, topk = memory_ids.shape
@@ -133,13 +148,12 @@ def _check(memory_ids, token_cu_seqlens, num_memories, shared, token_mask, kerne
             "token_cu_seqlens must be int32 [B + 1] with B >= 1, "
             f"got {token_cu_seqlens.dtype} {list(token_cu_seqlens.shape)}"
         )
-    check_borders(token_cu_seqlens, memory_ids.shape[0], "token_cu_seqlens")
-    if checks_values(memory_ids) and memory_ids.numel():
-        least, most = int(memory_ids.min()), int(memory_ids.max())
-        if least < 0 or most >= num_memories:
-            raise ValueError(f"memory_ids must be from 0 to {num_memories - 1}, got {least} to {most}")
     if token_mask is not None and (token_mask.dtype != torch.bool or token_mask.shape != memory_ids.shape[:1]):
         raise ValueError(f"token_mask must be bool [{tokens}], got {token_mask.dtype} {list(token_mask.shape)}")
+    check_range(0, num_memories, memory_ids=memory_ids)
+    if checks_values(memory_ids) and (memory_ids.sort(1).values.diff(dim=1) == 0).any():
+        raise ValueError("memory_ids must name different memories for one token, got one memory twice")
+    check_borders(token_cu_seqlens, tokens, "token_cu_seqlens")
     # A larger number would wrap around and name wrong rows.
     rows = tokens * (topk + int(shared))
     if rows >= 2**31:

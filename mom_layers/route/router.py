@@ -8,11 +8,13 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from mom_layers.common.checks import FLOATING, check_tensors, check_whole
 from mom_layers.common.kernel_choice import compute_dtype, resolve_kernels
 from mom_layers.common.supported import FLOAT_TYPES, MAX_MEMORIES
 
 
 def _check(logits: torch.Tensor, topk: int, kernels: str) -> None:
+    check_whole(0, topk=topk)
     if logits.dim() != 2:
         raise ValueError(f"logits must be [N, M], got {list(logits.shape)}")
     if not 1 <= topk <= logits.shape[1]:
@@ -67,6 +69,7 @@ def route(logits: torch.Tensor, topk: int, *, kernels: str = "auto") -> tuple[to
     Raises:
         ValueError: a shape, size, type or stride that is not supported.
     """
+    check_tensors(FLOATING, logits=logits)
     kernels = resolve_kernels(kernels, logits)
     # The kernels compute in float32.
     if logits.dtype == torch.float64:

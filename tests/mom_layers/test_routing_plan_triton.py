@@ -103,7 +103,10 @@ def test_bad_inputs_are_refused():
     mask = torch.ones(7, dtype=torch.bool, device=DEVICE)
     too_many = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE).expand(2**30, 2)
     cases = [
-        (r"int32 or int64 \[N, k\], got torch.float32 \[8, 2\]", dict(memory_ids=good["memory_ids"].float())),
+        (
+            r"memory_ids must be a tensor of int32 or int64, got torch.float32",
+            dict(memory_ids=good["memory_ids"].float()),
+        ),
         (r"k from 1 to num_memories \(1\), got k = 2", dict(num_memories=1)),
         (r"int32 \[B \+ 1\] with B >= 1, got torch.int64 \[2\]", dict(token_cu_seqlens=offsets([8]).long())),
         (r"with B >= 1, got torch.int32 \[1\]", dict(token_cu_seqlens=offsets([]).int())),

@@ -9,10 +9,11 @@ import torch
 
 from mom_layers.common.kernel_choice import resolve_kernels
 from mom_layers.recur.channel_decay.torch import gated_linear_attention_torch
-from mom_layers.recur.checks import check_for_triton, check_shapes
+from mom_layers.recur.checks import check_for_triton, check_shapes, check_types
 
 
-def _check(q, k, v, g, cu_seqlens, initial_state, kernels):
+def _check(q, k, v, g, cu_seqlens, initial_state, kernels, scale=None):
+    check_types(q, k, v, {"g": g}, cu_seqlens, initial_state, scale)
     check_shapes(q, k, v, cu_seqlens, initial_state)
     if g.shape != q.shape:
         raise ValueError(f"g must be {list(q.shape)} as q is, got {list(g.shape)}")
@@ -60,7 +61,7 @@ def gated_linear_attention(
             sizes or devices that they do not take.
     """
     kernels = resolve_kernels(kernels, q)
-    _check(q, k, v, g, cu_seqlens, initial_state, kernels)
+    _check(q, k, v, g, cu_seqlens, initial_state, kernels, scale)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     if kernels == "triton":
         from mom_layers.recur.channel_decay.autograd import GatedLinearAttention

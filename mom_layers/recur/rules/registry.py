@@ -21,6 +21,6 @@ def rule_names() -> list[str]:
 
 def get_rule(name: str) -> MemoryRule:
     """The rule of that name. For an unknown name raises ValueError with the registered names."""
-    if name not in _RULES:
+    if not isinstance(name, str) or name not in _RULES:
         raise ValueError(f"unknown memory rule {name!r}: choose one of {', '.join(rule_names())}")
     return _RULES[name]

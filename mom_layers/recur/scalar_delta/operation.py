@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 
 from mom_layers.common.kernel_choice import resolve_kernels
-from mom_layers.recur.checks import check_for_triton, check_shapes
+from mom_layers.recur.checks import check_for_triton, check_shapes, check_types
 from mom_layers.recur.scalar_delta.torch import gated_delta_rule_torch
 
 
-def _check(q, k, v, g, beta, cu_seqlens, initial_state, kernels):
+def _check(q, k, v, g, beta, cu_seqlens, initial_state, kernels, scale=None):
+    check_types(q, k, v, {"g": g, "beta": beta}, cu_seqlens, initial_state, scale)
     check_shapes(q, k, v, cu_seqlens, initial_state)
     if g.shape != q.shape[:2] or beta.shape != q.shape[:2]:
         raise ValueError(f"g and beta must be {list(q.shape[:2])}, got {list(g.shape)} and {list(beta.shape)}")
@@ -62,7 +63,7 @@ def gated_delta_rule(
         ValueError: shapes, types, head sizes or devices that are not supported.
     """
     kernels = resolve_kernels(kernels, q)
-    _check(q, k, v, g, beta, cu_seqlens, initial_state, kernels)
+    _check(q, k, v, g, beta, cu_seqlens, initial_state, kernels, scale)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     if kernels == "triton":
         from mom_layers.recur.scalar_delta.autograd import GatedDeltaRule
