@@ -122,7 +122,7 @@ def test_the_start_says_where_the_memories_of_a_model_with_experts_are(settings,
     assert splits_memories(found) == (line is not None and "because" not in line)
 
 
-def test_softmax_layers_keep_multi_latent_attention():
+def test_softmax_layers_keep_multi_latent_attention(megatron):
     """Megatron replaces the class of a configuration with multi-latent attention; ours has both kinds of fields."""
     args = Namespace(
         multi_latent_attention=True, num_experts=None, expert_model_parallel_size=2, token_mixer="mom",
