@@ -17,7 +17,7 @@ from linear_moe.config import (
     refuse,
     splits_memories,
 )
-from linear_moe.entry import attention_options, hybrid_pattern
+from linear_moe.entry import attention_options, cpu_options, hybrid_pattern
 from linear_moe.entry.vocabulary_rows import keep_rows, report_rows
 from megatron_patches import releases
 from megatron_patches.patch import Patch, wrap
@@ -185,6 +185,7 @@ def _add_group(add_megatron_arguments, parser):
 def _validate(validate_args, args, *positional, **keywords):
     """Megatron's checks and ours. In a model without experts Megatron's checks see no expert parallelism."""
     fill_mom_arguments(args)
+    cpu_options.use_counterparts(args)
     if args.token_mixer != "mom":
         return validate_args(args, *positional, **keywords)
     hybrid_pattern.use_present_name(args)

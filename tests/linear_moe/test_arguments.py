@@ -15,6 +15,7 @@ from linear_moe.entry.arguments import (
     restore_from_checkpoint,
 )
 from linear_moe.entry.attention_options import drop_unused_attention
+from linear_moe.entry.cpu_options import use_counterparts
 from linear_moe.entry.hybrid_pattern import use_present_name
 
 
@@ -171,3 +172,33 @@ def test_attention_options_that_have_nothing_to_do_are_named(arguments, left, li
     assert caplog.messages == lines
     names = ("multi_latent_attention", "experimental_attention_variant", "mla_down_proj_fusion", "rope_type")
     assert tuple(getattr(args, name) for name in names) == left
+
+
+FOR_GPUS = [
+    *"--transformer-impl transformer_engine --distributed-backend nccl --fp8-format hybrid --moe-grouped-gemm".split(),
+    *"--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec --cuda-graph-impl local".split(),
+]
+
+
+@pytest.mark.parametrize(("gpu", "mixer"), [(False, "mom"), (False, "attention"), (True, "mom")])
+def test_a_command_for_gpus_gets_its_counterparts_on_a_machine_without(gpu, mixer, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("linear_moe"), "propagate", True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    parser = add_mom_arguments(add_megatron_arguments(argparse.ArgumentParser()))
+    args = parser.parse_args([*FOR_GPUS, "--token-mixer", mixer])
+    before = dict(vars(args))
+    with caplog.at_level("INFO", logger="linear_moe"):
+        use_counterparts(args)
+    if gpu:
+        assert vars(args) == before and not caplog.messages
+        return
+    values = (args.transformer_impl, args.distributed_backend, args.fp8, args.moe_grouped_gemm, args.cuda_graph_impl)
+    assert values == ("local", "gloo", None, False, "none")
+    assert caplog.messages[:5] == [
+        "no GPU: --distributed-backend nccl becomes gloo",
+        "no GPU: --transformer-impl transformer_engine becomes local",
+        "no GPU: --cuda-graph-impl local becomes none",
+        "no GPU: --fp8-format hybrid is left out",
+        "no GPU: --moe-grouped-gemm is left out",
+    ]
+    assert (args.spec is None) == (len(caplog.messages) == 6) == (mixer == "mom")

@@ -92,9 +92,12 @@ def test_letter_g_of_a_hybrid_pattern():
     assert "memories at iteration 6 | load " in run.stdout
 
 
-def test_the_deprecated_name_of_a_pattern():
-    memories = launch(*COMMON, *MOM, "--hybrid-override-pattern", "G-")
+def test_the_deprecated_name_of_a_pattern_in_a_command_for_gpus():
+    stack = "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec"
+    gpus = [*stack.split(), "--transformer-impl", "transformer_engine", "--distributed-backend", "nccl"]
+    memories = launch(*COMMON, *MOM, *gpus, "--hybrid-override-pattern", "G-")
     assert losses(memories) and "memories at iteration 6 | load " in memories.stdout
+    assert "no GPU: --transformer-impl transformer_engine becomes local" in memories.stdout
     softmax = launch(*COMMON, *MOM, "--hybrid-override-pattern", "*-*-", "--log-interval", 100)
     assert softmax.returncode != 0 and "for example --hybrid-layer-pattern 'G-*-'" in softmax.stdout
 

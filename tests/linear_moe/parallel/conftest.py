@@ -45,6 +45,11 @@ LAYOUTS = {
     "CP2+TP2": (4, training.CP2 + training.TP2),
     "CP2+TP2+SP": (4, training.CP2 + training.TP2 + training.SP),
 }
+ONE_RANK_AN_EXPERT = "TP2+SP+EP2, experts whole on a rank"
+EXPERT_LAYOUTS = {
+    ONE_RANK_AN_EXPERT: (2, training.TP2 + training.SP + training.EP2 + ["--expert-tensor-parallel-size", "1"])
+}
+"""Layouts of models with experts in the MLPs, which a model without experts cannot have."""
 STEPS, SAVED = 10, 8
 
 
@@ -96,7 +101,7 @@ def trained(tmp_path_factory, documents):
         return once(shared / f"{layout} {list(ARGUMENTS).index(model)}", train, layout, model)
 
     def train(folder, layout, model):
-        ranks, arguments = LAYOUTS[layout]
+        ranks, arguments = (LAYOUTS | EXPERT_LAYOUTS)[layout]
         start = []
         if "PP" in layout or model == EXPERTS:
             start = ["--load", initial_weights(model), "--finetune", "--no-load-optim", "--no-load-rng"]

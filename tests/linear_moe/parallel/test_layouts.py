@@ -1,7 +1,7 @@
 """Every layout trains as one process does: the losses, every gradient and every parameter."""
 
 import pytest
-from conftest import EXPERTS, GLA, LAYOUTS, MODELS, ROUTED, STEPS
+from conftest import EXPERTS, GLA, LAYOUTS, MODELS, ONE_RANK_AN_EXPERT, ROUTED, STEPS
 from training import CP2, gradients_of_first_step, launch, parameters
 
 RTOL = 1e-5
@@ -27,7 +27,7 @@ def test_ten_steps_equal_one_process(trained, layout, model):
     assert_same(parameters(folder, STEPS), parameters(expected_folder, STEPS))
 
 
-@pytest.mark.parametrize("layout", ["EP2", "EP2, whole memories"])
+@pytest.mark.parametrize("layout", ["EP2", "EP2, whole memories", ONE_RANK_AN_EXPERT])
 def test_memories_whole_or_split_beside_experts_equal_one_process(trained, layout):
     test_ten_steps_equal_one_process(trained, layout, EXPERTS)
 
