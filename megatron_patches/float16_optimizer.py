@@ -5,6 +5,8 @@ the 16-bit ones alone. After the first float32 parameter, such as the decay rate
 another parameter. Muon chains optimizers of this class, and its layer-wise form gives each rank's share to one.
 """
 
+from functools import partial
+
 import torch
 
 from megatron_patches.patch import Patch, wrap
@@ -49,16 +51,66 @@ def _count_every_parameter(build, optimizer, *args, **kwargs):
     return state
 
 
+def _empty_groups_stay(build, optimizer, *args, **kwargs):
+    """Keeps a rank's empty groups, such as the memories' on a pipeline stage without memories, out of the checkpoint.
+
+    What is no tensor is saved by rank 0 for all ranks, and empty lists and dicts of rank 0 are none of the others'.
+    """
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+
+    state = build(optimizer, *args, **kwargs)
+    of_parameters = state.get("optimizer", state)  # Megatron's float32 optimizer has no entry of this name
+    if not of_parameters["state"]:
+        of_parameters["state"] = LocalNonpersistentObject({})
+    copies = state.get("fp32_from_fp16_params", [])
+    copies[:] = [group or LocalNonpersistentObject([]) for group in copies]
+    return state
+
+
+def _save_every_group(build, optimizer, *args, **kwargs):
+    return _empty_groups_stay(partial(_count_every_parameter, build), optimizer, *args, **kwargs)
+
+
+def _groups_in_order(load, optimizer, state):
+    """Megatron's loading makes a list a dict where some of the list's groups were kept out of the checkpoint."""
+    copies = state.get("fp32_from_fp16_params")
+    if isinstance(copies, dict):
+        state = state | {"fp32_from_fp16_params": [group for _, group in sorted(copies.items())]}
+    return load(optimizer, state)
+
+
+def _step_of_empty_groups(synchronize, chain):
+    """Gives the number of steps to groups that are empty on this rank, which rank 0 may save for the others.
+
+    Only where groups have one: Adam's have, Muon's do not.
+    """
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+    step = synchronize(chain)
+    plain = (Float16OptimizerWithFloat16Params, FP32Optimizer)
+    inner = [part.optimizer for part in chain.chained_optimizers if isinstance(part, plain) and part.optimizer]
+    counting = {type(adam) for adam in inner for group in adam.param_groups if group["params"] and "step" in group}
+    for optimizer in inner:
+        for group in optimizer.param_groups:
+            if type(optimizer) in counting and not group["params"]:
+                group["step"] = step
+    return step
+
+
+_OPTIMIZER = "megatron.core.optimizer.optimizer"
+_FLOAT16 = "Float16OptimizerWithFloat16Params"
+
 PATCH = Patch(
     name="float16-optimizer",
     reason="Float16OptimizerWithFloat16Params counts 16-bit parameters only where it looks up a parameter's place in "
-    "the model, and cannot save a model that has float32 parameters too",
-    removed_when="Float16OptimizerWithFloat16Params maps its optimizer's parameters in their own order",
+    "the model, and cannot save a model that has float32 parameters too; groups that are empty on a pipeline stage are "
+    "not loaded",
+    removed_when="Float16OptimizerWithFloat16Params maps its optimizer's parameters in their own order, and Megatron's "
+    "test of loading covers an optimizer that has no parameter on one rank",
     targets=(
-        wrap(
-            "megatron.core.optimizer.optimizer",
-            "Float16OptimizerWithFloat16Params.sharded_state_dict",
-            _count_every_parameter,
-        ),
+        wrap(_OPTIMIZER, f"{_FLOAT16}.sharded_state_dict", _save_every_group),
+        wrap(_OPTIMIZER, f"{_FLOAT16}.load_state_dict", _groups_in_order),
+        wrap(_OPTIMIZER, "FP32Optimizer.sharded_state_dict", _empty_groups_stay),
+        wrap(_OPTIMIZER, "ChainedOptimizer._synchronize_steps", _step_of_empty_groups),
     ),
 )

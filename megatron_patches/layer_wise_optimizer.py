@@ -32,8 +32,11 @@ def _gather_one_type(shares, group) -> None:
 
 def _gather_each_type(gather, optimizer) -> None:
     """Megatron's own gathering where all parameters have one type and the backend is not gloo."""
-    dense = optimizer.dp_cp_params_list, optimizer.dp_cp
-    experts = optimizer.expt_dp_params_list, optimizer.expt_dp
+    groups = optimizer.pg_collection
+    if groups is None:
+        return gather(optimizer)
+    dense = optimizer.dp_cp_params_list, groups.dp_cp
+    experts = optimizer.expt_dp_params_list, groups.expt_dp
     shares_of_groups = [(shares, group) for shares, group in (dense, experts) if shares]
     types = {parameter.dtype for shares, _ in shares_of_groups for share in shares for parameter in share}
     over_gloo = any(torch.distributed.get_backend(group) == "gloo" for _, group in shares_of_groups)

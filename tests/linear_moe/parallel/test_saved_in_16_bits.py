@@ -67,6 +67,7 @@ LAYOUTS = {
     "1": (1, []),
     "TP2": (2, TP2),
     "PP2": (2, PP2),
+    "PP2, a stage without memories": (2, [*PP2, "--linear-attention-freq", "[0,1]"]),
     "1, torch format": (1, TORCH),
     "1, Muon": (1, MUON),
     "DP2, layer-wise Muon": (2, LAYER_WISE),
@@ -104,3 +105,9 @@ def test_another_layout_loads_every_bit(whole, tmp_path, writer, reader):
     load = ["--load", folder, "--ckpt-step", SAVED, "--override-opt_param-scheduler"]
     run(ranks, [*arguments, *load], tmp_path, steps=SAVED)
     assert_same_bits(checkpoint_tensors(tmp_path, SAVED), checkpoint_tensors(folder, SAVED))
+
+
+def test_layer_wise_muon_passes_on_parameters_of_both_types(whole):
+    expected, _ = whole("1, Muon")
+    losses, _ = whole("DP2, layer-wise Muon")
+    assert losses == pytest.approx(expected, rel=2e-3) and losses[STEPS] < losses[1] - 0.2
