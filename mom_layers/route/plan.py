@@ -150,16 +150,17 @@ def _check(memory_ids, token_cu_seqlens, num_memories, shared, token_mask, kerne
         )
     if token_mask is not None and (token_mask.dtype != torch.bool or token_mask.shape != memory_ids.shape[:1]):
         raise ValueError(f"token_mask must be bool [{tokens}], got {token_mask.dtype} {list(token_mask.shape)}")
-    check_range(0, num_memories, memory_ids=memory_ids)
-    if checks_values(memory_ids) and (memory_ids.sort(1).values.diff(dim=1) == 0).any():
-        raise ValueError("memory_ids must name different memories for one token, got one memory twice")
-    check_borders(token_cu_seqlens, tokens, "token_cu_seqlens")
     # A larger number would wrap around and name wrong rows.
     rows = tokens * (topk + int(shared))
     if rows >= 2**31:
         raise ValueError(f"rows are numbered in int32: {tokens} tokens must have fewer than 2^31 rows, got {rows}")
     if kernels == "triton" and num_memories + int(shared) + int(token_mask is not None) > MAX_MEMORIES:
         raise ValueError(f"num_memories must be at most {MAX_MEMORIES - 2} for kernels='triton', got {num_memories}")
+    # Values last: only a plan that fits is worth reading.
+    check_range(0, num_memories, memory_ids=memory_ids)
+    if checks_values(memory_ids) and (memory_ids.sort(1).values.diff(dim=1) == 0).any():
+        raise ValueError("memory_ids must name different memories for one token, got one memory twice")
+    check_borders(token_cu_seqlens, tokens, "token_cu_seqlens")
 
 
 def build_routing_plan(

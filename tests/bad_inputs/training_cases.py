@@ -121,7 +121,7 @@ def judge(option: str, value: str, kind: str, inputs: Path) -> str | None:
 
 def judge_setting(name: str, value: object, in_file: bool, inputs: Path) -> str | None:
     """The fault of a model's configuration with a bad setting of the environment or of the file."""
-    from linear_moe.entry.settings import read_settings
+    from linear_moe.entry.environment import read_settings
 
     from linear_moe.config import MomTransformerConfig
 
@@ -143,7 +143,7 @@ def judge_setting(name: str, value: object, in_file: bool, inputs: Path) -> str 
 
 def judge_config(content: bytes | None, path: Path) -> str | None:
     """The fault of a MOM_CONFIG that is no file of settings."""
-    from linear_moe.entry.settings import read_settings
+    from linear_moe.entry.environment import read_settings
 
     if content is not None:
         path.write_bytes(content)

@@ -46,7 +46,7 @@ SPLIT = {"expert_model_parallel_size": 2, "mom_expert_parallel": "on"}
         ({"mom_head_dim": 100}, "head_dim = 100 is not supported by the gated_deltanet kernels: use one of 16, 32, 64"),
         ({"mom_expand_v": 3.0}, r"head_dim \* expand_v = 768 is not supported"),
         ({"mom_num_heads": 3, "tensor_model_parallel_size": 2}, "--mom-num-heads 3 does not divide over"),
-        ({"mom_aux_loss_coeff": -1.0}, "--mom-aux-loss-coeff must not be negative, got -1.0"),
+        ({"mom_aux_loss_coeff": -1.0}, "--mom-aux-loss-coeff must be a number that is not negative, got -1.0"),
         ({"mom_expert_parallel": "yes"}, "--mom-expert-parallel must be one of auto, on, off, got 'yes'"),
         ({"mom_kernels": "cuda"}, "--mom-kernels must be one of auto, torch, triton, got 'cuda'"),
         ({"linear_attention_freq": 1}, "--linear-attention-freq 1 leaves no MoM layer"),

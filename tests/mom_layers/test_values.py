@@ -42,7 +42,7 @@ def test_wrong_borders_are_refused_by_every_operation(borders, kernels):
 @pytest.mark.parametrize("ids", [[[0], [2]], [[-1], [0]]])
 def test_memories_that_do_not_exist_are_refused(ids):
     ids = torch.tensor(ids, device=DEVICE)
-    with pytest.raises(ValueError, match="memory_ids must be from 0 to 1, got"):
+    with pytest.raises(ValueError, match="memory_ids must hold numbers from 0 to 1, got"):
         build_routing_plan(ids, tensor([0, 2]), num_memories=2)
 
 

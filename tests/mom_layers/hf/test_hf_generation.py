@@ -8,6 +8,7 @@ from hf_models import HYBRID, WINDOWED, random_tokens, relative_error, tiny_mode
 from mom_layers.hf import MomCache
 from mom_layers.hf.cache import CACHE_NAME
 from mom_layers.hf.mixer import MomAttention
+from mom_layers.recur.rules import registry
 
 KINDS = [{}, {"shared_mem": False, "topk": 1}, HYBRID, WINDOWED]
 SEED = 1  # its weights give no token a second and a third memory that tie within bf16's rounding
@@ -47,15 +48,15 @@ def test_tokens_decoded_by_the_kernels_equal_one_forward(changes, monkeypatch):
     mixers = [layer.attn for layer in model.model.layers if isinstance(layer.attn, MomAttention)]
     cache, calls = MomCache(model.config), []
     rows = [model(tokens[:, :6], attention_mask=mask[:, :6], past_key_values=cache).logits]
+    rule = mixers[0].rule
+
+    def counted(*arguments):
+        calls.append(rule)
+        return rule.decode_step(*arguments)
+
+    monkeypatch.setitem(registry._RULES, rule.name, replace(rule, decode_step=counted))
     for mixer in mixers:
-        rule = mixer.rule
-
-        def counted(*arguments, rule=rule):
-            calls.append(rule)
-            return rule.decode_step(*arguments)
-
         monkeypatch.setattr(mixer, "kernels", "triton")
-        monkeypatch.setattr(mixer, "rule", replace(rule, decode_step=counted))
     for t in range(6, 9):
         seen = mask[:, : t + 1]
         rows.append(model(tokens[:, t : t + 1], attention_mask=seen, past_key_values=cache).logits)
