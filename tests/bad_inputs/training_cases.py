@@ -121,9 +121,8 @@ def judge(option: str, value: str, kind: str, inputs: Path) -> str | None:
 
 def judge_setting(name: str, value: object, in_file: bool, inputs: Path) -> str | None:
     """The fault of a model's configuration with a bad setting of the environment or of the file."""
-    from linear_moe.entry.environment import read_settings
-
     from linear_moe.config import MomTransformerConfig
+    from linear_moe.entry.environment import read_settings
 
     environment = {name.upper(): str(value)}
     if in_file:

@@ -294,9 +294,13 @@ def test_gated_delta_rule_triton_at_every_tile(key_size, value_size, few_program
 @pytest.mark.gpu
 @pytest.mark.parametrize(("key_size", "value_size"), list(itertools.product(HEAD_SIZES, repeat=2)))
 def test_gated_delta_rule_triton_at_every_head_size(key_size, value_size):
-    """Several launches, for a fault of the compiler may show in some only: 64 keys and fewer values once did."""
+    """Several launches, for a fault of the compiler may show in some only: 64 keys and fewer values once had one, with
+    gradients that were 17% off.
+
+    g's gradient, a difference of sums over all later rows, is up to 1.8% off here, in Triton's interpreter too.
+    """
     for _ in range(3):
-        compare([200, 64, 3, 330, 0, 130], 2, key_size, value_size, torch.bfloat16, dg_bound=1.2)
+        compare([200, 64, 3, 330, 0, 130], 2, key_size, value_size, torch.bfloat16, dg_bound=3)
 
 
 @pytest.mark.gpu
