@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from linear_moe.conversion.files import ConversionError, write_json
 from linear_moe.conversion.names import EXTRA_STATES, Entry, Layout, entries
 from megatron_patches.trusted_checkpoints import UnsafeCheckpoint, read_metadata
+from mom_layers.hf.fields import FIELDS
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.", "encoder.")
@@ -145,6 +146,9 @@ class MegatronCheckpoint:
         self.args = common.get("args")
         if not isinstance(self.args, Namespace):
             raise ConversionError(f"{folder} holds no arguments: it was not written by megatron.training")
+        for field in FIELDS:  # arguments that are newer than the checkpoint have their defaults
+            if field.setting and field.megatron.startswith("mom_") and not hasattr(self.args, field.megatron):
+                setattr(self.args, field.megatron, field.default)
 
     def _check_files(self, metadata) -> None:
         ends: dict[str, int] = {}

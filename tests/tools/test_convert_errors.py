@@ -45,6 +45,18 @@ def write_with_arguments(folder, shape=None, **changed):
     return folder
 
 
+def test_a_checkpoint_older_than_an_argument_has_its_default(tmp_path):
+    folder = write_with_arguments(tmp_path / "checkpoint")
+    args = hf_checkpoint.MegatronCheckpoint(folder / "release").args
+    older = Namespace(**{name: value for name, value in vars(args).items() if name != "mom_single_kv_proj"})
+    config = layout_of(MomConfig(**TINY))
+    (tmp_path / "older").mkdir()
+    hf_checkpoint.write_checkpoint(
+        tmp_path / "older", config, lambda entry: torch.float32, lambda entry: torch.zeros(entry.shape), older
+    )
+    assert hf_checkpoint.MegatronCheckpoint(tmp_path / "older" / "release").args.mom_single_kv_proj is False
+
+
 @pytest.fixture
 def refused(tmp_path, capsys):
     """Runs a tool that must fail. Returns the tool's output."""
