@@ -108,8 +108,10 @@ _in_worker = False
 
 
 def _copy_host_tensors(preload_tensors, buckets, non_blocking=True):
-    """FileSystemWriterAsync.preload_tensors. The run goes on as soon as its tensors are copied to the host: those that
-    are there already, and that this worker shares with the run, are copied too.
+    """FileSystemWriterAsync.preload_tensors, with a copy of tensors that lie on the host.
+
+    The run goes on, and changes its tensors, as soon as this function returns. Megatron copies tensors from the GPU
+    only, so the worker would write what the run made of the tensors that both share.
     """
     preloaded = preload_tensors(buckets, non_blocking)
     if _in_worker:
@@ -193,7 +195,7 @@ def _close(close, caller, *positional, **keywords):
 
 
 def _without_file(init, listener, address=None, family=None, backlog=1, authkey=None) -> None:
-    """Listener.__init__ with a name in Linux's abstract namespace, where whoever connects has to have the key."""
+    """Listener.__init__ with a name in Linux's abstract namespace. A process that connects must have the key."""
     if address is None and family is None and authkey is not None and sys.platform.startswith("linux"):
         address = f"\0listener-{uuid.uuid4().hex}"
     init(listener, address, family, backlog, authkey)

@@ -207,7 +207,7 @@ def parse_config(content: dict, tensor_names: set[str]) -> MomConfig:
 
 
 def layout_of(config: MomConfig) -> Layout:
-    """What the name table needs to know of a model."""
+    """The counts and sizes of a model that decide its tensors' names and shapes."""
     specs = config.attention_specs()
     head = config.hidden_size // specs[0].num_heads if specs else 0
     groups = specs[0].num_kv_heads if specs else 1

@@ -58,7 +58,7 @@ class Digests:
                 raise ConversionError(f"the weights {word} {listed(found)}, which {self._path} {but}: {REMEDY}")
 
     def check(self, name: str, tensor: torch.Tensor) -> None:
-        """Raises ConversionError for a tensor whose type, shape or bytes are not those that the file describes."""
+        """Raises ConversionError for a tensor whose type, shape or bytes differ from the file's entry."""
         if self._tensors is not None and (found := digest(tensor)) != (expected := self._tensors[name]):
             keys = [key for key in found if not isinstance(expected, dict) or found[key] != expected.get(key)]
             what = "the bytes" if keys == [ALGORITHM] else " and ".join(keys)
