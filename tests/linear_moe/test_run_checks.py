@@ -11,7 +11,7 @@ from linear_moe.entry import run_checks
 
 
 def arguments(**values) -> SimpleNamespace:
-    settings = dict.fromkeys((*run_checks.AT_LEAST_ONE, *run_checks.NOT_NEGATIVE, "save", "load"))
+    settings = dict.fromkeys((*run_checks.AT_LEAST_ONE, *run_checks.NOT_NEGATIVE, "save", "load", "split"))
     return SimpleNamespace(**settings | {"lr": 1e-3, "min_lr": 0.0, "train_iters": 10} | values)
 
 
