@@ -1,5 +1,3 @@
-import os
-
 import pytest
 import torch
 
@@ -15,8 +13,10 @@ def megatron():
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any free port; no other process connects to it
-    torch.distributed.init_process_group("nccl" if on_gpu else "gloo", rank=0, world_size=1)
+    with pytest.MonkeyPatch.context() as environment:  # a script of a later test would take the addresses for its own
+        environment.setenv("MASTER_ADDR", "127.0.0.1")
+        environment.setenv("MASTER_PORT", "0")  # any free port; no other process connects to it
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
     yield
