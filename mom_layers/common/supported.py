@@ -7,4 +7,4 @@ import torch
 # Powers of two, as a tile's sides are; at least 16, the least side of a tensor core's product.
 HEAD_SIZES = (16, 32, 64, 128, 256)
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_MEMORIES = 1024  # columns of a tile that has one column for each memory
+MAX_MEMORIES = 1024  # a kernel's tile has a column for each memory

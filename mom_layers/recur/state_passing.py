@@ -18,7 +18,7 @@ import torch
 
 
 def _times(transition: torch.Tensor, state: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """T S, or T^T S; T is diagonal where it has one dimension less than S."""
+    """T S, or T^T S. A diagonal T is given as its diagonal, with one dimension less than S."""
     if transition.dim() < state.dim():
         return transition[..., None] * state
     return (transition.transpose(-1, -2) if transposed else transition) @ state

@@ -23,7 +23,7 @@ SOURCES = {"api": api_cases, "commands": command_cases, "script": script_cases, 
 
 
 def run(cases: list[Case]) -> dict[Case, str]:
-    """Fault of every case that has one."""
+    """The cases that end in a fault, each with its fault."""
     faults = {}
     for case in cases:
         if (fault := case.run()) is not None:
