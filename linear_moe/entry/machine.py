@@ -15,11 +15,13 @@ from megatron_patches import (
     bucket_types,
     checkpoints,
     dataset_helpers,
+    first_checkpoint,
     float16_optimizer,
     float32_parameters,
     layer_wise_optimizer,
     reshardable_optimizer,
     torch_fsdp2,
+    torch_norm,
     trusted_checkpoints,
 )
 from megatron_patches.child_processes import end_with_parent
@@ -35,8 +37,10 @@ def training_patches() -> tuple[Patch, ...]:
         bucket_types.PATCH,
         reshardable_optimizer.PATCH,
         torch_fsdp2.PATCH,
+        torch_norm.PATCH,
         trusted_checkpoints.PATCH,
         *checkpoints.patches(),
+        first_checkpoint.PATCH,
         run_checks.PATCH,
     )
 
