@@ -17,6 +17,7 @@ def patches() -> tuple[Patch, ...]:
         float16_optimizer,
         float32_parameters,
         layer_wise_optimizer,
+        parameter_groups,
         reshardable_optimizer,
         torch_fsdp2,
         torch_norm,
@@ -25,7 +26,7 @@ def patches() -> tuple[Patch, ...]:
 
     ours = (
         dataset_helpers.PATCH, float32_parameters.PATCH, float16_optimizer.PATCH, layer_wise_optimizer.PATCH,
-        bucket_types.PATCH, reshardable_optimizer.PATCH, torch_fsdp2.PATCH, torch_norm.PATCH,
+        parameter_groups.PATCH, bucket_types.PATCH, reshardable_optimizer.PATCH, torch_fsdp2.PATCH, torch_norm.PATCH,
         trusted_checkpoints.PATCH,
         *checkpoints.patches(), first_checkpoint.PATCH, *cpu.PATCHES,
     )  # fmt: skip
