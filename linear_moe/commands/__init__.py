@@ -32,7 +32,8 @@ def run_command(name: str, work: Callable[[], object], *errors: type[Exception],
 
     Args:
         name: of the file in tools/.
-        errors: exceptions whose message is for the user, beside OSError and SafetensorError. Other exceptions pass.
+        errors: exceptions whose message is for the user, beside OSError, SafetensorError and a lack of memory. Other
+            exceptions pass.
         note: a line to print after the reason.
     """
     try:
@@ -41,6 +42,10 @@ def run_command(name: str, work: Callable[[], object], *errors: type[Exception],
         return _failed(name, str(error), note)
     except (OSError, SafetensorError) as error:
         return _failed(name, " ".join(_reason(error).split()), note)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _failed(name, f"not enough memory: {' '.join(str(error).split())}", note)
     except KeyboardInterrupt:
         _failed(name, "interrupted", note)
         return 130
@@ -50,6 +55,12 @@ def run_command(name: str, work: Callable[[], object], *errors: type[Exception],
 def _failed(name: str, reason: str, note: str) -> int:
     print(f"{name}: error: {reason}" + (f"\n{note}" if note else ""), file=sys.stderr)
     return 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, or PyTorch on a GPU or a CPU, has no memory for what was to be computed."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
 
 
 def _reason(error: Exception) -> str:
