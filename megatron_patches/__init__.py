@@ -13,6 +13,7 @@ def patches() -> tuple[Patch, ...]:
         checkpoints,
         cpu,
         dataset_helpers,
+        early_gather,
         float16_optimizer,
         float32_parameters,
         layer_wise_optimizer,
@@ -23,7 +24,8 @@ def patches() -> tuple[Patch, ...]:
 
     ours = (
         dataset_helpers.PATCH, float32_parameters.PATCH, float16_optimizer.PATCH, layer_wise_optimizer.PATCH,
-        bucket_types.PATCH, reshardable_optimizer.PATCH, torch_fsdp2.PATCH, trusted_checkpoints.PATCH,
+        bucket_types.PATCH, early_gather.PATCH, reshardable_optimizer.PATCH, torch_fsdp2.PATCH,
+        trusted_checkpoints.PATCH,
         *checkpoints.patches(), *cpu.PATCHES,
     )  # fmt: skip
     return tuple({patch.name: patch for patch in ours}.values())
