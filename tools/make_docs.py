@@ -1,108 +1,35 @@
-"""Writes the pages of docs/ that follow from the code: arguments.md and patches.md.
+"""Writes the tables of docs/ that follow from the code and from the measured figures.
 
-    python tools/make_docs.py            writes the pages
+    python tools/make_docs.py            writes the tables
     python tools/make_docs.py --check    writes nothing; the exit status is 1 where a page is not current
 
-tests/test_docs.py makes the same check.
+A page has a table between two lines, `<!-- table: NAME ... -->` and `<!-- end of table -->`; the rest of the page is
+written by hand. tests/test_docs.py makes the same check.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from measured_rows import Row, read_rows, rows_of_last_commit, source
 
 from linear_moe import plugin
 from linear_moe.entry.arguments import DEFAULTS, FIELDS, OLD_NAMES, OURS, add_mom_arguments, is_switch, option
+from mom_layers import get_rule, rule_names
 
 DOCS = Path(__file__).parents[1] / "docs"
-NOTE = "<!-- Written by tools/make_docs.py. Change the code, then run that tool. -->\n"
-
-ARGUMENTS = """# Arguments
-
-{note}
-These arguments are added to Megatron's. `--token-mixer mom` switches the memories on; every other argument has a default.
-Where the same setting can be given in several ways, the first of this list wins:
-
-1. the argument on the command line, `--mom-num-memories 8`;
-2. with `--use-checkpoint-args`, the value stored in the checkpoint;
-3. with `--spec linear_moe.layer_specs mom_layer_spec` and no launcher, the environment variable `MOM_NUM_MEMORIES=8`, then
-   the line `mom_num_memories: 8` of the YAML file that the environment variable `MOM_CONFIG` names;
-4. the default.
-
-[What each argument does to the model](concepts.md) is explained with a picture; this page is the reference.
-
-## Table of arguments
-
-A *fixed* argument gives the weights their meaning. A checkpoint stores the value, and a run that loads the checkpoint with
-another value stops with a message.
-
-| argument | values | default | fixed | meaning |
-|---|---|---|---|---|
-{rows}
-
-Earlier names still work: {old}.
-
-## Megatron's arguments with a meaning for memories
-
-| argument | meaning with `--token-mixer mom` |
-|---|---|
-| `--linear-attention-freq 8` | Every eighth layer is softmax attention; all other layers are MoM. |
-| `--linear-attention-freq "([1]*7+[0])*3"` | A list says every layer's mixer: 1 is MoM, 0 is softmax attention. Without the argument every layer is MoM. |
-| `--hybrid-layer-pattern` | In `pretrain_hybrid.py` and `pretrain_mamba.py`, every letter `G` is a MoM layer. |
-| `--expert-model-parallel-size` | Splits the memories over GPUs too, as `--mom-expert-parallel` says. Experts are not required. |
-| `--num-attention-heads` | Heads of softmax layers. A MoM layer has `--mom-num-heads`. |
-| `--norm-epsilon` | Also of the norm inside a MoM layer. |
-
-## Environment variables
-
-| variable | meaning |
-|---|---|
-| `MOM_CONFIG` | YAML file with settings, for runs without our arguments on the command line. |
-| `MOM_TRUST_CHECKPOINT=1` | Allows a checkpoint to run the code that its files name. [Checkpoints](checkpoints.md#checkpoints-from-other-people) says when to do so. |
-| `MOM_TRACEBACK=1` | `linear_moe.pretrain` prints an error's traceback instead of its message alone. |
-| `MOM_CHECK=1` | On a GPU, checks the values of index tensors such as `cu_seqlens`. The check waits for the GPU and makes training slower. |
-| `MOM_PYTHON` | The interpreter that the scripts in `examples` use as it is, without installing anything. |
-"""
-
-PATCHES = """# What is changed in Megatron
-
-{note}
-Megatron has no hook for some things that memories need. Each such change is a *patch*: it has a name and a reason, it can
-be undone, and it stops the run with a clear message where the installed Megatron has no such place. Nothing on disk is
-changed; a patch lives in the process that applied it.
-
-- The patches in effect, in Python: `megatron_patches.patch.applied()`.
-- Every patch that a run can have, in Python: `linear_moe.plugin.patches()`. This page is written from that list.
-- `linear_moe.plugin.uninstall()` undoes them all.
-
-## Patches of every run
-
-| patch | why Megatron has to be changed | what change in Megatron would make the patch unnecessary |
-|---|---|---|
-{rows}
-
-`training-log` belongs to runs of Megatron-LM's own scripts, and adds a line about the memories. `console` belongs to
-`python -m linear_moe.pretrain`, and prints one line in place of Megatron's.
-
-## Patches on a machine without a GPU
-
-Megatron is written for GPUs. These patches let the same command run on a CPU, over gloo. On a machine with a GPU none of
-them is applied.
-
-| patch | why Megatron has to be changed | what change in Megatron would make the patch unnecessary |
-|---|---|---|
-{cpu_rows}
-
-## Where each patch acts
-
-| patch | replaced |
-|---|---|
-{targets}
-
-[How to write a patch](architecture.md#a-patch) has the rules that a new one follows. Differences between releases of
-Megatron are in `megatron_patches/releases`.
-"""
+TABLE = re.compile(r"(<!-- table: ([a-z-]+)\b.*?-->\n)(.*?)(<!-- end of table -->\n)", re.DOTALL)
+KINDS = {int: "a whole number", float: "a number", str: "a text"}
+LAYERS = {
+    "mom": "this layer",
+    "softmax": "softmax attention",
+    "fla-mom": "FLA's MoM",
+    "fla-gdn": "FLA's GatedDeltaNet, one memory",
+}
 
 
 def cell(text: object) -> str:
@@ -110,48 +37,146 @@ def cell(text: object) -> str:
     return " ".join(str(text).split()).replace("|", "\\|")
 
 
-def table(rows) -> str:
-    return "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in rows)
+def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """A table of Markdown with its last line break."""
+    lines = [head := list(head), ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(cell, line))} |\n" for line in lines)
 
 
-def arguments_page() -> str:
-    """docs/arguments.md, from the parser's group and the configuration's fields."""
-    parser = add_mom_arguments(argparse.ArgumentParser())
-    actions = {action.dest: action for action in parser._actions}
+def code(words: Iterable[object]) -> str:
+    """Words as code, separated by commas."""
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def arguments() -> str:
+    """The arguments of this project, from the parser's group and the configuration's fields."""
+    actions = {action.dest: action for action in add_mom_arguments(argparse.ArgumentParser())._actions}
+    before = {now: option(old) for old, now in OLD_NAMES.items()}
     rows = []
     for name in OURS:
-        action, default = actions[name], DEFAULTS[name]
+        action, default, about = actions[name], DEFAULTS[name], FIELDS[name].metadata
         if is_switch(name):
-            spelled, values = f"`{option(name)}`, `{option('no_' + name)}`", ""
-            shown = "on" if default else "off"
+            spelled, values, shown = [option(name), option(f"no_{name}")], "", "on" if default else "off"
         else:
-            spelled = f"`{option(name)}`"
-            kind = {int: "a whole number", float: "a number", str: "a text"}
-            values = ", ".join(f"`{choice}`" for choice in action.choices) if action.choices else kind[action.type]
+            spelled, values = [option(name)], code(action.choices) if action.choices else KINDS[action.type]
             shown = "none" if default is None else f"`{default}`"
-        about = FIELDS[name].metadata
-        rows.append((spelled, values, shown, "yes" if about["fixed"] else "", about["help"]))
-    old = ", ".join(f"`{option(before)}` for `{option(now)}`" for before, now in OLD_NAMES.items())
-    return ARGUMENTS.format(note=NOTE, rows=table(rows), old=old)
+        note = f" Earlier name: `{before[name]}`." if name in before else ""
+        rows.append((code(spelled), values, shown, "yes" if about["fixed"] else "", about["help"] + note))
+    return table(("argument", "values", "default", "fixed", "meaning"), rows)
 
 
-def patches_page() -> str:
-    """docs/patches.md, from `linear_moe.plugin.patches`."""
-    patches = plugin.patches()
-    every = [patch for patch in patches if not patch.name.startswith("cpu-")]
-    cpu = [patch for patch in patches if patch.name.startswith("cpu-")]
+def head_sizes() -> str:
+    """Head sizes of every rule's Triton kernels."""
+    rows = ((f"`{name}`", ", ".join(map(str, get_rule(name).head_sizes))) for name in rule_names())
+    return table(("rule", "key sizes and value sizes of the Triton kernels"), rows)
 
-    def reasons(some):
-        return table((f"`{patch.name}`", patch.reason, patch.removed_when) for patch in some)
 
-    targets = table(
-        (f"`{patch.name}`", ", ".join(f"`{target.module}.{target.attribute}`" for target in patch.targets))
-        for patch in [*every, *cpu]
+def patches(cpu: bool) -> str:
+    """The patches of every run, or of a machine without a GPU."""
+    chosen = [patch for patch in plugin.patches() if patch.name.startswith("cpu-") == cpu]
+    head = ("patch", "why Megatron has to be changed", "what would make the patch unnecessary")
+    return table(head, ((f"`{patch.name}`", patch.reason, patch.removed_when) for patch in chosen))
+
+
+def patch_targets() -> str:
+    """What every patch replaces."""
+    rows = (
+        (f"`{patch.name}`", code(f"{target.module}.{target.attribute}" for target in patch.targets))
+        for patch in plugin.patches()
     )
-    return PATCHES.format(note=NOTE, rows=reasons(every), cpu_rows=reasons(cpu), targets=targets)
+    return table(("patch", "replaced"), rows)
 
 
-PAGES = {"arguments.md": arguments_page, "patches.md": patches_page}
+def layer_times(kinds: tuple[str, ...]) -> str:
+    """Milliseconds and memory of a training step of one layer, for some kinds of layers, from one commit."""
+    rows = [row for row in rows_of_last_commit("h200_layers.csv", "layer", set(kinds)) if row["layer"] in kinds]
+    cases: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault((row["batch"], row["tokens"], row["hidden"]), {})[row["layer"]] = row
+    lines = []
+    for (batch, tokens, hidden), found in cases.items():
+        values = [time_and_memory(found[kind]) if kind in found else "not measured" for kind in kinds]
+        lines.append((f"{batch} x {tokens}, {hidden}", *values))
+    return table(("sequences x tokens, hidden size", *(LAYERS[kind] for kind in kinds)), lines) + caption(rows)
+
+
+def time_and_memory(row: Row) -> str:
+    """A cell of `layer_times`. A CUDA graph's time leaves out the host, which issues kernels one by one otherwise."""
+    graph = "" if row["both_graph_ms"] in ("", "nan") else f" ({float(row['both_graph_ms']):.1f})"
+    return f"{float(row['both_ms']):.1f}{graph} ms, {float(row['peak_gib']):.2f} GiB"
+
+
+def lengths() -> str:
+    """Time and memory of one layer over the length of one sequence."""
+    rows = rows_of_last_commit("h200_lengths.csv", "layer", {"mom", "softmax"})
+    found = {(row["layer"], int(row["tokens"])): row for row in rows}
+    lines = []
+    for tokens in sorted({tokens for _, tokens in found}):
+        values = [
+            f"{float(row['both_ms']):.1f} ms, {float(row['peak_gib']):.1f} GiB" if row else "not measured"
+            for row in (found.get((kind, tokens)) for kind in ("mom", "softmax"))
+        ]
+        lines.append((f"{tokens // 1024}k", *values))
+    return table(("tokens of one sequence", LAYERS["mom"], LAYERS["softmax"]), lines) + caption(rows)
+
+
+def decoding() -> str:
+    """Time of one token and bytes kept, over the context, for whole models."""
+    rows = [row for row in read_rows("h200_decode.csv") if row["what"].endswith("-model") and row["batch"] == "1"]
+    found = {(row["what"], int(row["context"])): row for row in rows}
+    lines = []
+    for context in sorted({context for _, context in found}):
+        values = [
+            f"{float(row['ms_per_token']):.2f} ms, {float(row['state_bytes_per_sequence']) / 1e9:.2f} GB"
+            for row in (found[kind, context] for kind in ("mom-model", "softmax-model"))
+        ]
+        lines.append((f"{context // 1024}k", *values))
+    return table(("tokens of context", "24 MoM layers", "24 softmax layers"), lines) + caption(rows)
+
+
+def layouts() -> str:
+    """Speed and memory of the 380M recipe on one GPU and in the layouts of two."""
+    rows = read_rows("h200x2_layouts.csv")
+    lines = [
+        (
+            row["layout"], f"{row['global_batch']} x {int(row['sequence']):,}", f"{int(row['tokens_per_second']):,}",
+            row["of_one"], f"{float(row['peak_gib']):.0f} GiB", row["commit"],
+        )
+        for row in rows
+    ]  # fmt: skip
+    head = ("layout", "sequences a step x tokens", "tokens/s", "times one GPU", "memory of a GPU", "commit")
+    return table(head, lines)
+
+
+def caption(rows: list[Row]) -> str:
+    """Where the figures of a table come from."""
+    return f"\n{source(rows)}.\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "arguments": arguments,
+    "head-sizes": head_sizes,
+    "patches": lambda: patches(cpu=False),
+    "cpu-patches": lambda: patches(cpu=True),
+    "patch-targets": patch_targets,
+    "layer-times": lambda: layer_times(("mom", "softmax")),
+    "peer-times": lambda: layer_times(("mom", "fla-mom", "fla-gdn")),
+    "lengths": lengths,
+    "decoding": decoding,
+    "layouts": layouts,
+}
+FILLED_ELSEWHERE = ("megatron-commands",)
+"""Tables that another tool writes."""
+
+
+def filled(page: str) -> str:
+    """A page with every table of `TABLES` written anew. Other tables stay as they are."""
+
+    def write(found: re.Match) -> str:
+        make = TABLES.get(found[2])
+        return found[0] if make is None else f"{found[1]}\n{make()}\n{found[4]}"
+
+    return TABLE.sub(write, page)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -159,16 +184,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare with the files, and write nothing")
     args = parser.parse_args(argv)
     status = 0
-    for name, page in PAGES.items():
-        path, text = DOCS / name, page()
-        if path.exists() and path.read_text() == text:
+    for path in sorted(DOCS.glob("*.md")):
+        text = path.read_text()
+        if (new := filled(text)) == text:
             continue
         if args.check:
-            print(f"docs/{name} is not current: run python tools/make_docs.py", file=sys.stderr)
+            print(f"docs/{path.name} is not current: run python tools/make_docs.py", file=sys.stderr)
             status = 1
         else:
-            path.write_text(text)
-            print(f"wrote docs/{name}")
+            path.write_text(new)
+            print(f"wrote the tables of docs/{path.name}")
     return status
 
 

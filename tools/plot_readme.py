@@ -2,38 +2,24 @@
 
     python tools/plot_readme.py
 
-Writes training_speed.svg (h200_layers.csv, h200_lengths.csv) and decoding_memory.svg (h200_decode.csv) to docs/pictures.
+Writes training_speed.svg (h200_layers.csv, h200_lengths.csv) and decoding_memory.svg (h200_decode.csv).
 A picture compares rows of one commit: the newest commit of the file that has rows of this layer and of its peer.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
+from measured_rows import read_rows, rows_of_last_commit, source
+
 from linear_moe.watching.headless_matplotlib import plt
 
-MEASURED = Path(__file__).parent / "measured"
 PICTURES = Path(__file__).parents[1] / "docs/pictures"
 OURS, PEER, SOFTMAX = "#1f5fa8", "#c2571a", "#7a7a7a"
 
 Series = dict[int, float]
-
-
-def rows_of_last_commit(name: str, column: str, kinds: set[str]) -> list[dict[str, str]]:
-    """The rows of a file that share the newest commit which has all of ``kinds`` in ``column``.
-
-    Raises ValueError where no commit has them all.
-    """
-    with (MEASURED / name).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    for commit in reversed(list(dict.fromkeys(row["commit"] for row in rows))):
-        chosen = [row for row in rows if row["commit"] == commit]
-        if kinds <= {row[column] for row in chosen}:
-            return chosen
-    raise ValueError(f"{name} has no commit with rows of all of {', '.join(sorted(kinds))}")
 
 
 def training_speed() -> tuple[dict[str, Series], str]:
@@ -55,18 +41,11 @@ def decoding_memory() -> tuple[dict[str, Series], str]:
 
     The sizes follow from the models' shapes, so rows of several commits agree.
     """
-    with (MEASURED / "h200_decode.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["what"].endswith("-model") and row["batch"] == "1"]
+    rows = [row for row in read_rows("h200_decode.csv") if row["what"].endswith("-model") and row["batch"] == "1"]
     kept: dict[str, Series] = {"mom-model": {}, "softmax-model": {}}
     for row in rows:
         kept[row["what"]][int(row["context"])] = float(row["state_bytes_per_sequence"])
     return {name: dict(sorted(series.items())) for name, series in kept.items()}, source(rows)
-
-
-def source(rows: list[dict[str, str]]) -> str:
-    """Device and commits of rows."""
-    devices, commits = (dict.fromkeys(row[key] for row in rows) for key in ("device", "commit"))
-    return f"{' and '.join(devices)}, commit {' and '.join(commits)}"
 
 
 def draw(title: str, xlabel: str, ylabel: str, source: str, path: Path, curves: list[tuple[Series, str, str, str]]):
@@ -88,10 +67,10 @@ def draw(title: str, xlabel: str, ylabel: str, source: str, path: Path, curves: 
     plt.close(figure)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, default=PICTURES, help="folder for the pictures [docs/pictures]")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
 
     speeds, where = training_speed()
