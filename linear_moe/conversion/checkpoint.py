@@ -75,7 +75,7 @@ def find_checkpoint(load: Path, iteration: int | None) -> Path:
     return folder
 
 
-class _Unknown:
+class Unknown:
     """Stands for an object of a class that is not wanted here."""
 
     def __init__(self, *args, **kwargs):
@@ -83,11 +83,11 @@ class _Unknown:
 
 
 def _load_state(data) -> object:
-    """Unpickles safely: what is neither a plain value nor a tensor becomes `_Unknown`, without importing its class."""
+    """Unpickles safely: what is neither a plain value nor a tensor becomes `Unknown`, without importing its class."""
     known = {"argparse.Namespace": Namespace}
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(data)
     data.seek(0)
-    with torch.serialization.safe_globals([(known.get(name, _Unknown), name) for name in unknown]):
+    with torch.serialization.safe_globals([(known.get(name, Unknown), name) for name in unknown]):
         return torch.load(data, map_location="cpu", weights_only=True)
 
 
