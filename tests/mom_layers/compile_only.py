@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for chips that are not there, by running the code that launches the kernels on CPU tensors."""
+"""Compiles Triton kernels for chips that are not there: the code that launches the kernels runs on CPU tensors."""
 
 import re
 import struct
@@ -40,8 +40,8 @@ def compiling(architecture: str, chip: Chip | None = None, kernel_set: str | Non
         chip: choose kernels for this chip instead.
         kernel_set: take this set, where a family has the set.
 
-    Yields the list that receives (the kernel's name with its module, compiled kernel or exception). Kernels must have been defined without
-    TRITON_INTERPRET.
+    Yields the list that receives (the kernel's name with its module, compiled kernel or exception). Kernels must have
+    been defined without TRITON_INTERPRET.
     """
     global _recorded
     before, (jit.JITFunction.run, _recorded) = (jit.JITFunction.run, _recorded), (_compile_instead, [])
@@ -80,6 +80,7 @@ PRODUCTS = {
 }
 # Records of the section .nv.info of a cubin: the registers of a thread, and the bytes of its local memory.
 REGISTERS, FRAME = 0x2F, 0x11
+AMD_NUMBERS = ("vgpr_count", "private_segment_fixed_size")  # the same two in AMD's text
 
 
 def registers_and_local_memory(kernel) -> tuple[int, int]:
