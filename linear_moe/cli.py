@@ -28,6 +28,7 @@ COMMANDS = {
     "perplexity": "the loss along the context, far past the training length",
     "plot": "pictures of a run from its TensorBoard files",
     "recall": "the associative recall experiment: MoM beside baselines",
+    "doctor": "what is installed here, which GPUs there are, and what works; --kernels checks the kernels",
     "demo-corpus": "a small corpus from the Python installation",
 }
 """A command a line: its name, and what it does. Its module is linear_moe.commands.<name>, with `main(argv)`."""

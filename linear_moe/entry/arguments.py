@@ -18,6 +18,7 @@ from linear_moe.config import (
     splits_memories,
 )
 from linear_moe.entry import attention_options, cpu_options, hybrid_pattern
+from linear_moe.entry.kernel_check import check_kernels
 from linear_moe.entry.vocabulary_rows import keep_rows, report_rows
 from megatron_patches import releases
 from megatron_patches.patch import Patch, wrap
@@ -56,6 +57,10 @@ def add_mom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
             kind = {"action": argparse.BooleanOptionalAction}
         help = f"{about['help']} Default: {DEFAULTS[name]}."
         group.add_argument(option(name), *old, default=None, help=help, **kind)
+    group.add_argument(
+        "--no-kernel-check", dest="kernel_check", action="store_false", default=None,
+        help="Do not check the Triton kernels before the first run on a chip, or with a version of Triton.",
+    )  # fmt: skip
     return parser
 
 
@@ -195,6 +200,7 @@ def _validate(validate_args, args, *positional, **keywords):
     args.expert_model_parallel_size = size
     place_memories(args)
     check_run(args)
+    check_kernels(args)
     return result
 
 
