@@ -136,6 +136,12 @@ def compare_with_checkpoint(args: argparse.Namespace, saved: argparse.Namespace)
                 f"the checkpoint was written with {option(name)} {theirs}, the command line says {mine}: "
                 "give the same value, or --use-checkpoint-args"
             )
+    theirs, mine = (getattr(holder, "tensor_model_parallel_size", 1) for holder in (saved, args))
+    if args.token_mixer == "mom" and getattr(args, "use_megatron_fsdp", False) and theirs != mine:
+        raise ValueError(
+            f"--tensor-model-parallel-size {mine}: the checkpoint was written with {theirs}, and Megatron FSDP's "
+            f"checkpoints hold the memories' projections as the ranks had them: give {theirs}"
+        )
 
 
 def place_memories(args: argparse.Namespace) -> None:

@@ -16,11 +16,13 @@ from megatron_patches import (
     checkpoints,
     dataset_helpers,
     early_gather,
+    first_checkpoint,
     float16_optimizer,
     float32_parameters,
     layer_wise_optimizer,
     reshardable_optimizer,
     torch_fsdp2,
+    torch_norm,
     trusted_checkpoints,
 )
 from megatron_patches.child_processes import end_with_parent
@@ -37,8 +39,10 @@ def training_patches() -> tuple[Patch, ...]:
         early_gather.PATCH,
         reshardable_optimizer.PATCH,
         torch_fsdp2.PATCH,
+        torch_norm.PATCH,
         trusted_checkpoints.PATCH,
         *checkpoints.patches(),
+        first_checkpoint.PATCH,
         run_checks.PATCH,
     )
 
