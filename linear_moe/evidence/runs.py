@@ -126,6 +126,16 @@ def run(
     losses, about = measure(folder, [held_out.path for held_out in windows], place, device)
     tables.write(place.folder, job, facts, windows, losses, about, read_history(folder), origin)
     say(f"{job.key}: {tables.shown(windows, losses)}")
+    if job.mixer.memories > 1:
+        describe_memories(job, folder, windows[0].path, place, device)
+
+
+def describe_memories(job: Job, folder: Path, windows: Path, place: Place, device: int | None) -> None:
+    """Writes memories_KEY.json, which says what the model's memories hold. Raises OutOfTime and RunFailed."""
+    output = place.folder / f"memories_{job.key}.json"
+    words = [sys.executable, "-m", "linear_moe.evidence.memories", folder / "checkpoints", output, windows]
+    if not _call([*words, place.tokenizer], folder, device, place.deadline):
+        raise OutOfTime("what its memories hold was not written")
 
 
 def train(job: Job, folder: Path, place: Place, device: int | None) -> None:
