@@ -33,10 +33,10 @@ import torch
 from linear_moe.commands import preprocess_data, run_command
 from linear_moe.commands.values import fraction, number, positive, whole
 from linear_moe.corpus.files import CorpusError
-from linear_moe.evidence import fit, held_out, tables, texts
+from linear_moe.evidence import fit, held_out, texts
 from linear_moe.evidence.jobs import ABLATIONS, EQUAL_TOKENS, SMALL, TITLES, Job, Shape, Training, make_job
 from linear_moe.evidence.report import write_report
-from linear_moe.evidence.runs import Place, RunFailed, run_all
+from linear_moe.evidence.runs import Place, RunFailed, is_finished, run_all
 from linear_moe.recall import records
 from linear_moe.temporary import replaced_file
 
@@ -49,7 +49,7 @@ QUICK = {
 }  # fmt: skip
 FULL = asdict(Shape()) | asdict(Training()) | {
     "models": ["equal-tokens"], "rates": [Training().rate], "max_bytes": 500_000_000, "held_out_share": 0.02,
-    "held_out_tokens": 2_000_000, "measure_seconds": 35.0,
+    "held_out_tokens": 2_000_000, "measure_seconds": 55.0,
 }  # fmt: skip
 CORPUS = "corpus.json"
 FITTED = "fitted.json"  # tokens that --fit-time chose
@@ -149,7 +149,7 @@ def language_models(args: argparse.Namespace, deadline: float, words: str) -> No
         jobs, failed = fitted(args, jobs, speeds.result(), len(devices), deadline - time.monotonic())
     commit = args.commit or records.commit_of(Path(__file__).parents[2])
     origin = records.origin(torch.device("cpu" if devices[0] is None else "cuda"), commit, words)
-    left = [job for job in jobs if tables.find(args.output, job, facts["digest"][:12]) is None]
+    left = [job for job in jobs if not is_finished(job, args.output, facts["digest"])]
     say(f"{len(jobs)} models, {len(jobs) - len(left)} of them finished before")
     with ThreadPoolExecutor(1) as background:
         windows = background.submit(cut, args, facts)
