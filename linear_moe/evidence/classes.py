@@ -40,8 +40,20 @@ def lengths(rows: Rows) -> list[int]:
 
 
 def title(row: records.Row, models: Rows) -> str:
-    """A model's name; with tokens, rate and seed where several rows have the name."""
+    """A model's name; with tokens, rate or seed where rows of the name differ in them."""
     name = TITLES[row["model"]].replace("layer in N", f"layer in {row['attention_every']}")
-    if sum(other["model"] == row["model"] for other in models) == 1:
-        return name
-    return f"{name}, {int(row['tokens']) / 1e6:g}M tokens, rate {row['rate']}, seed {row['seed']}"
+    same = [other for other in models if other["model"] == row["model"]]
+    parts = [name]
+    for column, shown in (("tokens", "{:g}M tokens"), ("rate", "rate {:g}"), ("seed", "seed {:g}")):
+        if len({other[column] for other in same}) > 1:
+            parts.append(shown.format(float(row[column]) / (1e6 if column == "tokens" else 1)))
+    return ", ".join(parts)
+
+
+def comparisons(models: Rows) -> list[Rows]:
+    """The rows in groups that may be compared: of one text, one shape and one batch. The largest group first."""
+    shared = ("data", "layers", "hidden", "ffn", "length", "batch", "vocabulary", "precision")
+    groups: dict[tuple, Rows] = {}
+    for row in models:
+        groups.setdefault(tuple(row[name] for name in shared), []).append(row)
+    return sorted(groups.values(), key=len, reverse=True)

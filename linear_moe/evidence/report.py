@@ -8,32 +8,46 @@ from pathlib import Path
 import numpy as np
 
 from linear_moe.evidence import tables
-from linear_moe.evidence.classes import Rows, class_means, class_names, frequency_names, is_of, lengths, title
+from linear_moe.evidence.classes import (
+    Rows,
+    class_means,
+    class_names,
+    comparisons,
+    frequency_names,
+    is_of,
+    lengths,
+    title,
+)
 from linear_moe.evidence.repeats import DISTANCES
 from linear_moe.recall import records
 
 TABLE = "table.md"
 
 
-def write_report(folder: Path, say: Callable[[str], None]) -> tuple[str, list[Path]]:
+def write_report(
+    folder: Path, say: Callable[[str], None], pictures_folder: Path | None = None
+) -> tuple[str, list[Path]]:
     """Writes the tables, and the pictures where matplotlib is installed. Returns the text and the paths written."""
     models = records.read(folder / tables.MODELS)
     if not models:
         return "", []
     repeats = records.read(folder / tables.REPEATS)
     positions = records.read(folder / tables.POSITIONS)
-    text = "\n\n".join(
-        [heading(models), models_table(models), repeats_table(models, repeats), positions_table(models, positions)]
-    )
-    (folder / TABLE).write_text(text + "\n")
+    parts = []
+    for group in comparisons(models):
+        parts += [heading(group), models_table(group), repeats_table(group, repeats), positions_table(group, positions)]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    (folder / TABLE).write_text(text)
     written = [folder / TABLE]
     try:
-        from linear_moe.evidence import pictures
+        from linear_moe.evidence import memory_pictures, pictures
     except ImportError as error:
         say(f"no pictures: {error}; the same command draws them from the rows where matplotlib is installed")
-        return text + "\n", written
+        return text, written
     history = records.read(folder / tables.HISTORIES)
-    return text + "\n", written + pictures.draw_all(folder, models, positions, repeats, history)
+    place, group = pictures_folder or folder, comparisons(models)[0]
+    written += pictures.draw_all(place, group, positions, repeats, history)
+    return text, written + memory_pictures.draw_all(folder, group, history, place)
 
 
 def heading(models: Rows) -> str:
