@@ -20,17 +20,23 @@ def read_holdings(folder: Path, models: Rows) -> dict[str, dict]:
     return {key: json.loads(path.read_text()) for key, path in paths.items() if path.is_file()}
 
 
-def draw_all(folder: Path, models: Rows, history: Rows, output: Path) -> list[Path]:
+def first_of(models: Rows, holdings: dict[str, dict]):
+    """The model whose memories are drawn: MoM as the comparison has it, or else the first that has a file."""
+    chosen = [row for row in models if row["key"] in holdings]
+    return next((row for row in chosen if row["model"] == "mom"), chosen[0])
+
+
+def draw_all(folder: Path, models: Rows, history: Rows, output: Path, prefix: str = "") -> list[Path]:
     """Draws the pictures of the models that have files of memories.py. Returns the paths; none without such a model."""
     holdings = read_holdings(folder, models)
-    chosen = [row for row in models if row["key"] in holdings]
-    if not chosen:
+    if not holdings:
         return []
-    first = next((row for row in chosen if row["model"] == "mom"), chosen[0])
-    draw_load(output / NAMES[0], chosen, models, history)
-    draw_answers(output / NAMES[1], holdings[first["key"]], title(first, models))
-    draw_text(output / NAMES[2], holdings[first["key"]], title(first, models))
-    return [output / name for name in NAMES]
+    chosen, first = [row for row in models if row["key"] in holdings], first_of(models, holdings)
+    paths = [output / f"{prefix}{name}" for name in NAMES]
+    draw_load(paths[0], chosen, models, history)
+    draw_answers(paths[1], holdings[first["key"]], title(first, models))
+    draw_text(paths[2], holdings[first["key"]], title(first, models))
+    return paths
 
 
 def load_of(row) -> np.ndarray:
