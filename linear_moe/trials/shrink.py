@@ -93,7 +93,6 @@ class Trial:
     processes: int
     steps: int
     save_interval: int
-    validation: bool
 
 
 def shrink(given: ArgumentSet) -> Trial:
@@ -112,7 +111,6 @@ def shrink(given: ArgumentSet) -> Trial:
         processes=processes,
         steps=steps,
         save_interval=steps // 2,
-        validation=_number(given.options, "--eval-iters", 1) > 0,
     )
 
 
