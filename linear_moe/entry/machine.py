@@ -20,6 +20,7 @@ from megatron_patches import (
     float32_parameters,
     layer_wise_optimizer,
     reshardable_optimizer,
+    torch_fsdp2,
     trusted_checkpoints,
 )
 from megatron_patches.child_processes import end_with_parent
@@ -35,6 +36,7 @@ def training_patches() -> tuple[Patch, ...]:
         bucket_types.PATCH,
         early_gather.PATCH,
         reshardable_optimizer.PATCH,
+        torch_fsdp2.PATCH,
         trusted_checkpoints.PATCH,
         *checkpoints.patches(),
         run_checks.PATCH,
