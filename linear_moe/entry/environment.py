@@ -16,7 +16,7 @@ import yaml
 from linear_moe.entry.arguments import OLD_NAMES, OURS, add_mom_arguments, is_switch, option
 
 CONFIG_FILE = "MOM_CONFIG"
-OTHER_VARIABLES = {CONFIG_FILE, "MOM_PYTHON", "MOM_TRACEBACK", "MOM_TRUST_CHECKPOINT"}
+OTHER_VARIABLES = {CONFIG_FILE, "MOM_PYTHON", "MOM_TRACEBACK", "MOM_TRUST_CHECKPOINT", "MOM_VERBOSE"}
 NAMES = [name for name in OURS if name != "token_mixer"]
 
 
