@@ -33,12 +33,11 @@ def main(streams: QuietStreams) -> None:
     # Without a GPU, Megatron can be imported only after the patches of the machine.
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
 
-    from linear_moe.config import configure
     from linear_moe.entry import arguments, banner, data
-    from linear_moe.layer.decoder_layers import gpt_layer_spec
+    from linear_moe.entry.gpt_model import gpt_model
     from linear_moe.watching.reporter import WholeLineReporter
 
     arguments.PATCH.apply()
@@ -48,10 +47,7 @@ def main(streams: QuietStreams) -> None:
     tokens = data.check_data_paths(args)
     data.check_vocabulary(args)
     args.contiguous_context_slices = data.cuts_contiguously(args)
-    config = configure(core_transformer_config_from_args, args)
-    model = gpt_config_from_args(args, config=config)
-    model.transformer_layer_spec = gpt_layer_spec
-    container = pretrain_cfg_container_from_args(args, model)
+    container = pretrain_cfg_container_from_args(args, gpt_model(args))
     pretrain(container, data.provide_datasets, ModelType.encoder_or_decoder, data.forward_step)
 
 

@@ -31,7 +31,8 @@ def run_command(name: str, work: Callable[[], object], *errors: type[Exception],
 
     Args:
         name: of the file in tools/; `linear-moe` gives its own name instead.
-        errors: exceptions whose message is for the user, beside OSError and SafetensorError. Other exceptions pass.
+        errors: exceptions whose message is for the user, beside OSError, SafetensorError and a lack of memory. Other
+            exceptions pass.
         note: a line to print after the reason.
     """
     try:
@@ -42,6 +43,8 @@ def run_command(name: str, work: Callable[[], object], *errors: type[Exception],
         _failed(name, "interrupted", note)
         return 130
     except Exception as error:
+        if _is_out_of_memory(error):
+            return _failed(name, f"not enough memory: {' '.join(str(error).split())}", note)
         if not (isinstance(error, OSError) or _is_safetensors(error)):
             raise
         return _failed(name, " ".join(_reason(error).split()), note)
@@ -58,6 +61,12 @@ def _failed(name: str, reason: str, note: str) -> int:
     name = called if called.startswith("linear-moe ") else name
     print(f"{name}: error: {reason}" + (f"\n{note}" if note else ""), file=sys.stderr)
     return 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, or PyTorch on a GPU or a CPU, has no memory for what was to be computed."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
 
 
 def _reason(error: Exception) -> str:

@@ -27,8 +27,8 @@ ON_SCREEN = re.compile(
 """Lines of our reporter and of Megatron that a reader of the screen needs."""
 SHOWN_AFTER_FAILURE = 200
 EXPECTED = re.compile(
-    r"-+ (end of )?arguments -+|  \w+ \.* ?.*|patch \S+ applied: .*|.*: (User|Future|Deprecation)Warning: .*|  warnings\.warn\(.*"
-    r"|.*No CUDA runtime is found.*|WARNING: one_logger package is required.*"
+    r"-+ (end of )?arguments -+|  \w+ \.* ?.*|patch \S+ applied: .*|.*: (User|Future|Deprecation)Warning: .*"
+    r"|  warnings\.warn\(.*|.*No CUDA runtime is found.*|WARNING: one_logger package is required.*"
 )
 """What every run prints: the table of Megatron's arguments, our patches, warnings about packages that are missing."""
 HELP = {"-h", "--help", "--help-mom"}
