@@ -13,16 +13,19 @@ def patches() -> tuple[Patch, ...]:
         checkpoints,
         cpu,
         dataset_helpers,
+        early_gather,
         float16_optimizer,
         float32_parameters,
         layer_wise_optimizer,
         reshardable_optimizer,
+        torch_fsdp2,
         trusted_checkpoints,
     )
 
     ours = (
         dataset_helpers.PATCH, float32_parameters.PATCH, float16_optimizer.PATCH, layer_wise_optimizer.PATCH,
-        bucket_types.PATCH, reshardable_optimizer.PATCH, trusted_checkpoints.PATCH, *checkpoints.patches(),
-        *cpu.PATCHES,
+        bucket_types.PATCH, early_gather.PATCH, reshardable_optimizer.PATCH, torch_fsdp2.PATCH,
+        trusted_checkpoints.PATCH,
+        *checkpoints.patches(), *cpu.PATCHES,
     )  # fmt: skip
     return tuple({patch.name: patch for patch in ours}.values())

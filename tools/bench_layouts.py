@@ -28,6 +28,8 @@ from pathlib import Path
 
 from benchmark import VERSIONS, append_csv, device_kind, versions
 
+from linear_moe.commands.values import path as a_path
+from linear_moe.commands.values import positive, whole
 from linear_moe.temporary import save_figure
 from linear_moe.watching.run_plots import read_scalars
 
@@ -191,13 +193,13 @@ def draw(path: Path, runs: dict[str, dict], title: str) -> None:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the runs and tables")
+    parser.add_argument("--output", type=a_path, required=True, help="folder of the runs and tables")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="all if left out")
-    parser.add_argument("--steps", type=int, help="training steps of a run; 50, or 8 with --long")
+    parser.add_argument("--steps", type=whole(1), help="training steps of a run; 50, or 8 with --long")
     parser.add_argument("--long", action="store_true", help="one sequence of 128k tokens")
-    parser.add_argument("--global-batch", type=int, metavar="N", help="sequences a step; 32, the recipe has 256")
+    parser.add_argument("--global-batch", type=whole(1), metavar="N", help="sequences a step; 32, the recipe has 256")
     parser.add_argument("--no-profile", action="store_true", help="time only, for runs of few steps")
-    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a run may take")
+    parser.add_argument("--timeout", type=positive, default=300, metavar="S", help="seconds a run may take")
     options = parser.parse_args(argv)
     device, about = device_kind(), versions()
     steps = options.steps or (8 if options.long else 50)

@@ -67,7 +67,8 @@ def find_checkpoint(load: Path, iteration: int | None) -> Path:
         raise ConversionError(f"--iteration {iteration}: --load {load} is one checkpoint; give the folder above it")
     if not folder.is_dir():
         there = sorted(path.name for path in load.iterdir() if path.is_dir())
-        raise ConversionError(f"--load {load} has no {folder.name}; there are {', '.join(there) or 'none'}")
+        given = "" if iteration is None else f"--iteration {iteration}: "
+        raise ConversionError(f"{given}--load {load} has no {folder.name}; there are {', '.join(there) or 'none'}")
     if not (folder / ".metadata").is_file():
         if any(path.name.startswith("mp_rank_") for path in folder.iterdir()):
             raise ConversionError(f"{folder} is in Megatron's legacy format: save it with --ckpt-format torch_dist")

@@ -93,10 +93,6 @@ def check_model(args: argparse.Namespace) -> None:
          f"packed documents, --pipeline-model-parallel-size {args.pipeline_model_parallel_size} and "
          f"--micro-batch-size {args.micro_batch_size}", "stages take packed rows one by one: --micro-batch-size 1"),
         *releases.running().refusals(args),
-        # Megatron FSDP, torch FSDP2 and CPU offloading failed on GPUs, in the middle of start-up.
-        (args.use_megatron_fsdp, "--use-megatron-fsdp", "use --use-distributed-optimizer"),
-        (args.use_torch_fsdp2, "--use-torch-fsdp2", "use --use-distributed-optimizer"),
-        (args.cpu_offloading_num_layers, "--cpu-offloading-num-layers", "use --fine-grained-activation-offloading"),
         (packed and graphs, "CUDA graphs of packed documents",
          "the number of documents changes from batch to batch: leave out one of the two"),
     ])  # fmt: skip

@@ -15,10 +15,12 @@ from megatron_patches import (
     bucket_types,
     checkpoints,
     dataset_helpers,
+    early_gather,
     float16_optimizer,
     float32_parameters,
     layer_wise_optimizer,
     reshardable_optimizer,
+    torch_fsdp2,
     trusted_checkpoints,
 )
 from megatron_patches.child_processes import end_with_parent
@@ -32,7 +34,9 @@ def training_patches() -> tuple[Patch, ...]:
         float16_optimizer.PATCH,
         layer_wise_optimizer.PATCH,
         bucket_types.PATCH,
+        early_gather.PATCH,
         reshardable_optimizer.PATCH,
+        torch_fsdp2.PATCH,
         trusted_checkpoints.PATCH,
         *checkpoints.patches(),
         run_checks.PATCH,

@@ -72,9 +72,6 @@ def check(*arguments):
             ["--context-parallel-size", 2, "--dataloader-inter-document-masking", "--mtp-num-layers", 1],
             "make every layer MoM, without --mtp-num-layers",
         ),
-        (["--use-megatron-fsdp"], "does not work with --use-megatron-fsdp: use --use-distributed-optimizer"),
-        (["--use-torch-fsdp2"], "does not work with --use-torch-fsdp2: use --use-distributed-optimizer"),
-        (["--cpu-offloading-num-layers", 1], "does not work with --cpu-offloading-num-layers: use --fine-grained"),
         (["--reset-position-ids"], "does not work with --reset-position-ids: use --dataloader-inter-document-masking"),
         (
             ["--reset-attention-mask"],
