@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from linear_moe.commands import run_command
-from linear_moe.commands.values import whole
+from linear_moe.commands.values import not_negative, path, size, whole
 from linear_moe.conversion.card import model_card
 from linear_moe.conversion.checkpoint import MegatronCheckpoint, find_checkpoint
 from linear_moe.conversion.config import (
@@ -67,15 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--load", type=Path, required=True, help="folder that Megatron saved to, or one checkpoint in it"
+        "--load", type=path, required=True, help="folder that Megatron saved to, or one checkpoint in it"
     )
-    parser.add_argument("--save", type=Path, required=True, help="new folder")
-    parser.add_argument("--iteration", type=int, help="checkpoint to convert [the latest]")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer [the tokenizer of the training]")
+    parser.add_argument("--save", type=path, required=True, help="new folder")
+    parser.add_argument("--iteration", type=whole(0), help="checkpoint to convert [the latest]")
+    parser.add_argument("--tokenizer", type=path, help="folder of the tokenizer [the tokenizer of the training]")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="type of the weights [as stored]; A_log and dt_bias stay float32"
     )
-    parser.add_argument("--max-shard-size", type=_size, default="5GB", help="largest size of a file of weights [5GB]")
+    parser.add_argument("--max-shard-size", type=size, default="5GB", help="largest size of a file of weights [5GB]")
     parser.add_argument("--overwrite", action="store_true", help="replace --save if it is an earlier export")
     parser.add_argument(
         "--trust-checkpoint", action="store_true", help="run whatever code the checkpoint's files name, as PyTorch does"
@@ -85,16 +84,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--verify", action="store_true", help="run one batch through both models in float32 and compare"
     )
     verify.add_argument(
-        "--verify-bound", type=float, default=1e-4, help="largest difference relative to the logits [1e-4]"
+        "--verify-bound", type=not_negative, default=1e-4, help="largest difference relative to the logits [1e-4]"
     )
     verify.add_argument("--verify-tokens", type=whole(1), default=128, help="length of the batch's sequences [128]")
     return parser.parse_args(argv)
-
-
-def _size(text: str) -> str:
-    if not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?B|B)?", text, re.IGNORECASE):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 5GB or 500MB")
-    return text if text[-1] in "bB" else f"{text}B"
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -26,13 +26,19 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from linear_moe.commands import convert_to_hf, run_command
-from linear_moe.commands.values import positive, share, whole
+from linear_moe.commands.values import default_device, device, number, path, seed, share, whole
 from linear_moe.conversion.config import DTYPES
 from linear_moe.conversion.files import ConversionError, load_tokenizer, read_json, tokenizer_files
 from linear_moe.conversion.loading import load_model, read_model
 from linear_moe.temporary import temporary_folder
 from linear_moe.tokens import document_start, encode_texts, end_of_document
 from mom_layers.hf.cache import CACHE_NAME
+
+_temperature = number(
+    float,
+    lambda value: 1e-6 <= value <= 1e6,
+    "a number from 1e-06 to 1e+06; --greedy always takes the most probable token",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,18 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     model = parser.add_argument_group("model")
-    model.add_argument("--load", type=Path, required=True, help="folder of an export or of Megatron checkpoints")
-    model.add_argument("--iteration", type=int, help="Megatron checkpoint to use [the latest]")
-    model.add_argument("--tokenizer", type=Path, help="folder of the tokenizer [the model's]")
+    model.add_argument("--load", type=path, required=True, help="folder of an export or of Megatron checkpoints")
+    model.add_argument("--iteration", type=whole(0), help="Megatron checkpoint to use [the latest]")
+    model.add_argument("--tokenizer", type=path, help="folder of the tokenizer [the model's]")
     model.add_argument(
         "--trust-checkpoint", action="store_true", help="run whatever code a Megatron checkpoint's files name"
     )
     model.add_argument("--dtype", choices=DTYPES, help="type to compute in [as stored]")
-    model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+    model.add_argument("--device", type=device, default=default_device(), help="[%(default)s]")
     prompt = parser.add_argument_group("prompt, from standard input without --prompt and --prompt-file")
     source = prompt.add_mutually_exclusive_group()
     source.add_argument("--prompt", nargs="+", metavar="TEXT", help="several prompts are one batch")
-    source.add_argument("--prompt-file", nargs="+", type=Path, metavar="FILE", help="several files are one batch")
+    source.add_argument("--prompt-file", nargs="+", type=path, metavar="FILE", help="several files are one batch")
     prompt.add_argument("--lines", action="store_true", help="every line of the files or of standard input is a prompt")
     prompt.add_argument(
         "--no-document-start",
@@ -67,7 +73,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--max-new-tokens", type=whole(1), default=128, help="[%(default)s]")
     sampling.add_argument("--greedy", action="store_true", help="always take the most probable token")
-    sampling.add_argument("--temperature", type=positive, default=1.0, help="[%(default)s]")
+    sampling.add_argument("--temperature", type=_temperature, default=1.0, help="[%(default)s]")
     sampling.add_argument(
         "--top-k", type=whole(0), default=0, help="sample from the k most probable tokens; 0: from all tokens [0]"
     )
@@ -77,7 +83,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=1.0,
         help="sample from the most probable tokens that sum to this probability [1.0]",
     )
-    sampling.add_argument("--seed", type=int, help="start of the random numbers, for the same text every time")
+    sampling.add_argument("--seed", type=seed, help="start of the random numbers, for the same text every time")
     sampling.add_argument("--ignore-eos", action="store_true", help="continue after the end-of-document token")
     return parser.parse_args(argv)
 
@@ -145,6 +151,8 @@ def model_folder(args: argparse.Namespace) -> Iterator[Path]:
             raise ConversionError(
                 f"--load {args.load} is not a Mixture-of-Memories model: expected model_type mom in its config.json"
             )
+        if args.iteration is not None:
+            raise ConversionError(f"--iteration {args.iteration}: --load {args.load} is an export, not checkpoints")
         yield args.load
         return
     with temporary_folder(Path(tempfile.gettempdir(), "mom-generate")) as temporary:

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from linear_moe.commands import run_command
-from linear_moe.commands.values import whole
+from linear_moe.commands.values import default_device, device, picture, whole
+from linear_moe.commands.values import path as a_path
 from linear_moe.conversion.files import ConversionError, read_json
 from linear_moe.conversion.loading import load_model, read_model
 from linear_moe.tokens import document_start, encode_texts
@@ -78,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--load", type=Path, required=True, help="folder of an export in the Hugging Face format")
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="text files; no window spans two")
+    parser.add_argument("--load", type=a_path, required=True, help="folder of an export in the Hugging Face format")
+    parser.add_argument("--text", type=a_path, nargs="+", required=True, help="text files; no window spans two")
     parser.add_argument(
         "--no-document-start",
         action="store_true",
@@ -93,9 +94,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk-size", type=whole(1), default=512, help="tokens a forward pass [%(default)s]")
     parser.add_argument("--batch-size", type=whole(1), default=1, help="windows side by side [%(default)s]")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="[as stored]")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
+    parser.add_argument("--device", type=device, default=default_device(), help="[%(default)s]")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that --load may bring along")
-    parser.add_argument("--output", type=Path, default=Path("perplexity.png"), help="the picture [%(default)s]")
+    parser.add_argument("--output", type=picture, default=Path("perplexity.png"), help="the picture [%(default)s]")
     return parser.parse_args(argv)
 
 

@@ -12,10 +12,8 @@ import argparse
 from collections.abc import Sequence
 
 from linear_moe.commands import run_command
-from linear_moe.commands.values import number, path
+from linear_moe.commands.values import not_negative, path
 from linear_moe.watching.run_plots import LOAD, PlotError, plot_losses, plot_memory_load, read_scalars
-
-_nats = number(float, lambda value: 0 <= value < float("inf"), "a number that is not negative")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +36,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     try:
-        args.reference_loss = [(_nats(text), label) for text, label in args.reference_loss]
+        args.reference_loss = [(not_negative(text), label) for text, label in args.reference_loss]
     except argparse.ArgumentTypeError as error:
         parser.error(f"--reference-loss {error} of nats per token, then a label")
     return args

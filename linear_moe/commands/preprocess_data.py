@@ -147,9 +147,10 @@ def _check(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
             refuse(f"{path}: a file will be written here, but it is a folder")
         if path.exists() and not args.overwrite:
             refuse(f"{path} exists; give another name, or --overwrite to replace it")
-    if args.tokenizer_output and args.tokenizer_output.exists():
+    if args.tokenizer_output and os.path.lexists(args.tokenizer_output):
         if not args.tokenizer_output.is_dir():
-            refuse(f"--tokenizer-output {args.tokenizer_output}: expected a new or empty folder, found a file")
+            found = "a link to nothing" if args.tokenizer_output.is_symlink() else "a file"
+            refuse(f"--tokenizer-output {args.tokenizer_output}: expected a new or empty folder, found {found}")
         strangers = sorted({path.name for path in args.tokenizer_output.iterdir()} - set(TOKENIZER_FILES))
         if strangers:
             refuse(f"--tokenizer-output {args.tokenizer_output}: expected a new or empty folder, found {strangers[:3]}")
@@ -181,7 +182,7 @@ def preprocess(args: argparse.Namespace) -> dict:
     if not files:
         raise CorpusError(f"no file ends in one of {args.suffixes} under {[str(path) for path in args.input]}")
     outputs = output_files(args)
-    if overlap := {path.resolve() for path in outputs} & {path.resolve() for path in files}:
+    if overlap := set(map(os.path.realpath, outputs)) & set(map(os.path.realpath, files)):
         raise CorpusError(f"{sorted(overlap)[0]} is an input file and would be overwritten; give another --output")
 
     with ExitStack() as stack:

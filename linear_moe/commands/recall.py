@@ -26,7 +26,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # hardware queues, s
 import torch  # noqa: E402
 
 from linear_moe.commands import run_command  # noqa: E402
-from linear_moe.commands.values import whole  # noqa: E402
+from linear_moe.commands.values import between, number, path, whole  # noqa: E402
 from linear_moe.recall import records  # noqa: E402
 from linear_moe.recall.baselines import MATCHES, names_of_set, parse_mom  # noqa: E402
 from linear_moe.recall.models import Mixer, Shape  # noqa: E402
@@ -34,6 +34,9 @@ from linear_moe.recall.report import write_report  # noqa: E402
 from linear_moe.recall.runs import Plan, run  # noqa: E402
 from linear_moe.recall.task import MOST_SEEDS, Task  # noqa: E402
 from linear_moe.recall.training import Settings, Training  # noqa: E402
+
+_size = whole(1, 1 << 20)
+_seconds = number(float, lambda seconds: seconds >= 0, "a number of seconds that is not negative")
 
 # what a GPU trains, and the tiny sizes that stand in for it
 FULL = {
@@ -62,7 +65,6 @@ def recall(args: argparse.Namespace, deadline: float, words: str) -> None:
     plan = plan_of(args)
     devices = find_devices(args.device)
     commit = args.commit or records.commit_of(Path(__file__).parents[2])
-    args.output.mkdir(parents=True, exist_ok=True)
     try:
         comparisons, times, is_whole = run(
             plan, args.output, devices, deadline, records.origin(devices[0], commit, words), say
@@ -79,30 +81,41 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Settings that were not given come from FULL, or from QUICK with --quick and without a GPU."""
     description = __doc__
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of rows, table and pictures")
+    parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder of rows, table and pictures")
     parser.add_argument("--set", choices=("decisive", "all"), default="decisive", help="MoM models [%(default)s]")
     parser.add_argument("--mom", nargs="+", metavar="M/K", help="these MoM models instead, as 8/2, 4/2+shared, gla:4/2")
     parser.add_argument("--baselines", nargs="+", choices=tuple(MATCHES), default=list(MATCHES), help="[all of them]")
     parser.add_argument("--rule", default="gated_deltanet", help="rule of MoM models without one [%(default)s]")
-    parser.add_argument("--heads", type=whole(1), help=f"of a MoM model [{FULL['heads']}]")
-    parser.add_argument("--head-dim", type=whole(1), default=16, help="key and value size of a head [%(default)s]")
-    parser.add_argument("--layers", type=whole(1), default=2, help="[%(default)s]")
-    parser.add_argument("--hidden", type=whole(1), help=f"hidden size [{FULL['hidden']}]")
-    parser.add_argument("--mlp", type=int, default=0, help="width of SwiGLU layers [%(default)s: none]")
-    parser.add_argument("--vocabulary", type=whole(1), help=f"[{FULL['vocabulary']}]")
-    parser.add_argument("--length", type=whole(1), help=f"tokens a sequence [{FULL['length']}]")
-    parser.add_argument("--pairs", type=whole(1), nargs="+", help=f"numbers of pairs {FULL['pairs']}")
-    parser.add_argument("--batch", type=whole(1), help=f"sequences a step [{FULL['batch']}]")
+    parser.add_argument("--heads", type=_size, help=f"of a MoM model [{FULL['heads']}]")
+    parser.add_argument("--head-dim", type=_size, default=16, help="key and value size of a head [%(default)s]")
+    parser.add_argument("--layers", type=whole(1, 1000), default=2, help="[%(default)s]")
+    parser.add_argument("--hidden", type=_size, help=f"hidden size [{FULL['hidden']}]")
+    parser.add_argument("--mlp", type=whole(0, 1 << 20), default=0, help="width of SwiGLU layers [%(default)s: none]")
+    parser.add_argument("--vocabulary", type=_size, help=f"[{FULL['vocabulary']}]")
+    parser.add_argument("--length", type=_size, help=f"tokens a sequence [{FULL['length']}]")
+    parser.add_argument("--pairs", type=_size, nargs="+", help=f"numbers of pairs {FULL['pairs']}")
+    parser.add_argument("--batch", type=_size, help=f"sequences a step [{FULL['batch']}]")
     parser.add_argument("--steps", type=whole(1), help=f"[{FULL['steps']}]")
     parser.add_argument("--max-steps", type=whole(1), help="doubled up to this until curves are flat [twice --steps]")
-    parser.add_argument("--rates", type=float, nargs="+", help=f"peak learning rates {FULL['rates']}")
-    parser.add_argument("--seeds", type=int, nargs="+", help=f"the first one chooses the rate {FULL['seeds']}")
+    parser.add_argument(
+        "--rates",
+        type=number(float, lambda rate: 0 < rate <= 1000, "a number above 0, up to 1000"),
+        nargs="+",
+        help=f"peak learning rates {FULL['rates']}",
+    )
+    parser.add_argument(
+        "--seeds", type=whole(0, MOST_SEEDS - 1), nargs="+", help=f"the first one chooses the rate {FULL['seeds']}"
+    )
     parser.add_argument("--all-rates", action="store_true", help="try all rates on all seeds")
-    parser.add_argument("--balancing", type=float, default=1e-2, help="balancing loss coefficient [%(default)s]")
-    parser.add_argument("--weight-decay", type=float, default=0.01, help="[%(default)s]")
+    parser.add_argument(
+        "--balancing", type=between(0, 1000), default=1e-2, help="balancing loss coefficient [%(default)s]"
+    )
+    parser.add_argument("--weight-decay", type=between(0, 1000), default=0.01, help="[%(default)s]")
     parser.add_argument("--evaluations", type=whole(1), help=f"along training [{FULL['evaluations']}]")
     parser.add_argument("--group-size", type=whole(1), default=16, help="models at once on a GPU [%(default)s]")
-    parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="then stop cleanly")
+    parser.add_argument(
+        "--time-limit", type=_seconds, default=float("inf"), metavar="SECONDS", help="then stop cleanly"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="[cuda where there is one]")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, as without a GPU")
     parser.add_argument("--commit", help="for the rows, where the folder is no git checkout")
@@ -121,10 +134,6 @@ def plan_of(args: argparse.Namespace) -> Plan:
     for name in ("rates", "seeds", "pairs"):
         if len(set(getattr(args, name))) < len(getattr(args, name)):
             raise ValueError(f"--{name} has a value twice: {getattr(args, name)}")
-    if min(args.rates) <= 0:
-        raise ValueError(f"--rates must be positive, got {args.rates}")
-    if not all(0 <= seed < MOST_SEEDS for seed in args.seeds):
-        raise ValueError(f"--seeds must be from 0 to {MOST_SEEDS - 1}, got {args.seeds}")
     base = Mixer(args.rule, args.heads, args.head_dim, args.head_dim)
     moms = [parse_mom(text, base) for text in args.mom or names_of_set(args.set)]
     training = Training(

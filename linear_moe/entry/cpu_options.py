@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 
 import torch
@@ -33,6 +34,7 @@ WITHOUT_COUNTERPART = {
     "use_transformer_engine_op_fuser": "--use-transformer-engine-op-fuser",
     "tp_comm_overlap": "--tp-comm-overlap",
     "delay_wgrad_compute": "--delay-wgrad-compute",
+    "defer_embedding_wgrad_compute": "--defer-embedding-wgrad-compute",
     "enable_cuda_graph": "--enable-cuda-graph",
     "external_cuda_graph": "--external-cuda-graph",
     "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
@@ -68,6 +70,10 @@ def use_counterparts(args: argparse.Namespace) -> None:
         if given:
             logger.info("no GPU: %s is left out", option if given is True else f"{option} {given}")
             setattr(args, name, False if given is True else 0 if isinstance(given, int) else None)
+    strategy = getattr(args, "async_strategy", None)
+    if args.async_save and strategy == "nvrx" and importlib.util.find_spec("nvidia_resiliency_ext") is None:
+        logger.info("nvidia-resiliency-ext is not installed: --async-strategy nvrx becomes mcore")
+        args.async_strategy = "mcore"
     spec = " ".join(args.spec or [])
     if args.token_mixer == "mom" and spec in TRANSFORMER_ENGINE_STACKS:
         logger.info("no GPU: --spec %s becomes a stack of the same layers with local modules", spec)
