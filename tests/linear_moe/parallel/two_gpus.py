@@ -35,7 +35,7 @@ MODEL = (
     "--ffn-hidden-size 256 --seq-length 256 --max-position-embeddings 256 --position-embedding-type rope "
     "--normalization RMSNorm --disable-bias-linear --swiglu --untie-embeddings-and-output-weights --vocab-size 127 "
     "--make-vocab-size-divisible-by 64 --tokenizer-type NullTokenizer --mock-data --seed 3 --init-method-std 0.1 "
-    "--attention-dropout 0 --hidden-dropout 0 --micro-batch-size 2 --global-batch-size 8 --lr 3e-4 --adam-eps 1e-6 "
+    "--attention-dropout 0 --hidden-dropout 0 --micro-batch-size 2 --global-batch-size 8 --lr 1e-4 --adam-eps 1e-6 "
     "--lr-decay-iters 100 --log-interval 1 --eval-iters 0 --eval-interval 1000 --split 1,0,0 "
     "--no-create-attention-mask-in-dataloader --dist-ckpt-optim-fully-reshardable"
 ).split()
@@ -50,7 +50,7 @@ DISTRIBUTED = words("--use-distributed-optimizer --overlap-grad-reduce --overlap
 EP2 = words("--expert-model-parallel-size 2")
 TP2 = words("--tensor-model-parallel-size 2 --sequence-parallel")
 MUON = ("--bf16", "--optimizer", "muon")
-FP16 = ("--fp16", "--initial-loss-scale", "4194304", "--hysteresis", "1")
+FP16 = ("--fp16", "--initial-loss-scale", "131072", "--hysteresis", "1")
 MEGATRON_FSDP = words("--use-megatron-fsdp --use-distributed-optimizer --ckpt-format fsdp_dtensor")
 
 BASES = {
