@@ -171,7 +171,11 @@ class Trainer:
             command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command += [__file__, "--worker", str(record), *MODEL, *arguments]
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
-        changed = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MOM_TRACEBACK": "1"} | (environment or {})
+        changed = (
+            os.environ
+            | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MOM_TRACEBACK": "1", "MOM_VERBOSE": "1"}
+            | (environment or {})
+        )
         if ranks == 1 and self.gpus:
             self.started += 1
             changed["CUDA_VISIBLE_DEVICES"] = str(self.started % self.gpus)
