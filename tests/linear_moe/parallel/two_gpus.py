@@ -74,7 +74,8 @@ class Case:
     both: arguments of the run on one GPU too.
     resumes: whether the run is also saved at half and resumed.
     own_start: the run draws its weights, which are those of one GPU, because its checkpoints have another form.
-    compared: whether the run has the weights, and so the losses, of one GPU: experts over ranks draw other weights.
+    compared: whether the run has the losses of one GPU. Experts over ranks draw other weights, and in fp16 the number
+        of skipped steps depends on the sizes of the ranks' gradients.
     gpu: why the case needs a GPU; empty where the case runs over gloo too.
     environment: variables of the run on two GPUs.
     """
@@ -140,7 +141,7 @@ CASES = [
         base="last layer has memories", both=MUON, resumes=True,
     ),
     Case("multi-token prediction, sequence parallel", TP2, base="multi-token prediction", environment=ONE_CONNECTION),
-    Case("fp16, first steps skipped", DISTRIBUTED, both=FP16, resumes=True),
+    Case("fp16, first steps skipped", DISTRIBUTED, both=FP16, resumes=True, compared=False),
 ]  # fmt: skip
 
 
