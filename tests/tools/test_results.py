@@ -20,7 +20,7 @@ from linear_moe.recall.task import Task
 from linear_moe.recall.training import Job, Result, Settings, Training
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = Settings(Task(32, 64, (16, 32), 16), Shape(2, 32), Training(steps=8))
+SETTINGS = Settings(Task(256, 256, (16, 32), 16), Shape(2, 32), Training(steps=8))
 ORIGIN = dict(zip(records.ORIGIN, ("CPU", "1", "2", "abc", "tools/recall.py --steps 8"), strict=True))
 GDN, MOM = Mixer(), Mixer(memories=4, topk=2, shared=True)
 
