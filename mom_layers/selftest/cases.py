@@ -14,6 +14,9 @@ import torch
 # gradients of gates are differences of sums over all later rows, which nearly cancel: their bound is the second.
 BOUNDS = {torch.float32: (2e-5, 2e-4), torch.bfloat16: (1e-2, 3e-2), torch.float16: (5e-3, 2e-2)}
 
+# In messages of CUDA: other processes have the card's memory, or the card.
+OTHER_CAUSES = ("out of memory", "busy or unavailable")
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -104,6 +107,7 @@ class Line:
         error, bound, of: of the number that is closest to its bound, or farthest beyond; ``of`` is its name.
         wrong: all numbers beyond their bounds, in words.
         failure: the last line of an exception, where one ended the task.
+    unknown: whether the failure says nothing about the kernel: no memory, no process, no answer in time.
         details: a traceback, for the log.
         milliseconds, floor: time of the call, and the least time that the card needs for its bytes or operations.
     """
@@ -116,6 +120,7 @@ class Line:
     of: str = ""
     wrong: list[str] = field(default_factory=list)
     failure: str = ""
+    unknown: bool = False
     details: str = ""
     milliseconds: float | None = None
     floor: float | None = None
@@ -237,6 +242,7 @@ def time_task(task: Task, milliseconds: Callable[[Callable[[], object]], float])
 def _failed(line: Line, error: Exception) -> None:
     words = " ".join(str(error).split())
     line.failure = f"{type(error).__name__}: {words}"[:300]
+    line.unknown = any(reason in words for reason in OTHER_CAUSES)
     line.details = traceback.format_exc()
 
 
