@@ -17,6 +17,7 @@ SIZES = ((256, 256), (128, 128), (64, 128))
 WIDTH = 512  # columns of all heads' keys: 2 heads of 256, 8 of 64
 TIMED = Tokens([2048] * 4)
 LENGTHS = (0, 1, 2, 63, 64, 65, 130)
+MANY_SHORT = (5,) * 40
 CUTS = ((3, 0, 65, 1), (0, 2, 70, 64), (1, 64, 0, 1))
 
 
@@ -74,7 +75,7 @@ def checks_of_a_run(setting: Setting, settings: MixerSettings, hidden_size: int,
     """
     k_dim, v_dim = settings.head_dim, settings.value_dim
     # Fewer heads where they are large: the plain loop keeps a state of each head for every row.
-    heads = math.gcd(settings.num_heads, max(1, 2 * 256 * 256 // (k_dim * v_dim)))
+    heads = math.gcd(settings.num_heads, max(1, 4 * 256 * 256 // (k_dim * v_dim)))
     tokens = Tokens((0, 1, 63, 65), settings.num_memories, settings.topk, settings.shared_memory)
     size = {"heads": heads, "k_dim": k_dim, "v_dim": v_dim}
     rule, width = settings.rule, sum(settings.projection_sizes) // settings.num_heads * heads
@@ -96,9 +97,6 @@ def checks_of_a_run(setting: Setting, settings: MixerSettings, hidden_size: int,
     if sliced:
         checks["state passing"] = partial(recurrences.state_passing, name=rule, cuts=CUTS, **size)
     return checks
-
-
-MANY_SHORT = (5,) * 40
 
 
 def tiny_checks(setting: Setting) -> dict[str, Check]:

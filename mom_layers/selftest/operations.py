@@ -329,20 +329,24 @@ def combining(
     def case(tokens):
         plan, eps = tokens.plan(setting), 1e-6
         count = sum(tokens.lengths)
+        weights = torch.softmax(setting.draw(count, tokens.topk, seed=2, dtype=torch.float32), dim=-1)
         leaves = {
             "o": setting.draw(plan.num_rows, heads, v_dim, seed=1),
-            "weights": torch.softmax(setting.draw(count, tokens.topk, seed=2, dtype=torch.float32), dim=-1),
+            "weights": weights,
             "output_gate": setting.draw(count, heads, v_dim, seed=3),
             "norm_weight": 1.0 + setting.draw(v_dim, seed=4, scale=0.2),
         }
+        if tokens.topk + int(tokens.shared) == 1:
+            # The norm divides by a single row's weight: its gradient is zero but for eps.
+            del leaves["weights"]
 
         def run(x):
-            return {"y": combine(x["o"], x["weights"], plan.row_of_choice, x["output_gate"], x["norm_weight"],
-                                 eps=eps, kernels="triton")}  # fmt: skip
+            return {"y": combine(x["o"], x.get("weights", weights), plan.row_of_choice, x["output_gate"],
+                                 x["norm_weight"], eps=eps, kernels="triton")}  # fmt: skip
 
         def reference(x):
-            return {"y": combine_reference(x["o"], x["weights"], plan.row_of_choice, x["output_gate"],
-                                           x["norm_weight"], eps)}  # fmt: skip
+            return {"y": combine_reference(x["o"], x.get("weights", weights.double()), plan.row_of_choice,
+                                           x["output_gate"], x["norm_weight"], eps)}  # fmt: skip
 
         return Case(leaves, run, reference)
 
