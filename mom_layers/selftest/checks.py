@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from mom_layers.recur.rules import rule_names
-from mom_layers.selftest import operations, recurrences
+from mom_layers.selftest import decoding, operations, recurrences
 from mom_layers.selftest.cases import Check, Setting
 from mom_layers.selftest.operations import Tokens
 from mom_layers.settings import MixerSettings
@@ -49,7 +49,7 @@ def all_checks(setting: Setting) -> dict[str, Check]:
         for rule in rule_names():
             checks[f"{rule}, {about}"] = partial(recurrences.recurrence, name=rule, timed=True, **size)
             checks[f"decode step of {rule}, {about}"] = partial(
-                operations.decoding, rule=rule, hidden=hidden, batches=(1, 5), timed=16, **size
+                decoding.decoding, rule=rule, hidden=hidden, batches=(1, 5), timed=16, **size
             )
     for rule in rule_names():
         checks[f"gates of {rule}"] = partial(recurrences.gates, name=rule, rows=300, heads=4, k_dim=128, v_dim=128)
@@ -119,7 +119,7 @@ def tiny_checks(setting: Setting) -> dict[str, Check]:
             recurrences.recurrence, name=rule, cases=(((0, 1, 65), True), ((3, 2), False)), **size
         )  # fmt: skip
         checks[f"gates of {rule}"] = partial(recurrences.gates, name=rule, rows=5, **size)
-        checks[f"decode step of {rule}"] = partial(operations.decoding, rule=rule, hidden=16, batches=(1, 2), **size)
+        checks[f"decode step of {rule}"] = partial(decoding.decoding, rule=rule, hidden=16, batches=(1, 2), **size)
         checks[f"state passing of {rule}"] = partial(
             recurrences.state_passing, name=rule, heads=1, k_dim=16, v_dim=16, cuts=((1, 0, 3), (2, 1, 0), (1, 0, 2))
         )
