@@ -152,7 +152,7 @@ run_to_end "$PYTHON" -m linear_moe.entry.launch --nnodes "$NNODES" --node-rank "
     --nproc-per-node "$PROCESSES" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
     -m linear_moe.pretrain "${model[@]}" "${training[@]}" "${parallel[@]}" "${watching[@]}" \
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER" --data-cache-path "$OUT/data-cache" \
-    --no-create-attention-mask-in-dataloader "${data_arguments[@]}" "$@" || status=$?
+    --no-create-attention-mask-in-dataloader --log-file "$OUT/log.txt" "${data_arguments[@]}" "$@" || status=$?
 if [ "$status" != 0 ]; then exit "$status"; fi
 if [ "$asked_to_stop" = 1 ]; then
     echo "stopped by SIGTERM: run again to resume"

@@ -26,7 +26,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # hardware queues, s
 import torch  # noqa: E402
 
 from linear_moe.commands import run_command  # noqa: E402
-from linear_moe.commands.values import between, number, path, positive, whole  # noqa: E402
+from linear_moe.commands.values import between, number, path, whole  # noqa: E402
 from linear_moe.recall import records  # noqa: E402
 from linear_moe.recall.baselines import MATCHES, names_of_set, parse_mom  # noqa: E402
 from linear_moe.recall.models import Mixer, Shape  # noqa: E402
@@ -36,6 +36,7 @@ from linear_moe.recall.task import MOST_SEEDS, Task  # noqa: E402
 from linear_moe.recall.training import Settings, Training  # noqa: E402
 
 _size = whole(1, 1 << 20)
+_seconds = number(float, lambda seconds: seconds >= 0, "a number of seconds that is not negative")
 
 # what a GPU trains, and the tiny sizes that stand in for it
 FULL = {
@@ -113,7 +114,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--evaluations", type=whole(1), help=f"along training [{FULL['evaluations']}]")
     parser.add_argument("--group-size", type=whole(1), default=16, help="models at once on a GPU [%(default)s]")
     parser.add_argument(
-        "--time-limit", type=positive, default=float("inf"), metavar="SECONDS", help="then stop cleanly"
+        "--time-limit", type=_seconds, default=float("inf"), metavar="SECONDS", help="then stop cleanly"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="[cuda where there is one]")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, as without a GPU")

@@ -123,9 +123,33 @@ def run(
         speed = tables.speed(read_history(folder))
         say(f"{job.key}: trained in {time.monotonic() - start:.0f} s, {speed:,.0f} tokens/s")
     windows = held_out.result()
-    losses, about = measure(folder, [held_out.path for held_out in windows], place, device)
-    tables.write(place.folder, job, facts, windows, losses, about, read_history(folder), origin)
-    say(f"{job.key}: {tables.shown(windows, losses)}")
+    if tables.find(place.folder, job, facts["digest"]) is None:
+        losses, about = measure(folder, [found.path for found in windows], place, device)
+        tables.write(place.folder, job, facts, windows, losses, about, read_history(folder), origin)
+        say(f"{job.key}: {tables.shown(windows, losses)}")
+    if job.mixer.memories > 1:
+        describe_memories(job, folder, windows[0].path, place, device)
+
+
+def is_finished(job: Job, folder: Path, data: str) -> bool:
+    """Whether a job has its row; and, where its checkpoint is still there, what its memories hold. data: the digest."""
+    if tables.find(folder, job, data) is None:
+        return False
+    described = job.mixer.memories <= 1 or memories_path(folder, job).is_file()
+    return described or trained_steps(folder / job.key) < job.steps
+
+
+def memories_path(folder: Path, job: Job) -> Path:
+    """The file that says what a model's memories hold."""
+    return folder / f"memories_{job.key}.json"
+
+
+def describe_memories(job: Job, folder: Path, windows: Path, place: Place, device: int | None) -> None:
+    """Writes memories_KEY.json, which says what the model's memories hold. Raises OutOfTime and RunFailed."""
+    output = memories_path(place.folder, job)
+    words = [sys.executable, "-m", "linear_moe.evidence.memories", folder / "checkpoints", output, windows]
+    if not _call([*words, place.tokenizer], folder, device, place.deadline):
+        raise OutOfTime("what its memories hold was not written")
 
 
 def train(job: Job, folder: Path, place: Place, device: int | None) -> None:
@@ -139,7 +163,7 @@ def train(job: Job, folder: Path, place: Place, device: int | None) -> None:
     words += ["--train-data-path", training, "--valid-data-path", held_out, "--data-cache-path", folder / "data"]
     words += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", place.tokenizer]
     words += ["--no-create-attention-mask-in-dataloader", "--log-interval", max(1, min(10, every))]
-    words += ["--eval-interval", every, "--eval-iters", 2]
+    words += ["--eval-interval", every, "--eval-iters", 4]
     words += ["--save", folder / "checkpoints", "--load", folder / "checkpoints", "--save-interval", max(1, job.steps)]
     words += ["--exit-signal-handler"]
     if not call_trainer(words, folder, device, place.deadline - place.measure_seconds):
