@@ -16,7 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mom_layers.common.supported import HEAD_SIZES
 from mom_layers.recur.chunk_table import chunk_table
-from mom_layers.recur.kernel_sets import Chip
+from mom_layers.common.chips import Chip
 from mom_layers.recur.rules.gated_deltanet import gated_delta_rule_reference
 from mom_layers.recur.scalar_delta import gated_delta_rule, hopper, kernel_sets, triton
 from mom_layers.recur.scalar_delta.hopper import launches as hopper_launches
