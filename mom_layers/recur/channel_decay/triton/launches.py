@@ -126,8 +126,8 @@ TABLES = (
         query_key_gradients=Launch(16, 1, 1),
     ),
 )
-# For float32 inputs, whose exact products run outside the tensor cores, for comparisons; not tuned. With late loads, 256
-# columns of q and k, or of v and do, fit 99 KB.
+# For float32 inputs, whose exact products run outside the tensor cores, for comparisons; not tuned. With late loads,
+# 256 columns of q and k, or of v and do, fit 99 KB.
 FLOAT32_TABLES = (
     Table(
         name="float32",
