@@ -1,1 +1,3 @@
 """Mixture-of-Memories as a token mixer for Megatron."""
+
+__version__ = "0.1.0"

@@ -60,6 +60,11 @@ def why_memories_are_whole(settings: object) -> str | None:
             "--overlap-moe-expert-parallel-comm runs two micro-batches at once, and the host would wait in every layer "
             "for the number of rows that the ranks exchange",
         ),
+        (
+            settings.use_megatron_fsdp or settings.use_torch_fsdp2,
+            f"{'--use-megatron-fsdp' if settings.use_megatron_fsdp else '--use-torch-fsdp2'} shards all parameters but "
+            "experts over every data-parallel rank",
+        ),
     ]
     return next((reason for present, reason in reasons if present), None)
 
@@ -157,6 +162,9 @@ class MomTransformerConfig(TransformerConfig):
 
     contiguous_context_slices: bool = False
     """Whether a context-parallel rank holds one contiguous slice of a sequence; Megatron's batches have two."""
+    use_megatron_fsdp: bool = False
+    use_torch_fsdp2: bool = False
+    """Megatron's arguments of these names, which its own configuration does not have."""
 
     def __post_init__(self) -> None:
         size = self.expert_model_parallel_size

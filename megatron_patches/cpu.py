@@ -74,6 +74,11 @@ def _with_own_generator(init, loader, *args, **kwargs):
     return _on_cpu(init, loader, *args, **kwargs)
 
 
+def _mesh_on_cpu(build, group, device_type, *args, **kwargs):
+    """DeviceMesh.from_group with "cpu" in place of "cuda"."""
+    return build(group, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+
 def _same_tensor(original, tensor, *args, **kwargs):
     return tensor
 
@@ -258,6 +263,7 @@ PATCHES = (
         targets=(
             wrap("torch.cuda", "current_device", lambda original: _CPU),
             *(wrap("torch", name, _on_cpu) for name in _TENSOR_FACTORIES),
+            wrap("torch.distributed.device_mesh", "DeviceMesh.from_group", _mesh_on_cpu),
             wrap("torch", "Tensor.cuda", _same_tensor),
             wrap("torch", "Tensor.pin_memory", _same_tensor),
         ),

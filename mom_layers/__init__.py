@@ -5,3 +5,4 @@ from mom_layers.recur.rules import MemoryRule, get_rule, register_rule, rule_nam
 from mom_layers.state import MemoryState
 
 __all__ = ["MemoryRule", "MemoryState", "MixtureOfMemories", "get_rule", "register_rule", "rule_names"]
+__version__ = "0.1.0"

@@ -28,6 +28,8 @@ from pathlib import Path
 
 from benchmark import VERSIONS, append_csv, device_kind, versions
 
+from linear_moe.commands.values import path as a_path
+from linear_moe.commands.values import positive, whole
 from linear_moe.temporary import save_figure
 from linear_moe.watching.run_plots import read_scalars
 
@@ -68,7 +70,7 @@ FIELDS += ("of_one", "peak_gib", "first_loss", "last_loss", "largest_difference"
 
 
 def train(layout: str, folder: Path, steps: int, device: str, options: argparse.Namespace) -> None:
-    """Runs the script for one layout; its output goes to ``folder/log.txt``. Raises CalledProcessError."""
+    """Runs the script for one layout; its output goes to ``folder/output.txt``. Raises CalledProcessError."""
     gpus, settings = LAYOUTS[layout]
     settings = (LONG_BATCHES if options.long else BATCHES)[device] | settings
     if options.global_batch is not None:
@@ -88,7 +90,7 @@ def train(layout: str, folder: Path, steps: int, device: str, options: argparse.
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
     folder.mkdir(parents=True, exist_ok=True)
     command = ["bash", str(ROOT / "examples" / "pretrain_mom_a100.sh"), *arguments]
-    with (folder / "log.txt").open("w") as log:
+    with (folder / "output.txt").open("w") as log:
         output = {"stdout": log, "stderr": subprocess.STDOUT}
         with subprocess.Popen(command, env=environment, start_new_session=True, **output) as run:
             try:
@@ -191,13 +193,13 @@ def draw(path: Path, runs: dict[str, dict], title: str) -> None:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the runs and tables")
+    parser.add_argument("--output", type=a_path, required=True, help="folder of the runs and tables")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="all if left out")
-    parser.add_argument("--steps", type=int, help="training steps of a run; 50, or 8 with --long")
+    parser.add_argument("--steps", type=whole(1), help="training steps of a run; 50, or 8 with --long")
     parser.add_argument("--long", action="store_true", help="one sequence of 128k tokens")
-    parser.add_argument("--global-batch", type=int, metavar="N", help="sequences a step; 32, the recipe has 256")
+    parser.add_argument("--global-batch", type=whole(1), metavar="N", help="sequences a step; 32, the recipe has 256")
     parser.add_argument("--no-profile", action="store_true", help="time only, for runs of few steps")
-    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds a run may take")
+    parser.add_argument("--timeout", type=positive, default=300, metavar="S", help="seconds a run may take")
     options = parser.parse_args(argv)
     device, about = device_kind(), versions()
     steps = options.steps or (8 if options.long else 50)
@@ -214,8 +216,8 @@ def main(argv=None) -> int:
             train(layout, folder, steps, device, options)
         except subprocess.SubprocessError as error:
             failed.append(layout)
-            print(f"{layout}: {error}; the end of {folder / 'log.txt'}:")
-            print("\n".join((folder / "log.txt").read_text().splitlines()[-12:]))
+            print(f"{layout}: {error}; the end of {folder / 'output.txt'}:")
+            print("\n".join((folder / "output.txt").read_text().splitlines()[-12:]))
         print(f"{layout}: {time.monotonic() - start:.0f} s", flush=True)
 
     for name in ("layouts.csv", "exchanges.csv", "losses.csv"):

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from triton import AsyncCompileMode
 
+from linear_moe.commands.values import path as a_path
+from linear_moe.commands.values import picture, whole
 from linear_moe.temporary import save_figure
 
 VERSIONS = ("device", "torch", "triton")
@@ -35,10 +37,10 @@ def versions() -> dict[str, str]:
 def parse_options(description: str, argv=None, *, plot: bool = False, flags: dict[str, str] | None = None):
     """The options of every timing tool; ``plot`` adds ``--plot``, and ``flags`` are {name: help} of switches."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, metavar="N", help="only the first N cases")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="append the rows to this file")
+    parser.add_argument("--cases", type=whole(1), metavar="N", help="only the first N cases")
+    parser.add_argument("--csv", type=a_path, metavar="FILE", help="append the rows to this file")
     if plot:
-        parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows in this PNG file")
+        parser.add_argument("--plot", type=picture, metavar="FILE", help="draw the rows in this file")
     for name, text in (flags or {}).items():
         parser.add_argument(name, action="store_true", help=text)
     return parser.parse_args(argv)

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Finds a Python >= 3.12, makes .venv with what requirements.txt names, and prints the path of its python.
+# Finds a Python >= 3.12, makes .venv with this project and what its training needs, and prints the path of its python.
 #   MOM_PYTHON=python3   use that interpreter and install nothing (containers, clusters)
 #   DEV=1                install the test and lint tools too
+#   CONSTRAINTS=FILE     exact versions of packages [tools/constraints.txt]; empty: the newest that fit
+#   VENV=FOLDER          the environment's folder [.venv]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -33,18 +35,23 @@ if [ -n "${MOM_PYTHON:-}" ]; then
     exit 0
 fi
 
-extras=()
+constraints=${CONSTRAINTS-tools/constraints.txt}
+venv=${VENV:-.venv}
+case "$venv" in /*) ;; *) venv=$PWD/$venv ;; esac
+extras=train
+packages=()
+wanted="$(cat requirements.txt ${constraints:+"$constraints"})"
 if [ -n "${DEV:-}" ]; then
-    extras=("pytest>=8" "pytest-timeout>=2.3" "pytest-xdist>=3.6" "lm_eval>=0.4.9" "ruff>=0.12" "import-linter>=2.17"
-        "peft>=0.18" "trl>=1.0")
+    extras=train,dev
+    packages=(-r tests/requirements.txt)
+    wanted="$wanted $(cat tests/requirements.txt) $(grep '^dev = ' pyproject.toml)"
 fi
-wanted="$(cat requirements.txt) ${extras[*]-}"
-if [ -x .venv/bin/python ] && [[ "$(cat .venv/installed 2>/dev/null)" == "$wanted"* ]]; then
-    echo "$PWD/.venv/bin/python"
+if [ -x "$venv/bin/python" ] && [[ "$(cat "$venv/installed" 2>/dev/null)" == "$wanted"* ]]; then
+    echo "$venv/bin/python"
     exit 0
 fi
 
-if [ ! -x .venv/bin/python ] || ! is_new_enough .venv/bin/python; then
+if [ ! -x "$venv/bin/python" ] || ! is_new_enough "$venv/bin/python"; then
     python=$(find_python)
     if [ -z "$python" ]; then
         log "error: no Python >= 3.12 with venv found (looked on PATH, in pyenv's versions and asked uv)."
@@ -52,13 +59,13 @@ if [ ! -x .venv/bin/python ] || ! is_new_enough .venv/bin/python; then
         log "or set MOM_PYTHON to an interpreter that has the packages of requirements.txt."
         exit 1
     fi
-    log "making .venv with $("$python" --version) ($python)"
-    rm -rf .venv
-    "$python" -m venv .venv
+    log "making $venv with $("$python" --version) ($python)"
+    rm -rf "$venv"
+    "$python" -m venv "$venv"
 fi
-log "installing requirements.txt into .venv (about 5 GB with PyTorch; a few minutes)"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt ${extras[@]+"${extras[@]}"} >&2
-# The packages of this folder, for the tools and for commands of your own.
-.venv/bin/python -c 'import pathlib, site, sys; pathlib.Path(site.getsitepackages()[0], "linear_moe.pth").write_text(sys.argv[1])' "$PWD"
-echo "$wanted" >.venv/installed
-echo "$PWD/.venv/bin/python"
+log "installing this project and the packages of requirements.txt into $venv (about 5 GB with PyTorch; a few minutes)"
+rm -f "$venv"/lib/python*/site-packages/linear_moe.pth # of earlier versions of this file
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check ${constraints:+-c "$constraints"} \
+    -e ".[$extras]" ${packages[@]+"${packages[@]}"} >&2
+echo "$wanted" >"$venv/installed"
+echo "$venv/bin/python"

@@ -1,15 +1,12 @@
 """Converts a Mixture-of-Memories model in the Hugging Face format (FLA's) to a Megatron checkpoint.
 
-    python tools/convert_from_hf.py --load DIR --save CKPT
-    python -m linear_moe.pretrain --load CKPT --use-checkpoint-args <the options that the tool prints> ...
-
-Writes a release checkpoint in the torch_dist format, without optimizer state, which loads at any tensor, pipeline and
-expert-parallel layout. CKPT appears only when it is complete.
+The command line is linear_moe/commands/arguments/convert_from_hf.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from linear_moe.commands import run_command
-from linear_moe.commands.values import whole
+from linear_moe.commands.arguments.convert_from_hf import parse_arguments
 from linear_moe.conversion.checkpoint import TRACKER, write_checkpoint
 from linear_moe.conversion.config import arguments_from_config, layout_of
 from linear_moe.conversion.files import (
@@ -41,21 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command("convert_from_hf.py", lambda: convert(args), ConversionError)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--load", type=Path, required=True, help="folder with config.json and the weights")
-    parser.add_argument("--save", type=Path, required=True, help="new folder, for Megatron's --load")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer [--load, if it has one]")
-    parser.add_argument(
-        "--make-vocab-size-divisible-by",
-        type=whole(1),
-        default=128,
-        help="pad the vocabulary for Megatron, as Megatron's option of this name does [128]",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace --save if it is an earlier conversion")
-    return parser.parse_args(argv)
-
-
 def convert(args: argparse.Namespace) -> None:
     """Writes the folder ``args.save``, all of it or nothing, and prints how to train from it.
 
@@ -65,12 +47,12 @@ def convert(args: argparse.Namespace) -> None:
     """
     if not args.load.is_dir():
         raise ConversionError(f"--load {args.load}: no such folder")
+    check_target(args.save, [TRACKER], args.overwrite)
     config, weights, table = read_model(args.load)
     layout = layout_of(config)
     stored = arguments_from_config(config)
     tokenizer = find_tokenizer(args, config)
     set_vocabulary(stored, config, tokenizer, args)
-    check_target(args.save, [TRACKER], args.overwrite)
     options = command_line(args.save, stored)
 
     def read(entry: Entry) -> torch.Tensor:
@@ -109,7 +91,7 @@ def set_vocabulary(stored: Namespace, config: MomConfig, tokenizer: Path | None,
     stored.make_vocab_size_divisible_by = multiple
     stored.padded_vocab_size = -(-config.vocab_size // multiple) * multiple
     stored.tokenizer_type = "HuggingFaceTokenizer" if tokenizer else "NullTokenizer"
-    stored.tokenizer_model = str((args.save / "tokenizer").resolve()) if tokenizer else None
+    stored.tokenizer_model = os.path.realpath(args.save / "tokenizer") if tokenizer else None
 
 
 def command_line(save: Path, stored: Namespace) -> str:

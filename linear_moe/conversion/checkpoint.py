@@ -67,7 +67,8 @@ def find_checkpoint(load: Path, iteration: int | None) -> Path:
         raise ConversionError(f"--iteration {iteration}: --load {load} is one checkpoint; give the folder above it")
     if not folder.is_dir():
         there = sorted(path.name for path in load.iterdir() if path.is_dir())
-        raise ConversionError(f"--load {load} has no {folder.name}; there are {', '.join(there) or 'none'}")
+        given = "" if iteration is None else f"--iteration {iteration}: "
+        raise ConversionError(f"{given}--load {load} has no {folder.name}; there are {', '.join(there) or 'none'}")
     if not (folder / ".metadata").is_file():
         if any(path.name.startswith("mp_rank_") for path in folder.iterdir()):
             raise ConversionError(f"{folder} is in Megatron's legacy format: save it with --ckpt-format torch_dist")
@@ -75,7 +76,7 @@ def find_checkpoint(load: Path, iteration: int | None) -> Path:
     return folder
 
 
-class _Unknown:
+class Unknown:
     """Stands for an object of a class that is not wanted here."""
 
     def __init__(self, *args, **kwargs):
@@ -83,11 +84,11 @@ class _Unknown:
 
 
 def _load_state(data) -> object:
-    """Unpickles safely: what is neither a plain value nor a tensor becomes `_Unknown`, without importing its class."""
+    """Unpickles safely: what is neither a plain value nor a tensor becomes `Unknown`, without importing its class."""
     known = {"argparse.Namespace": Namespace}
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(data)
     data.seek(0)
-    with torch.serialization.safe_globals([(known.get(name, _Unknown), name) for name in unknown]):
+    with torch.serialization.safe_globals([(known.get(name, Unknown), name) for name in unknown]):
         return torch.load(data, map_location="cpu", weights_only=True)
 
 

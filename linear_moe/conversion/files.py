@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -109,10 +110,10 @@ def check_inside(folder: Path, names: Iterable[str]) -> None:
 
     A link to the blobs of the Hugging Face cache stays within the cache: its snapshots consist of such links.
     """
-    root = folder.resolve()
+    root = Path(os.path.realpath(folder))  # of a link that leads to itself too, which opening the file tells
     roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     for name in names:
-        target = (folder / name).resolve()
+        target = Path(os.path.realpath(folder / name))
         if not any(target.is_relative_to(allowed) for allowed in roots):
             raise ConversionError(f"{folder / name} leads to {target}, outside its folder: put a copy there")
 

@@ -78,8 +78,9 @@ def unigram_entropy(counts: np.ndarray) -> float:
 def publish(staged: Sequence[Path], outputs: Sequence[Path]) -> None:
     """Gives the complete files their names, all renames. An old index never meets new tokens."""
     for path in outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for path in outputs:
         if path.suffix in (".idx", ".json"):
             path.unlink(missing_ok=True)
     for source, target in zip(staged, outputs, strict=True):
-        target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(source, target)

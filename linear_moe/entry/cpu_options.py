@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 
 import torch
@@ -19,6 +20,7 @@ COUNTERPARTS = (
     ("exp_avg_dtype", ("fp16", "bf16", "fp8"), "fp32"),
     ("exp_avg_sq_dtype", ("fp16", "bf16", "fp8"), "fp32"),
     ("cuda_graph_impl", ("local", "transformer_engine", "full_iteration"), "none"),
+    ("ckpt_format", ("fsdp_dtensor",), "torch_dist"),
 )
 """(argument, values that need a GPU or Transformer Engine, the value on this machine)."""
 
@@ -32,10 +34,13 @@ WITHOUT_COUNTERPART = {
     "use_transformer_engine_op_fuser": "--use-transformer-engine-op-fuser",
     "tp_comm_overlap": "--tp-comm-overlap",
     "delay_wgrad_compute": "--delay-wgrad-compute",
+    "defer_embedding_wgrad_compute": "--defer-embedding-wgrad-compute",
     "enable_cuda_graph": "--enable-cuda-graph",
     "external_cuda_graph": "--external-cuda-graph",
     "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
+    "cpu_offloading_num_layers": "--cpu-offloading-num-layers",
     "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
+    "use_megatron_fsdp": "--use-megatron-fsdp",
     "nccl_ub": "--use-nccl-ub",
     "nccl_communicator_config_path": "--nccl-communicator-config-path",
 }
@@ -64,7 +69,11 @@ def use_counterparts(args: argparse.Namespace) -> None:
         given = getattr(args, name, None)
         if given:
             logger.info("no GPU: %s is left out", option if given is True else f"{option} {given}")
-            setattr(args, name, False if given is True else None)
+            setattr(args, name, False if given is True else 0 if isinstance(given, int) else None)
+    strategy = getattr(args, "async_strategy", None)
+    if args.async_save and strategy == "nvrx" and importlib.util.find_spec("nvidia_resiliency_ext") is None:
+        logger.info("nvidia-resiliency-ext is not installed: --async-strategy nvrx becomes mcore")
+        args.async_strategy = "mcore"
     spec = " ".join(args.spec or [])
     if args.token_mixer == "mom" and spec in TRANSFORMER_ENGINE_STACKS:
         logger.info("no GPU: --spec %s becomes a stack of the same layers with local modules", spec)

@@ -28,9 +28,11 @@ from megatron.core.transformer.utils import (
 from linear_moe.config import MomTransformerConfig, splits_memories
 from linear_moe.layer.checkpoint import split_for_checkpoint
 from linear_moe.layer.router import MemoryRouter
+from linear_moe.layer.sharded_parameters import store_shard, whole_parameters
 from linear_moe.parallel.context import ContextSlice
 from linear_moe.parallel.expert import mix_memories_over_ranks
 from linear_moe.parallel.sequence_order import SequenceOrder
+from megatron_patches.torch_fsdp2 import APART
 from mom_layers.mixing import MemoryParameters, mix_routed
 from mom_layers.recur.rules import kept_exact
 
@@ -155,6 +157,8 @@ class MomTokenMixer(MegatronModule):
         expert-parallel rank holds whole needs the data group.
         """
         config = self.config
+        if config.use_megatron_fsdp:  # refuses such a parameter in a model without experts
+            return False
         if config.mom_single_kv_proj or (config.expert_model_parallel_size > 1 and not self.splits_memories):
             return False
         return config.expert_tensor_parallel_size == config.tensor_model_parallel_size
@@ -226,7 +230,7 @@ class MomTokenMixer(MegatronModule):
         # The plan takes ids sequence by sequence. All other tensors stay time first; the plan is reordered for them.
         ids = ids.transpose(0, 1).flatten(0, 1)
         q, output_gate = projected.flatten(0, 1).split([self.key_width, self.value_width], dim=1)
-        routed = self._memory_parameters(self.memory_proj)
+        routed = self.memory_parameters(self.memory_proj)
         if self.splits_memories:
             y = mix_memories_over_ranks(
                 x.flatten(0, 1),
@@ -291,7 +295,7 @@ class MomTokenMixer(MegatronModule):
         here = ContextSlice(self.cp_group, length, borders)
         return here.local_documents(), here
 
-    def _memory_parameters(self, projection: torch.Tensor) -> MemoryParameters:
+    def memory_parameters(self, projection: torch.Tensor) -> MemoryParameters:
         return MemoryParameters(
             settings=self.local_settings,
             projection=projection,
@@ -307,7 +311,7 @@ class MomTokenMixer(MegatronModule):
         """Parameters of the shared memory where memories are split over ranks; None without a shared memory."""
         if not self.config.mom_shared_memory:
             return None
-        return self._memory_parameters(self.memory_proj if self.shared_proj is None else self.shared_proj)
+        return self.memory_parameters(self.memory_proj if self.shared_proj is None else self.shared_proj)
 
     def backward_dw(self) -> None:
         """Computes the weight gradients that --delay-wgrad-compute put off: of the two linear layers, where these are
@@ -317,17 +321,32 @@ class MomTokenMixer(MegatronModule):
             if hasattr(linear, "backward_dw"):
                 linear.backward_dw()
 
+    def names_sharded_apart(self) -> list[str]:
+        """Names of the parameters that torch's FSDP2 shards apart from the others (`megatron_patches.torch_fsdp2`)."""
+        return list(self.rule.parameter_names) if self.config.params_dtype != torch.float32 else []
+
     def _apply(self, fn, recurse=True):
-        with kept_exact(getattr(self, name) for name in self.rule.parameter_names):
+        with kept_exact(self._parameters[name] for name in self.rule.parameter_names if name in self._parameters):
             return super()._apply(fn, recurse)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, tp_group=None):
         """Parameters for a distributed checkpoint. Every piece of a fused parameter has a name of its own, so that the
         piece loads at any tensor-parallel size; the memories' projections have one name at any expert-parallel size."""
+        with whole_parameters(self) as shards:
+            sharded = self._sharded_state_dict(prefix, sharded_offsets, metadata, tp_group)
+        for name, tensor in sharded.items():
+            if id(getattr(tensor, "data", None)) in shards:
+                sharded[name] = store_shard(tensor, shards[id(tensor.data)])
+        return sharded
+
+    def _sharded_state_dict(self, prefix, sharded_offsets, metadata, tp_group):
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         tp_group = self.tp_group if tp_group is None else tp_group
         own: dict = {}
         self._save_to_state_dict(own, "", keep_vars=True)
+        children = dict(self.named_children())
+        if (apart := children.pop(APART, None)) is not None:
+            own |= dict(apart.named_parameters())
         sharded = make_sharded_tensors_for_checkpoint(
             own,
             prefix,
@@ -343,7 +362,7 @@ class MomTokenMixer(MegatronModule):
             tp_group=tp_group,
             dp_cp_group=metadata["dp_cp_group"],
         )
-        for name, module in self.named_children():
+        for name, module in children.items():
             sharded |= sharded_state_dict_default(
                 module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=tp_group
             )

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 
+from linear_moe.recall.names import MOST_SEEDS
+
 BLANK = 0
 GAP_POWER = 0.01  # Zoology's: the probability of a gap g is proportional to g ** (GAP_POWER - 1)
-MOST_SEEDS = 1 << 31  # half of what the CPU's generator tells apart: it reads 32 bits of a seed
 HELD_OUT_SEED = MOST_SEEDS  # added to a seed for the sequences that no model trains on
 
 
@@ -40,20 +41,20 @@ class Task:
 
     def __post_init__(self):
         if not self.pairs or min(self.pairs) < 1:
-            raise ValueError(f"the numbers of pairs must be at least 1, got {list(self.pairs)}")
+            raise ValueError(f"pairs {list(self.pairs)}: expected numbers of at least 1")
         most = max(self.pairs)
         if self.length % 2 or self.length < 4 * most:
             raise ValueError(
-                f"a sequence must have an even number of tokens and at least four a pair, {4 * most}, got {self.length}"
+                f"length {self.length}: expected an even number of tokens, and at least four a pair: {4 * most} for "
+                f"pairs {list(self.pairs)}"
             )
         if self.vocabulary % 2 or self.vocabulary // 2 - 1 < most:
             raise ValueError(
-                f"the vocabulary must be even and have at least {2 * most + 2} tokens for {most} pairs, "
-                f"got {self.vocabulary}"
+                f"vocabulary {self.vocabulary}: expected an even number, and at least {2 * most + 2} for {most} pairs"
             )
         if self.batch < 1 or self.batch % len(self.pairs):
             raise ValueError(
-                f"a batch must be a multiple of the {len(self.pairs)} numbers of pairs, got {self.batch} sequences"
+                f"batch {self.batch}: expected a multiple of {len(self.pairs)}, the count of the numbers of pairs"
             )
 
 

@@ -47,7 +47,8 @@ class Training:
 
     def evaluation_steps(self) -> list[int]:
         """Numbers of steps after which the models are evaluated; the last is all of them."""
-        return sorted({-(-self.steps * (i + 1) // self.evaluations) for i in range(self.evaluations)})
+        count = min(self.evaluations, self.steps)
+        return sorted({-(-self.steps * (i + 1) // count) for i in range(count)})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 from forks import SECONDS, in_fork
-from judge import Case, names
+from judge import Case, files, names
+
+from linear_moe.commands import values as types
 
 WORDS = "the memory of a sequence is a matrix and each token writes a little of it down before the next one comes "
 MODEL = {
@@ -94,9 +96,12 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     return found[0]
 
 
+PATHS = (types.path, types.picture)
+
+
 def values(action: argparse.Action, inputs: Path) -> Iterator[tuple[str, str]]:
     """The bad values of an argument that takes a value."""
-    path = action.type is Path or action.dest in ("output", "save", "load")
+    path = action.type in PATHS or action.dest == "output"
     yield "empty", ""
     if path:
         if action.dest not in ("output", "save", "tokenizer_output"):
@@ -113,10 +118,8 @@ def values(action: argparse.Action, inputs: Path) -> Iterator[tuple[str, str]]:
         yield "huge", "9" * 40
         yield "NaN", "nan"
         yield "fraction", "1.5"
-
-
-def files(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.lstat().st_size for path in sorted(folder.rglob("*"))}
+        yield "very large", "9" * 12
+        yield "tiny", "1e-300"
 
 
 def judge(command: str, words: list[str], option: str, value: str, inputs: Inputs) -> str | None:
@@ -151,35 +154,35 @@ def judge(command: str, words: list[str], option: str, value: str, inputs: Input
     return None
 
 
-FOLDER, NUMBERS = {"wrong type: a folder"}, {"negative", "zero", "huge", "NaN", "fraction", "wrong type"}
+FOLDER = {"wrong type: a folder"}
+NUMBERS = {"negative", "zero", "huge", "NaN", "fraction", "very large", "tiny", "wrong type"}
+LARGE = {"huge", "very large"}
 FINE = {
     ("plot_run", "--output"): FOLDER, ("recall", "--output"): FOLDER, ("convert_from_hf", "--save"): FOLDER,
     ("convert_to_hf", "--save"): FOLDER, ("preprocess_data", "--tokenizer-output"): FOLDER,
-    ("perplexity", "--output"): {"unreadable path", "wrong type: a file"},  # .png is added to the name
-    ("generate", "--prompt"): NUMBERS | {"empty"}, ("generate", "--temperature"): {"fraction", "huge"},
-    ("generate", "--seed"): {"zero"}, ("recall", "--seeds"): {"zero", "negative"},
-    ("recall", "--commit"): NUMBERS | {"empty"}, ("convert_to_hf", "--verify-bound"): {"zero", "fraction", "huge"},
-    ("demo_corpus", "--max-bytes"): {"huge"},
-    ("plot_run", "--reference-loss"): {"zero", "fraction", "huge"}, ("generate", "--top-p"): {"zero"},
-    ("recall", "--mlp"): {"zero"}, ("recall", "--weight-decay"): {"zero", "fraction"},
-    ("recall", "--balancing"): {"zero", "fraction"}, ("recall", "--time-limit"): {"huge", "fraction"},
-    ("recall", "--rates"): {"fraction"}, ("generate", "--top-k"): {"zero", "huge"},
-    ("preprocess_data", "--output"): {"wrong type: a file", "wrong type: a folder"},
-    ("generate", "--prompt-file"): {"wrong type: a file"},
-    ("preprocess_data", "--max-bad-lines"): {"zero"}, ("preprocess_data", "--validation-fraction"): {"zero"},
+    # suffixes are added to the name
+    ("perplexity", "--output"): {"unreadable path", "wrong type: a file"},
+    ("preprocess_data", "--output"): {"unreadable path", "wrong type: a file", "wrong type: a folder"},
+    ("generate", "--prompt"): NUMBERS | {"empty"}, ("generate", "--temperature"): {"fraction"},
+    ("generate", "--seed"): {"zero"}, ("generate", "--top-k"): {"zero", *LARGE}, ("generate", "--top-p"): {"tiny"},
+    ("generate", "--prompt-file"): {"wrong type: a file"}, ("generate", "--max-new-tokens"): {"very large"},
+    ("perplexity", "--lengths"): {"very large"}, ("perplexity", "--batch-size"): {"very large"},
+    ("perplexity", "--max-windows"): {"very large"}, ("perplexity", "--stride"): {"very large"},
+    ("perplexity", "--train-length"): {"very large"}, ("perplexity", "--chunk-size"): {"very large"},
+    ("convert_to_hf", "--verify-bound"): {"zero", "fraction", "tiny", *LARGE},
+    ("convert_to_hf", "--verify-tokens"): {"very large"},  # without --verify
+    ("convert_to_hf", "--max-shard-size"): {"very large"},
+    ("plot_run", "--reference-loss"): {"zero", "fraction", "tiny", *LARGE}, ("demo_corpus", "--max-bytes"): LARGE,
+    ("preprocess_data", "--max-bad-lines"): {"zero", "very large"},
+    ("preprocess_data", "--validation-fraction"): {"zero"}, ("preprocess_data", "--tokenizer-bytes"): {"very large"},
+    ("recall", "--seeds"): {"zero"}, ("recall", "--commit"): NUMBERS | {"empty"}, ("recall", "--mlp"): {"zero"},
+    ("recall", "--weight-decay"): {"zero", "fraction", "tiny"}, ("recall", "--rates"): {"fraction", "tiny"},
+    ("recall", "--balancing"): {"zero", "fraction", "tiny"},
+    ("recall", "--time-limit"): {"zero", "fraction", "tiny", *LARGE}, ("recall", "--steps"): {"very large"},
+    ("recall", "--max-steps"): {"very large"}, ("recall", "--evaluations"): {"very large"},
+    ("recall", "--group-size"): {"very large"},
 }  # fmt: skip
 """By command and option: values that are bad in general and that work here."""
-KNOWN_FAULTS = {
-    ("generate", "--device"), ("generate", "--iteration"), ("generate", "--seed"), ("generate", "--load"),
-    ("generate", "--prompt-file"), ("generate", "--tokenizer"), ("perplexity", "--device"), ("perplexity", "--text"),
-    ("perplexity", "--output"), ("perplexity", "--load"), ("convert_to_hf", "--max-shard-size"),
-    ("convert_to_hf", "--iteration"), ("convert_to_hf", "--load"), ("convert_to_hf", "--save"),
-    ("convert_to_hf", "--tokenizer"), ("convert_to_hf", "--verify-bound"), ("convert_from_hf", "--load"),
-    ("convert_from_hf", "--save"), ("convert_from_hf", "--tokenizer"), ("recall", "--mlp"), ("recall", "--balancing"),
-    ("recall", "--output"), ("recall", "--time-limit"), ("recall", "--rates"), ("recall", "--mom"),
-}  # fmt: skip
-"""Commands and options whose bad values have faults that are not mended: the generator shows them, the test leaves them
-out. An option that is mended leaves this list."""
 
 
 def command_cases(folder: Path) -> list[Case]:

@@ -7,10 +7,16 @@ that names nothing, a crash, a result for a value that cannot work, something ha
 
 from __future__ import annotations
 
+import os
 import random
 import re
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,43 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.target} {self.argument} {self.kind}"
+
+
+def run_apart(case: Case) -> str | None:
+    """The fault of a case, which runs in a working folder of its own.
+
+    A value that a program takes for the name of a file makes that file there; no bad value may leave one.
+    """
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory(prefix="bad-input-") as folder:
+        os.chdir(folder)
+        try:
+            fault = case.run()
+        finally:
+            os.chdir(before)
+        left = files(Path(folder))
+    return fault or (f"left in the working folder: {list(left)[:4]}" if left else None)
+
+
+def files(folder: Path) -> dict[str, int]:
+    """Path and size of everything under a folder."""
+    return {str(path.relative_to(folder)): path.lstat().st_size for path in sorted(folder.rglob("*"))}
+
+
+@contextmanager
+def untouched(folder: Path = ROOT) -> Iterator[list[str]]:
+    """Yields a list to which the end of the block adds the files that appeared meanwhile in a folder of sources."""
+    before, appeared = _sources(folder), []
+    yield appeared
+    appeared += sorted(_sources(folder) - before)
+
+
+def _sources(folder: Path) -> set[str]:
+    found = set()
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        found |= {os.path.relpath(os.path.join(parent, name), folder) for name in folders + names}
+    return found
 
 
 def draw(cases: Iterable[Case], count: int | None, seed: int) -> list[Case]:

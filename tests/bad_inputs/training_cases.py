@@ -156,7 +156,7 @@ def judge_config(content: bytes | None, path: Path) -> str | None:
 
 
 def judge_launcher(words: list[str]) -> str | None:
-    run = run_training(["-m", "linear_moe", *words], ROOT)
+    run = run_training(["-m", "linear_moe", *words], Path.cwd())
     if run.returncode == 0 or "Traceback" in run.stdout or words[0] not in run.stdout:
         return f"status {run.returncode}: {run.stdout.strip()[-200:]}"
     return None

@@ -122,7 +122,7 @@ def test_gla_gate():
 )
 def test_gated_linear_attention_refuses(change, message):
     leaves, cu_seqlens = inputs([5, 3])
-    leaves |= {name: torch.zeros(shape) for name, shape in change.items()}
+    leaves |= {name: torch.zeros(shape, device=cu_seqlens.device) for name, shape in change.items()}
     q, k, v, g, state = leaves.values()
     with pytest.raises(ValueError, match=message):
         gated_linear_attention(q, k, v, g, cu_seqlens, initial_state=state)

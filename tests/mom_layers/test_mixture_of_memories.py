@@ -252,7 +252,7 @@ def test_refuses_bad_sizes(sizes, message):
         (lambda m, x: m(x[..., :31]), "x must be .B, T, 32., got .2, 8, 31."),
         (lambda m, x: m(x, cu_seqlens=torch.tensor([0, 8], dtype=torch.int32)), "got a batch of 2"),
         (lambda m, x: m(x, state=m(x[:1], output_state=True)[1]), "the state holds 1 sequences, the input 2"),
-        (lambda m, x: m(x, token_mask=torch.ones(2, 7, dtype=torch.bool)), "token_mask must be .2, 8., got .2, 7."),
+        (lambda m, x: m(x, token_mask=x.new_ones(2, 7, dtype=torch.bool)), "token_mask must be .2, 8., got .2, 7."),
     ],
 )
 def test_refuses_bad_inputs(call, message):

@@ -71,9 +71,9 @@ def test_a_seed_decides_the_batches_and_held_out_sequences_are_others():
     ("sizes", "said"),
     [
         ({"length": 15}, "even number of tokens"),
-        ({"length": 14}, "at least four a pair, 16, got 14"),
-        ({"vocabulary": 8}, "at least 10 tokens for 4 pairs, got 8"),
-        ({"batch": 15}, "multiple of the 2 numbers of pairs, got 15"),
+        ({"length": 14}, "length 14: expected .* at least four a pair: 16"),
+        ({"vocabulary": 8}, "vocabulary 8: expected .* at least 10 for 4 pairs"),
+        ({"batch": 15}, "batch 15: expected a multiple of 2"),
         ({"pairs": (0, 4)}, "at least 1"),
     ],
 )

@@ -7,32 +7,13 @@ from functools import cache
 
 import pytest
 import torch
-from training import PP2, TP2, checkpoint_tensors, launch
+from training import PP2, TP2, checkpoint_tensors, launch, muon_of_torch
 
 STEPS, SAVED = 4, 2
 BF16 = ["--mock-data", "--bf16"]
 MUON = ["--optimizer", "muon"]
 LAYER_WISE = [*MUON, "--use-distributed-optimizer"]
 TORCH = ["--ckpt-format", "torch"]
-
-
-def muon_of_torch():
-    """Lets Megatron build torch's Muon. Its own is in a package that is not installed with Megatron."""
-    from megatron.core import optimizer
-    from megatron.core.optimizer import emerging_optimizers
-
-    def start(muon, config=None):
-        for group in muon.param_groups:
-            for parameter in group["params"]:
-                muon.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-
-    entry = emerging_optimizers.EmergingOptimizerEntry(
-        optimizer_cls=torch.optim.Muon,
-        init_state_fn=start,
-        config_to_kwargs=lambda config, chunks, groups: {"lr": config.lr, "weight_decay": config.weight_decay},
-    )
-    emerging_optimizers._EMERGING_OPTIMIZERS["muon"] = entry
-    optimizer.HAVE_EMERGING_OPTIMIZERS = True
 
 
 def run(ranks, arguments, folder, steps=STEPS):
@@ -68,6 +49,8 @@ LAYOUTS = {
     "TP2": (2, TP2),
     "PP2": (2, PP2),
     "PP2, a stage without memories": (2, [*PP2, "--linear-attention-freq", "[0,1]"]),
+    "PP2, a stage without memories, Muon": (2, [*PP2, "--linear-attention-freq", "[0,1]", *MUON]),
+    "PP2, a stage without memories, layer-wise Muon": (2, [*PP2, "--linear-attention-freq", "[0,1]", *LAYER_WISE]),
     "1, torch format": (1, TORCH),
     "1, Muon": (1, MUON),
     "DP2, layer-wise Muon": (2, LAYER_WISE),

@@ -24,3 +24,11 @@ def test_distributed_optimizer(expected, tmp_path, arguments):
 def test_gradients_reduced_in_bf16(expected, tmp_path):
     losses = launch(2, [*VIRTUAL, "--grad-reduce-in-bf16"], tmp_path)
     assert losses == pytest.approx(expected, rel=1e-2) and losses[1] == expected[1]
+
+
+def test_parameters_gathered_during_the_optimizer_step(expected, tmp_path):
+    """Every step compares the parameters of the data-parallel ranks."""
+    ranks_agree = ["--overlap-param-gather-with-optimizer-step", "--check-weight-hash-across-dp-replicas-interval", 1]
+    arguments = [*VIRTUAL, *DISTRIBUTED_OPTIMIZER, *OVERLAP, *ranks_agree, "--ckpt-format", "torch"]
+    losses = launch(4, [*arguments, "--global-batch-size", 8], tmp_path)
+    assert losses[4] < losses[1] - 0.5

@@ -117,22 +117,39 @@ def _pretrain(save_at: tuple[int, ...]) -> dict[int, float]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from linear_moe import pretrain
+    from linear_moe.entry.log import QuietStreams
     from linear_moe.entry.machine import prepare_machine
-    from megatron_patches.patch import Patch, wrap
 
     prepare_machine()
     # The process that collects what was written would be a new interpreter, which imports torch and Megatron.
     filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
-    losses: dict[int, float] = {}
+    losses, _ = record_steps(save_at)
+    os.environ["MOM_VERBOSE"] = "1"  # everything into rank_i.txt
+    pretrain.main(QuietStreams())
+    return losses
 
-    def record(training_log, loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs):
+
+def record_steps(save_at: tuple[int, ...] = ()) -> tuple[dict[int, float], dict[int, float]]:
+    """The loss and the gradient norm of every iteration, which training in this process fills in. A rank that
+    computes no loss records none.
+
+    save_at: iterations after which a checkpoint is saved; without, --save-interval says so.
+    """
+    from megatron_patches.patch import Patch, wrap
+
+    losses: dict[int, float] = {}
+    norms: dict[int, float] = {}
+
+    def record(training_log, loss_dict, total, rate, iteration, scale, memory, skipped, norm, *args, **kwargs):
         from megatron.training import get_args
 
         if "lm loss" in loss_dict:
             losses[iteration] = float(loss_dict["lm loss"])
+        if norm is not None:
+            norms[iteration] = float(norm)
         if save_at:  # read by the training loop after this call
             get_args().save_interval = 1 if iteration in save_at else 1000
-        return training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
+        return training_log(loss_dict, total, rate, iteration, scale, memory, skipped, norm, *args, **kwargs)
 
     Patch(
         name="record-losses",
@@ -140,8 +157,26 @@ def _pretrain(save_at: tuple[int, ...]) -> dict[int, float]:
         removed_when="never",
         targets=(wrap("megatron.training.training", "training_log", record),),
     ).apply()
-    pretrain.main()
-    return losses
+    return losses, norms
+
+
+def muon_of_torch():
+    """Lets Megatron build torch's Muon. Its own is in a package that is not installed with Megatron."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import emerging_optimizers
+
+    def start(muon, config=None):
+        for group in muon.param_groups:
+            for parameter in group["params"]:
+                muon.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+    entry = emerging_optimizers.EmergingOptimizerEntry(
+        optimizer_cls=torch.optim.Muon,
+        init_state_fn=start,
+        config_to_kwargs=lambda config, chunks, groups: {"lr": config.lr, "weight_decay": config.weight_decay},
+    )
+    emerging_optimizers._EMERGING_OPTIMIZERS["muon"] = entry
+    optimizer.HAVE_EMERGING_OPTIMIZERS = True
 
 
 def checkpoint_tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:

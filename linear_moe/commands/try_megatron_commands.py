@@ -1,0 +1,138 @@
+"""Tries the training commands of Megatron-LM's users on a CPU, with --token-mixer mom and without.
+
+    python tools/try_megatron_commands.py path/to/Megatron-LM --output runs/megatron_commands --jobs 2
+
+Reads the argument sets of Megatron-LM's functional tests (tests/functional_tests/test_cases), the shell scripts under
+examples/ and a file of public scripts, shrinks each to at most four processes and a few small layers, and runs it. A
+run trains, is refused with a line before its first step, or fails; a loss that does not move and a gradient norm that
+collapses count as failed. A run with memories that trains is resumed from its checkpoint at half, and must print the
+same digits. Finished runs are rows of commands.csv and are not repeated: a stopped call goes on when it is given again.
+Beside commands.csv: table.md, and a log for each run. The shell scripts under examples/ are started, with the training
+programs replaced: give a clone that you trust.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from subprocess import CalledProcessError
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+from linear_moe.commands import run_command  # noqa: E402
+from linear_moe.commands.values import path, positive, whole  # noqa: E402
+from linear_moe.trials import argument_sets, processes, runs  # noqa: E402
+from linear_moe.trials.argument_sets import ArgumentSet  # noqa: E402
+from linear_moe.trials.shrink import Trial, shrink  # noqa: E402
+from linear_moe.trials.table import LONGEST_REASON, Rows, markdown, summary  # noqa: E402
+from linear_moe.trials.verdict import FAILS, TRAINS  # noqa: E402
+
+PUBLIC = Path(argument_sets.__file__).with_name("public_scripts.yaml")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool; returns 0, or 1 for a folder that is no clone. SystemExit(2): a wrong command line."""
+    args = parse_arguments(argv)
+    return run_command("try_megatron_commands.py", lambda: try_commands(args), ValueError, CalledProcessError)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clone", type=path, help="a clone of Megatron-LM, core_v0.19.0")
+    parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder of rows, table and logs")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="sets whose name contains one of these")
+    parser.add_argument("--exactly", nargs="+", default=[], metavar="NAME", help="the sets with these names")
+    parser.add_argument("--kinds", action="store_true", help="one set of each kind instead of every set")
+    parser.add_argument("--jobs", type=whole(1), default=1, help="runs at a time, of up to 4 processes [%(default)s]")
+    parser.add_argument("--limit", type=positive, default=300, metavar="SECONDS", help="of one run [%(default)s]")
+    parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="then start no run")
+    parser.add_argument("--again", nargs="*", metavar="RESULT", help="repeat finished runs [fails] or with this result")
+    parser.add_argument("--list", action="store_true", help="print the shrunk commands, and run nothing")
+    return parser.parse_args(argv)
+
+
+def try_commands(args: argparse.Namespace) -> None:
+    """Runs what is still to be run, and writes rows and table. Raises ValueError for a folder that is no clone."""
+    start = time.monotonic()
+    deadline = start + args.time_limit
+    trials = [shrink(given) for given in chosen(args)]
+    if args.list:
+        for trial in trials:
+            print(f"{trial.name}: {trial.processes} processes: {trial.script} {' '.join(trial.words)}")
+        return
+    output = args.output.absolute()
+    place = runs.Place(args.clone.absolute(), output, output / "data" / "text", args.limit)
+    runs.provide_dataset_helpers(place.clone)
+    runs.write_data(place)
+    rows = Rows(output / "commands.csv")
+    if args.again is not None:
+        rows.forget(args.again or [FAILS])
+
+    stopped = threading.Event()
+
+    def attempt(trial: Trial) -> None:
+        for run in (runs.MOM, runs.SOFTMAX, *runs.RESUMES):
+            if stopped.is_set() or time.monotonic() > deadline or not is_needed(trial, run, rows):
+                continue
+            if run in runs.RESUMES and not runs.has_checkpoint(trial, runs.RESUMES[run], place):
+                continue
+            verdict, seconds = runs.run(trial, run, place)
+            if stopped.is_set():  # and the run's processes were ended
+                return
+            rows.add(
+                set=trial.name, run=run, processes=str(trial.processes), result=verdict.result,
+                reason=verdict.reason[:LONGEST_REASON], seconds=f"{seconds:.1f}",
+            )  # fmt: skip
+            line = f"{trial.name} {run}: {verdict.result} {verdict.reason}"
+            print(f"{time.monotonic() - start:5.0f} s {len(rows.rows):4d} {line[:300]}", flush=True)
+        if not any(is_needed(trial, run, rows) for run in (runs.MOM, runs.SOFTMAX, *runs.RESUMES)):
+            runs.clean(trial, place)
+
+    names = [trial.name for trial in trials]
+    pool = ThreadPoolExecutor(args.jobs)
+    processes.server(place.clone)
+    try:
+        for attempted in [pool.submit(attempt, trial) for trial in trials]:
+            attempted.result()
+    finally:
+        stopped.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        processes.end_all()
+        pool.shutdown()
+        (output / "table.md").write_text(markdown(rows, names))
+        print(summary(rows, names))
+        print(output / "table.md")
+
+
+def is_needed(trial: Trial, run: str, rows: Rows) -> bool:
+    """Whether a run is still to be made. A run that trains is resumed; with softmax only where the resumption of the
+    run with memories differs, which may be Megatron's doing.
+    """
+    if rows.result(trial.name, run) is not None:
+        return False
+    if run in runs.RESUMES and rows.result(trial.name, runs.RESUMES[run]) != TRAINS:
+        return False
+    return run != runs.SOFTMAX_RESUMED or rows.result(trial.name, runs.RESUMED) == FAILS
+
+
+def chosen(args: argparse.Namespace) -> list[ArgumentSet]:
+    """The argument sets that the command line names. Raises ValueError where there is none."""
+    sets = argument_sets.from_test_cases(args.clone) + argument_sets.from_examples(args.clone)
+    if PUBLIC.is_file():
+        sets += argument_sets.from_file(PUBLIC)
+    if args.only:
+        sets = [given for given in sets if any(text in given.name for text in args.only)]
+    if unknown := set(args.exactly) - {given.name for given in sets}:
+        raise ValueError(f"--exactly {' '.join(sorted(unknown))}: no set has such a name")
+    if args.exactly:
+        sets = [given for given in sets if given.name in args.exactly]
+    if args.kinds:
+        sets = argument_sets.one_of_each_kind(sets)
+    if not sets:
+        raise ValueError(f"--only {' '.join(args.only)}: no set has such a name")
+    return sets

@@ -1,0 +1,83 @@
+"""A trained model of Megatron, whatever its mixer, loaded from its checkpoint into this process alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from linear_moe.conversion.checkpoint import MegatronCheckpoint, Unknown, find_checkpoint
+from linear_moe.entry.machine import prepare_machine
+
+
+@contextmanager
+def trained_model(checkpoints: Path) -> Iterator[torch.nn.Module]:
+    """The model of the latest checkpoint in a folder, in evaluation mode and in the type of its training, on the first
+    GPU or, without one, the CPU. Its layers are those that the training built.
+
+    Raises ConversionError where the folder has no checkpoint that can be read.
+    """
+    folder = find_checkpoint(checkpoints, None)
+    saved = MegatronCheckpoint(folder)
+    prepare_machine()
+    from megatron.core import parallel_state, tensor_parallel
+
+    with_gpu = torch.cuda.is_available()
+    if with_gpu:
+        torch.cuda.set_device(0)
+    torch.distributed.init_process_group("nccl" if with_gpu else "gloo")  # in the world of one process of this machine
+    try:
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
+        model = _build(saved.args, saved.rows("embedding.word_embeddings.weight"))
+        _load(model, folder)
+        yield model.eval()
+        parallel_state.destroy_model_parallel()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _build(arguments, rows: int) -> torch.nn.Module:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    from linear_moe.config import configure
+    from linear_moe.layer.decoder_layers import mom_block_spec
+
+    # Objects of Megatron's own classes were not read; the configuration has a default for each.
+    arguments = copy.copy(arguments)
+    for name in [name for name, value in vars(arguments).items() if isinstance(value, Unknown)]:
+        delattr(arguments, name)
+    config = configure(core_transformer_config_from_args, arguments)
+    model = GPTModel(
+        config,
+        mom_block_spec(config),
+        vocab_size=rows,
+        max_sequence_length=arguments.max_position_embeddings,
+        share_embeddings_and_output_weights=not arguments.untie_embeddings_and_output_weights,
+        position_embedding_type=arguments.position_embedding_type,
+        rotary_base=arguments.rotary_base,
+    )
+    if torch.cuda.is_available():
+        model.cuda()
+    return model.bfloat16() if config.bf16 else model
+
+
+def _load(model: torch.nn.Module, folder: Path) -> None:
+    from megatron.core import dist_checkpointing, parallel_state
+
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata)}, str(folder))
+    model.load_state_dict(state["model"])
+
+
+@torch.no_grad()
+def token_losses(model: torch.nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """Loss in nats [B, L] of every token but the first of windows [B, L + 1] of token ids."""
+    windows = windows.to(next(model.parameters()).device, torch.long)
+    tokens, targets = windows[:, :-1], windows[:, 1:].contiguous()
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return model(tokens.contiguous(), positions, None, labels=targets).float()

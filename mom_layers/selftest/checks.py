@@ -1,0 +1,126 @@
+"""Which checks make a self-test: all, the few that one training run needs, and a tiny form for the interpreter."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+
+from mom_layers.recur.rules import rule_names
+from mom_layers.selftest import decoding, operations, recurrences
+from mom_layers.selftest.cases import Check, Setting
+from mom_layers.selftest.operations import Tokens
+from mom_layers.settings import MixerSettings
+
+SIZES = ((256, 256), (128, 128), (64, 128))
+WIDTH = 512  # columns of all heads' keys: 2 heads of 256, 8 of 64
+TIMED = Tokens([2048] * 4)
+LENGTHS = (0, 1, 2, 63, 64, 65, 130)
+MANY_SHORT = (5,) * 40
+CUTS = ((3, 0, 65, 1), (0, 2, 70, 64), (1, 64, 0, 1))
+
+
+def all_checks(setting: Setting) -> dict[str, Check]:
+    """Every kernel at a few shapes, by the name of the check."""
+    ragged, masked = Tokens(LENGTHS), Tokens(LENGTHS, masked=True)
+    alone = Tokens(LENGTHS, memories=3, shared=False)
+    hidden, sixteen = 1024, setting.dtype
+    types = dict.fromkeys((sixteen, torch.float16, torch.float32))
+    checks = {
+        "route": partial(operations.routing, tokens=300, memories=4, topk=2, timed=16384),
+        "route, many memories": partial(operations.routing, tokens=300, memories=64, topk=8),
+        "routing plan": partial(operations.planning, tokens=(ragged, masked, alone), timed=TIMED),
+        "gather rows": partial(operations.gathering, tokens=ragged, channels=hidden, timed=TIMED),
+        "grouped projection": partial(
+            operations.projection, tokens=ragged, inputs=hidden, outputs=2 * WIDTH + 16, dtypes=tuple(types),
+            timed=TIMED,
+        ),
+    }  # fmt: skip
+    for k_dim, v_dim in SIZES:
+        heads = WIDTH // k_dim
+        size = {"heads": heads, "k_dim": k_dim, "v_dim": v_dim}
+        about = f"K {k_dim} V {v_dim}"
+        checks[f"convolutions, {about}"] = partial(operations.convolutions, tokens=masked, timed=TIMED, **size)
+        if k_dim == v_dim:
+            checks[f"combine, {about}"] = partial(
+                operations.combining, tokens=(ragged, alone), heads=heads, v_dim=v_dim, timed=TIMED
+            )
+        for rule in rule_names():
+            checks[f"{rule}, {about}"] = partial(recurrences.recurrence, name=rule, timed=True, **size)
+            checks[f"decode step of {rule}, {about}"] = partial(
+                decoding.decoding, rule=rule, hidden=hidden, batches=(1, 5), timed=16, **size
+            )
+    for rule in rule_names():
+        checks[f"gates of {rule}"] = partial(recurrences.gates, name=rule, rows=300, heads=4, k_dim=128, v_dim=128)
+        checks[f"{rule}, float32"] = partial(
+            recurrences.recurrence, name=rule, heads=2, k_dim=64, v_dim=64, dtype=torch.float32,
+            cases=(((0, 1, 63, 64, 65), True),),
+        )  # fmt: skip
+        checks[f"state passing of {rule}"] = partial(
+            recurrences.state_passing, name=rule, heads=WIDTH // 128, k_dim=128, v_dim=128, cuts=CUTS
+        )
+    # The longest checks first, so that no process is left with a long check at the end.
+    recurrent = tuple(rule_names())
+    return dict(sorted(checks.items(), key=lambda item: not item[0].startswith(recurrent)))
+
+
+def checks_of_a_run(setting: Setting, settings: MixerSettings, hidden_size: int, sliced: bool) -> dict[str, Check]:
+    """The kernels that one training run launches, at its own head sizes, so that the run finds them compiled.
+
+    Args:
+        settings: of the run's layers, with the heads of one rank.
+        hidden_size: D.
+        sliced: whether context parallelism cuts sequences.
+    """
+    k_dim, v_dim = settings.head_dim, settings.value_dim
+    # Fewer heads where they are large: the plain loop keeps a state of each head for every row.
+    heads = math.gcd(settings.num_heads, max(1, 4 * 256 * 256 // (k_dim * v_dim)))
+    tokens = Tokens((0, 1, 63, 65), settings.num_memories, settings.topk, settings.shared_memory)
+    size = {"heads": heads, "k_dim": k_dim, "v_dim": v_dim}
+    rule, width = settings.rule, sum(settings.projection_sizes) // settings.num_heads * heads
+    checks = {
+        rule: partial(
+            recurrences.recurrence, name=rule, cases=(((0, 1, 63, 64, 65), sliced), (MANY_SHORT, False)),
+            every_set=False, **size,
+        ),
+        "convolutions": partial(operations.convolutions, tokens=tokens, tails=False, **size),
+        "grouped projection": partial(
+            operations.projection, tokens=tokens, inputs=min(hidden_size, 1024), outputs=width, dtypes=(setting.dtype,)
+        ),
+        "combine": partial(operations.combining, tokens=(tokens,), heads=heads, v_dim=v_dim),
+        "route": partial(operations.routing, tokens=100, memories=settings.num_memories, topk=settings.topk),
+        "routing plan": partial(operations.planning, tokens=(tokens,)),
+        "gather rows": partial(operations.gathering, tokens=tokens, channels=min(hidden_size, 1024)),
+    }  # fmt: skip
+    checks["gates"] = partial(recurrences.gates, name=rule, rows=200, **size)
+    if sliced:
+        checks["state passing"] = partial(recurrences.state_passing, name=rule, cuts=CUTS, **size)
+    return checks
+
+
+def tiny_checks(setting: Setting) -> dict[str, Check]:
+    """Every kernel of the general sets once, so small that Triton's interpreter runs it."""
+    tokens, masked = Tokens((0, 1, 5)), Tokens((0, 1, 5), masked=True)
+    alone = Tokens((3,), memories=3, shared=False)
+    size = {"heads": 1, "k_dim": 16, "v_dim": 32}
+    checks = {
+        "route": partial(operations.routing, tokens=7, memories=4, topk=2),
+        "routing plan": partial(operations.planning, tokens=(tokens, masked, alone)),
+        "gather rows": partial(operations.gathering, tokens=tokens, channels=20),
+        "grouped projection": partial(
+            operations.projection, tokens=tokens, inputs=24, outputs=18, dtypes=(torch.float32,)
+        ),
+        "convolutions": partial(operations.convolutions, tokens=masked, **size),
+        "combine": partial(operations.combining, tokens=(tokens, alone), heads=2, v_dim=16),
+    }  # fmt: skip
+    for rule in rule_names():
+        checks[rule] = partial(
+            recurrences.recurrence, name=rule, cases=(((0, 1, 65), True), ((3, 2), False)), **size
+        )  # fmt: skip
+        checks[f"gates of {rule}"] = partial(recurrences.gates, name=rule, rows=5, **size)
+        checks[f"decode step of {rule}"] = partial(decoding.decoding, rule=rule, hidden=16, batches=(1, 2), **size)
+        checks[f"state passing of {rule}"] = partial(
+            recurrences.state_passing, name=rule, heads=1, k_dim=16, v_dim=16, cuts=((1, 0, 3), (2, 1, 0), (1, 0, 2))
+        )
+    return checks

@@ -1,0 +1,58 @@
+"""The Python examples run on a CPU: their losses fall, and what they write can be read again."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from example_models import TEXT, save_export
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def example(name):
+    """The module of an example."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_layer_in_a_plain_loop_learns_and_writes(capsys):
+    small = "--steps 20 --batch 4 --length 64 --hidden 32 --layers 1 --write 5 --device cpu"
+    losses = example("train_layer").main(small.split())
+    assert len(losses) == 20 and losses[-1] < losses[0] - 0.5
+    assert "states of all layers: " in capsys.readouterr().out
+
+
+def test_generation_with_states_follows_one_forward_pass():
+    module = example("train_layer")
+    torch.manual_seed(0)
+    model = module.LanguageModel(hidden=32, layers=2).double()
+    tokens = torch.randint(0, 256, (1, 20))
+    with torch.no_grad():
+        whole, _, _ = model(tokens)
+        _, states, _ = model(tokens[:, :19], output_states=True)
+        last, _, _ = model(tokens[:, 19:], states, output_states=True)
+    torch.testing.assert_close(last, whole[:, 19:])
+
+
+def test_fine_tuning_with_adapters_changes_the_export(tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    save_export(tmp_path / "hf")
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for index in range(3):
+        (texts / f"{index}.txt").write_text(TEXT)
+    words = ["--load", tmp_path / "hf", "--text", texts, "--output", tmp_path / "tuned", "--lr", "3e-2"]
+    words += "--steps 10 --batch 2 --length 32".split()
+    losses = example("finetune_lora").main([str(word) for word in words])
+    assert losses[-1] < losses[0] - 0.1
+    before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("hf", "tuned"))
+    assert before.state_dict().keys() == after.state_dict().keys()
+    changed = {
+        name for name, tensor in after.state_dict().items() if not torch.equal(tensor, before.state_dict()[name])
+    }
+    assert "model.layers.0.attn.k_proj.0.weight" in changed and "model.layers.0.attn.shared_v.weight" in changed
+    assert not any("conv1d" in name or "o_norm" in name for name in changed)
+    assert (tmp_path / "tuned/modeling_mom.py").is_file()

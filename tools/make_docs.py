@@ -1,0 +1,218 @@
+"""Writes the tables of docs/ that follow from the code and from the measured figures.
+
+    python tools/make_docs.py            writes the tables
+    python tools/make_docs.py --check    writes nothing; the exit status is 1 where a page is not current
+
+A page has a table between two lines, `<!-- table: NAME ... -->` and `<!-- end of table -->`; the rest of the page is
+written by hand. tests/test_docs.py makes the same check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from measured_rows import Row, read_rows, rows_of_last_commit, source
+
+from linear_moe import plugin
+from linear_moe.entry.arguments import DEFAULTS, FIELDS, OLD_NAMES, OURS, add_mom_arguments, is_switch, option
+from mom_layers import get_rule, rule_names
+
+DOCS = Path(__file__).parents[1] / "docs"
+TABLE = re.compile(r"(<!-- table: ([a-z-]+)\b.*?-->\n)(.*?)(<!-- end of table -->\n)", re.DOTALL)
+KINDS = {int: "a whole number", float: "a number", str: "a text"}
+LAYERS = {
+    "mom": "this layer",
+    "softmax": "softmax attention",
+    "fla-mom": "FLA's MoM",
+    "fla-gdn": "FLA's GatedDeltaNet, one memory",
+}
+
+
+def cell(text: object) -> str:
+    """A text that cannot end the cell of a table."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """A table of Markdown with its last line break."""
+    lines = [head := list(head), ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(cell, line))} |\n" for line in lines)
+
+
+def code(words: Iterable[object]) -> str:
+    """Words as code, separated by commas."""
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def arguments() -> str:
+    """The arguments of this project, from the parser's group and the configuration's fields."""
+    actions = {action.dest: action for action in add_mom_arguments(argparse.ArgumentParser())._actions}
+    before = {now: option(old) for old, now in OLD_NAMES.items()}
+    rows = []
+    for name in OURS:
+        action, default, about = actions[name], DEFAULTS[name], FIELDS[name].metadata
+        if is_switch(name):
+            spelled, values, shown = [option(name), option(f"no_{name}")], "", "on" if default else "off"
+        else:
+            spelled, values = [option(name)], code(action.choices) if action.choices else KINDS[action.type]
+            shown = "none" if default is None else f"`{default}`"
+        note = f" Earlier name: `{before[name]}`." if name in before else ""
+        rows.append((code(spelled), values, shown, "yes" if about["fixed"] else "", about["help"] + note))
+    return table(("argument", "values", "default", "fixed", "meaning"), rows)
+
+
+def head_sizes() -> str:
+    """Head sizes of every rule's Triton kernels."""
+    rows = ((f"`{name}`", ", ".join(map(str, get_rule(name).head_sizes))) for name in rule_names())
+    return table(("rule", "key sizes and value sizes of the Triton kernels"), rows)
+
+
+def patches(cpu: bool) -> str:
+    """The patches of every run, or of a machine without a GPU."""
+    chosen = [patch for patch in plugin.patches() if patch.name.startswith("cpu-") == cpu]
+    head = ("patch", "why Megatron has to be changed", "what would make the patch unnecessary")
+    return table(head, ((f"`{patch.name}`", patch.reason, patch.removed_when) for patch in chosen))
+
+
+def patch_targets() -> str:
+    """What every patch replaces."""
+    rows = (
+        (f"`{patch.name}`", code(f"{target.module}.{target.attribute}" for target in patch.targets))
+        for patch in plugin.patches()
+    )
+    return table(("patch", "replaced"), rows)
+
+
+def layer_times(kinds: tuple[str, ...]) -> str:
+    """Milliseconds and memory of a training step of one layer, for some kinds of layers, from one commit."""
+    rows = [row for row in rows_of_last_commit("h200_layers.csv", "layer", set(kinds)) if row["layer"] in kinds]
+    cases: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault((row["batch"], row["tokens"], row["hidden"]), {})[row["layer"]] = row
+    lines = []
+    for (batch, tokens, hidden), found in cases.items():
+        values = [time_and_memory(found[kind]) if kind in found else "not measured" for kind in kinds]
+        lines.append((f"{batch} x {tokens}, {hidden}", *values))
+    return table(("sequences x tokens, hidden size", *(LAYERS[kind] for kind in kinds)), lines) + caption(rows)
+
+
+def one_memory() -> str:
+    """This layer beside FLA's layer with one memory, as CUDA graphs, from one commit."""
+    rows = rows_of_last_commit("h200_layers.csv", "layer", {"mom", "fla-gdn"})
+    found = {(row["batch"], row["tokens"], row["hidden"], row["layer"]): row for row in rows}
+    lines = []
+    for (*case, layer), row in found.items():
+        ours = found.get((*case, "mom"))
+        if layer != "fla-gdn" or ours is None:
+            continue
+        times, sizes = ([float(each[key]) for each in (ours, row)] for key in ("both_graph_ms", "peak_gib"))
+        ratios = f"{times[0] / times[1]:.1f} times the time, {sizes[0] / sizes[1]:.1f} times the memory"
+        lines.append((f"{case[0]} x {case[1]}, {case[2]}", *(f"{time:.1f} ms" for time in times), ratios))
+    head = ("sequences x tokens, hidden size", "top-2 of 4 and a shared memory", LAYERS["fla-gdn"], "ratio")
+    return table(head, lines) + caption(rows)
+
+
+def time_and_memory(row: Row) -> str:
+    """A cell of `layer_times`. A CUDA graph's time leaves out the host, which issues kernels one by one otherwise."""
+    graph = "" if row["both_graph_ms"] in ("", "nan") else f" ({float(row['both_graph_ms']):.1f})"
+    return f"{float(row['both_ms']):.1f}{graph} ms, {float(row['peak_gib']):.2f} GiB"
+
+
+def lengths() -> str:
+    """Time and memory of one layer over the length of one sequence."""
+    rows = rows_of_last_commit("h200_lengths.csv", "layer", {"mom", "softmax"})
+    found = {(row["layer"], int(row["tokens"])): row for row in rows}
+    lines = []
+    for tokens in sorted({tokens for _, tokens in found}):
+        values = [
+            f"{float(row['both_ms']):.1f} ms, {float(row['peak_gib']):.1f} GiB" if row else "not measured"
+            for row in (found.get((kind, tokens)) for kind in ("mom", "softmax"))
+        ]
+        lines.append((f"{tokens // 1024}k", *values))
+    return table(("tokens of one sequence", LAYERS["mom"], LAYERS["softmax"]), lines) + caption(rows)
+
+
+def decoding() -> str:
+    """Time of one token and bytes kept, over the context, for whole models."""
+    rows = [row for row in read_rows("h200_decode.csv") if row["what"].endswith("-model") and row["batch"] == "1"]
+    found = {(row["what"], int(row["context"])): row for row in rows}
+    lines = []
+    for context in sorted({context for _, context in found}):
+        values = [
+            f"{float(row['ms_per_token']):.2f} ms, {float(row['state_bytes_per_sequence']) / 1e9:.2f} GB"
+            for row in (found[kind, context] for kind in ("mom-model", "softmax-model"))
+        ]
+        lines.append((f"{context // 1024}k", *values))
+    return table(("tokens of context", "24 MoM layers", "24 softmax layers"), lines) + caption(rows)
+
+
+def layouts() -> str:
+    """Speed and memory of the 380M recipe on one GPU and in the layouts of two."""
+    rows = read_rows("h200x2_layouts.csv")
+    lines = [
+        (
+            row["layout"], f"{row['global_batch']} x {int(row['sequence']):,}", f"{int(row['tokens_per_second']):,}",
+            row["of_one"], f"{float(row['peak_gib']):.0f} GiB", row["commit"],
+        )
+        for row in rows
+    ]  # fmt: skip
+    head = ("layout", "sequences a step x tokens", "tokens/s", "times one GPU", "memory of a GPU", "commit")
+    return table(head, lines)
+
+
+def caption(rows: list[Row]) -> str:
+    """Where the figures of a table come from."""
+    return f"\n{source(rows)}.\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "arguments": arguments,
+    "head-sizes": head_sizes,
+    "patches": lambda: patches(cpu=False),
+    "cpu-patches": lambda: patches(cpu=True),
+    "patch-targets": patch_targets,
+    "layer-times": lambda: layer_times(("mom", "softmax")),
+    "peer-times": lambda: layer_times(("mom", "fla-mom", "fla-gdn")),
+    "one-memory": one_memory,
+    "lengths": lengths,
+    "decoding": decoding,
+    "layouts": layouts,
+}
+FILLED_ELSEWHERE = ("megatron-commands",)
+"""Tables that another tool writes."""
+
+
+def filled(page: str) -> str:
+    """A page with every table of `TABLES` written anew. Other tables stay as they are."""
+
+    def write(found: re.Match) -> str:
+        make = TABLES.get(found[2])
+        return found[0] if make is None else f"{found[1]}\n{make()}\n{found[4]}"
+
+    return TABLE.sub(write, page)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare with the files, and write nothing")
+    args = parser.parse_args(argv)
+    status = 0
+    for path in sorted(DOCS.glob("*.md")):
+        text = path.read_text()
+        if (new := filled(text)) == text:
+            continue
+        if args.check:
+            print(f"docs/{path.name} is not current: run python tools/make_docs.py", file=sys.stderr)
+            status = 1
+        else:
+            path.write_text(new)
+            print(f"wrote the tables of docs/{path.name}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
