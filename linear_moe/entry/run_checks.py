@@ -23,7 +23,7 @@ AT_LEAST_ONE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "lr", "min_lr", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction", "weight_decay", "clip_grad",
-    "eval_iters", "num_workers", "attention_dropout", "hidden_dropout", "norm_epsilon", "init_method_std", "seed",
+    "num_workers", "attention_dropout", "hidden_dropout", "norm_epsilon", "init_method_std", "seed",
 )  # fmt: skip
 INSTEAD = {
     "eval_interval": " (--eval-iters 0 turns validation off)",
@@ -68,6 +68,8 @@ def check_values(args) -> None:
             if isinstance(value, int | float) and not value >= least:
                 kind = "a whole number of at least 1" if least else "a number that is not negative"
                 raise ValueError(f"{option(name)} {value}: use {kind}{INSTEAD.get(name, '')}")
+    if args.eval_iters is not None and args.eval_iters < -1:
+        raise ValueError(f"--eval-iters {args.eval_iters}: use a number of steps, or 0 (or -1) for no validation")
     if args.save is not None and args.save_interval is None:
         raise ValueError(f"--save {args.save} needs --save-interval, the number of steps between two checkpoints")
     _check_load(args)

@@ -11,12 +11,15 @@ from linear_moe.entry import run_checks
 
 
 def arguments(**values) -> SimpleNamespace:
-    settings = dict.fromkeys((*run_checks.AT_LEAST_ONE, *run_checks.NOT_NEGATIVE, "save", "load", "split"))
+    settings = dict.fromkeys(
+        (*run_checks.AT_LEAST_ONE, *run_checks.NOT_NEGATIVE, "save", "load", "split", "eval_iters")
+    )
     return SimpleNamespace(**settings | {"lr": 1e-3, "min_lr": 0.0, "train_iters": 10} | values)
 
 
 def test_good_numbers_pass():
     run_checks.check_values(arguments())
+    run_checks.check_values(arguments(eval_iters=-1))  # in public scripts: no validation, as with 0
     run_checks.check_values(
         arguments(save="c", save_interval=5, lr_warmup_iters=9, lr_warmup_fraction=0.5, eval_iters=0)
     )
@@ -41,6 +44,7 @@ def test_negative_numbers_are_refused(name, value):
     [
         ({"save": "c"}, "--save c needs --save-interval"),
         ({"min_lr": 0.1}, "--min-lr 0.1 is larger than --lr 0.001"),
+        ({"eval_iters": -2}, r"--eval-iters -2: use a number of steps, or 0 \(or -1\) for no validation"),
         ({"lr_warmup_fraction": 1.0}, "--lr-warmup-fraction 1.0: use a share of the steps below 1"),
         ({"lr_warmup_iters": 10}, "--lr-warmup-iters 10: use fewer steps than --train-iters 10"),
         ({"lr_warmup_iters": 9, "lr_decay_iters": 5}, "--lr-warmup-iters 9: use fewer steps than --lr-decay-iters 5"),
