@@ -17,6 +17,7 @@ from pathlib import Path
 
 from linear_moe.commands import run_command
 from linear_moe.commands.values import path as a_path
+from linear_moe.commands.values import positive
 from linear_moe.evidence import tables
 from linear_moe.evidence.results import LANGUAGE_MODELS, RECALL, Results, fill, merge_rows
 from linear_moe.recall import records
@@ -53,7 +54,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--document", type=a_path, metavar="FILE", help="[RESULTS.md]")
     parser.add_argument("--document-only", action="store_true", help="train nothing")
     parser.add_argument("--quick", action="store_true", help="tiny models; rows and document go into --output")
-    parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="then stop cleanly")
+    parser.add_argument(
+        "--time-limit", type=positive, default=float("inf"), metavar="SECONDS", help="then stop cleanly"
+    )
     args = parser.parse_args(argv)
     place = args.output if args.quick else ROOT
     args.measured = args.measured or (args.output / "measured" if args.quick else ROOT / "tools/measured")
@@ -87,7 +90,7 @@ def train(args: argparse.Namespace, deadline: float) -> list[str]:
     merge_rows(sorted(args.measured.glob(f"*{RECALL}")), folder / RECALL)
     merge_rows(sorted(args.measured.glob(f"*{records.TIMES}")), folder / records.TIMES)
     for run in QUICK_RECALL_RUNS if args.quick else RECALL_RUNS:
-        words = ["--output", str(folder), "--time-limit", str(deadline - time.monotonic()), *run]
+        words = ["--output", str(folder), *limit(deadline), *run]
         words += [] if args.quick else RECALL_SETTINGS
         if recall.main(words):
             failed.append("recall.py")
@@ -96,7 +99,7 @@ def train(args: argparse.Namespace, deadline: float) -> list[str]:
     kept = args.measured / LANGUAGE_MODELS
     for name in ROWS:
         merge_rows([kept / name], folder / name)
-    words = ["--output", str(folder), "--time-limit", str(deadline - time.monotonic())]
+    words = ["--output", str(folder), *limit(deadline)]
     if language_models.main([*words, *(QUICK_MODELS if args.quick else MODELS)]):
         failed.append("language_models.py")
     for name in ROWS:
@@ -105,6 +108,11 @@ def train(args: argparse.Namespace, deadline: float) -> list[str]:
         kept.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, kept / path.name)
     return failed
+
+
+def limit(deadline: float) -> list[str]:
+    """The option for the time that is left, of which a tool needs some to say that it is short; none without a limit."""
+    return [] if deadline == float("inf") else ["--time-limit", str(max(1.0, deadline - time.monotonic()))]
 
 
 def collect(folder: Path, measured: Path) -> None:
