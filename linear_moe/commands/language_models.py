@@ -283,7 +283,7 @@ def prepare_corpus(args: argparse.Namespace) -> dict:
 
 
 def find_devices(kind: str) -> tuple[int | None, ...]:
-    """Numbers of all GPUs, or None for each run at a time on the CPU. Raises ValueError for a GPU where there is none."""
+    """Numbers of all GPUs, or None for every run at a time on the CPU. Raises ValueError where there is no GPU."""
     if kind == "cpu":
         return (None,) * min(RUNS_ON_CPU, os.cpu_count() or 1)
     if not torch.cuda.is_available():

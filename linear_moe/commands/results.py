@@ -111,7 +111,7 @@ def train(args: argparse.Namespace, deadline: float) -> list[str]:
 
 
 def limit(deadline: float) -> list[str]:
-    """The option for the time that is left, of which a tool needs some to say that it is short; none without a limit."""
+    """The option for the time that is left, at least a second; none without a limit."""
     return [] if deadline == float("inf") else ["--time-limit", str(max(1.0, deadline - time.monotonic()))]
 
 

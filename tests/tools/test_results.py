@@ -100,7 +100,7 @@ def test_the_quick_run_trains_measures_writes_and_does_not_train_again(tmp_path)
     parts = {found[1]: found[2] for found in PART.findall(text)}
     assert {name for name, part in parts.items() if NOT_MEASURED in part} == {"ablations"}
     pictures = re.findall(r"\]\((pictures/\S+)\)", text)
-    assert len(pictures) == 7 and all((tmp_path / "out" / picture).is_file() for picture in pictures)
+    assert len(pictures) == 8 and all((tmp_path / "out" / picture).is_file() for picture in pictures)
 
     # Memories: shares are shares, a routed memory's answers come from its own tokens, the shared memory's do not.
     (held,) = (measured / "language_models").glob("memories_mom*.json")
