@@ -33,6 +33,7 @@ check 'bf16|fp32' "bf16 or fp32" PRECISION
 
 PYTHON=$(bash "$here/tools/environment.sh")
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+"$PYTHON" -m linear_moe.cli doctor --quiet # ends the script where packages are missing or too old
 : "${TP:=1}" "${PP:=1}" "${EP:=1}" "${CP:=1}" "${SP:=$((TP > 1))}" "${NNODES:=1}"
 : "${GPUS:=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}"
 if [ "$GPUS" != 0 ] && [ $((GPUS * NNODES % (TP * PP * CP))) != 0 ]; then
@@ -151,7 +152,7 @@ run_to_end "$PYTHON" -m linear_moe.entry.launch --nnodes "$NNODES" --node-rank "
     --nproc-per-node "$PROCESSES" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
     -m linear_moe.pretrain "${model[@]}" "${training[@]}" "${parallel[@]}" "${watching[@]}" \
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER" --data-cache-path "$OUT/data-cache" \
-    --no-create-attention-mask-in-dataloader "${data_arguments[@]}" "$@" || status=$?
+    --no-create-attention-mask-in-dataloader --log-file "$OUT/log.txt" "${data_arguments[@]}" "$@" || status=$?
 if [ "$status" != 0 ]; then exit "$status"; fi
 if [ "$asked_to_stop" = 1 ]; then
     echo "stopped by SIGTERM: run again to resume"

@@ -70,7 +70,7 @@ FIELDS += ("of_one", "peak_gib", "first_loss", "last_loss", "largest_difference"
 
 
 def train(layout: str, folder: Path, steps: int, device: str, options: argparse.Namespace) -> None:
-    """Runs the script for one layout; its output goes to ``folder/log.txt``. Raises CalledProcessError."""
+    """Runs the script for one layout; its output goes to ``folder/output.txt``. Raises CalledProcessError."""
     gpus, settings = LAYOUTS[layout]
     settings = (LONG_BATCHES if options.long else BATCHES)[device] | settings
     if options.global_batch is not None:
@@ -90,7 +90,7 @@ def train(layout: str, folder: Path, steps: int, device: str, options: argparse.
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
     folder.mkdir(parents=True, exist_ok=True)
     command = ["bash", str(ROOT / "examples" / "pretrain_mom_a100.sh"), *arguments]
-    with (folder / "log.txt").open("w") as log:
+    with (folder / "output.txt").open("w") as log:
         output = {"stdout": log, "stderr": subprocess.STDOUT}
         with subprocess.Popen(command, env=environment, start_new_session=True, **output) as run:
             try:
@@ -216,8 +216,8 @@ def main(argv=None) -> int:
             train(layout, folder, steps, device, options)
         except subprocess.SubprocessError as error:
             failed.append(layout)
-            print(f"{layout}: {error}; the end of {folder / 'log.txt'}:")
-            print("\n".join((folder / "log.txt").read_text().splitlines()[-12:]))
+            print(f"{layout}: {error}; the end of {folder / 'output.txt'}:")
+            print("\n".join((folder / "output.txt").read_text().splitlines()[-12:]))
         print(f"{layout}: {time.monotonic() - start:.0f} s", flush=True)
 
     for name in ("layouts.csv", "exchanges.csv", "losses.csv"):

@@ -80,7 +80,7 @@ def demo(args: argparse.Namespace) -> None:
         "--tokenizer-model", f"{corpus}-tokenizer", "--train-data-path", f"{corpus}-train", "--valid-data-path",
         f"{corpus}-valid", "--data-cache-path", folder / "data-cache",
     ]  # fmt: skip
-    files = ["--save", checkpoints, "--load", checkpoints, "--tensorboard-dir", board]
+    files = ["--save", checkpoints, "--load", checkpoints, "--tensorboard-dir", board, "--log-file", folder / "log.txt"]
     launch = ["-m", "linear_moe.entry.launch", "--nproc-per-node", args.processes, "--master-port", 0, "-m"]
     run_to_end(
         *launch, "linear_moe.pretrain", *MODEL, *TRAINING, "--train-iters", args.steps, *batch, *data, *files,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import difflib
 import io
 import logging
 from dataclasses import fields
@@ -18,6 +19,7 @@ from linear_moe.config import (
     splits_memories,
 )
 from linear_moe.entry import attention_options, cpu_options, hybrid_pattern
+from linear_moe.entry.kernel_check import check_kernels
 from linear_moe.entry.vocabulary_rows import keep_rows, report_rows
 from megatron_patches import releases
 from megatron_patches.patch import Patch, wrap
@@ -31,6 +33,7 @@ SHAPE = [*(name for name in OURS if FIELDS[name].metadata["fixed"]), "linear_att
 """Arguments that a checkpoint fixes: other values give the weights another meaning."""
 OLD_NAMES = {"mom_backend": "mom_kernels"}
 """Earlier names of arguments, which commands, settings and checkpoints may still use."""
+OUR_PREFIXES = ("--mom-", "--no-mom-", "--token-mixer")
 OUR_SPEC = "linear_moe.layer_specs mom_layer_spec"
 
 
@@ -47,6 +50,7 @@ def is_switch(name: str) -> bool:
 def add_mom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds the group to Megatron's parser. Every default is None: a checkpoint or the configuration fills the value."""
     group = parser.add_argument_group("mixture of memories")
+    group.add_argument("--help-mom", action=_OurHelp, nargs=0, help="show these arguments alone")
 
     for name in OURS:
         about, old = FIELDS[name].metadata, [option(before) for before, now in OLD_NAMES.items() if now == name]
@@ -56,6 +60,44 @@ def add_mom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
             kind = {"action": argparse.BooleanOptionalAction}
         help = f"{about['help']} Default: {DEFAULTS[name]}."
         group.add_argument(option(name), *old, default=None, help=help, **kind)
+    group.add_argument(
+        "--no-kernel-check", dest="kernel_check", action="store_false", default=None,
+        help="Do not check the Triton kernels before the first run on a chip, or with a version of Triton.",
+    )  # fmt: skip
+    return parser
+
+
+class _OurHelp(argparse.Action):
+    """`--help-mom`: prints the arguments of this project alone, and ends the program."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        (group,) = (group for group in parser._action_groups if self in group._group_actions)
+        formatter = parser._get_formatter()
+        formatter.start_section(group.title)
+        formatter.add_arguments(group._group_actions)
+        formatter.end_section()
+        print(formatter.format_help(), end="")
+        parser.exit()
+
+
+def suggest_names(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds to the parser's message about unknown arguments, for each of ours with a typing error, the name meant."""
+    fail = parser.error
+
+    def error(message: str):
+        hints = []
+        if message.startswith("unrecognized arguments: "):
+            words = message.removeprefix("unrecognized arguments: ").split()
+            known = [name for name in parser._option_string_actions if name.startswith(OUR_PREFIXES)]
+            for word in words:
+                close = difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.75)
+                if word.startswith("--") and close:
+                    hints.append(f"{word.partition('=')[0]}: did you mean {close[0]}?")
+            if not hints and any(word.startswith(OUR_PREFIXES) for word in words):
+                hints.append("--help-mom shows the arguments of Mixture-of-Memories")
+        fail("\n  ".join([message, *hints]))
+
+    parser.error = error
     return parser
 
 
@@ -131,6 +173,12 @@ def compare_with_checkpoint(args: argparse.Namespace, saved: argparse.Namespace)
                 f"the checkpoint was written with {option(name)} {theirs}, the command line says {mine}: "
                 "give the same value, or --use-checkpoint-args"
             )
+    theirs, mine = (getattr(holder, "tensor_model_parallel_size", 1) for holder in (saved, args))
+    if args.token_mixer == "mom" and getattr(args, "use_megatron_fsdp", False) and theirs != mine:
+        raise ValueError(
+            f"--tensor-model-parallel-size {mine}: the checkpoint was written with {theirs}, and Megatron FSDP's "
+            f"checkpoints hold the memories' projections as the ranks had them: give {theirs}"
+        )
 
 
 def place_memories(args: argparse.Namespace) -> None:
@@ -175,7 +223,7 @@ def restore_from_checkpoint(args: argparse.Namespace, saved: argparse.Namespace)
 
 
 def _add_group(add_megatron_arguments, parser):
-    return repair_help(add_mom_arguments(add_megatron_arguments(parser)))
+    return suggest_names(repair_help(add_mom_arguments(add_megatron_arguments(parser))))
 
 
 def _validate(validate_args, args, *positional, **keywords):
@@ -195,6 +243,7 @@ def _validate(validate_args, args, *positional, **keywords):
     args.expert_model_parallel_size = size
     place_memories(args)
     check_run(args)
+    check_kernels(args)
     return result
 
 

@@ -32,8 +32,10 @@ FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids", "cu
 """Names of the tensors of a batch."""
 
 
-def check_dataset_files(prefix: str) -> None:
-    """Raises ValueError, with the file, for PREFIX.bin and PREFIX.idx that are missing, broken or of two data sets."""
+def check_dataset_files(prefix: str) -> int:
+    """The number of tokens in PREFIX.bin. Raises ValueError, with the file, for PREFIX.bin and PREFIX.idx that are
+    missing, broken or of two data sets.
+    """
     binary, index = Path(prefix + ".bin"), Path(prefix + ".idx")
     for path in (binary, index):
         if not path.is_file():
@@ -49,19 +51,20 @@ def check_dataset_files(prefix: str) -> None:
             f"data path {prefix!r}: {binary} holds {found} bytes and its index describes {expected}: "
             "the file was cut short or belongs to another index; write both files again"
         )
+    return expected // reader.dtype_size
 
 
-def check_data_paths(args) -> None:
-    """Checks every data path of the command line. Raises ValueError for a broken data path, and for none."""
+def check_data_paths(args) -> dict[str, int]:
+    """Checks every data path of the command line, and returns their numbers of tokens. Raises ValueError for a broken
+    data path, and for none.
+    """
     if args.mock_data or args.sft:
-        return
+        return {}
     blend, per_split = get_blend_and_blend_per_split(args)
     blends = [b for b in [blend, *(per_split or [])] if b is not None]
     if not blends:
         raise ValueError("no data: give --data-path, --train-data-path with --valid-data-path, or --mock-data")
-    for prefixes, _ in blends:
-        for prefix in prefixes:
-            check_dataset_files(prefix)
+    return {prefix: check_dataset_files(prefix) for prefixes, _ in blends for prefix in prefixes}
 
 
 def check_vocabulary(args) -> None:

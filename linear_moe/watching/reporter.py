@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -162,7 +163,15 @@ class AddedLineReporter(Reporter):
 
 
 class WholeLineReporter(Reporter):
-    """Prints a line of ours in place of Megatron's at every log interval, and plots speed and memories."""
+    """Prints a line of ours in place of Megatron's at every log interval, and plots speed and memories.
+
+    on_model: called with the parts of the model that this process holds, once the model is built and its checkpoint is
+        loaded; in every process.
+    """
+
+    def __init__(self, on_model: Callable[[Sequence[torch.nn.Module]], None] | None = None) -> None:
+        super().__init__()
+        self._on_model = on_model
 
     def start(self) -> None:
         super().start()
@@ -181,8 +190,16 @@ class WholeLineReporter(Reporter):
                 FLOPS_TARGET,
                 wrap("megatron.training.training", "training_log", self.log),
                 wrap("megatron.training.training", "print_rank_last", self.print_rank_last),
+                wrap("megatron.training.training", "setup_model_and_optimizer", self.set_up_model),
             ),
         )
+
+    def set_up_model(self, setup_model_and_optimizer, *args, **kwargs):
+        """Megatron's function, whose first result is the model; then calls `on_model`."""
+        model, *rest = setup_model_and_optimizer(*args, **kwargs)
+        if self._on_model is not None:
+            self._on_model(model)
+        return model, *rest
 
     def print_rank_last(self, print_rank_last, message) -> None:
         """Megatron's function, with its iteration line captured and its validation line made readable."""

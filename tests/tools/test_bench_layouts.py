@@ -64,7 +64,7 @@ def test_tables_and_picture_of_runs(tmp_path, monkeypatch, capsys):
     def train(layout, folder, steps, device, options):
         if layout == "PP2":
             (folder).mkdir()
-            (folder / "log.txt").write_text("error: no such stage\n")
+            (folder / "output.txt").write_text("error: no such stage\n")
             raise bench_layouts.subprocess.CalledProcessError(1, "pretrain")
         losses = [6.0, 5.0, 4.0, 3.0, 99.0]
         write_run(folder, [loss * (1.0 if layout == "one" else 1.01) for loss in losses],
