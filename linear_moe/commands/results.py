@@ -2,6 +2,7 @@
 
     python tools/results.py [--time-limit SECONDS]     what is missing, then the document
     python tools/results.py --document-only            the document, from the rows in tools/measured
+    python tools/results.py --add DIR                  the same, with the rows of a run on another machine
     python tools/results.py --quick --output DIR       the same code with tiny models, on a CPU, into DIR alone
 
 Finished models are rows in tools/measured and are not trained again; a run that was stopped goes on with the rest.
@@ -53,6 +54,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--measured", type=a_path, metavar="DIR", help="folder of the rows [tools/measured]")
     parser.add_argument("--document", type=a_path, metavar="FILE", help="[RESULTS.md]")
     parser.add_argument("--document-only", action="store_true", help="train nothing")
+    parser.add_argument(
+        "--add", type=a_path, nargs="+", default=[], metavar="DIR",
+        help="add what tools/language_models.py wrote elsewhere to the measured rows, and train nothing",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="tiny models; rows and document go into --output")
     parser.add_argument(
         "--time-limit", type=positive, default=float("inf"), metavar="SECONDS", help="then stop cleanly"
@@ -70,7 +75,11 @@ def results(args: argparse.Namespace, deadline: float) -> None:
 
     Raises StepFailed after the document was written, where a tool failed.
     """
-    failed = [] if args.document_only else train(args, deadline)
+    for folder in args.add:
+        if not (folder / tables.MODELS).is_file():
+            raise ValueError(f"--add {folder} has no {tables.MODELS}: give a folder of tools/language_models.py")
+        add_models(folder, args.measured / LANGUAGE_MODELS)
+    failed = [] if args.document_only or args.add else train(args, deadline)
     source = args.document if args.document.exists() else ROOT / "RESULTS.md"
     found = Results(args.measured, args.pictures, args.pictures.relative_to(args.document.parent).as_posix())
     text = fill(source.read_text(encoding="utf-8"), found)
@@ -102,12 +111,17 @@ def train(args: argparse.Namespace, deadline: float) -> list[str]:
     words = ["--output", str(folder), *limit(deadline)]
     if language_models.main([*words, *(QUICK_MODELS if args.quick else MODELS)]):
         failed.append("language_models.py")
+    add_models(folder, kept)
+    return failed
+
+
+def add_models(folder: Path, kept: Path) -> None:
+    """Adds what tools/language_models.py wrote into a folder to the measured rows."""
     for name in ROWS:
         merge_rows([folder / name], kept / name)
     for path in [*folder.glob("memories_*.json"), *folder.glob("data/corpus.json")]:
         kept.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, kept / path.name)
-    return failed
 
 
 def limit(deadline: float) -> list[str]:

@@ -119,6 +119,24 @@ def test_the_quick_run_trains_measures_writes_and_does_not_train_again(tmp_path)
     assert (tmp_path / "out/RESULTS.md").read_text() == text
 
 
+def test_rows_of_another_machine_are_added(tmp_path, capsys):
+    other = tmp_path / "other"
+    (other / "data").mkdir(parents=True)
+    (other / "memories_x.json").write_text("{}")
+    words = ["--quick", "--output", str(tmp_path / "out"), "--add", str(other)]
+    assert command.main(words) == 1
+    assert f"--add {other} has no models.csv" in capsys.readouterr().err
+    row = {"key": "k", "data": "d"}
+    for name in (tables.POSITIONS, tables.MODELS):
+        records.append(other / name, [row])
+    for _ in range(2):
+        command.add_models(other, tmp_path / "kept")
+    assert records.read(tmp_path / "kept" / tables.MODELS) == [row]
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
+        "memories_x.json", "models.csv", "positions.csv",
+    ]  # fmt: skip
+
+
 def test_a_tool_that_fails_is_named_after_the_document_was_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "train", lambda args, deadline: ["recall.py"])
     assert command.main(["--quick", "--output", str(tmp_path)]) == 1
