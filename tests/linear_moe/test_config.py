@@ -50,6 +50,7 @@ SPLIT = {"expert_model_parallel_size": 2, "mom_expert_parallel": "on"}
         ({"mom_expert_parallel": "yes"}, "--mom-expert-parallel must be one of auto, on, off, got 'yes'"),
         ({"mom_kernels": "cuda"}, "--mom-kernels must be one of auto, torch, triton, got 'cuda'"),
         ({"linear_attention_freq": 1}, "--linear-attention-freq 1 leaves no MoM layer"),
+        ({"linear_attention_freq": 0}, "--linear-attention-freq 0 leaves no MoM layer"),
         ({"linear_attention_freq": [0, 0, 0, 0]}, "lists no MoM layer"),
         ({"linear_attention_freq": [1, 1]}, "a 0 or 1 for each of the 4 layers, got .1, 1."),
         (
