@@ -107,6 +107,11 @@ EXPERTS = {"num_moe_experts": 8, "expert_model_parallel_size": 8, "moe_ffn_hidde
             "--expert-model-parallel-size 2 is no multiple of --context-parallel-size 4",
         ),
         (
+            {"expert_model_parallel_size": 2, "use_megatron_fsdp": True},
+            "memories: all 4 on each of 2 expert-parallel ranks, because --use-megatron-fsdp shards all parameters but "
+            "experts over every data-parallel rank",
+        ),
+        (
             {"expert_model_parallel_size": 2, "cuda_graph_impl": "full_iteration"},
             "memories: all 4 on each of 2 expert-parallel ranks, because --cuda-graph-impl full_iteration lets no "
             "layer wait for the host, which reads how many rows the ranks exchange",
