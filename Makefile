@@ -1,7 +1,7 @@
 # PYTHON: an interpreter that has the packages; without PYTHON the commands make .venv (see tools/environment.sh).
 PYTHON ?= $(shell DEV=1 bash tools/environment.sh)
 
-.PHONY: setup train test test-all test-gpu bench lint format
+.PHONY: setup train test test-all test-gpu bench results docs lint format
 
 setup:
 	@DEV=1 bash tools/environment.sh
@@ -33,6 +33,16 @@ bench:
 	"$(PYTHON)" tools/bench_layers.py --lengths --plot runs/bench_lengths.png
 	"$(PYTHON)" tools/bench_models.py
 	"$(PYTHON)" tools/bench_decode.py --plot runs/bench_decode.png
+
+# What RESULTS.md reports: trains what is missing, and writes its tables and pictures. QUICK=1 runs the same code with
+# tiny models and leaves tools/measured and RESULTS.md alone.
+results:
+	"$(PYTHON)" tools/results.py $(if $(QUICK),--quick --output runs/results-quick) $(ARGUMENTS)
+
+# The tables and pictures of the documentation that follow from the code and from tools/measured.
+docs:
+	"$(PYTHON)" tools/make_docs.py
+	"$(PYTHON)" tools/plot_readme.py
 
 lint:
 	"$(PYTHON)" -m ruff check .

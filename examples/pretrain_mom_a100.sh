@@ -33,6 +33,7 @@ check 'bf16|fp32' "bf16 or fp32" PRECISION
 
 PYTHON=$(bash "$here/tools/environment.sh")
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+"$PYTHON" -m linear_moe.cli doctor --quiet # ends the script where packages are missing or too old
 : "${TP:=1}" "${PP:=1}" "${EP:=1}" "${CP:=1}" "${SP:=$((TP > 1))}" "${NNODES:=1}"
 : "${GPUS:=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}"
 if [ "$GPUS" != 0 ] && [ $((GPUS * NNODES % (TP * PP * CP))) != 0 ]; then

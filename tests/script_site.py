@@ -64,6 +64,7 @@ class Site:
             shutil.copy(ROOT / script, self.root / script)
         for package in ("linear_moe", "linear_moe/entry"):
             (self.root / package / "__init__.py").touch()
+        (self.root / "linear_moe/cli.py").touch()
         (self.root / "linear_moe/entry/launch.py").write_text(LAUNCH)
         (self.root / "tools/plot_run.py").write_text(PICTURES)
         self.environment = {

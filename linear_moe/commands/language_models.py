@@ -36,7 +36,7 @@ from linear_moe.corpus.files import CorpusError
 from linear_moe.evidence import fit, held_out, tables, texts
 from linear_moe.evidence.jobs import ABLATIONS, EQUAL_TOKENS, SMALL, TITLES, Job, Shape, Training, make_job
 from linear_moe.evidence.report import write_report
-from linear_moe.evidence.runs import Place, RunFailed, run_all
+from linear_moe.evidence.runs import Place, RunFailed, is_finished, run_all
 from linear_moe.recall import records
 from linear_moe.temporary import replaced_file
 
@@ -49,7 +49,7 @@ QUICK = {
 }  # fmt: skip
 FULL = asdict(Shape()) | asdict(Training()) | {
     "models": ["equal-tokens"], "rates": [Training().rate], "max_bytes": 500_000_000, "held_out_share": 0.02,
-    "held_out_tokens": 2_000_000, "measure_seconds": 35.0,
+    "held_out_tokens": 2_000_000, "measure_seconds": 55.0,
 }  # fmt: skip
 CORPUS = "corpus.json"
 FITTED = "fitted.json"  # tokens that --fit-time chose
@@ -95,6 +95,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fit-time", action="store_true", help="fewer --tokens, for all models alike, where --time-limit needs that"
     )
+    parser.add_argument(
+        "--equal-time", choices=tuple(TITLES), metavar="NAME",
+        help="then train faster models again, on as many more tokens as take the time of this model",
+    )  # fmt: skip
     parser.add_argument("--measure-seconds", type=float, help=f"kept for measuring [{FULL['measure_seconds']:g}]")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="[cuda where there is one]")
     parser.add_argument("--corpus-only", action="store_true", help="prepare the corpus, train nothing")
@@ -149,11 +153,19 @@ def language_models(args: argparse.Namespace, deadline: float, words: str) -> No
         jobs, failed = fitted(args, jobs, speeds.result(), len(devices), deadline - time.monotonic())
     commit = args.commit or records.commit_of(Path(__file__).parents[2])
     origin = records.origin(torch.device("cpu" if devices[0] is None else "cuda"), commit, words)
-    left = [job for job in jobs if tables.find(args.output, job, facts["digest"][:12]) is None]
-    say(f"{len(jobs)} models, {len(jobs) - len(left)} of them finished before")
     with ThreadPoolExecutor(1) as background:
         windows = background.submit(cut, args, facts)
-        failures, late = run_all(left, place, windows, facts, origin, say)
+
+        def finish(wanted: list[Job]) -> tuple[list[Job], list[Job]]:
+            left = [job for job in wanted if not is_finished(job, args.output, facts["digest"])]
+            say(f"{len(wanted)} models, {len(wanted) - len(left)} of them finished before")
+            return run_all(left, place, windows, facts, origin, say)
+
+        failures, late = finish(jobs)
+        if args.equal_time and not late:
+            longer = equal_time(jobs, args.equal_time, args.output, facts["digest"])
+            more_failures, late = finish(longer)
+            failures += more_failures
     failed += failures
     text, written = write_report(args.output, say)
     say("\n" + text + "\n".join(map(str, written)))
@@ -198,6 +210,21 @@ def fitted(
 def lengths_of(args: argparse.Namespace) -> tuple[int, int]:
     """Lengths at which the models are measured: the training length, and --longest of it."""
     return args.length, args.length * args.longest
+
+
+def equal_time(jobs: Sequence[Job], slowest: str, output: Path, digest: str) -> list[Job]:
+    """The finished jobs that are faster than the model ``slowest``, with as many more tokens as make the time equal."""
+    rows = {job: row for job in jobs if (row := tables.find(output, job, digest)) is not None}
+    longer = []
+    for job, row in rows.items():
+        same = [other for other in rows if other.name == slowest and other.training == job.training]
+        if not same or job.name == slowest:
+            continue
+        ratio = float(row["tokens_per_second"]) / float(rows[same[0]]["tokens_per_second"])
+        tokens = round(ratio * job.training.tokens / fit.UNIT) * fit.UNIT or job.training.tokens
+        if tokens > job.training.tokens:
+            longer.append(replace(job, training=replace(job.training, tokens=tokens)))
+    return longer
 
 
 def cut(args: argparse.Namespace, facts: dict) -> list[held_out.HeldOut]:

@@ -46,6 +46,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("clone", type=path, help="a clone of Megatron-LM, core_v0.19.0")
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder of rows, table and logs")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="sets whose name contains one of these")
+    parser.add_argument("--exactly", nargs="+", default=[], metavar="NAME", help="the sets with these names")
     parser.add_argument("--kinds", action="store_true", help="one set of each kind instead of every set")
     parser.add_argument("--jobs", type=whole(1), default=1, help="runs at a time, of up to 4 processes [%(default)s]")
     parser.add_argument("--limit", type=positive, default=300, metavar="SECONDS", help="of one run [%(default)s]")
@@ -75,10 +76,10 @@ def try_commands(args: argparse.Namespace) -> None:
     stopped = threading.Event()
 
     def attempt(trial: Trial) -> None:
-        for run in (runs.MOM, runs.RESUMED, runs.SOFTMAX):
-            if stopped.is_set() or rows.result(trial.name, run) is not None or time.monotonic() > deadline:
+        for run in (runs.MOM, runs.SOFTMAX, *runs.RESUMES):
+            if stopped.is_set() or time.monotonic() > deadline or not is_needed(trial, run, rows):
                 continue
-            if run == runs.RESUMED and not can_resume(trial, rows, place):
+            if run in runs.RESUMES and not runs.has_checkpoint(trial, runs.RESUMES[run], place):
                 continue
             verdict, seconds = runs.run(trial, run, place)
             if stopped.is_set():  # and the run's processes were ended
@@ -89,7 +90,7 @@ def try_commands(args: argparse.Namespace) -> None:
             )  # fmt: skip
             line = f"{trial.name} {run}: {verdict.result} {verdict.reason}"
             print(f"{time.monotonic() - start:5.0f} s {len(rows.rows):4d} {line[:300]}", flush=True)
-        if is_whole(trial, rows):
+        if not any(is_needed(trial, run, rows) for run in (runs.MOM, runs.SOFTMAX, *runs.RESUMES)):
             runs.clean(trial, place)
 
     names = [trial.name for trial in trials]
@@ -108,16 +109,15 @@ def try_commands(args: argparse.Namespace) -> None:
         print(output / "table.md")
 
 
-def is_whole(trial: Trial, rows: Rows) -> bool:
-    """Whether no run of a trial is still to be made, and its checkpoints can go."""
-    trains = rows.result(trial.name, runs.MOM) == TRAINS
-    needed = (runs.MOM, runs.SOFTMAX, *((runs.RESUMED,) if trains else ()))
-    return all(rows.result(trial.name, run) is not None for run in needed)
-
-
-def can_resume(trial: Trial, rows: Rows, place: runs.Place) -> bool:
-    """Whether there is a checkpoint of a run that trains."""
-    return rows.result(trial.name, runs.MOM) == TRAINS and runs.has_checkpoint(trial, place)
+def is_needed(trial: Trial, run: str, rows: Rows) -> bool:
+    """Whether a run is still to be made. A run that trains is resumed; with softmax only where the resumption of the
+    run with memories differs, which may be Megatron's doing.
+    """
+    if rows.result(trial.name, run) is not None:
+        return False
+    if run in runs.RESUMES and rows.result(trial.name, runs.RESUMES[run]) != TRAINS:
+        return False
+    return run != runs.SOFTMAX_RESUMED or rows.result(trial.name, runs.RESUMED) == FAILS
 
 
 def chosen(args: argparse.Namespace) -> list[ArgumentSet]:
@@ -127,6 +127,10 @@ def chosen(args: argparse.Namespace) -> list[ArgumentSet]:
         sets += argument_sets.from_file(PUBLIC)
     if args.only:
         sets = [given for given in sets if any(text in given.name for text in args.only)]
+    if unknown := set(args.exactly) - {given.name for given in sets}:
+        raise ValueError(f"--exactly {' '.join(sorted(unknown))}: no set has such a name")
+    if args.exactly:
+        sets = [given for given in sets if given.name in args.exactly]
     if args.kinds:
         sets = argument_sets.one_of_each_kind(sets)
     if not sets:

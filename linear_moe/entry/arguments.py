@@ -19,6 +19,7 @@ from linear_moe.config import (
     splits_memories,
 )
 from linear_moe.entry import attention_options, cpu_options, hybrid_pattern
+from linear_moe.entry.kernel_check import check_kernels
 from linear_moe.entry.vocabulary_rows import keep_rows, report_rows
 from megatron_patches import releases
 from megatron_patches.patch import Patch, wrap
@@ -59,6 +60,10 @@ def add_mom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
             kind = {"action": argparse.BooleanOptionalAction}
         help = f"{about['help']} Default: {DEFAULTS[name]}."
         group.add_argument(option(name), *old, default=None, help=help, **kind)
+    group.add_argument(
+        "--no-kernel-check", dest="kernel_check", action="store_false", default=None,
+        help="Do not check the Triton kernels before the first run on a chip, or with a version of Triton.",
+    )  # fmt: skip
     return parser
 
 
@@ -172,6 +177,12 @@ def compare_with_checkpoint(args: argparse.Namespace, saved: argparse.Namespace)
                     else "give the same value, or --use-checkpoint-args"
                 )
             )
+    theirs, mine = (getattr(holder, "tensor_model_parallel_size", 1) for holder in (saved, args))
+    if args.token_mixer == "mom" and getattr(args, "use_megatron_fsdp", False) and theirs != mine:
+        raise ValueError(
+            f"--tensor-model-parallel-size {mine}: the checkpoint was written with {theirs}, and Megatron FSDP's "
+            f"checkpoints hold the memories' projections as the ranks had them: give {theirs}"
+        )
 
 
 def place_memories(args: argparse.Namespace) -> None:
@@ -239,6 +250,7 @@ def _validate(validate_args, args, *positional, **keywords):
     args.expert_model_parallel_size = size
     place_memories(args)
     check_run(args)
+    check_kernels(args)
     return result
 
 

@@ -34,6 +34,7 @@ WITHOUT_COUNTERPART = {
     "use_transformer_engine_op_fuser": "--use-transformer-engine-op-fuser",
     "tp_comm_overlap": "--tp-comm-overlap",
     "delay_wgrad_compute": "--delay-wgrad-compute",
+    "defer_embedding_wgrad_compute": "--defer-embedding-wgrad-compute",
     "enable_cuda_graph": "--enable-cuda-graph",
     "external_cuda_graph": "--external-cuda-graph",
     "fine_grained_activation_offloading": "--fine-grained-activation-offloading",

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import yaml
 
+from linear_moe.entry import kernel_check
 from linear_moe.entry.arguments import OLD_NAMES, OURS, add_mom_arguments, is_switch, option
 
 CONFIG_FILE = "MOM_CONFIG"
-OTHER_VARIABLES = {CONFIG_FILE, "MOM_PYTHON", "MOM_TRACEBACK", "MOM_TRUST_CHECKPOINT", "MOM_VERBOSE"}
+OTHER_VARIABLES = {
+    CONFIG_FILE, kernel_check.VARIABLE, "MOM_PYTHON", "MOM_TRACEBACK", "MOM_TRUST_CHECKPOINT", "MOM_VERBOSE",
+}  # fmt: skip
 NAMES = [name for name in OURS if name != "token_mixer"]
 
 

@@ -16,11 +16,14 @@ from megatron_patches import (
     checkpoints,
     dataset_helpers,
     early_gather,
+    first_checkpoint,
     float16_optimizer,
     float32_parameters,
     layer_wise_optimizer,
+    parameter_groups,
     reshardable_optimizer,
     torch_fsdp2,
+    torch_norm,
     trusted_checkpoints,
 )
 from megatron_patches.child_processes import end_with_parent
@@ -33,12 +36,15 @@ def training_patches() -> tuple[Patch, ...]:
         float32_parameters.PATCH,
         float16_optimizer.PATCH,
         layer_wise_optimizer.PATCH,
+        parameter_groups.PATCH,
         bucket_types.PATCH,
         early_gather.PATCH,
         reshardable_optimizer.PATCH,
         torch_fsdp2.PATCH,
+        torch_norm.PATCH,
         trusted_checkpoints.PATCH,
         *checkpoints.patches(),
+        first_checkpoint.PATCH,
         run_checks.PATCH,
     )
 

@@ -8,7 +8,7 @@ import torch
 
 import megatron_patches
 from linear_moe.config import configure, has_memories
-from linear_moe.entry import arguments, log, machine
+from linear_moe.entry import arguments, kernel_check, log, machine
 from megatron_patches import releases
 from megatron_patches.patch import Patch, applied, apply_all, undo_all, wrap
 
@@ -145,3 +145,4 @@ def join_running_script(settings: dict[str, object]) -> None:
     arguments.check_run(args)
     log.announce()
     arguments.place_memories(args)
+    kernel_check.check_kernels(args)

@@ -6,16 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from linear_moe.evidence.classes import Rows, class_means, class_names, frequency_names, is_of, lengths, title
 from linear_moe.evidence.repeats import DISTANCES
-from linear_moe.evidence.report import (
-    Rows,
-    class_means,
-    class_names,
-    frequency_names,
-    is_of,
-    lengths,
-    title,
-)
 from linear_moe.watching.headless_matplotlib import plt, save
 
 COLORS = {"softmax": "0.35", "gdn": "tab:orange", "gdn-state": "tab:red", "gdn-heads": "tab:brown", "mom": "tab:blue",

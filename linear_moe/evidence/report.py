@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from linear_moe.evidence import tables
-from linear_moe.evidence.jobs import TITLES
-from linear_moe.evidence.repeats import DISTANCES, FREQUENCIES
+from linear_moe.evidence.classes import (
+    Rows,
+    class_means,
+    class_names,
+    comparisons,
+    frequency_names,
+    is_of,
+    lengths,
+    title,
+)
+from linear_moe.evidence.repeats import DISTANCES
 from linear_moe.recall import records
 
 TABLE = "table.md"
-Rows = list[records.Row]
 
 
-def write_report(folder: Path, say: Callable[[str], None]) -> tuple[str, list[Path]]:
+def write_report(
+    folder: Path, say: Callable[[str], None], pictures_folder: Path | None = None
+) -> tuple[str, list[Path]]:
     """Writes the tables, and the pictures where matplotlib is installed. Returns the text and the paths written."""
     models = records.read(folder / tables.MODELS)
     if not models:
         return "", []
     repeats = records.read(folder / tables.REPEATS)
     positions = records.read(folder / tables.POSITIONS)
-    text = "\n\n".join(
-        [heading(models), models_table(models), repeats_table(models, repeats), positions_table(models, positions)]
-    )
-    (folder / TABLE).write_text(text + "\n")
+    parts = []
+    for group in comparisons(models):
+        parts += [heading(group), models_table(group), repeats_table(group, repeats), positions_table(group, positions)]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    (folder / TABLE).write_text(text)
     written = [folder / TABLE]
     try:
-        from linear_moe.evidence import pictures
+        from linear_moe.evidence import memory_pictures, pictures
     except ImportError as error:
         say(f"no pictures: {error}; the same command draws them from the rows where matplotlib is installed")
-        return text + "\n", written
+        return text, written
     history = records.read(folder / tables.HISTORIES)
-    return text + "\n", written + pictures.draw_all(folder, models, positions, repeats, history)
+    place, group = pictures_folder or folder, comparisons(models)[0]
+    written += pictures.draw_all(place, group, positions, repeats, history)
+    return text, written + memory_pictures.draw_all(folder, group, history, place)
 
 
 def heading(models: Rows) -> str:
@@ -111,42 +124,6 @@ def positions_table(models: Rows, positions: Rows) -> str:
             cells.append(f"{np.average([float(row['loss']) for row in inside], weights=widths):.4f}" if inside else "")
         lines.append(line([title(model, models), *cells]))
     return "\n".join(lines)
-
-
-def class_means(rows: Iterable[records.Row], column: str) -> dict[int, tuple[float, int]]:
-    """{class: (mean loss, tokens)}."""
-    sums: dict[int, list[float]] = {}
-    for row in rows:
-        total = sums.setdefault(int(row[column]), [0.0, 0])
-        total[0] += float(row["loss"]) * int(row["tokens"])
-        total[1] += int(row["tokens"])
-    return {value: (total / count, int(count)) for value, (total, count) in sums.items()}
-
-
-def class_names(ends: Sequence[int], word: str) -> list[str]:
-    """Of the classes between ends, the last of which is open."""
-    return [f"{word} {end}" for end in ends] + [f"{ends[-1]} and more"]
-
-
-def frequency_names() -> list[str]:
-    return ["never", *(f"{a} to {b - 1}" for a, b in zip(FREQUENCIES, FREQUENCIES[1:], strict=False)),
-            f"{FREQUENCIES[-1]} and more"]  # fmt: skip
-
-
-def is_of(row: records.Row, model: records.Row) -> bool:
-    return row["key"] == model["key"] and row["data"] == model["data"]
-
-
-def lengths(rows: Rows) -> list[int]:
-    return sorted({int(row["length"]) for row in rows})
-
-
-def title(row: records.Row, models: Rows) -> str:
-    """A model's name; with tokens, rate and seed where several rows have the name."""
-    name = TITLES[row["model"]].replace("layer in N", f"layer in {row['attention_every']}")
-    if sum(other["model"] == row["model"] for other in models) == 1:
-        return name
-    return f"{name}, {int(row['tokens']) / 1e6:g}M tokens, rate {row['rate']}, seed {row['seed']}"
 
 
 def line(cells: Sequence[object]) -> str:

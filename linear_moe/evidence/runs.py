@@ -27,6 +27,8 @@ POLL_SECONDS = 0.5
 STOP_SECONDS = 40  # that a run may take to save a checkpoint when the time is up
 SHOWN_LINES = 15  # of the log of a process that failed
 
+_ending = threading.Event()  # set when the program ends before its processes
+
 
 class OutOfTime(Exception):
     """The time limit ended a job."""
@@ -85,6 +87,8 @@ def run_all(
                 job = waiting.get_nowait()
             except queue.Empty:
                 return
+            if _ending.is_set():
+                return
             try:
                 run(job, place, device, held_out, facts, origin, say)
             except OutOfTime as error:
@@ -97,8 +101,14 @@ def run_all(
     threads = [threading.Thread(target=work, args=(device,)) for device in place.devices]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    finally:  # an interrupt ends the processes too, each with a checkpoint
+        _ending.set()
+        for thread in threads:
+            thread.join()
+        _ending.clear()
     return failed, late
 
 
@@ -123,9 +133,33 @@ def run(
         speed = tables.speed(read_history(folder))
         say(f"{job.key}: trained in {time.monotonic() - start:.0f} s, {speed:,.0f} tokens/s")
     windows = held_out.result()
-    losses, about = measure(folder, [held_out.path for held_out in windows], place, device)
-    tables.write(place.folder, job, facts, windows, losses, about, read_history(folder), origin)
-    say(f"{job.key}: {tables.shown(windows, losses)}")
+    if tables.find(place.folder, job, facts["digest"]) is None:
+        losses, about = measure(folder, [found.path for found in windows], place, device)
+        tables.write(place.folder, job, facts, windows, losses, about, read_history(folder), origin)
+        say(f"{job.key}: {tables.shown(windows, losses)}")
+    if job.mixer.memories > 1:
+        describe_memories(job, folder, windows[0].path, place, device)
+
+
+def is_finished(job: Job, folder: Path, data: str) -> bool:
+    """Whether a job has its row; and, where its checkpoint is still there, what its memories hold. data: the digest."""
+    if tables.find(folder, job, data) is None:
+        return False
+    described = job.mixer.memories <= 1 or memories_path(folder, job).is_file()
+    return described or trained_steps(folder / job.key) < job.steps
+
+
+def memories_path(folder: Path, job: Job) -> Path:
+    """The file that says what a model's memories hold."""
+    return folder / f"memories_{job.key}.json"
+
+
+def describe_memories(job: Job, folder: Path, windows: Path, place: Place, device: int | None) -> None:
+    """Writes memories_KEY.json, which says what the model's memories hold. Raises OutOfTime and RunFailed."""
+    output = memories_path(place.folder, job)
+    words = [sys.executable, "-m", "linear_moe.evidence.memories", folder / "checkpoints", output, windows]
+    if not _call([*words, place.tokenizer], folder, device, place.deadline):
+        raise OutOfTime("what its memories hold was not written")
 
 
 def train(job: Job, folder: Path, place: Place, device: int | None) -> None:
@@ -139,7 +173,7 @@ def train(job: Job, folder: Path, place: Place, device: int | None) -> None:
     words += ["--train-data-path", training, "--valid-data-path", held_out, "--data-cache-path", folder / "data"]
     words += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", place.tokenizer]
     words += ["--no-create-attention-mask-in-dataloader", "--log-interval", max(1, min(10, every))]
-    words += ["--eval-interval", every, "--eval-iters", 2]
+    words += ["--eval-interval", every, "--eval-iters", 4]
     words += ["--save", folder / "checkpoints", "--load", folder / "checkpoints", "--save-interval", max(1, job.steps)]
     words += ["--exit-signal-handler"]
     if not call_trainer(words, folder, device, place.deadline - place.measure_seconds):
@@ -206,7 +240,7 @@ def _call(words: Sequence, folder: Path, device: int | None, deadline: float) ->
             stopped = 0.0
             while process.poll() is None:
                 now = time.monotonic()
-                if not stopped and now >= deadline:
+                if not stopped and (now >= deadline or _ending.is_set()):
                     stopped = now
                     process.terminate()
                 if stopped and now >= stopped + STOP_SECONDS:

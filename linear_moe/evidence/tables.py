@@ -19,7 +19,12 @@ UNTIMED = 2  # log intervals at the start: kernels are compiled
 
 def find(folder: Path, job: Job, data: str) -> Row | None:
     """The row of a finished job that was trained on the text of a digest."""
-    return records.find(records.read(folder / MODELS), job.row() | {"data": data})
+    return records.find(records.read(folder / MODELS), job.row() | {"data": short(data)})
+
+
+def short(digest: str) -> str:
+    """What the rows say of a corpus's digest."""
+    return digest[:12]
 
 
 def write(
@@ -33,7 +38,7 @@ def write(
     origin: Row,
 ) -> None:
     """Adds the rows of a finished model. The row of MODELS, which says that the model is finished, comes last."""
-    name = {"key": job.key, "data": facts["digest"][:12], "model": job.name}
+    name = {"key": job.key, "data": short(facts["digest"]), "model": job.name}
     records.append(folder / HISTORIES, [name | row for row in _history_rows(history, job)])
     records.append(folder / POSITIONS, [
         name | {"length": str(held_out.length), "first": str(first), "end": str(end), "loss": f"{loss:.5f}",
@@ -54,7 +59,7 @@ def _model_row(job, facts, windows, losses, about, history, origin) -> Row:
     steps = [line for line in history if "validation" not in line]
     validations = [line for line in history if "validation" in line]
     trained = job.steps * job.training.batch * job.shape.length
-    row = {"key": job.key, **job.row(), "data": facts["digest"][:12]}
+    row = {"key": job.key, **job.row(), "data": short(facts["digest"])}
     row |= {"training_tokens": str(facts["tokens"]), "epochs": f"{trained / facts['tokens']:.3f}"}
     row |= {"steps": str(job.steps), "trained_tokens": str(trained)}
     row |= {"parameters": str(about["parameters"]), "embedding": str(about["embedding"])}

@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as stack_with_transformer_engine
 from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import (
     MoETransformerLayer,
@@ -26,7 +33,8 @@ def hybrid_stack_spec(config: MomTransformerConfig, chosen: ModuleSpec | None) -
     Args:
         config: configuration of the model.
         chosen: the stack that the command line's --spec names, which keeps its other letters. None for Megatron's
-            stack: all letters with Transformer Engine, ``* - E`` with --transformer-impl local.
+            stack: all letters with Transformer Engine, ``* - E`` with --transformer-impl local, and multi-token
+            prediction with both.
     """
     if chosen is None:
         chosen = _local_stack(config) if config.transformer_impl == "local" else stack_with_transformer_engine
@@ -75,5 +83,21 @@ def _local_stack(config: MomTransformerConfig) -> ModuleSpec:
             attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
             mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
             moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=experts),
+            mtp_block_spec=_local_prediction(config),
         ),
     )
+
+
+def _local_prediction(config: MomTransformerConfig) -> ModuleSpec:
+    """Multi-token prediction with local modules. Its layers are a stack of the letters behind "/" in the pattern."""
+    norm = input_norm(config)
+    layer = MultiTokenPredictionLayerSubmodules(
+        enorm=norm,
+        hnorm=norm,
+        eh_proj=LocalSpecProvider().column_parallel_linear(),
+        mtp_model_layer=None,
+        layer_norm=norm,
+    )
+    layers = [ModuleSpec(module=MultiTokenPredictionLayer, submodules=layer)]
+    submodules = MultiTokenPredictionBlockSubmodules(layer_specs=layers)
+    return ModuleSpec(module=MultiTokenPredictionBlock, submodules=submodules)

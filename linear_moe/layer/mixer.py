@@ -230,7 +230,7 @@ class MomTokenMixer(MegatronModule):
         # The plan takes ids sequence by sequence. All other tensors stay time first; the plan is reordered for them.
         ids = ids.transpose(0, 1).flatten(0, 1)
         q, output_gate = projected.flatten(0, 1).split([self.key_width, self.value_width], dim=1)
-        routed = self._memory_parameters(self.memory_proj)
+        routed = self.memory_parameters(self.memory_proj)
         if self.splits_memories:
             y = mix_memories_over_ranks(
                 x.flatten(0, 1),
@@ -295,7 +295,7 @@ class MomTokenMixer(MegatronModule):
         here = ContextSlice(self.cp_group, length, borders)
         return here.local_documents(), here
 
-    def _memory_parameters(self, projection: torch.Tensor) -> MemoryParameters:
+    def memory_parameters(self, projection: torch.Tensor) -> MemoryParameters:
         return MemoryParameters(
             settings=self.local_settings,
             projection=projection,
@@ -311,7 +311,7 @@ class MomTokenMixer(MegatronModule):
         """Parameters of the shared memory where memories are split over ranks; None without a shared memory."""
         if not self.config.mom_shared_memory:
             return None
-        return self._memory_parameters(self.memory_proj if self.shared_proj is None else self.shared_proj)
+        return self.memory_parameters(self.memory_proj if self.shared_proj is None else self.shared_proj)
 
     def backward_dw(self) -> None:
         """Computes the weight gradients that --delay-wgrad-compute put off: of the two linear layers, where these are

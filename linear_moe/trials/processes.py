@@ -15,6 +15,7 @@ from functools import cache
 from multiprocessing import connection, forkserver
 from pathlib import Path
 
+import torch.multiprocessing
 from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +128,7 @@ def _become(words: list[str], folder: str, environment: dict[str, str], output: 
     results_queue = filesystem_async.get_write_results_queue
     filesystem_async.get_write_results_queue = lambda *mode, **named: results_queue("fork")
     get_context = multiprocessing.get_context
-    multiprocessing.get_context = lambda method=None: get_context("fork" if method == "forkserver" else method)
+    for module in (multiprocessing, torch.multiprocessing):
+        module.get_context = lambda method=None: get_context("fork" if method == "forkserver" else method)
     sys.argv = list(words)
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)

@@ -16,7 +16,9 @@ from linear_moe.trials.data import VOCABULARY
 from linear_moe.trials.shrink import Trial
 from linear_moe.trials.verdict import FAILS, TRAINS, Verdict, compare, judge, last_error
 
-SOFTMAX, MOM, RESUMED = "softmax", "mom", "resumed"
+SOFTMAX, MOM, RESUMED, SOFTMAX_RESUMED = "softmax", "mom", "resumed", "softmax resumed"
+RESUMES = {RESUMED: MOM, SOFTMAX_RESUMED: SOFTMAX}
+"""A run that starts from a checkpoint -> the run that left the checkpoint."""
 WORD = ("--token-mixer", "mom")
 
 
@@ -74,41 +76,53 @@ def command_of(trial: Trial, kind: str, place: Place, folder: Path) -> list[str]
     return [
         "linear_moe", str(place.clone / trial.script), *trial.words, *data,
         *(str(word) for option in folders.items() for word in option), "--save-interval", str(trial.save_interval),
-        "--eval-interval", "1000", *(["--ckpt-step", str(trial.save_interval)] if kind == RESUMED else []),
-        *([] if kind == SOFTMAX else WORD),
+        "--eval-interval", "1000",
+        *(WORD if kind in (MOM, RESUMED) else []),
     ]  # fmt: skip
 
 
 def run(trial: Trial, kind: str, place: Place) -> tuple[Verdict, float]:
-    """Runs a trial: `SOFTMAX`, `MOM`, or `RESUMED` from the checkpoint that the run `MOM` left. Returns the verdict and
-    the seconds. Output goes to a log beside the trial's folder.
+    """Runs a trial: `SOFTMAX`, `MOM`, or one of `RESUMES`. Returns the verdict and the seconds. Output goes to a log
+    beside the trial's folder.
     """
-    folder = place.output / "runs" / trial.name.replace("/", "_") / (MOM if kind == RESUMED else kind)
-    if kind != RESUMED:
+    folder = place.output / "runs" / trial.name.replace("/", "_") / RESUMES.get(kind, kind)
+    if kind in RESUMES:
+        _go_back(folder / "checkpoints", trial.save_interval)
+    else:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    logs = place.output / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    log = logs / f"{trial.name.replace('/', '_')}.{kind}.txt"
+    log = _log(trial, kind, place)
     words = command_of(trial, kind, place, folder)
     start = time.monotonic()
     status = processes.run(words, trial.processes, place.clone, folder, log, place.seconds)
     seconds = time.monotonic() - start
     output = log.read_text(errors="replace")
-    if kind != RESUMED:
+    if kind not in RESUMES:
         return judge(status, output, trial.steps), seconds
     if status != 0:
         why = "no end within the time limit" if status is None else last_error(output)
         return Verdict(FAILS, why or f"exit status {status} without an error"), seconds
-    difference = compare(
-        (logs / log.name.replace(RESUMED, MOM)).read_text(errors="replace"), output, trial.save_interval
-    )
+    difference = compare(_log(trial, RESUMES[kind], place).read_text(errors="replace"), output, trial.save_interval)
     return Verdict(FAILS, difference) if difference else Verdict(TRAINS, "exact"), seconds
 
 
-def has_checkpoint(trial: Trial, place: Place) -> bool:
-    """Whether the run with memories left a checkpoint at half of its steps."""
-    folder = place.output / "runs" / trial.name.replace("/", "_") / MOM / "checkpoints"
+def _log(trial: Trial, kind: str, place: Place) -> Path:
+    logs = place.output / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    return logs / f"{trial.name.replace('/', '_')}.{kind.replace(' ', '_')}.txt"
+
+
+def _go_back(checkpoints: Path, step: int) -> None:
+    """Makes a step's checkpoint the last. (--ckpt-step takes a part of the torch format's from the last.)"""
+    for later in checkpoints.glob("iter_*"):
+        if int(later.name.removeprefix("iter_")) > step:
+            shutil.rmtree(later)
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(step))
+
+
+def has_checkpoint(trial: Trial, kind: str, place: Place) -> bool:
+    """Whether a run left a checkpoint at half of its steps."""
+    folder = place.output / "runs" / trial.name.replace("/", "_") / kind / "checkpoints"
     return (folder / f"iter_{trial.save_interval:07d}").is_dir()
 
 

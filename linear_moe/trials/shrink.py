@@ -79,8 +79,10 @@ NOT_HERE = (
     "--pretrained-checkpoint", "--wandb-entity", "--wandb-project", "--wandb-exp-name", "--wandb-save-dir",
     "--log-energy", "--save-retain-interval", "--tp-comm-overlap-cfg", "--profile", "--profile-step-start",
     "--profile-step-end", "--use-pytorch-profiler", "--ckpt-step", "--exit-duration-in-mins",
+    "--finetune", "--no-load-optim", "--no-load-rng", "--no-save-optim", "--no-save-rng",
 )  # fmt: skip
-"""Options that name other people's files, folders and lengths; ours take their place."""
+"""Options that name other people's files, folders and lengths, and what to take from their checkpoints; ours take
+their place."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,6 @@ class Trial:
     processes: int
     steps: int
     save_interval: int
-    validation: bool
 
 
 def shrink(given: ArgumentSet) -> Trial:
@@ -112,7 +113,6 @@ def shrink(given: ArgumentSet) -> Trial:
         processes=processes,
         steps=steps,
         save_interval=steps // 2,
-        validation=_number(given.options, "--eval-iters", 1) > 0,
     )
 
 

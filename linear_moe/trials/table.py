@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from linear_moe.trials.runs import MOM, RESUMED, SOFTMAX
+from linear_moe.trials.runs import MOM, RESUMED, RESUMES, SOFTMAX, SOFTMAX_RESUMED
 from linear_moe.trials.verdict import FAILS, REFUSED, TRAINS
 
 COLUMNS = ("set", "run", "processes", "result", "reason", "seconds")
@@ -39,11 +39,11 @@ class Rows:
     def forget(self, results: Iterable[str]) -> None:
         """Makes the runs with these results, and what was resumed from such runs, count as still to be made."""
         results = set(results)
-        again = {name for (name, run), row in self.rows.items() if run != SOFTMAX and row["result"] in results}
+        again = {name for (name, run), row in self.rows.items() if row["result"] in results}
         self.rows = {
             (name, run): row
             for (name, run), row in self.rows.items()
-            if row["result"] not in results and not (run != SOFTMAX and name in again)
+            if row["result"] not in results and not (run in RESUMES and name in again)
         }
         with self.file.open("w", newline="") as lines:
             writer = csv.DictWriter(lines, COLUMNS)
@@ -67,6 +67,8 @@ def markdown(rows: Rows, names: Iterable[str]) -> str:
     for name in names:
         softmax, mom, resumed = (rows.result(name, run) or "" for run in (SOFTMAX, MOM, RESUMED))
         resumed = {TRAINS: "exact", FAILS: "differs"}.get(resumed, resumed)
+        if rows.result(name, SOFTMAX_RESUMED) == FAILS:
+            resumed += ", as with softmax"
         whys = [
             f"{run}: {reason}" if run != MOM else reason
             for run in (MOM, RESUMED, SOFTMAX)

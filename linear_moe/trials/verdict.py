@@ -18,7 +18,7 @@ LOSS = re.compile(rf"\| (?:lm loss|mtp_1 loss): {NUMBER}")
 NORM = re.compile(rf"\| grad norm: {NUMBER}")
 VALIDATION = re.compile(rf"validation loss at iteration \d+ on \S+ set \| lm loss value: {NUMBER}")
 ERROR = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt|Exit)\b.*|\S+\.py: error: .*|error: .*)$", re.MULTILINE)
-REFUSAL = re.compile(r"^(?:ValueError|AssertionError|RuntimeError|ImportError|ModuleNotFoundError): |error: ")
+REFUSAL = re.compile(r"^(?:ValueError|AssertionError|ImportError|ModuleNotFoundError): |^RuntimeError: --|error: ")
 NOISE = ("ChildFailedError", "SignalException", "DistBackendError", "Connection reset", "Connection closed", "gloo")
 """What the other processes of a run say when the first one ends."""
 

@@ -1,4 +1,4 @@
-"""Triton kernel that adds up the partial sums of programs, without atomics: the order of addition is fixed.
+"""Sums in Triton: of a tile inside a kernel, and of the partial sums of programs, without atomics: the order is fixed.
 
 Shape legend: P parts. Tiles are BP parts by BN columns.
 """
@@ -8,6 +8,17 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def sum_of_vector(b_x):
+    """The sum [1] of [BT], by a reduction of two dimensions.
+
+    For Blackwell, Triton 3.6 and 3.7 fail where a vector that follows from a matrix product is reduced as a vector
+    ("parent layout must have at least rank >= 2").
+    """
+    return tl.sum(b_x[:, None], 0)
+
 
 TILE = (256, 32)  # BP and BN; not tuned
 

@@ -4,35 +4,21 @@ A kernel set is a module, or a folder of modules, of one family. Every set of a 
 
     NAME                                      how the log names the set
     takes(chip, dtype, k_dim, v_dim) -> bool  whether the set runs there; the last set of a family takes everything
+    problem() -> str | None                   only where a set needs more than Triton: why it does not run here
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
 
 import torch
 
+from mom_layers.common.chips import Chip, forced_kernel_set
+
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What the choice of kernels depends on.
-
-    Attributes:
-        name: of the device, as its driver tells it.
-        capability: major and minor compute capability; (0, 0) in Triton's interpreter.
-        shared_memory: bytes of a multiprocessor's shared memory that one program may use.
-    """
-
-    name: str
-    capability: tuple[int, int]
-    shared_memory: int
 
 
 class Table(Protocol):
@@ -47,28 +33,26 @@ class Table(Protocol):
     shared_memory: int
 
 
-# Stands for the CPU, where Triton's interpreter runs the kernels: with the shared memory of an A100.
-INTERPRETER = Chip("Triton's interpreter", (0, 0), 163 * 1024)
-
-
-@functools.cache
-def chip_of(device: torch.device) -> Chip:
-    """The chip of a CUDA device; a stand-in for the CPU."""
-    if device.type != "cuda":
-        return INTERPRETER
-    properties = torch.cuda.get_device_properties(device)
-    capability = (properties.major, properties.minor)
-    return Chip(properties.name, capability, properties.shared_memory_per_block_optin)
-
-
 def choose(family: str, sets: Sequence[ModuleType], chip: Chip, dtype: torch.dtype, k_dim: int, v_dim: int):
-    """The first of ``sets`` that takes this chip, type and head size. Logs the choice.
+    """The first of ``sets`` that takes this chip, type and head size and has no problem. Logs the choice.
 
-    Callers cache the answer (`functools.cache`), so that the log says once which set was taken.
+    Where `mom_layers.common.chips.forced` names one of the sets, that set alone is considered, on any chip. Callers
+    cache the answer (`cached_choice`), so that the log says once which set was taken.
+
+    Raises:
+        RuntimeError: the set that was named has a problem.
     """
-    chosen = next(kernels for kernels in sets if kernels.takes(chip, dtype, k_dim, v_dim))
-    logger.info("%s: %s kernels for %s, %s, K %d, V %d", family, chosen.NAME, chip.name, dtype, k_dim, v_dim)
-    return chosen
+    name = forced_kernel_set()
+    named = [kernels for kernels in sets if kernels.NAME == name]
+    for kernels in named or sets:
+        if not named and not kernels.takes(chip, dtype, k_dim, v_dim):
+            continue
+        problem = kernels.problem() if hasattr(kernels, "problem") else None
+        if problem is None:
+            logger.info("%s: %s kernels for %s, %s, K %d, V %d", family, kernels.NAME, chip.name, dtype, k_dim, v_dim)
+            return kernels
+        logger.warning("%s: the %s kernels do not run, and slower ones do: %s", family, kernels.NAME, problem)
+    raise RuntimeError(f"{family}: the {name} kernels do not run: {problem}")
 
 
 def widest_that_fits(family: str, tables: Sequence[Table], chip: Chip) -> Table:

@@ -28,12 +28,15 @@ class Worker:
     Args:
         plan: of the self-test.
         limit: seconds for one check.
+
+    Attributes:
+        unknown: whether the last answer is not complete for a reason that says nothing about the kernel.
     """
 
     def __init__(self, plan: Plan, limit: float = LIMIT):
         self.plan, self.limit = plan, limit
         self.process: subprocess.Popen | None = None
-        self.noise = tempfile.TemporaryFile()
+        self.noise, self.unknown = tempfile.TemporaryFile(), False
 
     def _start(self) -> subprocess.Popen:
         self.noise.truncate(0)
@@ -45,8 +48,12 @@ class Worker:
 
     def ask(self, question: dict) -> tuple[list[dict], str | None]:
         """Every message of the answer, and in words why the answer is not complete; None where it is."""
-        if self.process is None:
-            self.process = self._start()
+        self.unknown = False
+        try:
+            self.process = self.process or self._start()
+        except OSError as error:
+            self.unknown = True
+            return [], f"its process could not start: {error}"
         process, late, messages = self.process, threading.Event(), []
 
         def stop():
@@ -72,6 +79,7 @@ class Worker:
         status = process.wait()
         self.close()
         if late.is_set():
+            self.unknown = True
             return messages, f"no answer within {self.limit:.0f} seconds"
         if status < 0:
             return messages, f"its process was ended by {signal.Signals(-status).name}"
@@ -103,9 +111,8 @@ def _lines(worker: Worker, check: str, what: str) -> list[Line]:
     lines = [Line(**message["line"]) for message in messages]
     if trouble:
         output = worker.output()
-        lines.append(
-            Line(check, "", right=False, failure=f"{trouble}: {_last_words(output)}".rstrip(": "), details=output)
-        )
+        reason = f"{trouble}: {_last_words(output)}".rstrip(": ")
+        lines.append(Line(check, "", right=False, failure=reason, unknown=worker.unknown, details=output))
     return lines
 
 

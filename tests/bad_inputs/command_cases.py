@@ -178,7 +178,7 @@ FINE = {
     ("recall", "--seeds"): {"zero"}, ("recall", "--commit"): NUMBERS | {"empty"}, ("recall", "--mlp"): {"zero"},
     ("recall", "--weight-decay"): {"zero", "fraction", "tiny"}, ("recall", "--rates"): {"fraction", "tiny"},
     ("recall", "--balancing"): {"zero", "fraction", "tiny"},
-    ("recall", "--time-limit"): {"fraction", "tiny", *LARGE}, ("recall", "--steps"): {"very large"},
+    ("recall", "--time-limit"): {"zero", "fraction", "tiny", *LARGE}, ("recall", "--steps"): {"very large"},
     ("recall", "--max-steps"): {"very large"}, ("recall", "--evaluations"): {"very large"},
     ("recall", "--group-size"): {"very large"},
 }  # fmt: skip

@@ -11,6 +11,7 @@ from linear_moe.entry.arguments import (
     add_mom_arguments,
     check_context_parallel,
     check_model,
+    compare_with_checkpoint,
     fill_mom_arguments,
     restore_from_checkpoint,
 )
@@ -169,6 +170,30 @@ def test_attention_options_that_have_nothing_to_do_are_named(arguments, left, li
     assert caplog.messages == lines
     names = ("multi_latent_attention", "experimental_attention_variant", "mla_down_proj_fusion", "rope_type")
     assert tuple(getattr(args, name) for name in names) == left
+
+
+def test_megatron_fsdps_checkpoints_load_at_their_tensor_parallel_size():
+    args, saved = check("--use-megatron-fsdp", "--tensor-model-parallel-size", 2), check("--use-megatron-fsdp")
+    compare_with_checkpoint(args, args)
+    with pytest.raises(
+        ValueError, match="--tensor-model-parallel-size 2: the checkpoint was written with 1, and Megat"
+    ):
+        compare_with_checkpoint(args, saved)
+
+
+def test_fsdp_and_offloading_are_left_out_on_a_machine_without_a_gpu(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("linear_moe"), "propagate", True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    fsdp = ["--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor", "--cpu-offloading-num-layers", 2]
+    args = check(*fsdp, "--transformer-impl", "local", "--distributed-backend", "gloo")
+    with caplog.at_level("INFO", logger="linear_moe"):
+        use_counterparts(args)
+    assert (args.use_megatron_fsdp, args.ckpt_format, args.cpu_offloading_num_layers) == (False, "torch_dist", 0)
+    assert caplog.messages == [
+        "no GPU: --ckpt-format fsdp_dtensor becomes torch_dist",
+        "no GPU: --cpu-offloading-num-layers 2 is left out",
+        "no GPU: --use-megatron-fsdp is left out",
+    ]
 
 
 FOR_GPUS = [

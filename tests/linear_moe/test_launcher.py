@@ -93,6 +93,14 @@ def test_letter_g_of_a_hybrid_pattern():
     assert "memories at iteration 6 | load " in run.stdout
 
 
+def test_multi_token_prediction_of_a_hybrid_model_with_memories_in_both():
+    run = launch(*COMMON, *MOM, "--hybrid-layer-pattern", "G-*-/G*-")
+    assert run.returncode == 0, run.stdout[-3000:]
+    lines = [line for line in run.stdout.splitlines() if "mtp_1 loss" in line]
+    found = [float(re.search(r"mtp_1 loss: ([\d.E+-]+)", line)[1]) for line in lines]
+    assert len(found) == 6 and found[-1] < found[0] - 0.1
+
+
 def test_the_deprecated_name_of_a_pattern_in_a_command_for_gpus():
     stack = "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec"
     gpus = [*stack.split(), "--transformer-impl", "transformer_engine", "--distributed-backend", "nccl"]

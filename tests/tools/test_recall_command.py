@@ -219,16 +219,22 @@ def test_the_command_trains_reports_and_does_not_train_again(tmp_path, capsys):
     ("words", "said"),
     [
         (["--mom", "8/9"], "8/9"),
-        (["--pairs", "8"], "at least four a pair, 32, got 16"),
-        (["--rates", "0"], "must be positive"),
+        (["--pairs", "8"], "length 16: expected an even number of tokens, and at least four a pair: 32 for pairs [8]"),
         (["--seeds", "1", "1"], "--seeds has a value twice"),
-        (["--seeds", "-1"], "--seeds must be from 0"),
         (["--rule", "other"], "unknown memory rule 'other'"),
     ],
 )
 def test_wrong_settings_end_with_a_message(words, said, tmp_path, capsys):
     assert command.main(["--output", str(tmp_path / "out"), "--device", "cpu", *words]) == 1
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [["--rates", "0"], ["--rates", "nan"], ["--seeds", "-1"], ["--time-limit", "-1"]])
+def test_wrong_numbers_end_with_their_argument(words, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--output", str(tmp_path / "out"), *words])
+    error = capsys.readouterr().err
+    assert f"argument {words[0]}" in error and repr(words[1]) in error and not (tmp_path / "out").exists()
 
 
 def test_the_tool_imports_nothing_of_megatron():

@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Sequence
 
 from linear_moe.commands.command_line import command_parser
-from linear_moe.commands.values import between, number, path, positive, whole
+from linear_moe.commands.values import between, number, path, whole
 from linear_moe.recall.names import MATCHES, MOST_SEEDS
 
 # what a GPU trains, and the tiny sizes that stand in for it
@@ -25,14 +25,13 @@ FULL = {
     "vocabulary": 1024, "length": 256, "pairs": [4, 8, 16, 32, 64], "batch": 80, "hidden": 128, "heads": 2,
     "steps": 16000, "rates": [1e-3, 2e-3, 4e-3], "seeds": [0, 1, 2], "evaluations": 32,
 }  # fmt: skip
-
 QUICK = {
     "vocabulary": 32, "length": 16, "pairs": [2, 4], "batch": 16, "hidden": 16, "heads": 1,
     "steps": 16, "rates": [3e-3, 1e-2], "seeds": [0, 1], "evaluations": 8,
 }  # fmt: skip
 
-
 _size = whole(1, 1 << 20)
+_seconds = number(float, lambda seconds: seconds >= 0, "a number of seconds that is not negative")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -71,7 +70,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--evaluations", type=whole(1), help=f"along training [{FULL['evaluations']}]")
     parser.add_argument("--group-size", type=whole(1), default=16, help="models at once on a GPU [%(default)s]")
     parser.add_argument(
-        "--time-limit", type=positive, default=float("inf"), metavar="SECONDS", help="then stop cleanly"
+        "--time-limit", type=_seconds, default=float("inf"), metavar="SECONDS", help="then stop cleanly"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="[cuda where there is one]")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, as without a GPU")

@@ -16,19 +16,19 @@ The functions of the general set, `mom_layers.recur.channel_decay.triton`, say w
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 
 import torch
 
+from mom_layers.common.chips import cached_choice, chip_of
 from mom_layers.recur.channel_decay import triton
-from mom_layers.recur.kernel_sets import chip_of, choose
+from mom_layers.recur.kernel_sets import choose
 
 # The first set that takes a chip runs there; the general one takes every chip and stands last.
 KERNEL_SETS = (triton,)
 
 
-@functools.cache
+@cached_choice
 def kernel_set(device: torch.device, dtype: torch.dtype, k_dim: int, v_dim: int) -> ModuleType:
     """The kernel set that runs on a device, for inputs of a type and head sizes K and V."""
     return choose("gated linear attention", KERNEL_SETS, chip_of(device), dtype, k_dim, v_dim)

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import EXPERTS, GLA, LAYOUTS, MODELS, ONE_RANK_AN_EXPERT, ROUTED, STEPS
-from training import CP2, gradients_of_first_step, launch, parameters
+from training import CP2, SP, TP2, gradients_of_first_step, launch, parameters
 
 RTOL = 1e-5
 
@@ -30,6 +30,14 @@ def test_ten_steps_equal_one_process(trained, layout, model):
 @pytest.mark.parametrize("layout", ["EP2", "EP2, whole memories", ONE_RANK_AN_EXPERT])
 def test_memories_whole_or_split_beside_experts_equal_one_process(trained, layout):
     test_ten_steps_equal_one_process(trained, layout, EXPERTS)
+
+
+def test_multi_token_prediction_with_sequence_parallelism_equals_one_process(tmp_path):
+    data = ["--mock-data", "--train-iters", STEPS, "--mtp-num-layers", 1]
+    expected = launch(1, data, tmp_path / "one", save_at=(1,))
+    losses = launch(2, [*data, *TP2, *SP], tmp_path / "two", save_at=(1,))
+    assert losses == pytest.approx(expected, rel=RTOL)
+    assert_same(gradients_of_first_step(tmp_path / "two"), gradients_of_first_step(tmp_path / "one"))
 
 
 @pytest.mark.parametrize("layout", ["TP2", "TP2+SP"])

@@ -49,6 +49,8 @@ LAYOUTS = {
     "TP2": (2, TP2),
     "PP2": (2, PP2),
     "PP2, a stage without memories": (2, [*PP2, "--linear-attention-freq", "[0,1]"]),
+    "PP2, a stage without memories, Muon": (2, [*PP2, "--linear-attention-freq", "[0,1]", *MUON]),
+    "PP2, a stage without memories, layer-wise Muon": (2, [*PP2, "--linear-attention-freq", "[0,1]", *LAYER_WISE]),
     "1, torch format": (1, TORCH),
     "1, Muon": (1, MUON),
     "DP2, layer-wise Muon": (2, LAYER_WISE),

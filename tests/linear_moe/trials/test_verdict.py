@@ -29,6 +29,8 @@ def output(losses, norms=None):
         (2, "pretrain_gpt.py: error: unrecognized arguments: --x\n", REFUSED, "unrecognized arguments: --x"),
         (1, output([4.8]) + "\nValueError: too late\n", FAILS, "ValueError: too late"),
         (1, "KeyError: 'x'\n", FAILS, "KeyError: 'x'"),
+        (1, "RuntimeError: invalid tensor size\n", FAILS, "RuntimeError: invalid tensor size"),
+        (1, "RuntimeError: --token-mixer mom: no layer\n", REFUSED, "no layer"),
         (16, "the end\n", FAILS, "exit status 16 without an error"),
     ],
 )

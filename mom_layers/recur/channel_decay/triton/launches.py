@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from mom_layers.recur.kernel_sets import Chip, chip_of, widest_that_fits
+from mom_layers.common.chips import Chip, cached_choice, chip_of
+from mom_layers.recur.kernel_sets import widest_that_fits
 
 
 class Launch(NamedTuple):
@@ -118,13 +118,13 @@ FLOAT32_TABLE = Table(
 )
 
 
-@functools.cache
+@cached_choice
 def table_for(chip: Chip, dtype: torch.dtype) -> Table:
     """The widest tiles for a type whose shared memory a chip has."""
     return widest_that_fits("gated linear attention", (FLOAT32_TABLE,) if dtype == torch.float32 else TABLES, chip)
 
 
-@functools.cache
+@cached_choice
 def launches_for(device: torch.device, dtype: torch.dtype, k_dim: int, v_dim: int) -> Launches:
     """The general set's launches on a device, for inputs of a type and head sizes K and V."""
     return table_for(chip_of(device), dtype).launches(k_dim, v_dim)

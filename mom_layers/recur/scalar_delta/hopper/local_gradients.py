@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
+from mom_layers.common.triton_versions import thread_barrier
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import SPAN, Chunks
 from mom_layers.recur.scalar_delta.hopper.launches import LOCAL_GRADIENTS
@@ -171,7 +172,7 @@ def local_gradients_kernel(
     gl.store(d_errors + rows * V + o_tv, (b_beta[:, None] * b_y).to(low), mask=(o_row < left)[:, None])
     gl.store(dbeta + rows + o_row * H, b_dbeta.to(dbeta.dtype.element_ty), mask=o_row < left)
     b_dP, b_dN = warpgroup_mma_wait(0, deps=[b_dP, b_dN])
-    gl.thread_barrier()
+    thread_barrier()
     # dq and dk are loaded and stored through shared memory, so that whole cache lines are read and written.
     s_dq = gl.allocate_shared_memory(low, [2, BT, BK], shared_layout(BT, BK, low))
     s_dk = gl.allocate_shared_memory(low, [2, BT, BK], shared_layout(BT, BK, low))
@@ -217,7 +218,7 @@ def local_gradients_kernel(
         s_dqb.store((s_dqb.load(L_d).to(gl.float32) + b_dq).to(low))
         s_dkb.store((s_dkb.load(L_d).to(gl.float32) + b_dk + b_earlier + b_later).to(low))
         async_copy.wait_group(0)
-        gl.thread_barrier()
+        thread_barrier()
         p_out = rows * K + i_k + o_t[:, None] * (H * K) + o_k[None, :]
         gl.store(dq + p_out, s_dqb.load(L_out), mask=(o_t < left)[:, None])
         gl.store(dk + p_out, s_dkb.load(L_out), mask=(o_t < left)[:, None])

@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from mom_layers.common.triton_versions import store_tile, thread_barrier
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import SPAN, Chunks
 from mom_layers.recur.scalar_delta.hopper.launches import recurrence_launch, recurrence_stages
@@ -151,9 +152,9 @@ def recurrence_kernel(
             else:
                 fetch(s_k.index(1 - i_buffer), k, i_first + BT, i_key, arrived.index(1 - i_buffer))
         if i_t > 0:
-            tma.async_copy_shared_to_global(o_tiles, [i_first - BT, i_value], s_u)
+            store_tile(o_tiles, [i_first - BT, i_value], s_u)
             if FOR_BACKWARD:
-                tma.async_copy_shared_to_global(error_tiles, [i_first - BT, i_value], s_end)
+                store_tile(error_tiles, [i_first - BT, i_value], s_end)
         if FOR_BACKWARD:
             if i_t % SPAN == 0:
                 i_span = (i_spans + i_t // SPAN).to(gl.int64) * H + i_h
@@ -199,7 +200,7 @@ def recurrence_kernel(
         if FOR_BACKWARD:
             s_r.store(b_e.to(low))
         b_S, b_o = warpgroup_mma_wait(0, deps=[b_S_next, b_o])
-        gl.thread_barrier()
+        thread_barrier()
         if not AHEAD:
             if left > BT:
                 fetch_two(s_end, v, i_first + BT, i_value, s_P, scores, (i_chunk + H) * BT, 0, vP_arrived)
@@ -212,7 +213,7 @@ def recurrence_kernel(
         i_chunk += H
     # The last chunk's results, masked: its tile may reach into the next segment.
     if num_chunks > 0:
-        gl.thread_barrier()
+        thread_barrier()
         L_io: gl.constexpr = copy_layout(BV, NW)
         o_t = gl.arange(0, BT, layout=gl.SliceLayout(1, L_io))
         o_tv = o_t[:, None] * (H * V) + (i_v * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, L_io)))[None, :]

@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from mom_layers.common.triton_versions import thread_barrier
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import SPAN, Chunks
 from mom_layers.recur.scalar_delta.hopper.launches import recurrence_launch, recurrence_stages
@@ -143,7 +144,7 @@ def reverse_recurrence_kernel(
             clear_rows(s_k.index(0), left, BT, K, NW)
             clear_rows(s_q_all.index(0), left, BT, K, NW)
             clear_rows(s_do_all.index(0), left, BT, BV, NW)
-            gl.thread_barrier()
+            thread_barrier()
     b_beta, b_from_start, b_to_end = row_factors(beta, decays, rows, i_chunk.to(gl.int64), left, H, BT, L_t)
     chunk_decay = decay_of_chunk(decays, i_chunk.to(gl.int64), left, BT)
     for i_back in range(num_chunks):
@@ -210,7 +211,7 @@ def reverse_recurrence_kernel(
         b_dS_next = warpgroup_mma(s_k.index(i_buffer).permute((1, 0)), s_y, b_dS_next, is_async=True)
         s_z.store(b_y.to(low))
         b_dS = warpgroup_mma_wait(0, deps=[b_dS_next])
-        gl.thread_barrier()
+        thread_barrier()
         if not AHEAD:
             if i_t > 0:
                 fetch_two(s_q, q, i_row - BT, i_key, s_start, do, i_row - BT, i_value, q_do_arrived)

@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from mom_layers.common.triton_versions import store_tile, thread_barrier
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import SPAN, Chunks
 from mom_layers.recur.scalar_delta.hopper.launches import state_gradients_launch
@@ -125,7 +126,7 @@ def state_gradients_kernel(
             clear_rows(s_k, num_rows, BT, BK, NW)
             clear_rows(s_do, num_rows, BT, V, NW)
             clear_rows(s_y, num_rows, BT, V, NW)
-            gl.thread_barrier()
+            thread_barrier()
     else:
         fetch_two(s_do, do, i_first, i_value, s_y, d_errors, i_first, i_value, do_y_arrived)
         fetch(s_q, q, i_first, i_key, q_arrived)
@@ -168,7 +169,7 @@ def state_gradients_kernel(
             b_S = warpgroup_mma(s_q.permute((1, 0)), s_do, b_S, is_async=True)
             b_S = warpgroup_mma(s_k.permute((1, 0)), s_y, b_S, is_async=True)
             b_dk = warpgroup_mma_wait(2, deps=[b_dk])
-            gl.thread_barrier()
+            thread_barrier()
             if left > 0:
                 fetch(s_e, errors, i_next, i_value, e_arrived)
             # The rest of (14), and (15).
@@ -191,7 +192,7 @@ def state_gradients_kernel(
             mbarrier.wait(k_arrived, phase)
             publish()
             if left > 0:
-                tma.async_copy_shared_to_global(dq_tiles, [i_first, i_key], s_q)
+                store_tile(dq_tiles, [i_first, i_key], s_q)
                 fetch_two(s_do, do, i_next, i_value, s_y, d_errors, i_next, i_value, do_y_arrived)
             # The rest of (13), and its part of (15); k takes its row factor for (8).
             b_k = s_k.load(L_d).to(gl.float32)
@@ -206,7 +207,7 @@ def state_gradients_kernel(
             publish()
             b_S = warpgroup_mma(s_k.permute((1, 0)), s_e, b_S, is_async=True)
             if left > 0:
-                tma.async_copy_shared_to_global(dk_tiles, [i_first, i_key], s_out)
+                store_tile(dk_tiles, [i_first, i_key], s_out)
                 fetch(s_q, q, i_next, i_key, q_arrived)
         # The sums, and dk against time, whose last chunk may need a mask.
         i_part = i_chunk * (K // BK) + i_kb
@@ -223,7 +224,7 @@ def state_gradients_kernel(
         b_S = warpgroup_mma_wait(0, deps=[b_S])
         if not REVERSE:
             tma.store_wait(pendings=0)
-        gl.thread_barrier()
+        thread_barrier()
         if left > 0:
             if REVERSE:
                 fetch_two(s_q, q, i_first, i_key, s_k, k, i_first, i_key, k_arrived)

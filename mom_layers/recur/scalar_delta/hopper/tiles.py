@@ -15,14 +15,9 @@ import functools
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-)
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from mom_layers.common.triton_versions import TileDescriptor, copy_to_shared, fetch_tile, thread_barrier
 from mom_layers.recur.chunk_table import CHUNK
 
 
@@ -62,11 +57,7 @@ def tiles(x, columns):
     width = x.shape[-1] if x.dim() == 4 else x.shape[1] * x.shape[2]
     if x.numel() == 0 or x.data_ptr() % 16:
         x = x.clone() if x.numel() else x.new_empty(width)
-    # Made attribute by attribute: the constructor would check again what is known here, two dozen times a step.
-    made = object.__new__(TensorDescriptor)
-    made.base, made.shape, made.strides = x, [x.numel() // width, width], [width, 1]
-    made.block_shape, made.layout, made.padding = [CHUNK, columns], tile_layout(columns, x.dtype), "zero"
-    return made
+    return TileDescriptor(x, [x.numel() // width, width], [width, 1], [CHUNK, columns], tile_layout(columns, x.dtype))
 
 
 @gluon.jit
@@ -76,22 +67,22 @@ def copy_rows(shared, source, stride, valid, ROWS: gl.constexpr, COLUMNS: gl.con
     o_r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     o_c = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
     pointers = source + o_r[:, None] * stride + o_c[None, :]
-    async_copy.async_copy_global_to_shared(shared, pointers, mask=(o_r < valid)[:, None])
+    copy_to_shared(shared, pointers, mask=(o_r < valid)[:, None])
 
 
 @gluon.jit
 def fetch(shared, tiles, row, column, arrived):
     """Starts to copy one tile of a tensor [R, C] to shared memory. Rows past the tensor's end become zero."""
     mbarrier.expect(arrived, tiles.block_type.nbytes)
-    tma.async_copy_global_to_shared(tiles, [row, column], arrived, shared)
+    fetch_tile(tiles, [row, column], arrived, shared)
 
 
 @gluon.jit
 def fetch_two(shared, tiles, row, column, other_shared, other_tiles, other_row, other_column, arrived):
     """Starts to copy two tiles that arrive together."""
     mbarrier.expect(arrived, tiles.block_type.nbytes + other_tiles.block_type.nbytes)
-    tma.async_copy_global_to_shared(tiles, [row, column], arrived, shared)
-    tma.async_copy_global_to_shared(other_tiles, [other_row, other_column], arrived, other_shared)
+    fetch_tile(tiles, [row, column], arrived, shared)
+    fetch_tile(other_tiles, [other_row, other_column], arrived, other_shared)
 
 
 @gluon.jit
@@ -102,11 +93,11 @@ def fetch_chunk(places, tensors, i_buffer, row, i_key, i_value, i_chunk_row, arr
     k, q, v, solve, scores = tensors
     barrier = arrived.index(i_buffer)
     mbarrier.expect(barrier, 2 * k.block_type.nbytes + v.block_type.nbytes + 2 * solve.block_type.nbytes)
-    tma.async_copy_global_to_shared(k, [row, i_key], barrier, s_k)
-    tma.async_copy_global_to_shared(q, [row, i_key], barrier, s_q)
-    tma.async_copy_global_to_shared(v, [row, i_value], barrier, s_v)
-    tma.async_copy_global_to_shared(solve, [i_chunk_row, 0], barrier, s_X)
-    tma.async_copy_global_to_shared(scores, [i_chunk_row, 0], barrier, s_P)
+    fetch_tile(k, [row, i_key], barrier, s_k)
+    fetch_tile(q, [row, i_key], barrier, s_q)
+    fetch_tile(v, [row, i_value], barrier, s_v)
+    fetch_tile(solve, [i_chunk_row, 0], barrier, s_X)
+    fetch_tile(scores, [i_chunk_row, 0], barrier, s_P)
 
 
 @gluon.jit
@@ -125,7 +116,7 @@ def clear_rows(shared, valid, ROWS: gl.constexpr, COLUMNS: gl.constexpr, NW: gl.
 def publish():
     """Makes what this thread wrote to shared memory visible to every thread's products."""
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
 
 
 @gluon.jit

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from mom_layers.recur.kernel_sets import Chip, chip_of, widest_that_fits
+from mom_layers.common.chips import Chip, cached_choice, chip_of
+from mom_layers.recur.kernel_sets import widest_that_fits
 
 # Warps of the triangular solve, which is float32 for every type of input: one spills a little, and was still the
 # fastest on an H200.
@@ -103,6 +103,17 @@ TABLES = (
         score_gradients=Launch(64, 8, 1),
         query_key_gradients=Launch(32, 4, 2),
     ),
+    # For the 99 KB of smaller cards (capabilities 8.6, 8.9 and 12.0): a narrower state, which spills nothing there.
+    # Chosen from what the compiler reports for sm_86; not tuned.
+    Table(
+        name="narrowest tiles",
+        shared_memory=92928,
+        recurrence={256: Launch(16, 8, 2), 128: Launch(32, 4, 2), 64: Launch(32, 4, 2)},
+        state_gradients={256: Launch(32, 8, 1), 128: Launch(32, 8, 1), 64: Launch(32, 8, 1)},
+        chunk_scores=Launch(64, 4, 3),
+        score_gradients=Launch(64, 8, 1),
+        query_key_gradients=Launch(32, 4, 2),
+    ),
 )
 # For float32 inputs, whose exact products run outside the tensor cores, for comparisons: the tiles that spill least by
 # the compiler's report; not tuned.
@@ -117,13 +128,13 @@ FLOAT32_TABLE = Table(
 )
 
 
-@functools.cache
+@cached_choice
 def table_for(chip: Chip, dtype: torch.dtype) -> Table:
     """The widest tiles for a type whose shared memory a chip has."""
     return widest_that_fits("gated delta rule", (FLOAT32_TABLE,) if dtype == torch.float32 else TABLES, chip)
 
 
-@functools.cache
+@cached_choice
 def launches_for(device: torch.device, dtype: torch.dtype, k_dim: int, v_dim: int) -> Launches:
     """The general set's launches on a device, for inputs of a type and head sizes K and V."""
     return table_for(chip_of(device), dtype).launches(k_dim, v_dim)

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mom_layers.common.sums_triton import sum_of_vector
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import SPAN, Chunks
 from mom_layers.recur.program_place_triton import segment_of_program
@@ -75,10 +76,10 @@ def _reverse_recurrence_kernel(
     if HAS_D_FINAL_STATE:
         b_dS = tl.load(d_final_state + i_state + o_kv).to(tl.float32)  # [K, BV]
         b_decayed = tl.load(decayed_state + i_state + o_kv, mask=num_rows > 0, other=0.0).to(tl.float32)  # [K, BV]
-        last_boundary = tl.sum(tl.sum(b_decayed * b_dS, 1), 0)
+        last_boundary = sum_of_vector(tl.sum(b_decayed * b_dS, 1))  # [1]
     else:
         b_dS = tl.zeros([K, BV], tl.float32)
-        last_boundary = tl.sum(tl.zeros([BT], tl.float32), 0)
+        last_boundary = tl.zeros([1], tl.float32)
     for i_back in range(0, num_chunks):
         # The chunk's rows and what chunk_local computed of them.
         i_t = num_chunks - 1 - i_back
@@ -102,8 +103,8 @@ def _reverse_recurrence_kernel(
             product = last_boundary
             if i_back > 0:
                 b_S = tl.load(span_states + (i_span + H) * K * V + o_kv).to(tl.float32)  # [K, BV]
-                product = tl.sum(tl.sum(b_S * b_dS, 1), 0)
-            tl.store(boundary + i_span * (V // BV) + i_v, product)
+                product = sum_of_vector(tl.sum(b_S * b_dS, 1))
+            tl.store(boundary + i_span * (V // BV) + i_v + tl.arange(0, 1), product)
         # (9) and (10): the gradient of e, and through the solve the gradient of r.
         b_z = scale * tl.dot(tl.trans(b_P), b_do, input_precision=PRECISION)
         b_z += b_to_end * tl.dot(b_k, b_dS_low, input_precision=PRECISION)

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mom_layers.common.sums_triton import sum_of_vector
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import SPAN, Chunks
 from mom_layers.recur.program_place_triton import rows_of_span, span_of_program
@@ -117,7 +118,7 @@ def _state_gradients_kernel(
         # (15): row by row, and the chunk's sum.
         i_part = i_chunk * (K // BK) + i_kb
         tl.store(row_terms + i_part * BT + o_t, b_term)
-        tl.store(totals + i_part, tl.sum(b_term, 0))
+        tl.store(totals + i_part + tl.arange(0, 1), sum_of_vector(b_term))
 
 
 def state_gradients(

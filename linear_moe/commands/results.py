@@ -1,0 +1,114 @@
+"""Trains and measures what RESULTS.md reports, and writes its tables and pictures from the measured rows.
+
+    python tools/results.py [--time-limit SECONDS]     what is missing, then the document
+    python tools/results.py --document-only            the document, from the rows in tools/measured
+    python tools/results.py --quick --output DIR       the same code with tiny models, on a CPU, into DIR alone
+
+Finished models are rows in tools/measured and are not trained again; a run that was stopped goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from linear_moe.commands import run_command
+from linear_moe.commands.values import path as a_path
+from linear_moe.evidence import tables
+from linear_moe.evidence.results import LANGUAGE_MODELS, RECALL, Results, fill, merge_rows
+from linear_moe.recall import records
+from linear_moe.temporary import replaced_file
+
+ROOT = Path(__file__).parents[2]
+RECALL_SETTINGS = ["--steps", "20000", "--max-steps", "20000", "--rates", "2e-3", "4e-3", "8e-3"]
+RECALL_RUNS = (
+    ["--mom", "4/2+shared", "--heads", "1"],
+    ["--mom", "8/2+shared", "4/2", "4/1+shared", "--heads", "1", "--baselines", "memory"],
+    ["--mom", "4/2+shared", "4/2", "--heads", "2", "--baselines", "memory"],
+)
+QUICK_RECALL_RUNS = (["--quick", "--mom", "4/2+shared", "--baselines", "memory", "--steps", "8", "--seeds", "0"],)
+MODELS = ["--models", "all", "--equal-time", "mom"]
+QUICK_MODELS = ["--quick", "--models", "mom", "softmax"]
+ROWS = (tables.MODELS, tables.POSITIONS, tables.REPEATS, tables.HISTORIES)
+
+
+class StepFailed(Exception):
+    """One of the tools ended with an error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool. Returns 0, or 1 where a tool failed or the document has an unknown part."""
+    start = time.monotonic()
+    args = parse_arguments(argv)
+    return run_command("results.py", lambda: results(args, start + args.time_limit), ValueError, StepFailed)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=a_path, default=ROOT / "runs/results", metavar="DIR", help="[runs/results]")
+    parser.add_argument("--measured", type=a_path, metavar="DIR", help="folder of the rows [tools/measured]")
+    parser.add_argument("--document", type=a_path, metavar="FILE", help="[RESULTS.md]")
+    parser.add_argument("--document-only", action="store_true", help="train nothing")
+    parser.add_argument("--quick", action="store_true", help="tiny models; rows and document go into --output")
+    parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="then stop cleanly")
+    args = parser.parse_args(argv)
+    place = args.output if args.quick else ROOT
+    args.measured = args.measured or (args.output / "measured" if args.quick else ROOT / "tools/measured")
+    args.document = args.document or place / "RESULTS.md"
+    args.pictures = args.document.parent / ("pictures" if args.quick else "docs/pictures")
+    return args
+
+
+def results(args: argparse.Namespace, deadline: float) -> None:
+    """Trains what is missing until the deadline, and writes the document.
+
+    Raises StepFailed after the document was written, where a tool failed.
+    """
+    failed = [] if args.document_only else train(args, deadline)
+    source = args.document if args.document.exists() else ROOT / "RESULTS.md"
+    found = Results(args.measured, args.pictures, args.pictures.relative_to(args.document.parent).as_posix())
+    text = fill(source.read_text(encoding="utf-8"), found)
+    with replaced_file(args.document) as partial:
+        partial.write_text(text, encoding="utf-8")
+    print(args.document)
+    if failed:
+        raise StepFailed(f"{', '.join(failed)} ended with an error, see above")
+
+
+def train(args: argparse.Namespace, deadline: float) -> list[str]:
+    """Runs the tools, from the measured rows and back to them. Returns the names of those that failed."""
+    from linear_moe.commands import language_models, recall
+
+    failed = []
+    folder = args.output / "recall"
+    merge_rows(sorted(args.measured.glob(f"*{RECALL}")), folder / RECALL)
+    merge_rows(sorted(args.measured.glob(f"*{records.TIMES}")), folder / records.TIMES)
+    for run in QUICK_RECALL_RUNS if args.quick else RECALL_RUNS:
+        words = ["--output", str(folder), "--time-limit", str(deadline - time.monotonic()), *run]
+        words += [] if args.quick else RECALL_SETTINGS
+        if recall.main(words):
+            failed.append("recall.py")
+        collect(folder, args.measured)
+    folder = args.output / LANGUAGE_MODELS
+    kept = args.measured / LANGUAGE_MODELS
+    for name in ROWS:
+        merge_rows([kept / name], folder / name)
+    words = ["--output", str(folder), "--time-limit", str(deadline - time.monotonic())]
+    if language_models.main([*words, *(QUICK_MODELS if args.quick else MODELS)]):
+        failed.append("language_models.py")
+    for name in ROWS:
+        merge_rows([folder / name], kept / name)
+    for path in [*folder.glob("memories_*.json"), *folder.glob("data/corpus.json")]:
+        kept.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, kept / path.name)
+    return failed
+
+
+def collect(folder: Path, measured: Path) -> None:
+    """Adds new rows of recall to the measured ones."""
+    for name in (RECALL, records.TIMES):
+        known = [row for path in measured.glob(f"*{name}") for row in records.read(path)]
+        records.append(measured / name, [row for row in records.read(folder / name) if row not in known])
