@@ -11,9 +11,13 @@ from __future__ import annotations
 import ipaddress
 import socket
 import sys
+from collections import deque
+from collections.abc import Sequence
 from importlib import import_module
 
 from torch.distributed import TCPStore
+
+SHOWN_LINES = 50
 
 
 class LoopbackStore(TCPStore):
@@ -39,11 +43,31 @@ def use_loopback_store(module: str) -> None:
     import_module(module).TCPStore = LoopbackStore
 
 
+def show_end_of_log(words: Sequence[str]) -> None:
+    """Prints the last lines of the file that ``--log-file`` names: a process that a signal killed has shown none."""
+    places = [place for place, word in enumerate(words[:-1]) if word == "--log-file"]
+    if not places:
+        return
+    path = words[places[-1] + 1]
+    try:
+        with open(path, errors="replace") as file:
+            lines = deque(file, maxlen=SHOWN_LINES)
+    except OSError:
+        return
+    print(f"the end of {path}:\n{''.join(lines)}", file=sys.stderr, flush=True)
+
+
 def main() -> int:
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     use_loopback_store("torch.distributed.elastic.rendezvous.static_tcp_rendezvous")
-    return run.main() or 0
+    try:
+        return run.main() or 0
+    except ChildFailedError as error:
+        if any(failure.exitcode < 0 for failure in error.failures.values()):
+            show_end_of_log(sys.argv)
+        raise
 
 
 if __name__ == "__main__":
