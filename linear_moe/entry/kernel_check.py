@@ -29,6 +29,8 @@ from mom_layers.settings import MixerSettings
 logger = logging.getLogger(__name__)
 VARIABLE = "MOM_KERNEL_CHECK"
 """0 skips the check, where no argument of ours can be given."""
+FORCING = ("MOM_CHIP", "MOM_KERNEL_SET")
+"""Variables of mom_layers that choose other kernels than the chip's own."""
 PROCESSES = 3
 # Seconds: how long other ranks of a node wait for the rank that checks, how often they look, and how much earlier than
 # they that rank may have begun.
@@ -53,7 +55,9 @@ def check_kernels(args) -> None:
     plan = plan_of(args)
     device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     place = f"{chip_name(device)} with Triton {triton_version()}, PyTorch {torch.__version__}"
-    name = hashlib.sha256(f"{place} {kernels_digest()} {plan.to_json()}".encode()).hexdigest()[:24] + ".json"
+    forced = [os.environ.get(variable) for variable in FORCING]
+    key = f"{place} {kernels_digest()} {plan.to_json()} {forced}"
+    name = hashlib.sha256(key.encode()).hexdigest()[:24] + ".json"
     files = [folder / name for folder in (kept_folder(), node_folder())]
     if os.environ.get("LOCAL_RANK", "0") == "0":
         _check_here(plan, place, files)

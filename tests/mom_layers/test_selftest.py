@@ -15,9 +15,10 @@ from triton.runtime.jit import KernelInterface
 import mom_layers
 from mom_layers.selftest import command, report
 from mom_layers.selftest.cases import Case, Line, Setting, Task, check_task
-from mom_layers.selftest.checks import tiny_checks
+from mom_layers.selftest.checks import checks_of_a_run, tiny_checks
 from mom_layers.selftest.plan import Plan
 from mom_layers.selftest.processes import Worker, check_all
+from mom_layers.settings import MixerSettings
 
 TINY = Setting(DEVICE, torch.float32, repeats=1)
 
@@ -67,6 +68,21 @@ def test_every_kernel_is_launched(whole_run):
             }
     assert len(found) > 25
     assert found - launched == set()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"topk": 1, "shared_memory": False, "num_heads": 1},
+        {"num_memories": 1, "topk": 1, "rule": "gla", "num_heads": 2},
+    ],
+    ids=["one choice a token", "one memory"],
+)
+def test_the_checks_of_a_run_raise_no_false_alarm(sizes):
+    """Where a gradient is zero but for rounding, its relative error says nothing."""
+    found = checks_of_a_run(TINY, MixerSettings(head_dim=16, **sizes), hidden_size=40, sliced=False)
+    lines = [check_task(task, TINY) for check in found.values() for task in check(TINY)]
+    assert [report.row(line) for line in lines if not line.right] == [] and len(lines) >= 8
 
 
 # (file, right text, wrong text, check, a name that the line must give as wrong).
