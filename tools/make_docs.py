@@ -53,7 +53,7 @@ def code(words: Iterable[object]) -> str:
 
 def arguments() -> str:
     """The arguments of this project, from the parser's group and the configuration's fields."""
-    actions = {action.dest: action for action in add_mom_arguments(argparse.ArgumentParser())._actions}
+    actions = {action.dest: action for action in add_mom_arguments(argparse.ArgumentParser(add_help=False))._actions}
     before = {now: option(old) for old, now in OLD_NAMES.items()}
     rows = []
     for name in OURS:
@@ -65,6 +65,9 @@ def arguments() -> str:
             shown = "none" if default is None else f"`{default}`"
         note = f" Earlier name: `{before[name]}`." if name in before else ""
         rows.append((code(spelled), values, shown, "yes" if about["fixed"] else "", about["help"] + note))
+    for name, action in actions.items():  # arguments of a run, which no configuration stores
+        if name not in OURS:
+            rows.append((code(action.option_strings), "", "", "", action.help))
     return table(("argument", "values", "default", "fixed", "meaning"), rows)
 
 
