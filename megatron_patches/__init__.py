@@ -18,6 +18,7 @@ def patches() -> tuple[Patch, ...]:
         float16_optimizer,
         float32_parameters,
         layer_wise_optimizer,
+        parameter_groups,
         reshardable_optimizer,
         torch_fsdp2,
         torch_norm,
@@ -26,8 +27,8 @@ def patches() -> tuple[Patch, ...]:
 
     ours = (
         dataset_helpers.PATCH, float32_parameters.PATCH, float16_optimizer.PATCH, layer_wise_optimizer.PATCH,
-        bucket_types.PATCH, early_gather.PATCH, reshardable_optimizer.PATCH, torch_fsdp2.PATCH, torch_norm.PATCH,
-        trusted_checkpoints.PATCH,
-        *checkpoints.patches(), first_checkpoint.PATCH, *cpu.PATCHES,
+        parameter_groups.PATCH, bucket_types.PATCH, early_gather.PATCH, reshardable_optimizer.PATCH, torch_fsdp2.PATCH,
+        torch_norm.PATCH, trusted_checkpoints.PATCH, *checkpoints.patches(), first_checkpoint.PATCH,
+        *cpu.PATCHES,
     )  # fmt: skip
     return tuple({patch.name: patch for patch in ours}.values())

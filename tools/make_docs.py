@@ -100,6 +100,22 @@ def layer_times(kinds: tuple[str, ...]) -> str:
     return table(("sequences x tokens, hidden size", *(LAYERS[kind] for kind in kinds)), lines) + caption(rows)
 
 
+def one_memory() -> str:
+    """This layer beside FLA's layer with one memory, as CUDA graphs, from one commit."""
+    rows = rows_of_last_commit("h200_layers.csv", "layer", {"mom", "fla-gdn"})
+    found = {(row["batch"], row["tokens"], row["hidden"], row["layer"]): row for row in rows}
+    lines = []
+    for (*case, layer), row in found.items():
+        ours = found.get((*case, "mom"))
+        if layer != "fla-gdn" or ours is None:
+            continue
+        times, sizes = ([float(each[key]) for each in (ours, row)] for key in ("both_graph_ms", "peak_gib"))
+        ratios = f"{times[0] / times[1]:.1f} times the time, {sizes[0] / sizes[1]:.1f} times the memory"
+        lines.append((f"{case[0]} x {case[1]}, {case[2]}", *(f"{time:.1f} ms" for time in times), ratios))
+    head = ("sequences x tokens, hidden size", "top-2 of 4 and a shared memory", LAYERS["fla-gdn"], "ratio")
+    return table(head, lines) + caption(rows)
+
+
 def time_and_memory(row: Row) -> str:
     """A cell of `layer_times`. A CUDA graph's time leaves out the host, which issues kernels one by one otherwise."""
     graph = "" if row["both_graph_ms"] in ("", "nan") else f" ({float(row['both_graph_ms']):.1f})"
@@ -161,6 +177,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "patch-targets": patch_targets,
     "layer-times": lambda: layer_times(("mom", "softmax")),
     "peer-times": lambda: layer_times(("mom", "fla-mom", "fla-gdn")),
+    "one-memory": one_memory,
     "lengths": lengths,
     "decoding": decoding,
     "layouts": layouts,

@@ -1,10 +1,6 @@
 """Converts a Mixture-of-Memories model in the Hugging Face format (FLA's) to a Megatron checkpoint.
 
-    python tools/convert_from_hf.py --load DIR --save CKPT
-    python -m linear_moe.pretrain --load CKPT --use-checkpoint-args <the options that the tool prints> ...
-
-Writes a release checkpoint in the torch_dist format, without optimizer state, which loads at any tensor, pipeline and
-expert-parallel layout. CKPT appears only when it is complete.
+The command line is linear_moe/commands/arguments/convert_from_hf.py.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from linear_moe.commands import run_command
-from linear_moe.commands.values import path, whole
+from linear_moe.commands.arguments.convert_from_hf import parse_arguments
 from linear_moe.conversion.checkpoint import TRACKER, write_checkpoint
 from linear_moe.conversion.config import arguments_from_config, layout_of
 from linear_moe.conversion.files import (
@@ -40,21 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0, or 1 for a model that cannot be converted."""
     args = parse_arguments(argv)
     return run_command("convert_from_hf.py", lambda: convert(args), ConversionError)
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--load", type=path, required=True, help="folder with config.json and the weights")
-    parser.add_argument("--save", type=path, required=True, help="new folder, for Megatron's --load")
-    parser.add_argument("--tokenizer", type=path, help="folder of the tokenizer [--load, if it has one]")
-    parser.add_argument(
-        "--make-vocab-size-divisible-by",
-        type=whole(1, 1 << 20),
-        default=128,
-        help="pad the vocabulary for Megatron, as Megatron's option of this name does [128]",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace --save if it is an earlier conversion")
-    return parser.parse_args(argv)
 
 
 def convert(args: argparse.Namespace) -> None:

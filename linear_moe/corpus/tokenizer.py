@@ -19,8 +19,6 @@ from linear_moe.corpus.long_texts import LONGEST_PIECE, pieces_of
 from linear_moe.tokens import encode_texts, end_of_document, vocabulary_size
 
 EOS_TOKEN = "<|endoftext|>"
-SMALLEST_VOCABULARY = 257  # every byte and the end-of-document token
-LARGEST_VOCABULARY = 1 << 20  # the trainer reserves memory for all of it
 
 
 class EncodedDocument(NamedTuple):

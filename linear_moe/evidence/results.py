@@ -66,7 +66,8 @@ class Results:
             return NOT_MEASURED
         pictures.draw_training(self.pictures / "results_training.png", self.compared, self.history)
         parts = [heading(self.compared), models_table(self.compared)]
-        parts += [f"Of another shape:\n\n{models_table(group)}" for group in self.groups[1:]]
+        others = [group for group in self.groups[1:] if group[0]["data"] == self.models[0]["data"]]
+        parts += [f"Of another shape, on the same text:\n\n{models_table(group)}" for group in others]
         return "\n\n".join([self._picture("results_training.png", "Validation loss over tokens and over time"), *parts])
 
     def repeats_part(self) -> str:

@@ -27,6 +27,8 @@ POLL_SECONDS = 0.5
 STOP_SECONDS = 40  # that a run may take to save a checkpoint when the time is up
 SHOWN_LINES = 15  # of the log of a process that failed
 
+_ending = threading.Event()  # set when the program ends before its processes
+
 
 class OutOfTime(Exception):
     """The time limit ended a job."""
@@ -85,6 +87,8 @@ def run_all(
                 job = waiting.get_nowait()
             except queue.Empty:
                 return
+            if _ending.is_set():
+                return
             try:
                 run(job, place, device, held_out, facts, origin, say)
             except OutOfTime as error:
@@ -97,8 +101,14 @@ def run_all(
     threads = [threading.Thread(target=work, args=(device,)) for device in place.devices]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    finally:  # an interrupt ends the processes too, each with a checkpoint
+        _ending.set()
+        for thread in threads:
+            thread.join()
+        _ending.clear()
     return failed, late
 
 
@@ -230,7 +240,7 @@ def _call(words: Sequence, folder: Path, device: int | None, deadline: float) ->
             stopped = 0.0
             while process.poll() is None:
                 now = time.monotonic()
-                if not stopped and now >= deadline:
+                if not stopped and (now >= deadline or _ending.is_set()):
                     stopped = now
                     process.terminate()
                 if stopped and now >= stopped + STOP_SECONDS:

@@ -1,6 +1,7 @@
 """Language models on real text: the corpus, the tokens that repeat, the jobs, the time, the rows and the tables."""
 
 import json
+import signal
 import sys
 import time
 from concurrent.futures import Future
@@ -216,8 +217,8 @@ def test_tokens_are_cut_to_what_all_models_can_do():
     assert fit.fit_tokens([slow, fast], speeds, 2, seconds, 20) == 10_000_000
     assert fit.fit_tokens([slow, fast], speeds, 2, 1e6, 20) == 50_000_000
     assert fit.seconds_needed([slow, fast], speeds, 1, 10_000_000, 20) > seconds
-    with pytest.raises(ValueError, match="60 s are too few for 2 models"):
-        fit.fit_tokens([slow, fast], speeds, 2, 60, 20)
+    with pytest.raises(ValueError, match="50 s are too few for 2 models"):
+        fit.fit_tokens([slow, fast], speeds, 2, 50, 20)
 
 
 def test_a_history_goes_on_where_a_run_was_started_again(tmp_path):
@@ -252,6 +253,21 @@ def test_a_job_that_fails_leaves_the_others_alone(tmp_path, monkeypatch):
     failed, late = runs.run_all(wanted, place, Future(), {}, ORIGIN, quiet)
     assert sorted(done) == ["gdn-state", "mom"]
     assert [job.name for job in failed] == ["gdn"] and [job.name for job in late] == ["softmax"]
+
+
+def test_an_interrupt_ends_the_processes_of_the_jobs(tmp_path, monkeypatch):
+    """As SIGTERM does, which `linear_moe.commands.run` turns into SystemExit."""
+    lasting, ended = [sys.executable, "-c", "import time; time.sleep(60)"], []
+    monkeypatch.setattr(runs, "run", lambda *rest: ended.append(runs._call(lasting, tmp_path, None, float("inf"))))
+    place = runs.Place(tmp_path, (tmp_path, tmp_path), tmp_path, (None,))
+    previous = signal.signal(signal.SIGALRM, lambda *_: sys.exit(143))
+    signal.setitimer(signal.ITIMER_REAL, 1.5)
+    try:
+        with pytest.raises(SystemExit):
+            runs.run_all([job("mom"), job("gdn")], place, Future(), {}, ORIGIN, quiet)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert ended == [False]  # the first was stopped, the second never begun
 
 
 FACTS = {"digest": "0123456789abcdef", "tokens": 1000}

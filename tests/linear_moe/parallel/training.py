@@ -117,13 +117,15 @@ def _pretrain(save_at: tuple[int, ...]) -> dict[int, float]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from linear_moe import pretrain
+    from linear_moe.entry.log import QuietStreams
     from linear_moe.entry.machine import prepare_machine
 
     prepare_machine()
     # The process that collects what was written would be a new interpreter, which imports torch and Megatron.
     filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
     losses, _ = record_steps(save_at)
-    pretrain.main()
+    os.environ["MOM_VERBOSE"] = "1"  # everything into rank_i.txt
+    pretrain.main(QuietStreams())
     return losses
 
 
