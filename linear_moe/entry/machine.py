@@ -16,6 +16,7 @@ from linear_moe.entry.launch import use_loopback_store
 from megatron_patches import (
     bucket_types,
     checkpoints,
+    coalesced_types,
     dataset_helpers,
     early_gather,
     first_checkpoint,
@@ -40,6 +41,7 @@ def training_patches() -> tuple[Patch, ...]:
         layer_wise_optimizer.PATCH,
         parameter_groups.PATCH,
         bucket_types.PATCH,
+        coalesced_types.PATCH,
         early_gather.PATCH,
         reshardable_optimizer.PATCH,
         torch_fsdp2.PATCH,
