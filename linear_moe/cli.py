@@ -29,7 +29,8 @@ COMMANDS = {
     "evaluate": "tasks of lm-evaluation-harness on a model of either format",
     "plot": "pictures of a run from its TensorBoard files",
     "recall": "the associative recall experiment: MoM beside baselines",
-    "language-models": "the language model experiment: MoM beside softmax attention",
+    "language-models": "language models that differ in the token mixer alone, and what they recall",
+    "results": "what RESULTS.md reports, trained, measured and written",
     "try-megatron-commands": "public commands of Megatron-LM, shrunk to a CPU, with MoM",
     "doctor": "what is installed here, which GPUs there are, and what works; --kernels checks the kernels",
     "demo-corpus": "a small corpus from the Python installation",
@@ -108,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(
             f"{PROGRAM} {command}: error: this needs {error.name}, which is not installed for {sys.executable}: "
-            f"pip install 'linear-moe[train]' installs what every command needs",
+            f"pip install 'linear-moe[train]' installs what every command needs. "
+            f"{PROGRAM} doctor shows what is there",
             file=sys.stderr,
         )
         return 1

@@ -53,7 +53,7 @@ def code(words: Iterable[object]) -> str:
 
 def arguments() -> str:
     """The arguments of this project, from the parser's group and the configuration's fields."""
-    actions = {action.dest: action for action in add_mom_arguments(argparse.ArgumentParser())._actions}
+    actions = {action.dest: action for action in add_mom_arguments(argparse.ArgumentParser(add_help=False))._actions}
     before = {now: option(old) for old, now in OLD_NAMES.items()}
     rows = []
     for name in OURS:
@@ -65,6 +65,9 @@ def arguments() -> str:
             shown = "none" if default is None else f"`{default}`"
         note = f" Earlier name: `{before[name]}`." if name in before else ""
         rows.append((code(spelled), values, shown, "yes" if about["fixed"] else "", about["help"] + note))
+    for name, action in actions.items():  # arguments of a run, which no configuration stores
+        if name not in OURS:
+            rows.append((code(action.option_strings), "", "", "", action.help))
     return table(("argument", "values", "default", "fixed", "meaning"), rows)
 
 
@@ -101,6 +104,22 @@ def layer_times(kinds: tuple[str, ...]) -> str:
         values = [time_and_memory(found[kind]) if kind in found else "not measured" for kind in kinds]
         lines.append((f"{batch} x {tokens}, {hidden}", *values))
     return table(("sequences x tokens, hidden size", *(LAYERS[kind] for kind in kinds)), lines) + caption(rows)
+
+
+def one_memory() -> str:
+    """This layer beside FLA's layer with one memory, as CUDA graphs, from one commit."""
+    rows = rows_of_last_commit("h200_layers.csv", "layer", {"mom", "fla-gdn"})
+    found = {(row["batch"], row["tokens"], row["hidden"], row["layer"]): row for row in rows}
+    lines = []
+    for (*case, layer), row in found.items():
+        ours = found.get((*case, "mom"))
+        if layer != "fla-gdn" or ours is None:
+            continue
+        times, sizes = ([float(each[key]) for each in (ours, row)] for key in ("both_graph_ms", "peak_gib"))
+        ratios = f"{times[0] / times[1]:.1f} times the time, {sizes[0] / sizes[1]:.1f} times the memory"
+        lines.append((f"{case[0]} x {case[1]}, {case[2]}", *(f"{time:.1f} ms" for time in times), ratios))
+    head = ("sequences x tokens, hidden size", "top-2 of 4 and a shared memory", LAYERS["fla-gdn"], "ratio")
+    return table(head, lines) + caption(rows)
 
 
 def time_and_memory(row: Row) -> str:
@@ -187,6 +206,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "patch-targets": patch_targets,
     "layer-times": lambda: layer_times(("mom", "softmax")),
     "peer-times": lambda: layer_times(("mom", "fla-mom", "fla-gdn")),
+    "one-memory": one_memory,
     "lengths": lengths,
     "decoding": decoding,
     "layouts": layouts,

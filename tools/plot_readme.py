@@ -48,23 +48,31 @@ def decoding_memory() -> tuple[dict[str, Series], str]:
     return {name: dict(sorted(series.items())) for name, series in kept.items()}, source(rows)
 
 
-def draw(title: str, xlabel: str, ylabel: str, source: str, path: Path, curves: list[tuple[Series, str, str, str]]):
-    """Draws curves of (series, label, colour, marker), and saves them as a picture that does not depend on the date."""
-    plt.rcParams.update({"svg.hashsalt": "linear-moe", "font.size": 12})
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for series, label, color, marker in curves:
-        axes.plot(list(series), list(series.values()), marker, color=color, label=label, linewidth=2.5, markersize=8)
-    ticks = sorted({tokens for series, *_ in curves for tokens in series})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{tokens // 1024}k" for tokens in ticks])
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.set_ylim(bottom=0)
-    axes.set_title(title, loc="left", fontweight="bold")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    axes.text(1, -0.21, source, transform=axes.transAxes, ha="right", fontsize=8, color="0.4")
-    figure.savefig(path, metadata={"Date": None}, facecolor="white")
-    plt.close(figure)
+def draw(
+    title: str, xlabel: str, ylabel: str, source: str, path: Path, curves: list[tuple[Series, str, str, str]],
+    legend_top: float | None = None,
+) -> None:  # fmt: skip
+    """Draws curves of (series, label, colour, marker), and saves them as a picture that does not depend on the date.
+
+    legend_top: height of the legend's upper edge on the right, as a share of the axes; on the upper left if absent.
+    """
+    with plt.rc_context({"svg.hashsalt": "linear-moe", "font.size": 12}):
+        figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+        for series, label, color, marker in curves:
+            points = list(series), list(series.values())
+            axes.plot(*points, marker, color=color, label=label, linewidth=2.5, markersize=8)
+        ticks = sorted({tokens for series, *_ in curves for tokens in series})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tokens // 1024}k" for tokens in ticks])
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set_ylim(bottom=0)
+        axes.set_title(title, loc="left", fontweight="bold")
+        axes.grid(alpha=0.3)
+        corner = "upper right" if legend_top else "upper left"
+        axes.legend(frameon=False, loc=corner, bbox_to_anchor=(0, 0, 1, legend_top or 1))
+        axes.text(1, -0.21, source, transform=axes.transAxes, ha="right", fontsize=8, color="0.4")
+        figure.savefig(path, metadata={"Date": None}, facecolor="white")
+        plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,23 +83,26 @@ def main(argv: list[str] | None = None) -> int:
 
     speeds, where = training_speed()
     millions = {name: {tokens: speed / 1e6 for tokens, speed in series.items()} for name, series in speeds.items()}
-    length = max(speeds["fla-mom"])
+    length = max(speeds["fla-mom"].keys() & speeds["mom"].keys())
     ratio = speeds["mom"][length] / speeds["fla-mom"][length]
     draw(
-        f"{ratio:.1f} times as fast as FLA's MoM layer, and as fast at every length", "tokens of one sequence",
+        f"Training: {ratio:.1f} times FLA's MoM at {length // 1024}k, and steady at every length",
+        "tokens of one sequence",
         "million tokens a second", f"forward and backward pass of one layer, hidden size 1024, bf16; {where}",
         args.output / "training_speed.svg",
         [(millions["mom"], "this MoM layer", OURS, "o-"),
          (millions["softmax"], "softmax attention (PyTorch)", SOFTMAX, "s-"),
          (millions["fla-mom"], "MoM layer of flash-linear-attention (FLA) 0.6.0", PEER, "D-")],
+        legend_top=0.82,
     )  # fmt: skip
     kept, where = decoding_memory()
     gigabytes = {name: {tokens: size / 1e9 for tokens, size in series.items()} for name, series in kept.items()}
+    (constant,) = set(gigabytes["mom-model"].values())
     draw(
         "Memory while decoding does not grow with the context", "tokens of context", "gigabytes kept for a sequence",
         f"24 layers, hidden size 1024, bf16; {where}", args.output / "decoding_memory.svg",
         [(gigabytes["softmax-model"], "softmax attention", SOFTMAX, "s-"),
-         (gigabytes["mom-model"], "Mixture of Memories: 0.13 GB at every length", OURS, "o-")],
+         (gigabytes["mom-model"], f"Mixture of Memories: {constant:.2f} GB at every length", OURS, "o-")],
     )  # fmt: skip
     return 0
 

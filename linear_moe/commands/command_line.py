@@ -8,18 +8,24 @@ import sys
 from pathlib import Path
 
 
-def command_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser with the docstring's first paragraph as description and its indented examples below the arguments.
+class _RawWithDefaults(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Adds every default to the help, and leaves description and examples as they are."""
+
+
+def command_parser(doc: str, *, show_defaults: bool = False) -> argparse.ArgumentParser:
+    """A parser with the docstring's first paragraph above the arguments, and its examples and the rest below.
 
     Under `linear-moe` the examples say `linear-moe NAME` where the docstring says `python tools/NAME.py`.
     """
     about, *rest = doc.strip().split("\n\n")
-    examples = "\n\n".join(part for part in rest if part.startswith("    "))
+    examples = [part for part in rest if part.startswith("    ")]
+    others = [part for part in rest if not part.startswith("    ")]
+    below = "\n\n".join([*(["examples:", *examples] if examples else []), *others])
     called = Path(sys.argv[0]).name
     if called.startswith("linear-moe "):
-        examples = re.sub(r"python tools/\w+\.py", called, examples)
+        below = re.sub(r"python tools/\w+\.py", called, below)
     return argparse.ArgumentParser(
         description=about,
-        epilog=f"examples:\n{examples}" if examples else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=below.replace("examples:\n\n", "examples:\n"),
+        formatter_class=_RawWithDefaults if show_defaults else argparse.RawDescriptionHelpFormatter,
     )

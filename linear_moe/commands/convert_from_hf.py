@@ -1,16 +1,14 @@
 """Converts a Mixture-of-Memories model in the Hugging Face format (FLA's) to a Megatron checkpoint.
 
-    python tools/convert_from_hf.py --load DIR --save CKPT
-    python -m linear_moe.pretrain --load CKPT --use-checkpoint-args <the options that the tool prints> ...
-
-Writes a release checkpoint in the torch_dist format, without optimizer state, which loads at any tensor, pipeline and
-expert-parallel layout. CKPT appears only when it is complete.
+The command line is linear_moe/commands/arguments/convert_from_hf.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from linear_moe.commands import run_command
-from linear_moe.commands.values import path, whole
+from linear_moe.commands.arguments.convert_from_hf import parse_arguments
 from linear_moe.conversion.checkpoint import TRACKER, write_checkpoint
 from linear_moe.conversion.config import arguments_from_config, layout_of
 from linear_moe.conversion.files import (
@@ -40,21 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0, or 1 for a model that cannot be converted."""
     args = parse_arguments(argv)
     return run_command("convert_from_hf.py", lambda: convert(args), ConversionError)
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--load", type=path, required=True, help="folder with config.json and the weights")
-    parser.add_argument("--save", type=path, required=True, help="new folder, for Megatron's --load")
-    parser.add_argument("--tokenizer", type=path, help="folder of the tokenizer [--load, if it has one]")
-    parser.add_argument(
-        "--make-vocab-size-divisible-by",
-        type=whole(1, 1 << 20),
-        default=128,
-        help="pad the vocabulary for Megatron, as Megatron's option of this name does [128]",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace --save if it is an earlier conversion")
-    return parser.parse_args(argv)
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -86,8 +69,8 @@ def convert(args: argparse.Namespace) -> None:
     ):
         write_checkpoint(folder, layout, lambda entry: weights.describe(entry.hf_names[0]).dtype, read, stored)
         if tokenizer:
-            copy_tokenizer(tokenizer, folder / "tokenizer")
-    print(f"train further with: {options}")
+            copy_tokenizer(tokenizer, folder / "tokenizer", pads=False)
+    print(f"train further with:\n  {training_command(args.save, options)}")
 
 
 def find_tokenizer(args: argparse.Namespace, config: MomConfig) -> Path | None:
@@ -113,9 +96,20 @@ def set_vocabulary(stored: Namespace, config: MomConfig, tokenizer: Path | None,
     stored.tokenizer_model = os.path.realpath(args.save / "tokenizer") if tokenizer else None
 
 
+def training_command(save: Path, options: str) -> str:
+    """A whole command that trains the converted model, with values to change."""
+    further = shlex.quote(f"{save}-further")
+    return " \\\n    ".join([
+        f"{shlex.quote(sys.executable)} -m linear_moe.pretrain {options}",
+        f"--save {further} --save-interval 500 --dist-ckpt-optim-fully-reshardable",
+        "--data-path PREFIX --split 99,1,0 --no-create-attention-mask-in-dataloader",
+        "--micro-batch-size 4 --global-batch-size 32 --train-iters 1000 --lr 1e-4 --min-lr 1e-5",
+    ])  # fmt: skip
+
+
 def command_line(save: Path, stored: Namespace) -> str:
     """The options that ``--use-checkpoint-args`` does not restore."""
-    words = [f"--load {save} --use-checkpoint-args --norm-epsilon {stored.layernorm_epsilon:g}"]
+    words = [f"--load {shlex.quote(str(save))} --use-checkpoint-args --norm-epsilon {stored.layernorm_epsilon:g}"]
     if stored.window_size is not None:
         words.append(f"--window-size {stored.window_size[0]},{stored.window_size[1]}")
     if stored.tokenizer_model is None:

@@ -1,12 +1,6 @@
 """Converts a Megatron checkpoint of a Mixture-of-Memories model to the Hugging Face format.
 
-    python tools/convert_to_hf.py --load runs/demo/checkpoints --save runs/demo/hf
-    python tools/convert_to_hf.py --load CKPT --save DIR --iteration 1000 --dtype bfloat16 --verify
-
-Reads torch_dist checkpoints of any parallel layout, in one process and without a GPU; the model's arguments come from
-the checkpoint. Writes safetensors, digests.json, config.json, generation_config.json, the tokenizer, a model card, and
-the code that `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)` runs. DIR appears only when it is
-complete.
+The command line is linear_moe/commands/arguments/convert_to_hf.py.
 """
 
 from __future__ import annotations
@@ -21,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from linear_moe.commands import run_command
-from linear_moe.commands.values import not_negative, path, size, whole
-from linear_moe.conversion.card import model_card
+from linear_moe.commands.arguments.convert_to_hf import parse_arguments
+from linear_moe.conversion.card import CardFacts, model_card
 from linear_moe.conversion.checkpoint import MegatronCheckpoint, find_checkpoint
 from linear_moe.conversion.config import (
     DTYPES,
@@ -49,6 +43,7 @@ from linear_moe.conversion.files import (
 from linear_moe.conversion.names import Entry, entries
 from linear_moe.conversion.verify import verify
 from linear_moe.conversion.weights import check_finite
+from linear_moe.recall.records import commit_of
 from megatron_patches.trusted_checkpoints import trusting
 from mom_layers.hf.remote_code import save_remote_code
 
@@ -61,33 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.execv(sys.executable, sys.orig_argv)
     return run_command("convert_to_hf.py", lambda: convert(args), ConversionError)
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--load", type=path, required=True, help="folder that Megatron saved to, or one checkpoint in it"
-    )
-    parser.add_argument("--save", type=path, required=True, help="new folder")
-    parser.add_argument("--iteration", type=whole(0), help="checkpoint to convert [the latest]")
-    parser.add_argument("--tokenizer", type=path, help="folder of the tokenizer [the tokenizer of the training]")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="type of the weights [as stored]; A_log and dt_bias stay float32"
-    )
-    parser.add_argument("--max-shard-size", type=size, default="5GB", help="largest size of a file of weights [5GB]")
-    parser.add_argument("--overwrite", action="store_true", help="replace --save if it is an earlier export")
-    parser.add_argument(
-        "--trust-checkpoint", action="store_true", help="run whatever code the checkpoint's files name, as PyTorch does"
-    )
-    verify = parser.add_argument_group("check")
-    verify.add_argument(
-        "--verify", action="store_true", help="run one batch through both models in float32 and compare"
-    )
-    verify.add_argument(
-        "--verify-bound", type=not_negative, default=1e-4, help="largest difference relative to the logits [1e-4]"
-    )
-    verify.add_argument("--verify-tokens", type=whole(1), default=128, help="length of the batch's sequences [128]")
-    return parser.parse_args(argv)
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -131,8 +99,11 @@ def export(checkpoint_folder: Path, folder: Path, args: argparse.Namespace) -> N
     save_remote_code(folder)
     write_json(folder / "generation_config.json", generation_config(ids))
     if tokenizer_folder:
-        copy_tokenizer(tokenizer_folder, folder)
-    card = model_card(checkpoint.args, checkpoint.iteration, content, parameters, main_type, tokenizer)
+        copy_tokenizer(tokenizer_folder, folder, pads=True)
+    root = Path(__file__).parents[2]
+    commit = commit_of(root) if (root / "pyproject.toml").is_file() else None
+    facts = CardFacts(args.name, args.license, args.language, args.datasets, commit)
+    card = model_card(checkpoint.args, checkpoint.iteration, content, parameters, main_type, tokenizer, facts)
     (folder / "README.md").write_text(card, encoding="utf-8")
     total = sum(tensor.nbytes for tensor in described.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None) as progress:

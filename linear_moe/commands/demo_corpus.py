@@ -1,10 +1,6 @@
 """Gathers a small training corpus from the sources and texts of the Python installation.
 
-    python tools/demo_corpus.py --output data/corpus.jsonl
-
-Writes one JSON line a document, {"path": ..., "text": ...}: library modules, the few text files beside them, and the
-chapters of the language reference that `help()` prints. Leaves out everything that some distributions leave out or
-generate (tests, build settings, character tables): two machines with the same Python write almost the same corpus.
+The command line is linear_moe/commands/arguments/demo_corpus.py.
 """
 
 from __future__ import annotations
@@ -20,10 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from linear_moe.commands import run_command
-from linear_moe.commands.values import path as a_path
+from linear_moe.commands.arguments.demo_corpus import LEAST_BYTES, parse_arguments
 from linear_moe.temporary import replaced_file
 
-LEAST_BYTES = 1_000_000
 TEXT_SUFFIXES = (".py", ".txt", ".rst", ".md")
 SHORTEST_TEXT = 200  # characters; shorter are empty __init__.py files and one-line launchers
 SKIPPED_FOLDERS = {
@@ -47,27 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0, or 1 for too little text and for an output that cannot be written."""
     args = parse_arguments(argv)
     return run_command("demo_corpus.py", lambda: gather_corpus(args), TooLittleText)
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--output", type=a_path, required=True, metavar="FILE.jsonl", help="file to write")
-    parser.add_argument("--max-bytes", type=int, default=12_000_000, help="largest size of the file")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
-    args = parser.parse_args(argv)
-    if args.max_bytes < LEAST_BYTES:
-        parser.error(f"--max-bytes {args.max_bytes}: expected at least {LEAST_BYTES}")
-    if args.output.suffix != ".jsonl":
-        parser.error(f"--output {args.output}: expected a name that ends in .jsonl")
-    try:
-        exists = args.output.exists()
-    except OSError as error:  # a name that no file can have
-        parser.error(f"--output {args.output}: {error.strerror}")
-    if exists and not args.overwrite:
-        parser.error(f"{args.output} exists; give another name, or --overwrite to replace it")
-    return args
 
 
 def gather_corpus(args: argparse.Namespace) -> None:

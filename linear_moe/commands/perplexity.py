@@ -1,12 +1,6 @@
 """Perplexity of a text by position: how a model's loss falls along its context, far past the training length.
 
-    python tools/perplexity.py --load runs/demo/hf --text book.txt
-    python tools/perplexity.py --load DIR --text a.txt b.txt --max-length 65536 --stride 8192 --output plots/loss.png
-
-Windows of the text are read from their first token to their last in small pieces, with the model's state carried from
-piece to piece, so that memory does not grow with the length. Prints a table and draws a picture; losses are in nats a
-token. A smaller --stride reads more windows, which overlap: every piece of text then stands at several positions, and
-the loss of a position depends less on the text at that position.
+The command line is linear_moe/commands/arguments/perplexity.py.
 """
 
 from __future__ import annotations
@@ -25,15 +19,13 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from linear_moe.commands import run_command
-from linear_moe.commands.values import default_device, device, picture, whole
-from linear_moe.commands.values import path as a_path
+from linear_moe.commands.arguments.perplexity import REACH, WINDOWS, parse_arguments
 from linear_moe.conversion.files import ConversionError, read_json
-from linear_moe.conversion.loading import load_model, read_model
+from linear_moe.conversion.loading import MODEL_TYPES, load_model, read_model
 from linear_moe.tokens import document_start, encode_texts
 from linear_moe.watching.headless_matplotlib import plt, save
 from mom_layers.hf.cache import CACHE_NAME  # importing the package registers the model type
 
-REACH = 32  # length of a window over the training length, without --max-length and where the text is long enough
 FIRST_LENGTH = 16
 POINTS_AN_OCTAVE = 4  # of the picture
 
@@ -77,36 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command("perplexity.py", lambda: run(args), PerplexityError, ConversionError)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--load", type=a_path, required=True, help="folder of an export in the Hugging Face format")
-    parser.add_argument("--text", type=a_path, nargs="+", required=True, help="text files; no window spans two")
-    parser.add_argument(
-        "--no-document-start",
-        action="store_true",
-        help="do not put the end-of-document token, which every document of the training text follows, before a text",
-    )
-    parser.add_argument("--train-length", type=whole(1), help="tokens [the configuration's max_position_embeddings]")
-    parser.add_argument("--max-length", type=whole(1), help=f"tokens a window [{REACH} times the training length]")
-    parser.add_argument("--stride", type=whole(1), help="tokens from one window's start to the next [--max-length]")
-    parser.add_argument("--max-windows", type=whole(1), help="read no more than this many, spread over the text")
-    parser.add_argument("--lengths", type=_lengths, help="ends of the table's rows, as 512,2048,8192 [powers of two]")
-    parser.add_argument("--chunk-size", type=whole(1), default=512, help="tokens a forward pass [%(default)s]")
-    parser.add_argument("--batch-size", type=whole(1), default=1, help="windows side by side [%(default)s]")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="[as stored]")
-    parser.add_argument("--device", type=device, default=default_device(), help="[%(default)s]")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that --load may bring along")
-    parser.add_argument("--output", type=picture, default=Path("perplexity.png"), help="the picture [%(default)s]")
-    return parser.parse_args(argv)
-
-
 def run(args: argparse.Namespace) -> None:
     """Loads, measures, prints and draws. Raises PerplexityError, and ConversionError for a model that is broken."""
     if not (args.load / "config.json").is_file():
         raise PerplexityError(f"--load {args.load} has no config.json: expected an export in the Hugging Face format")
     trust = {"trust_remote_code": args.trust_remote_code}  # without this argument transformers asks standard input
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    if read_json(args.load / "config.json").get("model_type") == "mom":
+    if read_json(args.load / "config.json").get("model_type") in MODEL_TYPES:
         read_model(args.load)  # before transformers reads config.json for the tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.load, **trust)
@@ -123,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     start = [] if args.no_document_start else document_start(tokenizer)
     texts = [_encode(tokenizer, path, model.config.vocab_size, start) for path in args.text]
     longest = max(len(text) for text in texts) - 1
-    max_length = args.max_length or min(REACH * train_length, longest)
+    max_length = args.max_length or default_length(train_length, longest)
     if not FIRST_LENGTH <= max_length <= longest:
         raise PerplexityError(
             f"the longest text has {longest + 1} tokens: windows of {max_length} need one token more than that "
@@ -139,6 +108,14 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(windows)} windows of {max_length} tokens, {measurement.tokens_per_second:,.0f} tokens/s{state}")
     draw(measurement, train_length, args.load.name, args.output)
     print(args.output)
+
+
+def default_length(train_length: int, longest: int) -> int:
+    """Length of the windows where the command line says none: `REACH` training lengths, or less, so that the text has
+    `WINDOWS` windows: the losses of a single window are those of its text. Two training lengths at least, where the
+    text has as many tokens.
+    """
+    return min(REACH * train_length, longest, max(longest // WINDOWS, 2 * train_length))
 
 
 def cut_windows(texts: list[torch.Tensor], length: int, stride: int, limit: int | None = None) -> list[torch.Tensor]:
@@ -252,7 +229,3 @@ def _encode(tokenizer, path: Path, vocab_size: int, start: list[int]) -> torch.T
 
 def _powers_of_two(max_length: int) -> list[int]:
     return [2**i for i in range(int(math.log2(FIRST_LENGTH)), int(math.log2(max_length)) + 1)]
-
-
-def _lengths(text: str) -> list[int]:
-    return [whole(1)(part.strip()) for part in text.split(",")]

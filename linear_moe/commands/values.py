@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Names of the types that weights are stored and computed in, as in `linear_moe.conversion.config.DTYPES`."""
 PICTURES = ("png", "pdf", "svg", "jpg")
 
 

@@ -29,7 +29,10 @@ from mom_layers.settings import MixerSettings
 logger = logging.getLogger(__name__)
 VARIABLE = "MOM_KERNEL_CHECK"
 """0 skips the check, where no argument of ours can be given."""
+FORCING = ("MOM_CHIP", "MOM_KERNEL_SET")
+"""Variables of mom_layers that choose other kernels than the chip's own."""
 PROCESSES = 3
+SHOWN = 3  # kernels that a message names
 # Seconds: how long other ranks of a node wait for the rank that checks, how often they look, and how much earlier than
 # they that rank may have begun.
 WAIT, LOOK_AGAIN, AHEAD = 180.0, 0.5, 60.0
@@ -53,7 +56,9 @@ def check_kernels(args) -> None:
     plan = plan_of(args)
     device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     place = f"{chip_name(device)} with Triton {triton_version()}, PyTorch {torch.__version__}"
-    name = hashlib.sha256(f"{place} {kernels_digest()} {plan.to_json()}".encode()).hexdigest()[:24] + ".json"
+    forced = [os.environ.get(variable) for variable in FORCING]
+    key = f"{place} {kernels_digest()} {plan.to_json()} {forced}"
+    name = hashlib.sha256(key.encode()).hexdigest()[:24] + ".json"
     files = [folder / name for folder in (kept_folder(), node_folder())]
     if os.environ.get("LOCAL_RANK", "0") == "0":
         _check_here(plan, place, files)
@@ -114,11 +119,18 @@ def _check_here(plan: Plan, place: str, files: list[Path]) -> None:
 
 
 def describe(wrong: list[Line], place: str) -> str:
-    """The kernels that are wrong, the chip, the versions, and what to do."""
-    words = [f"{line.kernel} ({line.shape}): {'; '.join(reason.strip() for reason in reasons(line))}" for line in wrong]
+    """The kernels that are wrong or fail, the chip, the versions, and what to do."""
+    words = [
+        f"{line.kernel} ({line.shape})".replace(" ()", "")
+        + f": {'; '.join(reason.strip() for reason in reasons(line))}"
+        for line in wrong
+    ]
+    if len(words) > SHOWN:
+        words[SHOWN:] = [f"and {len(words) - SHOWN} more"]
+    what = "wrong kernels on" if any(line.wrong for line in wrong) else "kernels fail on"
     return (
-        f"wrong kernels on {place}: {' | '.join(words)}. This run would train with wrong numbers. Use --mom-kernels "
-        "torch, or another version of Triton; python -m mom_layers.selftest says more, --no-kernel-check trains anyway"
+        f"{what} {place}: {' | '.join(words)}. Use --mom-kernels torch, or another version of Triton; "
+        "python -m mom_layers.selftest says more, --no-kernel-check trains anyway"
     )
 
 

@@ -1,8 +1,17 @@
 """Language models on real text that differ in their token mixer alone: which remembers what it has read?
 
-texts.py gathers the sources and documentation of the Python installation, jobs.py lists the models and their arguments
-of `linear_moe.pretrain`, runs.py trains and measures them on the GPUs of the machine, recorded_run.py is the process
-that trains one, measure.py and memories.py are the processes that read a trained one, trained_model.py loads its
-checkpoint, repeats.py finds the tokens that could be recalled from the context, tables.py keeps the rows, report.py
-writes tables and pictures from the rows.
+texts.py            the sources and documentation of the Python installation, split by package
+jobs.py             the models, and their arguments of `linear_moe.pretrain`
+fit.py              a rehearsal of every model, and the tokens that fit the time
+runs.py             trains and measures the models on the GPUs of the machine
+recorded_run.py     the process that trains a model
+trained_model.py    a trained model, from its checkpoint
+measure.py          the process that reads held-out text with a trained model
+memories.py         the process that looks at what its memories hold
+repeats.py          the tokens that could be recalled from the context
+held_out.py         windows of held-out text, and what their losses say
+tables.py           the rows of finished models; classes.py groups them
+report.py           tables; pictures.py and memory_pictures.py draw
+recall_summary.py   the associative recall experiment, from the rows of all its runs
+results.py          the parts of RESULTS.md
 """

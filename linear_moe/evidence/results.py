@@ -66,7 +66,8 @@ class Results:
             return NOT_MEASURED
         pictures.draw_training(self.pictures / "results_training.png", self.compared, self.history)
         parts = [heading(self.compared), models_table(self.compared)]
-        parts += [f"Of another shape:\n\n{models_table(group)}" for group in self.groups[1:]]
+        others = [group for group in self.groups[1:] if group[0]["data"] == self.models[0]["data"]]
+        parts += [f"Of another shape, on the same text:\n\n{models_table(group)}" for group in others]
         return "\n\n".join([self._picture("results_training.png", "Validation loss over tokens and over time"), *parts])
 
     def repeats_part(self) -> str:
@@ -90,7 +91,8 @@ class Results:
         drawn = memory_pictures.draw_all(self.folder, self.models, self.history, self.pictures, prefix="results_")
         first = memory_pictures.first_of(self.models, holdings)
         shown = [self._picture(path.name, path.stem.removeprefix("results_").replace("_", " ")) for path in drawn]
-        return "\n\n".join([*shown, memory_pictures.tokens_table(holdings[first["key"]])])
+        held = holdings[first["key"]]
+        return "\n\n".join([*shown, memory_pictures.layers_table(held), memory_pictures.tokens_table(held)])
 
     def ablations_part(self) -> str:
         chosen = [row for row in self.models if row["model"] == "mom" or row["model"] in ABLATIONS]

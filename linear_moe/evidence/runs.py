@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ HISTORY, LOG = "history.jsonl", "log.txt"
 POLL_SECONDS = 0.5
 STOP_SECONDS = 40  # that a run may take to save a checkpoint when the time is up
 SHOWN_LINES = 15  # of the log of a process that failed
+
+_ending = threading.Event()  # set when the program ends before its processes
 
 
 class OutOfTime(Exception):
@@ -85,6 +87,8 @@ def run_all(
                 job = waiting.get_nowait()
             except queue.Empty:
                 return
+            if _ending.is_set():
+                return
             try:
                 run(job, place, device, held_out, facts, origin, say)
             except OutOfTime as error:
@@ -94,11 +98,14 @@ def run_all(
                 failed.append(job)
                 say(f"{job.key} failed: {error if isinstance(error, RunFailed) else repr(error)}")
 
-    threads = [threading.Thread(target=work, args=(device,)) for device in place.devices]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(place.devices)) as pool:
+        workers = [pool.submit(work, device) for device in place.devices]
+        try:
+            wait(workers)
+        finally:  # an interrupt ends the processes too, each with a checkpoint
+            _ending.set()
+            wait(workers)
+            _ending.clear()
     return failed, late
 
 
@@ -230,7 +237,7 @@ def _call(words: Sequence, folder: Path, device: int | None, deadline: float) ->
             stopped = 0.0
             while process.poll() is None:
                 now = time.monotonic()
-                if not stopped and now >= deadline:
+                if not stopped and (now >= deadline or _ending.is_set()):
                     stopped = now
                     process.terminate()
                 if stopped and now >= stopped + STOP_SECONDS:

@@ -9,25 +9,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from linear_moe.recall.models import SOFTMAX, Mixer, Shape, count_parameters
+from linear_moe.recall.names import (
+    ATTENTION,
+    MATCHES,
+    PARAMETERS,
+    STATE_BY_HEADS,
+    STATE_BY_KEYS,
+    STATE_BY_VALUES,
+    STATE_PER_MEMORY,
+    TIME,
+)
 from mom_layers import get_rule
 
-STATE_PER_MEMORY = "state per memory"
-STATE_BY_HEADS = "state in all, by heads"
-STATE_BY_KEYS = "state in all, by K"
-STATE_BY_VALUES = "state in all, by V"
-PARAMETERS = "parameters"
-TIME = "time a step"
-ATTENTION = "softmax attention"
-# what a command line calls them, in the order of the table
-MATCHES = {
-    "memory": STATE_PER_MEMORY,
-    "heads": STATE_BY_HEADS,
-    "keys": STATE_BY_KEYS,
-    "values": STATE_BY_VALUES,
-    "parameters": PARAMETERS,
-    "time": TIME,
-    "softmax": ATTENTION,
-}
 MOST_HEADS = 64  # where the search for a baseline as slow as MoM ends
 SOFTMAX_HEAD = 32  # of attention; its heads fill the hidden size
 

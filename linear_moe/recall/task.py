@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 
+from linear_moe.recall.names import MOST_SEEDS
+
 BLANK = 0
 GAP_POWER = 0.01  # Zoology's: the probability of a gap g is proportional to g ** (GAP_POWER - 1)
-MOST_SEEDS = 1 << 31  # half of what the CPU's generator tells apart: it reads 32 bits of a seed
 HELD_OUT_SEED = MOST_SEEDS  # added to a seed for the sequences that no model trains on
 
 

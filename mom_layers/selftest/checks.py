@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from mom_layers.recur.rules import rule_names
-from mom_layers.selftest import operations, recurrences
+from mom_layers.selftest import decoding, operations, recurrences
 from mom_layers.selftest.cases import Check, Setting
 from mom_layers.selftest.operations import Tokens
 from mom_layers.settings import MixerSettings
@@ -17,6 +17,7 @@ SIZES = ((256, 256), (128, 128), (64, 128))
 WIDTH = 512  # columns of all heads' keys: 2 heads of 256, 8 of 64
 TIMED = Tokens([2048] * 4)
 LENGTHS = (0, 1, 2, 63, 64, 65, 130)
+MANY_SHORT = (5,) * 40
 CUTS = ((3, 0, 65, 1), (0, 2, 70, 64), (1, 64, 0, 1))
 
 
@@ -48,7 +49,7 @@ def all_checks(setting: Setting) -> dict[str, Check]:
         for rule in rule_names():
             checks[f"{rule}, {about}"] = partial(recurrences.recurrence, name=rule, timed=True, **size)
             checks[f"decode step of {rule}, {about}"] = partial(
-                operations.decoding, rule=rule, hidden=hidden, batches=(1, 5), timed=16, **size
+                decoding.decoding, rule=rule, hidden=hidden, batches=(1, 5), timed=16, **size
             )
     for rule in rule_names():
         checks[f"gates of {rule}"] = partial(recurrences.gates, name=rule, rows=300, heads=4, k_dim=128, v_dim=128)
@@ -74,7 +75,7 @@ def checks_of_a_run(setting: Setting, settings: MixerSettings, hidden_size: int,
     """
     k_dim, v_dim = settings.head_dim, settings.value_dim
     # Fewer heads where they are large: the plain loop keeps a state of each head for every row.
-    heads = math.gcd(settings.num_heads, max(1, 2 * 256 * 256 // (k_dim * v_dim)))
+    heads = math.gcd(settings.num_heads, max(1, 4 * 256 * 256 // (k_dim * v_dim)))
     tokens = Tokens((0, 1, 63, 65), settings.num_memories, settings.topk, settings.shared_memory)
     size = {"heads": heads, "k_dim": k_dim, "v_dim": v_dim}
     rule, width = settings.rule, sum(settings.projection_sizes) // settings.num_heads * heads
@@ -98,9 +99,6 @@ def checks_of_a_run(setting: Setting, settings: MixerSettings, hidden_size: int,
     return checks
 
 
-MANY_SHORT = (5,) * 40
-
-
 def tiny_checks(setting: Setting) -> dict[str, Check]:
     """Every kernel of the general sets once, so small that Triton's interpreter runs it."""
     tokens, masked = Tokens((0, 1, 5)), Tokens((0, 1, 5), masked=True)
@@ -121,7 +119,7 @@ def tiny_checks(setting: Setting) -> dict[str, Check]:
             recurrences.recurrence, name=rule, cases=(((0, 1, 65), True), ((3, 2), False)), **size
         )  # fmt: skip
         checks[f"gates of {rule}"] = partial(recurrences.gates, name=rule, rows=5, **size)
-        checks[f"decode step of {rule}"] = partial(operations.decoding, rule=rule, hidden=16, batches=(1, 2), **size)
+        checks[f"decode step of {rule}"] = partial(decoding.decoding, rule=rule, hidden=16, batches=(1, 2), **size)
         checks[f"state passing of {rule}"] = partial(
             recurrences.state_passing, name=rule, heads=1, k_dim=16, v_dim=16, cuts=((1, 0, 3), (2, 1, 0), (1, 0, 2))
         )

@@ -5,7 +5,6 @@ Shape legend: rows R, segments S, slices P, heads H, key size K, value size V.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from types import ModuleType
 import torch
 
 from mom_layers import recur
+from mom_layers.common.chips import chip_of, forced
 from mom_layers.common.kernel_choice import compute_dtype
 from mom_layers.common.reference import unit_length
 from mom_layers.recur.rules import MemoryRule, RuleInputs, get_rule
@@ -38,19 +38,6 @@ def kernel_families() -> list[ModuleType]:
         if "kernel_sets" in {module.name for module in pkgutil.iter_modules(package.__path__)}:
             found.append(importlib.import_module(f"{name}.kernel_sets"))
     return found
-
-
-@contextlib.contextmanager
-def only_set(family: ModuleType, kernels: ModuleType):
-    """Inside, a family has one kernel set."""
-    before = family.KERNEL_SETS
-    try:
-        family.KERNEL_SETS = (kernels,)
-        family.kernel_set.cache_clear()
-        yield
-    finally:
-        family.KERNEL_SETS = before
-        family.kernel_set.cache_clear()
 
 
 def _parameters(rule: MemoryRule, setting: Setting, heads: int, k_dim: int) -> dict[str, torch.Tensor]:
@@ -187,10 +174,12 @@ def recurrence(
     for family in used:
         chosen = family.kernel_set(device, dtype, k_dim, v_dim)
         for kernels in family.KERNEL_SETS:
-            if kernels is not chosen and kernels.takes(family.chip_of(device), dtype, k_dim, v_dim):
-                yield Task(
-                    name, f"{about}, {kernels.NAME} kernels", built, dtype, work, partial(only_set, family, kernels)
-                )
+            problem = kernels.problem() if hasattr(kernels, "problem") else None
+            if kernels is chosen or problem or not kernels.takes(chip_of(device), dtype, k_dim, v_dim):
+                continue
+            yield Task(
+                name, f"{about}, {kernels.NAME} kernels", built, dtype, work, partial(forced, kernel_set=kernels.NAME)
+            )  # fmt: skip
 
 
 class _Slices(torch.autograd.Function):
@@ -198,24 +187,24 @@ class _Slices(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rule, rows_of_slice, borders, names, *tensors):
-        parts = [[x[rows].detach() for x in tensors] for rows in rows_of_slice]
+        """tensors: q, k, v and the gates by ``names``, of all rows; or a parameter, which all rows share."""
+        parts = [[_part(x, rows, tensors[1]) for x in tensors] for rows in rows_of_slice]
         inputs = [_as_inputs(names, part) for part in parts]
         transitions = [rule.transition(x, b, "triton") for x, b in zip(inputs, borders, strict=True)]
         contributions = [rule.recur(x, b, None, True, "triton")[1] for x, b in zip(inputs, borders, strict=True)]
         states = fold_states(torch.stack(transitions), torch.stack(contributions))
-        outputs = [
-            rule.recur(x, b, state, False, "triton")[0]
-            for x, b, state in zip(inputs, borders, states[:-1], strict=True)
-        ]
         o = torch.empty_like(tensors[2])
-        for rows, part in zip(rows_of_slice, outputs, strict=True):
-            o[rows] = part
-        ctx.kept = rule, rows_of_slice, borders, names, parts, transitions, states, [x.shape for x in tensors]
+        for rows, x, b, state in zip(rows_of_slice, inputs, borders, states[:-1], strict=True):
+            o[rows] = rule.recur(x, b, state, False, "triton")[0]
+        ctx.save_for_backward(*tensors)
+        ctx.kept = rule, rows_of_slice, borders, names, transitions, states
         return o
 
     @staticmethod
     def backward(ctx, do):
-        rule, rows_of_slice, borders, names, parts, transitions, states, shapes = ctx.kept
+        rule, rows_of_slice, borders, names, transitions, states = ctx.kept
+        tensors = ctx.saved_tensors
+        parts = [[_part(x, rows, tensors[1]) for x in tensors] for rows in rows_of_slice]
         own = []
         for rows, b, part, state in zip(rows_of_slice, borders, parts, states[:-1], strict=True):
             inputs = _as_inputs(names, part)
@@ -223,16 +212,25 @@ class _Slices(torch.autograd.Function):
                 inputs, state = RuleInputs(inputs.q, inputs.k, None, inputs.gates), None
             own.append(rule.gradient_of_initial_state(inputs, do[rows], b, state, "triton"))
         wanted = fold_gradients(torch.stack(transitions), torch.stack(own))
-        gradients = [do.new_zeros(shape, dtype=x.dtype) for shape, x in zip(shapes, parts[0], strict=True)]
+        gradients = [torch.zeros_like(x) for x in tensors]
         for number, (rows, b, part) in enumerate(zip(rows_of_slice, borders, parts, strict=True)):
             leaves = [x.detach().requires_grad_() for x in part]
             with torch.enable_grad():
                 o, final = rule.recur(_as_inputs(names, leaves), b, states[number], True, "triton")
             found = torch.autograd.grad([o, final], leaves, [do[rows], wanted[number + 1]], allow_unused=True)
             for whole, x in zip(gradients, found, strict=True):
-                if x is not None:
+                if x is None:
+                    continue
+                if whole.shape[0] == tensors[1].shape[0]:
                     whole[rows] = x
+                else:
+                    whole += x
         return None, None, None, None, *gradients
+
+
+def _part(x: torch.Tensor, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """The rows of a slice; a tensor that is not by row as a whole."""
+    return x.detach()[rows] if x.shape[0] == keys.shape[0] else x.detach()
 
 
 def _as_inputs(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> RuleInputs:
@@ -265,11 +263,8 @@ def state_passing(
 
         def run(x):
             inputs = _prepared(rule, x, parameters, "triton")
-            by_row = {n: gate for n, gate in inputs.gates.items() if gate.shape[0] == inputs.k.shape[0]}
-            if by_row.keys() != inputs.gates.keys():
-                raise NotImplementedError(f"the recurrence of {name} reads a parameter, which slices share")
-            tensors = (inputs.q, inputs.k, inputs.v, *by_row.values())
-            return {"o": _Slices.apply(rule, rows_of_slice, borders, tuple(by_row), *tensors)}
+            tensors = (inputs.q, inputs.k, inputs.v, *inputs.gates.values())
+            return {"o": _Slices.apply(rule, rows_of_slice, borders, tuple(inputs.gates), *tensors)}
 
         def reference(x):
             return {"o": _loop(rule, x, parameters, setting.borders(lengths), None)[0]}

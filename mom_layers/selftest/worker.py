@@ -48,6 +48,8 @@ def main() -> int:
     # Standard output is the parent's; what compilers and libraries print goes to the log.
     to_parent = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    # A container may allow TF32 for PyTorch's own float32 products, which the bounds do not.
+    torch.set_float32_matmul_precision("highest")
     plan = Plan.from_json(sys.argv[1])
     checks = plan.checks()
 

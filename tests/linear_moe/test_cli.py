@@ -9,6 +9,11 @@ import pytest
 
 from linear_moe import __version__, cli
 
+# The experiments' own commands may take longer.
+QUICK_HELP = [
+    "demo", "pretrain", "preprocess", "convert-to-hf", "convert-from-hf", "generate", "perplexity", "plot", "recall",
+    "demo-corpus",
+]  # fmt: skip
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
@@ -61,3 +66,25 @@ def test_help_of_pretrain_has_examples(capsys):
     assert cli.main(["pretrain", "--help"]) == 0
     text = capsys.readouterr().out
     assert "--help-mom" in text and "torchrun --nproc-per-node 8 -m linear_moe.pretrain" in text
+
+
+def test_help_answers_without_torch():
+    """PyTorch and transformers take seconds to import."""
+    program = (
+        "import contextlib, sys; from linear_moe import cli\n"
+        f"for name in {QUICK_HELP}:\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        cli.main([name, '--help'])\n"
+        "assert not {'torch', 'transformers', 'megatron', 'numpy'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("examples:") == len(QUICK_HELP)
+    assert done.stdout.count("\n    linear-moe convert-to-hf --load") == 2
+
+
+def test_names_of_types():
+    from linear_moe.commands import values
+    from linear_moe.conversion.config import DTYPES
+
+    assert values.DTYPES == tuple(DTYPES)

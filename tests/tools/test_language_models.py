@@ -1,7 +1,10 @@
 """Language models on real text: the corpus, the tokens that repeat, the jobs, the time, the rows and the tables."""
 
 import json
+import os
+import signal
 import sys
+import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
@@ -15,7 +18,7 @@ from linear_moe.evidence.classes import comparisons, title
 from linear_moe.evidence.repeats import DISTANCES, FREQUENCIES, LONGEST, BigramCounts, Repeats, find_repeats
 from linear_moe.recall import records
 
-SHAPE = jobs.Shape(layers=2, hidden=32, ffn=64, attention_heads=2, heads=4, head_dim=16, length=8, vocabulary=32)
+SHAPE = jobs.Shape(layers=2, hidden=32, ffn=64, attention_heads=2, heads=4, head_dim=16, length=32, vocabulary=32)
 TRAINING = jobs.Training(tokens=256, batch=4, micro_batch=2, precision="fp32")
 ORIGIN = dict(zip(records.ORIGIN, ("CPU", "1", "2", "abc", "tools/language_models.py"), strict=True))
 LINES = [f"line {number} of a file that no other file has" for number in range(50)]
@@ -216,8 +219,8 @@ def test_tokens_are_cut_to_what_all_models_can_do():
     assert fit.fit_tokens([slow, fast], speeds, 2, seconds, 20) == 10_000_000
     assert fit.fit_tokens([slow, fast], speeds, 2, 1e6, 20) == 50_000_000
     assert fit.seconds_needed([slow, fast], speeds, 1, 10_000_000, 20) > seconds
-    with pytest.raises(ValueError, match="60 s are too few for 2 models"):
-        fit.fit_tokens([slow, fast], speeds, 2, 60, 20)
+    with pytest.raises(ValueError, match="50 s are too few for 2 models"):
+        fit.fit_tokens([slow, fast], speeds, 2, 50, 20)
 
 
 def test_a_history_goes_on_where_a_run_was_started_again(tmp_path):
@@ -252,6 +255,21 @@ def test_a_job_that_fails_leaves_the_others_alone(tmp_path, monkeypatch):
     failed, late = runs.run_all(wanted, place, Future(), {}, ORIGIN, quiet)
     assert sorted(done) == ["gdn-state", "mom"]
     assert [job.name for job in failed] == ["gdn"] and [job.name for job in late] == ["softmax"]
+
+
+def test_an_interrupt_ends_the_processes_of_the_jobs(tmp_path, monkeypatch):
+    """As SIGTERM does, which `linear_moe.commands.run` turns into SystemExit."""
+    lasting, ended = [sys.executable, "-c", "import time; time.sleep(60)"], []
+    monkeypatch.setattr(runs, "run", lambda *rest: ended.append(runs._call(lasting, tmp_path, None, float("inf"))))
+    place = runs.Place(tmp_path, (tmp_path, tmp_path), tmp_path, (None,))
+    previous = signal.signal(signal.SIGUSR1, lambda *_: sys.exit(143))
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    try:
+        with pytest.raises(SystemExit):
+            runs.run_all([job("mom"), job("gdn")], place, Future(), {}, ORIGIN, quiet)
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert ended == [False]  # the first was stopped, the second never begun
 
 
 FACTS = {"digest": "0123456789abcdef", "tokens": 1000}
