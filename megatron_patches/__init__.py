@@ -18,6 +18,7 @@ def patches() -> tuple[Patch, ...]:
         first_checkpoint,
         float16_optimizer,
         float32_parameters,
+        latent_attention,
         layer_wise_optimizer,
         parameter_groups,
         reshardable_optimizer,
@@ -29,7 +30,8 @@ def patches() -> tuple[Patch, ...]:
     ours = (
         dataset_helpers.PATCH, float32_parameters.PATCH, float16_optimizer.PATCH, layer_wise_optimizer.PATCH,
         parameter_groups.PATCH, bucket_types.PATCH, early_gather.PATCH, reshardable_optimizer.PATCH, torch_fsdp2.PATCH,
-        coalesced_types.PATCH, torch_norm.PATCH, trusted_checkpoints.PATCH, *checkpoints.patches(),
+        coalesced_types.PATCH, torch_norm.PATCH, latent_attention.PATCH, trusted_checkpoints.PATCH,
+        *checkpoints.patches(),
         first_checkpoint.PATCH, *cpu.PATCHES,
     )  # fmt: skip
     return tuple({patch.name: patch for patch in ours}.values())
