@@ -1,4 +1,4 @@
-"""Repairs Triton 3.6's interpreter, which runs the kernels where there is no GPU, and spares it idle work."""
+"""Repairs the interpreter of Triton 3.5 to 3.9, which runs kernels where there is no GPU, and spares it idle work."""
 
 from functools import cache
 
@@ -9,15 +9,20 @@ from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
+class _Lasting:
+    set_attr = staticmethod(setattr)
+
+
 def repair() -> None:
     """Three faults, none of them the compiler's: loops up to a loaded number fail with NumPy 2.4 or newer, bfloat16 is
     multiplied as the integers that hold it, and rounded towards zero."""
     builder = interpreter.InterpreterBuilder
     patch_tensor, cast, dot = interpreter._patch_lang_tensor, builder.cast_impl, builder.create_dot
 
-    def patch_lang_tensor(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+    def patch_lang_tensor(tensor, *scope):
+        patch_tensor(tensor, *scope)
+        patches = scope[0] if scope else _Lasting  # Triton 3.5 undoes nothing after a call
+        patches.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     def cast_impl(self, source, dtype):
         if (source.dtype.scalar, dtype.scalar) == (tl.float32, tl.bfloat16):
@@ -39,12 +44,12 @@ def repair() -> None:
 def hasten() -> None:
     """Leaves out two thirds of its time, and nothing that a kernel or a test could see."""
     # The language's functions are exchanged for the interpreter's again at every call of one kernel from another.
-    patch_lang = interpreter._patch_lang
+    patch_lang, scope = interpreter._patch_lang, getattr(interpreter, "_LangPatchScope", lambda: None)
 
     def patch_lang_once(fn):
         languages = [module for module in (tl, tl.core) if any(module is value for value in fn.__globals__.values())]
         if languages and not any(tl.core.is_builtin(language.load) for language in languages):
-            return interpreter._LangPatchScope()
+            return scope()
         return patch_lang(fn)
 
     interpreter._patch_lang = patch_lang_once

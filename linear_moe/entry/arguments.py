@@ -20,6 +20,7 @@ from linear_moe.config import (
 )
 from linear_moe.entry import attention_options, cpu_options, hybrid_pattern
 from linear_moe.entry.kernel_check import check_kernels
+from linear_moe.entry.run_checks import check_values
 from linear_moe.entry.vocabulary_rows import keep_rows, report_rows
 from megatron_patches import releases
 from megatron_patches.patch import Patch, wrap
@@ -239,6 +240,7 @@ def _validate(validate_args, args, *positional, **keywords):
     cpu_options.use_counterparts(args)
     if args.token_mixer != "mom":
         return validate_args(args, *positional, **keywords)
+    check_values(args)  # before the checks that compute with the values
     hybrid_pattern.use_present_name(args)
     check_model(args)
     check_context_parallel(args)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 
 import torch
@@ -77,6 +79,26 @@ def prepare_machine() -> None:
     """`start`, and the patches that training with MoM layers needs. Call it before importing ``megatron.training``."""
     start()
     apply_all(training_patches())
+
+
+@contextmanager
+def lone_process(backend: str) -> Iterator[None]:
+    """Megatron's process groups of this process alone, for models that are loaded beside a training. No address and no
+    port is needed. `prepare_machine` comes first.
+
+    Args:
+        backend: of the collectives, "nccl" or "gloo".
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
+        yield
+        parallel_state.destroy_model_parallel()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def accelerated_parts() -> dict[str, str | None]:

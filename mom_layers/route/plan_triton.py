@@ -124,7 +124,7 @@ def _write_kernel(
     # because all sequences share that segment.
     b_start = _rows_before(ends, b_c, tl.where(b_c == A, 0, i_first), num_blocks, m_c)
     if i_block == i_first:
-        m_start = m_c & ((b_c < A) | (i_block == 0))
+        m_start = b_c < tl.where(i_block == 0, BUCKETS, A)
         tl.store(cu_seqlens + b_c * num_sequences + i_sequence, b_start, mask=m_start)
     # One past a memory's last row is the next memory's first row; masked rows count to the last memory.
     if i_block == 0:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pretraining_runs import run_python
 
+from linear_moe.entry.launch import with_a_port
+
 SCRIPT = Path(__file__).parent / "script" / "listening_ports.py"
 
 
@@ -16,6 +18,19 @@ def listening(run) -> list[str]:
 
 def test_one_process():
     assert listening(run_python(SCRIPT, new_interpreter=True)) == ["127.0.0.1"]
+
+
+def test_two_processes_at_a_free_port():
+    words = ["--nproc-per-node", 2, "--master-port", 0]
+    assert listening(run_python("-m", "linear_moe.entry.launch", *words, SCRIPT, new_interpreter=True)) == ["127.0.0.1"]
+
+
+def test_only_the_port_of_the_store_is_replaced():
+    words = ["--master-port", "0", "train.py", "--seed", "0"]
+    option, port, *rest = with_a_port(words)
+    assert option == "--master-port" and int(port) > 0 and rest == words[2:]
+    assert with_a_port(["--master-port", "29531", "--node-rank", "0"]) == ["--master-port", "29531", "--node-rank", "0"]
+    assert re.fullmatch(r"--master-port=[1-9]\d+", *with_a_port(["--master-port=0"]))
 
 
 def test_two_processes():

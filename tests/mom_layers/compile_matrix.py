@@ -91,7 +91,7 @@ def reason(error: Exception) -> str:
 
 def rows_of(architecture, dtype, key_size, value_size, rule, kernel_set=None, keep=None):
     """What the compiler reports of every kernel, a dictionary each."""
-    with compiling(architecture, kernel_set=kernel_set) as compiled:
+    with compiling(architecture, kernel_set=kernel_set, go_on=True) as compiled:
         compile_layer(rule, dtype, key_size, value_size)
     seen = {}
     for name, kernel in compiled:

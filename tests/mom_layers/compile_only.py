@@ -12,14 +12,17 @@ from triton.runtime import driver, jit
 from mom_layers.common.chips import CHIPS, Chip, forced
 
 _recorded: list | None = None
+_go_on = False
 _run = jit.JITFunction.run
 
 
 def _compile_instead(self, *args, grid, warmup, **kwargs):
-    """In place of a launch; what does not compile is recorded too, and the host's code goes on."""
+    """In place of a launch."""
     try:
         compiled = _run(self, *args, grid=grid, warmup=True, **kwargs)
     except Exception as error:
+        if not _go_on:
+            raise
         compiled = error
     room = self.module.removeprefix("mom_layers.")
     _recorded.append((f"{room}.{self.__name__}", compiled))
@@ -32,19 +35,23 @@ def _target(architecture: str) -> GPUTarget:
 
 
 @contextmanager
-def compiling(architecture: str, chip: Chip | None = None, kernel_set: str | None = None) -> Iterator[list]:
+def compiling(
+    architecture: str, chip: Chip | None = None, kernel_set: str | None = None, go_on: bool = False
+) -> Iterator[list]:
     """Inside, every launch compiles for an architecture and does not run, and kernel sets are chosen for its chip.
 
     Args:
         architecture: a name of CHIPS.
         chip: choose kernels for this chip instead.
         kernel_set: take this set, where a family has the set.
+        go_on: record the exception of a kernel that does not compile, and let the host's code run on.
 
     Yields the list that receives (the kernel's name with its module, compiled kernel or exception). Kernels must have
     been defined without TRITON_INTERPRET.
     """
-    global _recorded
-    before, (jit.JITFunction.run, _recorded) = (jit.JITFunction.run, _recorded), (_compile_instead, [])
+    global _recorded, _go_on
+    before = jit.JITFunction.run, _recorded, _go_on
+    jit.JITFunction.run, _recorded, _go_on = _compile_instead, [], go_on
     # Triton keeps compiled kernels by the number of the device: each architecture is a device of its own.
     number, target, active = list(CHIPS).index(architecture), _target(architecture), driver._active
     driver.set_active(
@@ -56,7 +63,7 @@ def compiling(architecture: str, chip: Chip | None = None, kernel_set: str | Non
         with forced(chip or architecture, kernel_set):
             yield _recorded
     finally:
-        jit.JITFunction.run, _recorded = before
+        jit.JITFunction.run, _recorded, _go_on = before
         driver._active = active
 
 

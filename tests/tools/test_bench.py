@@ -65,10 +65,10 @@ TUNED = """
 import sys
 sys.path[:0] = sys.argv[1:]
 import benchmark, torch, triton, triton.language as tl
-from compile_only import compile_only
+from compile_only import compiling
 
 benchmark.tune_quickly()
-compiled, seen = compile_only(90), []
+seen = []
 
 def time_it(call, quantiles):
     seen.append(len(compiled))
@@ -82,7 +82,8 @@ def double(x, n, B: tl.constexpr):
     tl.static_assert(B != 32)
     tl.store(x + o, 2 * tl.load(x + o, mask=o < n), mask=o < n)
 
-double[(1,)](torch.zeros(64), 64)
+with compiling("sm_90") as compiled:
+    double[(1,)](torch.zeros(64), 64)
 assert seen == [3, 4, 4] and double.best_config.kwargs == {"B": 16}, (seen, double.best_config)
 """
 

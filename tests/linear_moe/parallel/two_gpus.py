@@ -122,6 +122,10 @@ CASES = [
         [*MEGATRON_FSDP, "--data-parallel-sharding-strategy", "optim_grads"], own_start=True,
     ),
     Case(
+        "Megatron FSDP, optimizer sharded",
+        [*MEGATRON_FSDP, "--data-parallel-sharding-strategy", "optim"], own_start=True,
+    ),
+    Case(
         "Megatron FSDP, experts",
         [*MEGATRON_FSDP, "--data-parallel-sharding-strategy", "optim_grads_params"], base="experts", own_start=True,
     ),

@@ -12,11 +12,20 @@ from mom_layers.recur.kernel_sets import widest_that_fits
 
 
 class Launch(NamedTuple):
-    """tile: columns (or rows) that a program holds, or that a loop takes at a time."""
+    """The tile, warps and pipeline stages of a kernel.
+
+    Attributes:
+        tile: columns (or rows) that a program holds, or that a loop takes at a time.
+        num_warps: warps of a program.
+        num_stages: of the compiler's pipeline over a loop.
+        late: wide rows are loaded just before the product that reads them, some of them twice, so that shared memory
+            and registers hold fewer at a time. Only recurrences and state gradients read this.
+    """
 
     tile: int
     num_warps: int
     num_stages: int
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,11 +89,11 @@ class Table:
 # For 16-bit inputs, from the widest tiles to the narrowest: a chip runs the first table that its shared memory holds.
 TABLES = (
     # K = V = 256: tuned on an H200, the fastest of a few. Other sizes: chosen from what the compiler reports
-    # (registers, spills, shared memory); not tuned. The kernels take up to 96 KB of an A100's 163 KB. They take up to
-    # 196 KB of an H100's 227 KB, where Triton keeps the operands of both stages of a pipeline in shared memory.
+    # (registers, spills, shared memory); not tuned. Triton keeps the operands of both stages of a pipeline in shared
+    # memory for Hopper and Blackwell.
     Table(
         name="wide tiles",
-        shared_memory=160 * 1024,
+        shared_memory=196 * 1024,
         recurrence={256: Launch(64, 8, 2), 128: Launch(64, 8, 2), 64: Launch(64, 4, 2)},
         state_gradients={256: Launch(64, 8, 1), 128: Launch(32, 4, 1), 64: Launch(32, 4, 1)},
         decayed_rows=Launch(64, 4, 1),
@@ -92,36 +101,61 @@ TABLES = (
         score_gradients=Launch(64, 4, 2),
         query_key_gradients=Launch(16, 1, 1),
     ),
-    # For less shared memory: a recurrence with one stage. Chosen from what the compiler reports for K = V on sm_89 and
-    # sm_90; not tuned.
+    # For the 163 KB of an A100, where both operands of a product pass through registers: late loads spill a tenth there.
+    # Chosen from what the compiler reports for sm_80; not tuned.
+    Table(
+        name="medium tiles",
+        shared_memory=160 * 1024,
+        recurrence={256: Launch(64, 8, 2), 128: Launch(64, 8, 2), 64: Launch(64, 4, 2)},
+        state_gradients={256: Launch(64, 8, 1, True), 128: Launch(32, 4, 1, True), 64: Launch(32, 4, 1, True)},
+        decayed_rows=Launch(64, 4, 1),
+        scores=Launch(64, 4, 1),
+        score_gradients=Launch(64, 4, 2),
+        query_key_gradients=Launch(16, 1, 1),
+    ),
+    # For less shared memory: a recurrence with one stage. Chosen from what the compiler reports for K = V on sm_86,
+    # sm_89 and sm_90; not tuned.
     Table(
         name="narrow tiles",
         shared_memory=96 * 1024,
         recurrence={256: Launch(16, 8, 1), 128: Launch(64, 8, 1), 64: Launch(64, 4, 2)},
-        state_gradients={256: Launch(64, 8, 1), 128: Launch(32, 4, 1), 64: Launch(32, 4, 1)},
+        state_gradients={256: Launch(64, 8, 1, True), 128: Launch(32, 4, 1, True), 64: Launch(32, 4, 1, True)},
         decayed_rows=Launch(64, 4, 1),
         scores=Launch(64, 4, 1),
         score_gradients=Launch(64, 4, 2),
         query_key_gradients=Launch(16, 1, 1),
     ),
 )
-# For float32 inputs, whose exact products run outside the tensor cores, for comparisons; not tuned.
-FLOAT32_TABLE = Table(
-    name="float32",
-    shared_memory=148 * 1024,
-    recurrence={256: Launch(16, 16, 1), 128: Launch(16, 8, 1), 64: Launch(16, 8, 1)},
-    state_gradients={256: Launch(16, 16, 1), 128: Launch(16, 8, 1), 64: Launch(16, 8, 1)},
-    decayed_rows=Launch(32, 4, 1),
-    scores=Launch(32, 4, 1),
-    score_gradients=Launch(32, 8, 1),
-    query_key_gradients=Launch(32, 8, 1),
+# For float32 inputs, whose exact products run outside the tensor cores, for comparisons; not tuned. With late loads,
+# 256 columns of q and k, or of v and do, fit 99 KB.
+FLOAT32_TABLES = (
+    Table(
+        name="float32",
+        shared_memory=148 * 1024,
+        recurrence={256: Launch(16, 16, 1), 128: Launch(16, 8, 1), 64: Launch(16, 8, 1)},
+        state_gradients={256: Launch(16, 16, 1), 128: Launch(16, 8, 1), 64: Launch(16, 8, 1)},
+        decayed_rows=Launch(32, 4, 1),
+        scores=Launch(32, 4, 1),
+        score_gradients=Launch(32, 8, 1),
+        query_key_gradients=Launch(32, 8, 1),
+    ),
+    Table(
+        name="float32, late loads",
+        shared_memory=84 * 1024,
+        recurrence={256: Launch(16, 16, 1, True), 128: Launch(16, 8, 1), 64: Launch(16, 8, 1)},
+        state_gradients={256: Launch(16, 16, 1, True), 128: Launch(16, 8, 1), 64: Launch(16, 8, 1)},
+        decayed_rows=Launch(32, 4, 1),
+        scores=Launch(32, 4, 1),
+        score_gradients=Launch(32, 8, 1),
+        query_key_gradients=Launch(32, 8, 1),
+    ),
 )
 
 
 @cached_choice
 def table_for(chip: Chip, dtype: torch.dtype) -> Table:
     """The widest tiles for a type whose shared memory a chip has."""
-    return widest_that_fits("gated linear attention", (FLOAT32_TABLE,) if dtype == torch.float32 else TABLES, chip)
+    return widest_that_fits("gated linear attention", FLOAT32_TABLES if dtype == torch.float32 else TABLES, chip)
 
 
 @cached_choice

@@ -45,6 +45,7 @@ def _recurrence_kernel(
     HAS_INITIAL_STATE: tl.constexpr,
     STORE_FINAL_STATE: tl.constexpr,
     FOR_BACKWARD: tl.constexpr,
+    LATE: tl.constexpr,
 ):
     """BV columns of the state along one segment and head."""
     i_v, i_h, i_s, i_first, num_rows = segment_of_program(cu_seqlens, H, V // BV)
@@ -68,7 +69,8 @@ def _recurrence_kernel(
     for i_t in range(0, tl.cdiv(num_rows, BT)):
         m_t = (i_t * BT + o_t < num_rows)[:, None]
         b_q = tl.load(q_decayed + rows * K + o_tk, mask=m_t, other=0.0)  # [BT, K]
-        b_k = tl.load(k_decayed + rows * K + o_tk, mask=m_t, other=0.0)  # [BT, K]
+        if not LATE:
+            b_k = tl.load(k_decayed + rows * K + o_tk, mask=m_t, other=0.0)  # [BT, K]
         b_v = tl.load(v + rows * V + o_tv, mask=m_t, other=0.0)  # [BT, BV]
         b_P = tl.load(scores + i_chunk * BT * BT + o_tt)  # [BT, BT]
         b_decay = tl.load(decays + i_chunk * K + o_k)[:, None]  # [K, 1]
@@ -87,6 +89,8 @@ def _recurrence_kernel(
 
         # Equation (7).
         b_S = b_decay * b_S
+        if LATE:
+            b_k = tl.load(k_decayed + rows * K + o_tk, mask=m_t, other=0.0)  # [BT, K]
         b_S += tl.dot(tl.trans(b_k), b_v, input_precision=PRECISION)
         rows += BT * H
         i_chunk += H
@@ -147,6 +151,7 @@ def recurrence(
         HAS_INITIAL_STATE=initial_state is not None,
         STORE_FINAL_STATE=output_final_state,
         FOR_BACKWARD=for_backward,
+        LATE=launch.late,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )

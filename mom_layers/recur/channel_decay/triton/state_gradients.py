@@ -57,6 +57,7 @@ def _state_gradients_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     SPAN: tl.constexpr,
+    LATE: tl.constexpr,
 ):
     """BK rows of dS along one span and head, against time."""
     i_kb, i_h, i_span, i_s = span_of_program(span_segment, H, K // BK)
@@ -95,12 +96,17 @@ def _state_gradients_kernel(
         b_g = tl.load(g + p_tk, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BK]
         b_next = tl.load(g + p_tk + H * K, mask=m_next[:, None], other=0.0).to(tl.float32)  # [BT, BK]
         b_do = tl.load(do + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
-        b_v = tl.load(v + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
+        if not LATE:
+            b_v = tl.load(v + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
         b_dq = tl.dot(b_do, tl.trans(b_S.to(low)), input_precision=PRECISION)
         b_dq = scale * exp(tl.cumsum(b_g, 0)) * b_dq
+        if LATE:
+            tl.store(dq + p_tk, b_dq.to(low), mask=m_t[:, None])
+            b_v = tl.load(v + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
         b_dk = tl.dot(b_v, tl.trans(b_dS.to(low)), input_precision=PRECISION)
         b_dk = exp(tl.cumsum(b_next, 0, reverse=True)) * b_dk
-        tl.store(dq + p_tk, b_dq.to(low), mask=m_t[:, None])
+        if not LATE:
+            tl.store(dq + p_tk, b_dq.to(low), mask=m_t[:, None])
         tl.store(dk + p_tk, b_dk.to(low), mask=m_t[:, None])
 
         # Equation (13). The last row's key has no decay to the end: its term enters no sum. Adding the term and
@@ -114,6 +120,8 @@ def _state_gradients_kernel(
         # Equation (14).
         b_dS = b_decay[:, None] * b_dS
         b_q = tl.load(q_decayed + p_tk, mask=m_t[:, None], other=0.0)  # [BT, BK]
+        if LATE:
+            b_do = tl.load(do + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V], which v has displaced
         b_dS += tl.dot(tl.trans(b_q), b_do, input_precision=PRECISION)
 
 
@@ -166,6 +174,7 @@ def state_gradients(
         BT=CHUNK,
         BK=launch.tile,
         SPAN=SPAN,
+        LATE=launch.late,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )

@@ -53,6 +53,7 @@ def _recurrence_kernel(
     HAS_INITIAL_STATE: tl.constexpr,
     STORE_FINAL_STATE: tl.constexpr,
     FOR_BACKWARD: tl.constexpr,
+    LATE: tl.constexpr,
 ):
     """Equations (5) to (8) for BV columns of the state along one segment and head.
 
@@ -111,6 +112,8 @@ def _recurrence_kernel(
             # What is left of S after the last chunk's decay, before that chunk's own rows are added.
             if (i_t + 1) * BT >= num_rows:
                 tl.store(decayed_state + i_state + o_kv, b_S.to(low))
+        if LATE:
+            b_k = tl.load(k + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K], which q has displaced
         b_S += tl.dot(tl.trans(b_k), (b_to_end * b_u).to(low), input_precision=PRECISION)
         rows += BT * H
         i_chunk += H
@@ -170,6 +173,7 @@ def recurrence(
         HAS_INITIAL_STATE=initial_state is not None,
         STORE_FINAL_STATE=output_final_state,
         FOR_BACKWARD=for_backward,
+        LATE=launch.late,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )

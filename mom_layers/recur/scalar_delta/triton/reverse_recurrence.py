@@ -52,6 +52,7 @@ def _reverse_recurrence_kernel(
     SPAN: tl.constexpr,
     HAS_D_FINAL_STATE: tl.constexpr,
     STORE_D_INITIAL_STATE: tl.constexpr,
+    LATE: tl.constexpr,
 ):
     """Equations (9) to (11) for BV columns of dS along one segment and head, from its last chunk to its first.
 
@@ -86,13 +87,15 @@ def _reverse_recurrence_kernel(
         m_t = i_t * BT + o_t < num_rows
         rows = (i_first + i_t * BT).to(tl.int64) * H + i_h
         i_chunk = (i_first_chunk + i_t).to(tl.int64) * H + i_h
-        b_k = tl.load(k + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
+        if not LATE:
+            b_k = tl.load(k + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
         b_do = tl.load(do + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, BV]
         b_beta = tl.load(beta + rows + o_t * H, mask=m_t, other=0.0).to(tl.float32)[:, None]  # [BT, 1]
         b_from_start = tl.load(decays + i_chunk * 2 * BT + o_t)[:, None]  # [BT, 1]
         b_to_end = tl.load(decays + i_chunk * 2 * BT + BT + o_t)[:, None]  # [BT, 1]
         chunk_decay = tl.load(decays + i_chunk * 2 * BT + BT - 1)
-        b_X = tl.load(solve + i_chunk * BT * BT + o_tt)  # [BT, BT]
+        if not LATE:
+            b_X = tl.load(solve + i_chunk * BT * BT + o_tt)  # [BT, BT]
         b_P = tl.load(scores + i_chunk * BT * BT + o_tt)  # [BT, BT]
 
         # Where a span ends: dS, and its product with S, which the forward pass stored before the next span.
@@ -107,13 +110,19 @@ def _reverse_recurrence_kernel(
             tl.store(boundary + i_span * (V // BV) + i_v + tl.arange(0, 1), product)
         # (9) and (10): the gradient of e, and through the solve the gradient of r.
         b_z = scale * tl.dot(tl.trans(b_P), b_do, input_precision=PRECISION)
+        if LATE:
+            b_k = tl.load(k + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
         b_z += b_to_end * tl.dot(b_k, b_dS_low, input_precision=PRECISION)
+        if LATE:
+            b_X = tl.load(solve + i_chunk * BT * BT + o_tt)  # [BT, BT]
         b_y = b_z - tl.dot(tl.trans(b_X), (b_beta * b_z).to(low), input_precision=PRECISION)
         tl.store(d_errors + rows * V + o_tv, b_y.to(low), mask=m_t[:, None])
 
         # (11): the gradient of the state before the chunk.
         b_dS = chunk_decay * b_dS
         b_k_side = (-b_from_start * b_beta * b_y).to(low)
+        if LATE:
+            b_k = tl.load(k + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K], which X has displaced
         b_dS += tl.dot(tl.trans(b_k), b_k_side, input_precision=PRECISION)
         b_q = tl.load(q + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
         b_q_side = (scale * b_from_start * b_do.to(tl.float32)).to(low)
@@ -187,6 +196,7 @@ def reverse_recurrence(
         SPAN=SPAN,
         HAS_D_FINAL_STATE=d_final_state is not None,
         STORE_D_INITIAL_STATE=store_d_initial_state,
+        LATE=launch.late,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )

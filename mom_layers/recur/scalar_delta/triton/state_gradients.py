@@ -60,6 +60,7 @@ def _state_gradients_kernel(
     BK: tl.constexpr,
     SPAN: tl.constexpr,
     REVERSE: tl.constexpr,
+    LATE: tl.constexpr,
 ):
     """BK rows of S along one span and head for (12) and (13), or of dS against time for (14), where REVERSE.
 
@@ -87,9 +88,12 @@ def _state_gradients_kernel(
         i_chunk = (i_slot + i_t).to(tl.int64) * H + i_h
         b_q = tl.load(q + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, BK]
         b_k = tl.load(k + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, BK]
-        b_e = tl.load(errors + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
-        b_y = tl.load(d_errors + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
-        b_do = tl.load(do + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
+        if REVERSE or not LATE:
+            b_e = tl.load(errors + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
+        if not LATE:
+            b_y = tl.load(d_errors + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
+        if not (REVERSE and LATE):
+            b_do = tl.load(do + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
         b_beta = tl.load(beta + rows + o_t * H, mask=m_t, other=0.0).to(tl.float32)[:, None]  # [BT, 1]
         b_from_start = tl.load(decays + i_chunk * 2 * BT + o_t)[:, None]  # [BT, 1]
         b_to_end = tl.load(decays + i_chunk * 2 * BT + BT + o_t)[:, None]  # [BT, 1]
@@ -101,20 +105,32 @@ def _state_gradients_kernel(
             # (14) and its (15), then dS before the chunk by (11).
             b_dk = (b_to_end * b_beta) * tl.dot(b_e, tl.trans(b_S_low), input_precision=PRECISION)
             b_term = tl.sum(b_k.to(tl.float32) * b_dk, 1)
+            if LATE:
+                tl.store(dk + rows * K + o_tk, b_dk.to(low), mask=m_t[:, None])
+                b_do = tl.load(do + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
             b_q_side = ((scale * b_from_start) * b_do.to(tl.float32)).to(low)
             b_S += tl.dot(tl.trans(b_q), b_q_side, input_precision=PRECISION)
+            if LATE:
+                b_y = tl.load(d_errors + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
             b_k_side = ((-b_from_start * b_beta) * b_y.to(tl.float32)).to(low)
             b_S += tl.dot(tl.trans(b_k), b_k_side, input_precision=PRECISION)
         else:
             # (12), (13) and their (15), then S after the chunk by (8).
             b_dq = (scale * b_from_start) * tl.dot(b_do, tl.trans(b_S_low), input_precision=PRECISION)
+            if LATE:
+                tl.store(dq + rows * K + o_tk, b_dq.to(low), mask=m_t[:, None])
+                b_y = tl.load(d_errors + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
             b_dk = (-b_from_start * b_beta) * tl.dot(b_y, tl.trans(b_S_low), input_precision=PRECISION)
             b_term = tl.sum(b_q.to(tl.float32) * b_dq + b_k.to(tl.float32) * b_dk, 1)
+            if LATE:
+                b_e = tl.load(errors + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
             b_k_side = ((b_to_end * b_beta) * b_e.to(tl.float32)).to(low)
             b_S += tl.dot(tl.trans(b_k), b_k_side, input_precision=PRECISION)
-            tl.store(dq + rows * K + o_tk, b_dq.to(low), mask=m_t[:, None])
+            if not LATE:
+                tl.store(dq + rows * K + o_tk, b_dq.to(low), mask=m_t[:, None])
             b_dk += tl.load(dk + rows * K + o_tk, mask=m_t[:, None], other=0.0).to(tl.float32)
-        tl.store(dk + rows * K + o_tk, b_dk.to(low), mask=m_t[:, None])
+        if not (REVERSE and LATE):
+            tl.store(dk + rows * K + o_tk, b_dk.to(low), mask=m_t[:, None])
         # (15): row by row, and the chunk's sum.
         i_part = i_chunk * (K // BK) + i_kb
         tl.store(row_terms + i_part * BT + o_t, b_term)
@@ -171,6 +187,7 @@ def state_gradients(
         BK=launch.tile,
         SPAN=SPAN,
         REVERSE=reverse,
+        LATE=launch.late,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
