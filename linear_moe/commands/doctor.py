@@ -274,9 +274,10 @@ def device(torch, number: int) -> Finding:
 
 def kernels_of(place, dtype) -> str:
     """The kernel set that gated_deltanet gets on a device."""
-    from mom_layers.recur.scalar_delta.kernel_sets import kernel_set
+    from mom_layers.recur.scalar_delta.kernel_sets import kernel_set, passed_over
 
-    return f"{kernel_set(place, dtype, 256, 256).NAME} kernels for heads of 256 in bfloat16"
+    name, instead = kernel_set(place, dtype, 256, 256).NAME, passed_over(place, dtype, 256, 256)
+    return f"{name} kernels for heads of 256 in bfloat16" + (f" ({instead})" if instead else "")
 
 
 def check_kernels() -> int:

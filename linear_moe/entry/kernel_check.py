@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from linear_moe.temporary import replaced_file
+from mom_layers.kernel_problems import kernel_problem
 from mom_layers.selftest.cases import Line
 from mom_layers.selftest.plan import Plan
 from mom_layers.selftest.processes import check_all
@@ -50,6 +51,12 @@ def check_kernels(args) -> None:
     Args:
         args: Megatron's, validated, with our arguments filled.
     """
+    if args.token_mixer == "mom" and args.mom_kernels != "torch" and torch.cuda.is_available():
+        problem = kernel_problem(
+            settings_of(args), args.params_dtype, torch.device("cuda", torch.cuda.current_device())
+        )
+        if problem is not None:
+            raise KernelError(problem)
     if not is_wanted(args):
         return
     plan = plan_of(args)
@@ -72,10 +79,15 @@ def is_wanted(args) -> bool:
     return args.token_mixer == "mom" and args.mom_kernels != "torch" and torch.cuda.is_available()
 
 
+def settings_of(args) -> MixerSettings:
+    """The settings of a run's layers."""
+    names = [field.name for field in fields(MixerSettings) if hasattr(args, f"mom_{field.name}")]
+    return MixerSettings(**{name: getattr(args, f"mom_{name}") for name in names})
+
+
 def plan_of(args) -> Plan:
     """The checks for a run's layers, with the heads of one tensor-parallel rank."""
-    names = [field.name for field in fields(MixerSettings) if hasattr(args, f"mom_{field.name}")]
-    settings = MixerSettings(**{name: getattr(args, f"mom_{name}") for name in names})
+    settings = settings_of(args)
     heads = max(1, settings.num_heads // args.tensor_model_parallel_size)
     run = asdict(replace(settings, num_heads=heads))
     run |= {"hidden_size": args.hidden_size, "sliced": args.context_parallel_size > 1}

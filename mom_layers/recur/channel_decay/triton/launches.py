@@ -101,7 +101,7 @@ TABLES = (
         score_gradients=Launch(64, 4, 2),
         query_key_gradients=Launch(16, 1, 1),
     ),
-    # For the 163 KB of an A100, where both operands of a product pass through registers: late loads spill a tenth there.
+    # For the 163 KB of an A100, where both operands of a product pass through registers: late loads spill a tenth.
     # Chosen from what the compiler reports for sm_80; not tuned.
     Table(
         name="medium tiles",
