@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import compatibility
 from measured_rows import Row, read_rows, rows_of_last_commit, source
 
 from linear_moe import plugin
@@ -181,6 +182,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "lengths": lengths,
     "decoding": decoding,
     "layouts": layouts,
+    "chips": lambda: table(("architecture", "devices", "Triton", "what was tried"), compatibility.chips()),
+    "spills": lambda: table(
+        ("architecture", "most shared memory of a kernel, bytes", "most local memory of a thread, bytes"),
+        compatibility.spills(),
+    ),
 }
 FILLED_ELSEWHERE = ("megatron-commands",)
 """Tables that another tool writes."""

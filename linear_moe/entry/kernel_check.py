@@ -44,7 +44,9 @@ class KernelError(ValueError):
 
 
 def check_kernels(args) -> None:
-    """Checks the kernels of a run once for a chip and for versions. Raises KernelError where a kernel is wrong.
+    """Checks the kernels of a run once for a chip and for versions.
+
+    Raises KernelError where a kernel is wrong, or where a head size, a chip or a version is known not to run.
 
     On every node the rank with LOCAL_RANK 0 checks, and the others wait for its result.
 
@@ -52,16 +54,13 @@ def check_kernels(args) -> None:
         args: Megatron's, validated, with our arguments filled.
     """
     if args.token_mixer == "mom" and args.mom_kernels != "torch" and torch.cuda.is_available():
-        problem = kernel_problem(
-            settings_of(args), args.params_dtype, torch.device("cuda", torch.cuda.current_device())
-        )
+        problem = kernel_problem(settings_of(args), args.params_dtype, torch.device("cuda", _device()))
         if problem is not None:
             raise KernelError(problem)
     if not is_wanted(args):
         return
     plan = plan_of(args)
-    device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-    place = f"{chip_name(device)} with Triton {triton_version()}, PyTorch {torch.__version__}"
+    place = f"{chip_name(_device())} with Triton {triton_version()}, PyTorch {torch.__version__}"
     forced = [os.environ.get(variable) for variable in FORCING]
     key = f"{place} {kernels_digest()} {plan.to_json()} {forced}"
     name = hashlib.sha256(key.encode()).hexdigest()[:24] + ".json"
@@ -70,6 +69,11 @@ def check_kernels(args) -> None:
         _check_here(plan, place, files)
     else:
         _wait_for_result(place, files)
+
+
+def _device() -> int:
+    """The number of this rank's device."""
+    return int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
 
 
 def is_wanted(args) -> bool:
