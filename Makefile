@@ -1,7 +1,7 @@
 # PYTHON: an interpreter that has the packages; without PYTHON the commands make .venv (see tools/environment.sh).
 PYTHON ?= $(shell DEV=1 bash tools/environment.sh)
 
-.PHONY: setup train test test-all test-gpu compile-matrix bench results docs lint format
+.PHONY: setup train test test-all test-gpu compile-matrix test-oldest test-newest bench results docs lint format
 
 setup:
 	@DEV=1 bash tools/environment.sh
@@ -33,6 +33,20 @@ compile-matrix: export PYTHONPATH = $(TRITON)
 compile-matrix: export TRITON_CACHE_DIR = $(TRITON)/cache
 compile-matrix:
 	"$(PYTHON)" -m pytest tests/mom_layers/test_compile_matrix.py
+
+# A few minutes of tests on the oldest packages of the ranges, and on the newest, each in an environment of its own.
+SELECTION = tests/mom_layers/test_mixture_of_memories.py tests/mom_layers/test_rules.py \
+    tests/mom_layers/test_routing_plan_triton.py tests/mom_layers/hf/test_hf_model.py \
+    tests/mom_layers/hf/test_hf_generation.py tests/mom_layers/hf/test_hf_remote_code.py \
+    tests/mom_layers/hf/test_hf_classification.py tests/linear_moe/test_pretrain.py tests/tools/test_corpus_tokenizer.py
+
+test-oldest: export OMP_NUM_THREADS = 1
+test-oldest:
+	"$$(DEV=tools VENV=.venv-oldest CONSTRAINTS=tools/constraints-oldest.txt bash tools/environment.sh)" -m pytest -n 2 $(SELECTION)
+
+test-newest: export OMP_NUM_THREADS = 1
+test-newest:
+	"$$(DEV=tools VENV=.venv-newest CONSTRAINTS= bash tools/environment.sh)" -m pytest -n 2 $(SELECTION)
 
 bench:
 	mkdir -p runs

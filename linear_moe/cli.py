@@ -109,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(
             f"{PROGRAM} {command}: error: this needs {error.name}, which is not installed for {sys.executable}: "
-            f"pip install 'linear-moe[train]' installs what every command needs",
+            f"pip install 'linear-moe[train]' installs what every command needs. "
+            f"{PROGRAM} doctor shows what is there",
             file=sys.stderr,
         )
         return 1

@@ -239,11 +239,11 @@ class MomTransformerConfig(TransformerConfig):
                 f"{self.tensor_model_parallel_size}"
             )
         check_expert_parallel(self)
+        self._check_pattern()
         self._check_context_parallel()
         for name, coefficient in [("aux", self.mom_aux_loss_coeff), ("z", self.mom_z_loss_coeff or 0.0)]:
             if not 0 <= coefficient < float("inf"):
                 raise ValueError(f"--mom-{name}-loss-coeff must be a number that is not negative, got {coefficient}")
-        self._check_pattern()
         variant = self.experimental_attention_variant
         inference = self.transformer_impl == "inference_optimized"
         refuse(MOM_REFUSES, [

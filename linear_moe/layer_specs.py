@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.training import get_args
 
 from linear_moe.config import MomTransformerConfig
 from linear_moe.entry.environment import read_settings
@@ -17,7 +18,8 @@ def mom_layer_spec(model_config, vp_stage: int | None = None) -> TransformerBloc
     The settings come from the environment and from the file that ``MOM_CONFIG`` names (`linear_moe.entry.environment`).
     """
     if not isinstance(model_config.transformer, MomTransformerConfig):
-        settings = read_settings()
-        MomTransformerConfig.adopt(model_config.transformer, **settings)
+        settings, args = read_settings(), get_args()
+        sharding = {name: getattr(args, name) for name in ("use_megatron_fsdp", "use_torch_fsdp2")}
+        MomTransformerConfig.adopt(model_config.transformer, **settings, **sharding)
         join_running_script(settings)
     return mom_block_spec(model_config.transformer, vp_stage=vp_stage)

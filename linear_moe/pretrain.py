@@ -46,6 +46,7 @@ def main(streams: QuietStreams) -> None:
     check_entry(args)
     tokens = data.check_data_paths(args)
     data.check_vocabulary(args)
+    data.keep_end_of_document(args)
     args.contiguous_context_slices = data.cuts_contiguously(args)
     container = pretrain_cfg_container_from_args(args, gpt_model(args))
     pretrain(container, data.provide_datasets, ModelType.encoder_or_decoder, data.forward_step)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def vocabulary_size(tokenizer) -> int:
@@ -36,3 +38,33 @@ def encode_texts(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     A special token that the text spells out becomes that token, as everywhere with Hugging Face tokenizers.
     """
     return tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids if texts else []
+
+
+def make_portable(folder: Path, *, pads: bool) -> None:
+    """Changes a tokenizer's folder so that transformers 4.57 and 5 load it.
+
+    transformers 5 writes names that 4.57 does not have: the class TokenizersBackend, and a list of special tokens.
+
+    Args:
+        pads: whether batches are padded, as with an export. A tokenizer without a padding token then pads with its
+            end-of-sequence token, which a batch's mask tells apart. Without padding, as in Megatron's training, a
+            padding token that is the end-of-sequence token is removed: Megatron would leave that token out of the loss.
+    """
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        return
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        for name in ("backend", "is_local"):
+            settings.pop(name, None)
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    pad, end = settings.get("pad_token"), settings.get("eos_token")
+    if pads and pad is None and end is not None:
+        settings["pad_token"] = end
+    elif not pads and pad == end:
+        settings.pop("pad_token", None)
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Finds a Python >= 3.12, makes .venv with this project and what its training needs, and prints the path of its python.
 #   MOM_PYTHON=python3   use that interpreter and install nothing (containers, clusters)
-#   DEV=1                install the test and lint tools too
+#   DEV=1                install the test and lint tools too, and the other projects that tests run exports with;
+#                        DEV=tools without these projects
 #   CONSTRAINTS=FILE     exact versions of packages [tools/constraints.txt]; empty: the newest that fit
 #   VENV=FOLDER          the environment's folder [.venv]
 set -euo pipefail
@@ -43,8 +44,11 @@ packages=()
 wanted="$(cat requirements.txt ${constraints:+"$constraints"})"
 if [ -n "${DEV:-}" ]; then
     extras=train,dev
+    wanted="$wanted $(grep '^dev = ' pyproject.toml)"
+fi
+if [ "${DEV:-}" = 1 ]; then
     packages=(-r tests/requirements.txt)
-    wanted="$wanted $(cat tests/requirements.txt) $(grep '^dev = ' pyproject.toml)"
+    wanted="$wanted $(cat tests/requirements.txt)"
 fi
 if [ -x "$venv/bin/python" ] && [[ "$(cat "$venv/installed" 2>/dev/null)" == "$wanted"* ]]; then
     echo "$venv/bin/python"

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/ that follow from the code and from the measured figures.
+"""Writes the tables of docs/ and of tools/measured that follow from the code and from the measured figures.
 
     python tools/make_docs.py            writes the tables
     python tools/make_docs.py --check    writes nothing; the exit status is 1 where a page is not current
@@ -16,13 +16,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import compatibility
-from measured_rows import Row, read_rows, rows_of_last_commit, source
+from measured_rows import MEASURED, Row, read_rows, rows_of_last_commit, source
 
 from linear_moe import plugin
 from linear_moe.entry.arguments import DEFAULTS, FIELDS, OLD_NAMES, OURS, add_mom_arguments, is_switch, option
+from linear_moe.trials.runs import MOM
+from linear_moe.trials.table import Rows, exceptions, groups, markdown
 from mom_layers import get_rule, rule_names
 
 DOCS = Path(__file__).parents[1] / "docs"
+PAGES = (*sorted(DOCS.glob("*.md")), MEASURED / "megatron_commands.md")
 TABLE = re.compile(r"(<!-- table: ([a-z-]+)\b.*?-->\n)(.*?)(<!-- end of table -->\n)", re.DOTALL)
 KINDS = {int: "a whole number", float: "a number", str: "a text"}
 LAYERS = {
@@ -51,7 +54,7 @@ def code(words: Iterable[object]) -> str:
 
 def arguments() -> str:
     """The arguments of this project, from the parser's group and the configuration's fields."""
-    actions = {action.dest: action for action in add_mom_arguments(argparse.ArgumentParser())._actions}
+    actions = {action.dest: action for action in add_mom_arguments(argparse.ArgumentParser(add_help=False))._actions}
     before = {now: option(old) for old, now in OLD_NAMES.items()}
     rows = []
     for name in OURS:
@@ -63,6 +66,9 @@ def arguments() -> str:
             shown = "none" if default is None else f"`{default}`"
         note = f" Earlier name: `{before[name]}`." if name in before else ""
         rows.append((code(spelled), values, shown, "yes" if about["fixed"] else "", about["help"] + note))
+    for name, action in actions.items():  # arguments of a run, which no configuration stores
+        if name not in OURS:
+            rows.append((code(action.option_strings), "", "", "", action.help))
     return table(("argument", "values", "default", "fixed", "meaning"), rows)
 
 
@@ -165,6 +171,29 @@ def layouts() -> str:
     return table(head, lines)
 
 
+def megatron_commands() -> str:
+    """What became of the commands of Megatron-LM's users: a summary, and what does not train or resume exactly."""
+    rows, names = command_rows()
+    left = sum(rows.result(name, MOM) is None for name in names)
+    state = f"{left} of {len(names)} sets are not run yet" if left else f"All {len(names)} sets were run"
+    return (
+        f"{groups(rows, names)}\n{state}. What does not train, or does not resume exactly:\n\n{exceptions(rows, names)}"
+    )
+
+
+def all_megatron_commands() -> str:
+    """A line for every command that was run, and the names of the others."""
+    rows, names = command_rows()
+    left = [f"- {name}\n" for name in names if rows.result(name, MOM) is None]
+    return markdown(rows, names) + (f"\nNot run yet:\n\n{''.join(left)}" if left else "")
+
+
+def command_rows() -> tuple[Rows, list[str]]:
+    """The rows of tools/try_megatron_commands.py, and the names of all sets that the tool finds."""
+    names = (MEASURED / "megatron_commands_names.txt").read_text().split()
+    return Rows(MEASURED / "megatron_commands.csv"), names
+
+
 def caption(rows: list[Row]) -> str:
     """Where the figures of a table come from."""
     return f"\n{source(rows)}.\n"
@@ -187,19 +216,14 @@ TABLES: dict[str, Callable[[], str]] = {
         ("architecture", "most shared memory of a kernel, bytes", "most local memory of a thread, bytes"),
         compatibility.spills(),
     ),
+    "megatron-commands": megatron_commands,
+    "all-megatron-commands": all_megatron_commands,
 }
-FILLED_ELSEWHERE = ("megatron-commands",)
-"""Tables that another tool writes."""
 
 
 def filled(page: str) -> str:
-    """A page with every table of `TABLES` written anew. Other tables stay as they are."""
-
-    def write(found: re.Match) -> str:
-        make = TABLES.get(found[2])
-        return found[0] if make is None else f"{found[1]}\n{make()}\n{found[4]}"
-
-    return TABLE.sub(write, page)
+    """A page with every table written anew."""
+    return TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[4]}", page)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -207,16 +231,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare with the files, and write nothing")
     args = parser.parse_args(argv)
     status = 0
-    for path in sorted(DOCS.glob("*.md")):
+    for path in PAGES:
         text = path.read_text()
         if (new := filled(text)) == text:
             continue
         if args.check:
-            print(f"docs/{path.name} is not current: run python tools/make_docs.py", file=sys.stderr)
+            print(f"{path.parent.name}/{path.name} is not current: run python tools/make_docs.py", file=sys.stderr)
             status = 1
         else:
             path.write_text(new)
-            print(f"wrote the tables of docs/{path.name}")
+            print(f"wrote the tables of {path.parent.name}/{path.name}")
     return status
 
 

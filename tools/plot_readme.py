@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     length = max(speeds["fla-mom"].keys() & speeds["mom"].keys())
     ratio = speeds["mom"][length] / speeds["fla-mom"][length]
     draw(
-        f"{ratio:.1f} times FLA's MoM at {length // 1024}k tokens, and the same speed at every length",
+        f"Training: {ratio:.1f} times FLA's MoM at {length // 1024}k, and steady at every length",
         "tokens of one sequence",
         "million tokens a second", f"forward and backward pass of one layer, hidden size 1024, bf16; {where}",
         args.output / "training_speed.svg",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,8 +69,8 @@ def convert(args: argparse.Namespace) -> None:
     ):
         write_checkpoint(folder, layout, lambda entry: weights.describe(entry.hf_names[0]).dtype, read, stored)
         if tokenizer:
-            copy_tokenizer(tokenizer, folder / "tokenizer")
-    print(f"train further with: {options}")
+            copy_tokenizer(tokenizer, folder / "tokenizer", pads=False)
+    print(f"train further with:\n  {training_command(args.save, options)}")
 
 
 def find_tokenizer(args: argparse.Namespace, config: MomConfig) -> Path | None:
@@ -94,9 +96,20 @@ def set_vocabulary(stored: Namespace, config: MomConfig, tokenizer: Path | None,
     stored.tokenizer_model = os.path.realpath(args.save / "tokenizer") if tokenizer else None
 
 
+def training_command(save: Path, options: str) -> str:
+    """A whole command that trains the converted model, with values to change."""
+    further = shlex.quote(f"{save}-further")
+    return " \\\n    ".join([
+        f"{shlex.quote(sys.executable)} -m linear_moe.pretrain {options}",
+        f"--save {further} --save-interval 500 --dist-ckpt-optim-fully-reshardable",
+        "--data-path PREFIX --split 99,1,0 --no-create-attention-mask-in-dataloader",
+        "--micro-batch-size 4 --global-batch-size 32 --train-iters 1000 --lr 1e-4 --min-lr 1e-5",
+    ])  # fmt: skip
+
+
 def command_line(save: Path, stored: Namespace) -> str:
     """The options that ``--use-checkpoint-args`` does not restore."""
-    words = [f"--load {save} --use-checkpoint-args --norm-epsilon {stored.layernorm_epsilon:g}"]
+    words = [f"--load {shlex.quote(str(save))} --use-checkpoint-args --norm-epsilon {stored.layernorm_epsilon:g}"]
     if stored.window_size is not None:
         words.append(f"--window-size {stored.window_size[0]},{stored.window_size[1]}")
     if stored.tokenizer_model is None:

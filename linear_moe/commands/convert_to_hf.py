@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from linear_moe.commands import run_command
 from linear_moe.commands.arguments.convert_to_hf import parse_arguments
-from linear_moe.conversion.card import model_card
+from linear_moe.conversion.card import CardFacts, model_card
 from linear_moe.conversion.checkpoint import MegatronCheckpoint, find_checkpoint
 from linear_moe.conversion.config import (
     DTYPES,
@@ -43,6 +43,7 @@ from linear_moe.conversion.files import (
 from linear_moe.conversion.names import Entry, entries
 from linear_moe.conversion.verify import verify
 from linear_moe.conversion.weights import check_finite
+from linear_moe.recall.records import commit_of
 from megatron_patches.trusted_checkpoints import trusting
 from mom_layers.hf.remote_code import save_remote_code
 
@@ -98,8 +99,11 @@ def export(checkpoint_folder: Path, folder: Path, args: argparse.Namespace) -> N
     save_remote_code(folder)
     write_json(folder / "generation_config.json", generation_config(ids))
     if tokenizer_folder:
-        copy_tokenizer(tokenizer_folder, folder)
-    card = model_card(checkpoint.args, checkpoint.iteration, content, parameters, main_type, tokenizer)
+        copy_tokenizer(tokenizer_folder, folder, pads=True)
+    root = Path(__file__).parents[2]
+    commit = commit_of(root) if (root / "pyproject.toml").is_file() else None
+    facts = CardFacts(args.name, args.license, args.language, args.datasets, commit)
+    card = model_card(checkpoint.args, checkpoint.iteration, content, parameters, main_type, tokenizer, facts)
     (folder / "README.md").write_text(card, encoding="utf-8")
     total = sum(tensor.nbytes for tensor in described.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None) as progress:

@@ -23,7 +23,7 @@ from linear_moe.commands import convert_to_hf, run_command
 from linear_moe.commands.arguments.generate import parse_arguments
 from linear_moe.conversion.config import DTYPES
 from linear_moe.conversion.files import ConversionError, load_tokenizer, read_json, tokenizer_files
-from linear_moe.conversion.loading import load_model, read_model
+from linear_moe.conversion.loading import MODEL_TYPES, load_model, read_model
 from linear_moe.temporary import temporary_folder
 from linear_moe.tokens import document_start, encode_texts, end_of_document
 from mom_layers.hf.cache import CACHE_NAME
@@ -94,7 +94,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 def model_folder(args: argparse.Namespace) -> Iterator[Path]:
     """The folder of an export; for a Megatron checkpoint, a temporary folder with its export."""
     if (args.load / "config.json").is_file():
-        if read_json(args.load / "config.json").get("model_type") != "mom":
+        if read_json(args.load / "config.json").get("model_type") not in MODEL_TYPES:
             raise ConversionError(
                 f"--load {args.load} is not a Mixture-of-Memories model: expected model_type mom in its config.json"
             )

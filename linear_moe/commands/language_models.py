@@ -51,9 +51,9 @@ FULL = asdict(Shape()) | asdict(Training()) | {
     "models": ["equal-tokens"], "rates": [Training().rate], "max_bytes": 500_000_000, "held_out_share": 0.02,
     "held_out_tokens": 2_000_000, "measure_seconds": 55.0,
 }  # fmt: skip
+RUNS_ON_CPU = 2  # tiny models keep one core busy each
 CORPUS = "corpus.json"
 FITTED = "fitted.json"  # tokens that --fit-time chose
-REPORTED_PACKAGES = 40  # names of held-out packages in the table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,7 +91,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--held-out-share", type=fraction, help=f"of the text [{FULL['held_out_share']}]")
     parser.add_argument("--max-bytes", type=count, help=f"of text that is read [{FULL['max_bytes']}]")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the corpus [OUTPUT/data]")
-    parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="then stop cleanly")
+    parser.add_argument(
+        "--time-limit", type=positive, default=float("inf"), metavar="SECONDS", help="then stop cleanly"
+    )
     parser.add_argument(
         "--fit-time", action="store_true", help="fewer --tokens, for all models alike, where --time-limit needs that"
     )
@@ -99,7 +101,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--equal-time", choices=tuple(TITLES), metavar="NAME",
         help="then train faster models again, on as many more tokens as take the time of this model",
     )  # fmt: skip
-    parser.add_argument("--measure-seconds", type=float, help=f"kept for measuring [{FULL['measure_seconds']:g}]")
+    parser.add_argument(
+        "--measure-seconds",
+        type=number(float, lambda value: value >= 0, "a number of at least 0"),
+        help=f"kept for measuring [{FULL['measure_seconds']:g}]",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="[cuda where there is one]")
     parser.add_argument("--corpus-only", action="store_true", help="prepare the corpus, train nothing")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, as without a GPU")
@@ -277,9 +283,9 @@ def prepare_corpus(args: argparse.Namespace) -> dict:
 
 
 def find_devices(kind: str) -> tuple[int | None, ...]:
-    """Numbers of all GPUs, or None for the CPU. Raises ValueError for a GPU where there is none."""
+    """Numbers of all GPUs, or None for every run at a time on the CPU. Raises ValueError where there is no GPU."""
     if kind == "cpu":
-        return (None,)
+        return (None,) * min(RUNS_ON_CPU, os.cpu_count() or 1)
     if not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU that PyTorch can use")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from linear_moe.commands import run_command
-from linear_moe.commands.arguments.perplexity import REACH, parse_arguments
+from linear_moe.commands.arguments.perplexity import REACH, WINDOWS, parse_arguments
 from linear_moe.conversion.files import ConversionError, read_json
-from linear_moe.conversion.loading import load_model, read_model
+from linear_moe.conversion.loading import MODEL_TYPES, load_model, read_model
 from linear_moe.tokens import document_start, encode_texts
 from linear_moe.watching.headless_matplotlib import plt, save
 from mom_layers.hf.cache import CACHE_NAME  # importing the package registers the model type
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         raise PerplexityError(f"--load {args.load} has no config.json: expected an export in the Hugging Face format")
     trust = {"trust_remote_code": args.trust_remote_code}  # without this argument transformers asks standard input
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    if read_json(args.load / "config.json").get("model_type") == "mom":
+    if read_json(args.load / "config.json").get("model_type") in MODEL_TYPES:
         read_model(args.load)  # before transformers reads config.json for the tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.load, **trust)
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     start = [] if args.no_document_start else document_start(tokenizer)
     texts = [_encode(tokenizer, path, model.config.vocab_size, start) for path in args.text]
     longest = max(len(text) for text in texts) - 1
-    max_length = args.max_length or min(REACH * train_length, longest)
+    max_length = args.max_length or default_length(train_length, longest)
     if not FIRST_LENGTH <= max_length <= longest:
         raise PerplexityError(
             f"the longest text has {longest + 1} tokens: windows of {max_length} need one token more than that "
@@ -108,6 +108,14 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(windows)} windows of {max_length} tokens, {measurement.tokens_per_second:,.0f} tokens/s{state}")
     draw(measurement, train_length, args.load.name, args.output)
     print(args.output)
+
+
+def default_length(train_length: int, longest: int) -> int:
+    """Length of the windows where the command line says none: `REACH` training lengths, or less, so that the text has
+    `WINDOWS` windows: the losses of a single window are those of its text. Two training lengths at least, where the
+    text has as many tokens.
+    """
+    return min(REACH * train_length, longest, max(longest // WINDOWS, 2 * train_length))
 
 
 def cut_windows(texts: list[torch.Tensor], length: int, stride: int, limit: int | None = None) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
     python tools/results.py [--time-limit SECONDS]     what is missing, then the document
     python tools/results.py --document-only            the document, from the rows in tools/measured
+    python tools/results.py --add DIR                  the same, with the rows of a run on another machine
     python tools/results.py --quick --output DIR       the same code with tiny models, on a CPU, into DIR alone
 
 Finished models are rows in tools/measured and are not trained again; a run that was stopped goes on with the rest.
@@ -15,8 +16,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from linear_moe.commands import run_command
 from linear_moe.commands.values import path as a_path
+from linear_moe.commands.values import positive
 from linear_moe.evidence import tables
 from linear_moe.evidence.results import LANGUAGE_MODELS, RECALL, Results, fill, merge_rows
 from linear_moe.recall import records
@@ -52,8 +56,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--measured", type=a_path, metavar="DIR", help="folder of the rows [tools/measured]")
     parser.add_argument("--document", type=a_path, metavar="FILE", help="[RESULTS.md]")
     parser.add_argument("--document-only", action="store_true", help="train nothing")
+    parser.add_argument(
+        "--add", type=a_path, nargs="+", default=[], metavar="DIR",
+        help="add what tools/language_models.py wrote elsewhere to the measured rows, and train nothing",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="tiny models; rows and document go into --output")
-    parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="then stop cleanly")
+    parser.add_argument(
+        "--time-limit", type=positive, default=float("inf"), metavar="SECONDS", help="then stop cleanly"
+    )
     args = parser.parse_args(argv)
     place = args.output if args.quick else ROOT
     args.measured = args.measured or (args.output / "measured" if args.quick else ROOT / "tools/measured")
@@ -65,9 +75,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def results(args: argparse.Namespace, deadline: float) -> None:
     """Trains what is missing until the deadline, and writes the document.
 
-    Raises StepFailed after the document was written, where a tool failed.
+    Raises ValueError where there is no GPU for models of full size, StepFailed after the document was written, where a
+    tool failed.
     """
-    failed = [] if args.document_only else train(args, deadline)
+    trains = not (args.document_only or args.add)
+    if trains and not args.quick and not torch.cuda.is_available():
+        raise ValueError("training what is missing needs a GPU: give --quick, or --document-only")
+    for folder in args.add:
+        if not (folder / tables.MODELS).is_file():
+            raise ValueError(f"--add {folder} has no {tables.MODELS}: give a folder of tools/language_models.py")
+        add_models(folder, args.measured / LANGUAGE_MODELS)
+    failed = train(args, deadline) if trains else []
     source = args.document if args.document.exists() else ROOT / "RESULTS.md"
     found = Results(args.measured, args.pictures, args.pictures.relative_to(args.document.parent).as_posix())
     text = fill(source.read_text(encoding="utf-8"), found)
@@ -87,7 +105,7 @@ def train(args: argparse.Namespace, deadline: float) -> list[str]:
     merge_rows(sorted(args.measured.glob(f"*{RECALL}")), folder / RECALL)
     merge_rows(sorted(args.measured.glob(f"*{records.TIMES}")), folder / records.TIMES)
     for run in QUICK_RECALL_RUNS if args.quick else RECALL_RUNS:
-        words = ["--output", str(folder), "--time-limit", str(deadline - time.monotonic()), *run]
+        words = ["--output", str(folder), *limit(deadline), *run]
         words += [] if args.quick else RECALL_SETTINGS
         if recall.main(words):
             failed.append("recall.py")
@@ -96,15 +114,25 @@ def train(args: argparse.Namespace, deadline: float) -> list[str]:
     kept = args.measured / LANGUAGE_MODELS
     for name in ROWS:
         merge_rows([kept / name], folder / name)
-    words = ["--output", str(folder), "--time-limit", str(deadline - time.monotonic())]
+    words = ["--output", str(folder), *limit(deadline)]
     if language_models.main([*words, *(QUICK_MODELS if args.quick else MODELS)]):
         failed.append("language_models.py")
+    add_models(folder, kept)
+    return failed
+
+
+def add_models(folder: Path, kept: Path) -> None:
+    """Adds what tools/language_models.py wrote into a folder to the measured rows."""
     for name in ROWS:
         merge_rows([folder / name], kept / name)
     for path in [*folder.glob("memories_*.json"), *folder.glob("data/corpus.json")]:
         kept.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, kept / path.name)
-    return failed
+
+
+def limit(deadline: float) -> list[str]:
+    """The option for the time that is left, at least a second; none without a limit."""
+    return [] if deadline == float("inf") else ["--time-limit", str(max(1.0, deadline - time.monotonic()))]
 
 
 def collect(folder: Path, measured: Path) -> None:

@@ -5,10 +5,10 @@
 Reads the argument sets of Megatron-LM's functional tests (tests/functional_tests/test_cases), the shell scripts under
 examples/ and a file of public scripts, shrinks each to at most four processes and a few small layers, and runs it. A
 run trains, is refused with a line before its first step, or fails; a loss that does not move and a gradient norm that
-collapses count as failed. A run with memories that trains is resumed from its checkpoint at half, and must print the
-same digits. Finished runs are rows of commands.csv and are not repeated: a stopped call goes on when it is given again.
-Beside commands.csv: table.md, and a log for each run. The shell scripts under examples/ are started, with the training
-programs replaced: give a clone that you trust.
+collapses count as failed. Sets that are the same command when shrunk are run once. A run with memories that trains is
+resumed from its checkpoint at half, and must print the same digits. Finished runs are rows of commands.csv and are not
+repeated: a stopped call goes on when it is given again. Beside commands.csv: table.md, and a log for each run. The
+shell scripts under examples/ are started, with the training programs replaced: give a clone that you trust.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def try_commands(args: argparse.Namespace) -> None:
     """Runs what is still to be run, and writes rows and table. Raises ValueError for a folder that is no clone."""
     start = time.monotonic()
     deadline = start + args.time_limit
-    trials = [shrink(given) for given in chosen(args)]
+    sets = chosen(args)
+    trials = [shrink(given) for given in sets]
     if args.list:
         for trial in trials:
             print(f"{trial.name}: {trial.processes} processes: {trial.script} {' '.join(trial.words)}")
@@ -75,12 +76,11 @@ def try_commands(args: argparse.Namespace) -> None:
 
     stopped = threading.Event()
 
-    def attempt(trial: Trial) -> None:
-        for run in (runs.MOM, runs.SOFTMAX, *runs.RESUMES):
-            if stopped.is_set() or time.monotonic() > deadline or not is_needed(trial, run, rows):
-                continue
-            if run in runs.RESUMES and not runs.has_checkpoint(trial, runs.RESUMES[run], place):
-                continue
+    def attempt(trial: Trial, *same: Trial) -> None:
+        rows.share([trial.name, *(other.name for other in same)])
+        made: set[str] = set()
+        while not stopped.is_set() and time.monotonic() < deadline and (run := next_run(trial, rows, place, made)):
+            made.add(run)
             verdict, seconds = runs.run(trial, run, place)
             if stopped.is_set():  # and the run's processes were ended
                 return
@@ -88,16 +88,17 @@ def try_commands(args: argparse.Namespace) -> None:
                 set=trial.name, run=run, processes=str(trial.processes), result=verdict.result,
                 reason=verdict.reason[:LONGEST_REASON], seconds=f"{seconds:.1f}",
             )  # fmt: skip
+            rows.share([trial.name, *(other.name for other in same)], run)
             line = f"{trial.name} {run}: {verdict.result} {verdict.reason}"
             print(f"{time.monotonic() - start:5.0f} s {len(rows.rows):4d} {line[:300]}", flush=True)
-        if not any(is_needed(trial, run, rows) for run in (runs.MOM, runs.SOFTMAX, *runs.RESUMES)):
+        if not any(is_needed(trial, run, rows) for run in runs.RUNS):
             runs.clean(trial, place)
 
     names = [trial.name for trial in trials]
     pool = ThreadPoolExecutor(args.jobs)
     processes.server(place.clone)
     try:
-        for attempted in [pool.submit(attempt, trial) for trial in trials]:
+        for attempted in [pool.submit(attempt, *same) for same in in_order(sets, trials)]:
             attempted.result()
     finally:
         stopped.set()
@@ -107,6 +108,30 @@ def try_commands(args: argparse.Namespace) -> None:
         (output / "table.md").write_text(markdown(rows, names))
         print(summary(rows, names))
         print(output / "table.md")
+
+
+def in_order(sets: list[ArgumentSet], trials: list[Trial]) -> list[list[Trial]]:
+    """Trials whose shrunk commands are the same, together; the first of each kind of command before the others."""
+    alike: dict[tuple, list[Trial]] = {}
+    for trial in trials:
+        alike.setdefault((trial.script, trial.words, trial.processes), []).append(trial)
+    first = {given.name for given in argument_sets.one_of_each_kind(sets)}
+    return sorted(alike.values(), key=lambda same: not any(trial.name in first for trial in same))
+
+
+def next_run(trial: Trial, rows: Rows, place: runs.Place, made: set[str]) -> str | None:
+    """The next run of a trial after those that this call has made; None where nothing is left. A run whose checkpoint
+    is gone is repeated, if another is to be resumed from the checkpoint.
+    """
+    for run in runs.RUNS:
+        if run in made or not is_needed(trial, run, rows):
+            continue
+        first = runs.RESUMES.get(run)
+        if first is None or runs.has_checkpoint(trial, first, place):
+            return run
+        if first not in made:
+            return first
+    return None
 
 
 def is_needed(trial: Trial, run: str, rows: Rows) -> bool:

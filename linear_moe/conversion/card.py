@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import PurePath
 
+from linear_moe import __version__
 from linear_moe.conversion.config import dtype_name
 from linear_moe.tokens import end_of_document
 
 CODE = """from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)"""
+model = AutoModelForCausalLM.from_pretrained({name}, trust_remote_code=True)"""
 
 CODE_WITH_TOKENIZER = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)"""
+model = AutoModelForCausalLM.from_pretrained({name}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({name})
+
+inputs = tokenizer({prompt}, return_tensors="pt", add_special_tokens=False)
+output = model.generate(**inputs, max_new_tokens=50)
+print(tokenizer.decode(output[0]))"""
 
 PROMPTS = """
 In training, a document has no special token of its own and follows the end-of-document token: encode a prompt with
@@ -25,13 +33,14 @@ In training, a document has no special token of its own and follows the end-of-d
 TEMPLATE = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags:
+{front}tags:
 - mom
 - mixture-of-memories
 - linear-attention
+- arxiv:2502.13685
 ---
 
-# Mixture-of-Memories language model
+# {title}
 
 A causal language model whose token mixer is [Mixture-of-Memories](https://arxiv.org/abs/2502.13685): every layer keeps
 several memory states and a router sends each token to a few of them. Decoding needs constant memory{except_attention}.
@@ -41,7 +50,8 @@ several memory states and a router sends each token to a few of them. Decoding n
 ```
 {prompts}
 The weights are in the format of `fla.models.mom` of
-[flash-linear-attention](https://github.com/fla-org/flash-linear-attention), which loads them too.
+[flash-linear-attention](https://github.com/fla-org/flash-linear-attention), which loads them too. With
+`import mom_layers.hf` before, `AutoModelForCausalLM` loads the folder without `trust_remote_code`.
 
 ## Model
 
@@ -50,10 +60,41 @@ The weights are in the format of `fla.models.mom` of
 ## Training
 
 {training}
+
+Written by linear-moe {version}{commit}.
 """
 
 
-def model_card(args: Namespace, iteration: int, config: dict, parameters: int, dtype: str, tokenizer) -> str:
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card says that no checkpoint holds. None and empty: the card leaves it out.
+
+    Attributes:
+        name: of the model, as on the Hugging Face hub: owner/model.
+        license: an identifier of the hub, such as apache-2.0.
+        languages: codes, such as en.
+        datasets: names on the hub.
+        commit: of the code that wrote the export, where that is a checkout.
+    """
+
+    name: str | None = None
+    license: str | None = None
+    languages: Sequence[str] = ()
+    datasets: Sequence[str] = ()
+    commit: str | None = None
+
+    def front_matter(self) -> str:
+        """The lines of the card's header."""
+        lines = [f"license: {json.dumps(self.license)}"] if self.license else []
+        for key, values in (("language", self.languages), ("datasets", self.datasets)):
+            if values:
+                lines += [f"{key}:", *(f"- {json.dumps(value)}" for value in values)]
+        return "".join(f"{line}\n" for line in lines)
+
+
+def model_card(
+    args: Namespace, iteration: int, config: dict, parameters: int, dtype: str, tokenizer, facts: CardFacts
+) -> str:
     """README.md of an export.
 
     Args:
@@ -63,11 +104,19 @@ def model_card(args: Namespace, iteration: int, config: dict, parameters: int, d
         parameters: their number.
         dtype: the type most of them are stored in.
         tokenizer: the one that lies beside the weights, or None.
+        facts: what the command line says.
     """
+    code = CODE if tokenizer is None else CODE_WITH_TOKENIZER
+    end = None if tokenizer is None else end_of_document(tokenizer)
+    prompt = "Once upon a time" if end is None else f"{tokenizer.convert_ids_to_tokens(end)}Once upon a time"
     return TEMPLATE.format(
+        front=facts.front_matter(),
+        title=facts.name or "Mixture-of-Memories language model",
+        version=__version__,
+        commit=f", commit {facts.commit}" if facts.commit else "",
         except_attention=", but for its softmax layers' cache" if config["attn"] else "",
-        code=CODE if tokenizer is None else CODE_WITH_TOKENIZER,
-        prompts="" if tokenizer is None or (end := end_of_document(tokenizer)) is None else PROMPTS.format(end=end),
+        code=code.format(name=json.dumps(facts.name or "."), prompt=json.dumps(prompt)),
+        prompts="" if end is None else PROMPTS.format(end=end),
         model=_table(_model_facts(config, parameters, dtype)),
         training=_table(_training_facts(args, iteration)) if iteration else "Converted, not trained further.",
     )

@@ -48,6 +48,14 @@ EXPORTABLE_ATTENTION = {
     "attention_output_gate": (False,),
     "window_attn_skip_freq": (None,),
 }
+OLDER_TYPE = "mom_gated_deltanet"
+OLDER_KEYS = {"num_experts": "num_memories", "single_expert": "single_kv_proj", "use_gate": "use_output_gate"}
+"""Keys of OpenSparseLLMs/MoM, and what FLA calls them."""
+OLDER_DEFAULTS = {
+    "expand_v": 2, "num_heads": 6, "num_hidden_layers": 21, "num_experts": 8, "shared_mem": False, "norm_first": False,
+    "single_expert": False, "use_gate": True,
+}  # fmt: skip
+"""Defaults there that are not FLA's."""
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SIZED_TOKENIZERS = ("NullTokenizer", "NullMultimodalTokenizer", "TikTokenizer")
 """Megatron's tokenizers that take their size from ``--vocab-size``; the others ignore it."""
@@ -187,6 +195,7 @@ def parse_config(content: dict, tensor_names: set[str]) -> MomConfig:
     Raises:
         ConversionError: it is not a MoM model's, or has a value that no layer here can honour.
     """
+    content = from_older_format(content)
     if content.get("model_type") != "mom":
         found = content.get("model_type")
         raise ConversionError(f"not a Mixture-of-Memories model: config.json has model_type {shown(found)}")
@@ -204,6 +213,21 @@ def parse_config(content: dict, tensor_names: set[str]) -> MomConfig:
         raise ConversionError(f"config.json: {error}") from error
     except Exception as error:  # transformers checks few of its own keys
         raise ConversionError(f"config.json cannot be used: {type(error).__name__}: {error}") from error
+
+
+def from_older_format(content: dict) -> dict:
+    """A configuration of OpenSparseLLMs' MoM repository (`model_type` mom_gated_deltanet) in FLA's keys; any other
+    configuration as it is.
+
+    The layers there keep at most ``capacity * T / topk`` tokens of a sequence in a memory, and the layers here all:
+    where a memory gets more, outputs differ.
+    """
+    if content.get("model_type") != OLDER_TYPE:
+        return content
+    renamed = {OLDER_KEYS.get(key, key): value for key, value in (OLDER_DEFAULTS | content).items()}
+    if renamed.pop("norm_first"):
+        raise ConversionError("config.json: norm_first must be false, got true: the blocks' norms are in another place")
+    return renamed | {"model_type": "mom"}
 
 
 def layout_of(config: MomConfig) -> Layout:
@@ -265,10 +289,16 @@ def vocabulary(args: Namespace, rows: int, tokenizer) -> int:
 
 
 def token_ids(args: Namespace, tokenizer) -> dict[str, int | None]:
-    """The special tokens' ids that configurations have, from the tokenizer or the model that was trained further."""
+    """The special tokens' ids that configurations have, from the tokenizer or the model that was trained further.
+
+    A padding token that is the end-of-sequence token is left out: the embedding of a model's padding token is not
+    trained.
+    """
     if tokenizer is None:
-        return {name: (getattr(args, "hf_config", None) or {}).get(name) for name in TOKEN_IDS}
-    return {name: getattr(tokenizer, name) for name in TOKEN_IDS}
+        ids = {name: (getattr(args, "hf_config", None) or {}).get(name) for name in TOKEN_IDS}
+    else:
+        ids = {name: getattr(tokenizer, name) for name in TOKEN_IDS}
+    return ids | {"pad_token_id": None if ids["pad_token_id"] == ids["eos_token_id"] else ids["pad_token_id"]}
 
 
 def generation_config(ids: dict[str, int | None]) -> dict:

@@ -14,6 +14,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from linear_moe.temporary import REPLACED, remove_leftovers, temporary_folder, umask
+from linear_moe.tokens import make_portable
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -139,12 +140,15 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return files if found & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"} else []
 
 
-def copy_tokenizer(folder: Path, target: Path) -> None:
-    """Copies a tokenizer's files, as they are. Raises ConversionError for a link out of the folder."""
+def copy_tokenizer(folder: Path, target: Path, *, pads: bool) -> None:
+    """Copies a tokenizer's files, with the settings of `make_portable`. Raises ConversionError for a link out of the
+    folder.
+    """
     check_inside(folder, [file.name for file in tokenizer_files(folder)])
     target.mkdir(exist_ok=True)
     for file in tokenizer_files(folder):
         shutil.copyfile(file, target / file.name)
+    make_portable(target, pads=pads)
 
 
 def load_tokenizer(folder: Path):

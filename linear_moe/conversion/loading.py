@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from linear_moe.conversion.config import layout_of, parse_config
+from linear_moe.conversion.config import OLDER_TYPE, layout_of, parse_config
 from linear_moe.conversion.digests import listed
 from linear_moe.conversion.files import ConversionError, read_json
 from linear_moe.conversion.names import Entry, Layout, entries
@@ -17,6 +17,9 @@ from mom_layers.hf import MomForCausalLM
 from mom_layers.hf.configuration_mom import MomConfig
 
 EMBEDDING, TIED_WEIGHT = "model.embeddings.weight", "lm_head.weight"
+MODEL_TYPES = ("mom", OLDER_TYPE)
+UNUSED_WEIGHT = ".attn.D"
+"""A parameter of OpenSparseLLMs' layers that computes nothing."""
 
 
 def read_model(folder: Path) -> tuple[MomConfig, Weights, list[Entry]]:
@@ -27,7 +30,7 @@ def read_model(folder: Path) -> tuple[MomConfig, Weights, list[Entry]]:
     Raises ConversionError for a folder that is not a MoM model's, or whose weights are not what config.json describes.
     """
     content = read_json(folder / "config.json")
-    if content.get("model_type") != "mom":
+    if content.get("model_type") not in MODEL_TYPES:
         parse_config(content, set())
     weights = Weights(folder)
     config = parse_config(content, weights.names())
@@ -56,7 +59,7 @@ def check_complete(weights: Weights, table: Sequence[Entry], layout: Layout) -> 
     found = weights.names() - ({TIED_WEIGHT} if layout.tied else set())
     if missing := expected.keys() - found:
         raise ConversionError(f"the weights lack {listed(missing)}, which config.json describes")
-    if unknown := found - expected.keys():
+    if unknown := {name for name in found - expected.keys() if not name.endswith(UNUSED_WEIGHT)}:
         raise ConversionError(f"the weights have {listed(unknown)}, which config.json does not describe")
     for name, shape in expected.items():
         actual = tuple(weights.describe(name).shape)
@@ -88,8 +91,10 @@ def load_model(
     Raises:
         ConversionError: tensors are missing, unexpected, of another shape, not finite, or not those in digests.json.
     """
-    if loader is MomForCausalLM or read_json(folder / "config.json").get("model_type") == "mom":
+    if loader is MomForCausalLM or read_json(folder / "config.json").get("model_type") in MODEL_TYPES:
         config, weights, _ = read_model(folder)
+        if loader is not MomForCausalLM and read_json(folder / "config.json").get("model_type") == OLDER_TYPE:
+            loader, options = MomForCausalLM, {}
         for name in weights.names():
             weights.read(name)  # compares the digest
         if not options.get("trust_remote_code"):

@@ -19,7 +19,7 @@ from linear_moe.conversion.checkpoint import MegatronCheckpoint
 from linear_moe.conversion.config import DTYPES, KEYS
 from linear_moe.conversion.files import ConversionError, load_tokenizer, read_json, tokenizer_files
 from linear_moe.conversion.loading import load_model
-from linear_moe.entry.machine import prepare_machine
+from linear_moe.entry.machine import lone_process, prepare_machine
 from linear_moe.tokens import vocabulary_size
 from megatron_patches.cpu import CPU_ARGUMENTS
 from megatron_patches.patch import applied, undo_all
@@ -123,16 +123,9 @@ def _megatron() -> Iterator[None]:
     environment, before = dict(os.environ), applied()
     try:
         prepare_machine()
-        from megatron.core import parallel_state, tensor_parallel
-
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-        tensor_parallel.model_parallel_cuda_manual_seed(0)
-        yield
-        parallel_state.destroy_model_parallel()
+        with lone_process("gloo"):
+            yield
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
         undo_all(patch for patch in applied() if patch not in before)
         os.environ.clear()
         os.environ.update(environment)

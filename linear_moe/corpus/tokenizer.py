@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from linear_moe.corpus.files import BadDocument, BadDocuments, Chunk, CorpusError, document_text, hash64
 from linear_moe.corpus.long_texts import LONGEST_PIECE, pieces_of
-from linear_moe.tokens import encode_texts, end_of_document, vocabulary_size
+from linear_moe.tokens import encode_texts, end_of_document, make_portable, vocabulary_size
 
 EOS_TOKEN = "<|endoftext|>"
 
@@ -131,6 +131,7 @@ def save_trained_tokenizer(spec: TokenizerSpec, folder: Path) -> None:
     )
     try:
         tokenizer.save_pretrained(folder)
+        make_portable(folder, pads=False)
     except Exception as error:  # the tokenizers library has no class of its own for a full disk
         raise CorpusError(f"cannot write the tokenizer to {str(folder)!r}: {error}") from error
 

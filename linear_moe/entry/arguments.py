@@ -20,6 +20,7 @@ from linear_moe.config import (
 )
 from linear_moe.entry import attention_options, cpu_options, hybrid_pattern
 from linear_moe.entry.kernel_check import check_kernels
+from linear_moe.entry.run_checks import check_values
 from linear_moe.entry.vocabulary_rows import keep_rows, report_rows
 from megatron_patches import releases
 from megatron_patches.patch import Patch, wrap
@@ -171,7 +172,11 @@ def compare_with_checkpoint(args: argparse.Namespace, saved: argparse.Namespace)
         if theirs != mine:
             raise ValueError(
                 f"the checkpoint was written with {option(name)} {theirs}, the command line says {mine}: "
-                "give the same value, or --use-checkpoint-args"
+                + (
+                    "leave the argument out, and --use-checkpoint-args takes the checkpoint's value"
+                    if getattr(args, "use_checkpoint_args", False)
+                    else "give the same value, or --use-checkpoint-args"
+                )
             )
     theirs, mine = (getattr(holder, "tensor_model_parallel_size", 1) for holder in (saved, args))
     if args.token_mixer == "mom" and getattr(args, "use_megatron_fsdp", False) and theirs != mine:
@@ -216,8 +221,11 @@ def restore_from_checkpoint(args: argparse.Namespace, saved: argparse.Namespace)
     """
     held = {now: getattr(saved, before) for before, now in OLD_NAMES.items() if hasattr(saved, before)} | vars(saved)
     for name in [*OURS, "linear_attention_freq"]:
-        if getattr(args, name, None) is None and held.get(name) is not None:
-            setattr(args, name, held[name])
+        mine, theirs = getattr(args, name, None), held.get(name)
+        if mine is None and theirs is not None:
+            setattr(args, name, theirs)
+        elif theirs is not None and mine != theirs and name not in SHAPE:
+            logger.info("%s %s, of the command line, wins over the checkpoint's %s", option(name), mine, theirs)
     if held.get("token_mixer") == "mom":  # every MoM layer has a norm, and the argument's default is a number
         args.layernorm_epsilon = saved.layernorm_epsilon
 
@@ -232,6 +240,7 @@ def _validate(validate_args, args, *positional, **keywords):
     cpu_options.use_counterparts(args)
     if args.token_mixer != "mom":
         return validate_args(args, *positional, **keywords)
+    check_values(args)  # before the checks that compute with the values
     hybrid_pattern.use_present_name(args)
     check_model(args)
     check_context_parallel(args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from linear_moe.config import MomTransformerConfig
 from linear_moe.tokens import vocabulary_size
 
+logger = logging.getLogger(__name__)
 FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids", "cu_seqlens", "cu_seqlens_padded",
           "max_seqlen", "local_cp_size", "hybrid_cp_group")  # fmt: skip
 """Names of the tensors of a batch."""
@@ -81,6 +83,23 @@ def check_vocabulary(args) -> None:
             f"the largest token id of {args.tokenizer_model} is {size - 1}, and the embedding has "
             f"{args.padded_vocab_size} rows: give --padded-vocab-size {-(-size // multiple) * multiple}, "
             "or the tokenizer that the checkpoint was trained with"
+        )
+
+
+def keep_end_of_document(args) -> None:
+    """Keeps the end-of-document token in the loss where the tokenizer pads with that token, as exports' tokenizers do:
+    Megatron leaves the padding token out.
+    """
+    tokenizer = get_tokenizer()
+    try:
+        pad, end = tokenizer.pad, tokenizer.eod
+    except (AttributeError, NotImplementedError):  # a tokenizer without such a token
+        return
+    if pad is not None and pad == end and not args.allow_ambiguous_pad_tokens:
+        args.allow_ambiguous_pad_tokens = True
+        logger.info(
+            "the tokenizer pads with its end-of-document token: --allow-ambiguous-pad-tokens is on, so that the model "
+            "learns where documents end"
         )
 
 

@@ -18,7 +18,8 @@ from linear_moe.entry.arguments import OLD_NAMES, OURS, add_mom_arguments, is_sw
 
 CONFIG_FILE = "MOM_CONFIG"
 OTHER_VARIABLES = {
-    CONFIG_FILE, kernel_check.VARIABLE, "MOM_PYTHON", "MOM_TRACEBACK", "MOM_TRUST_CHECKPOINT", "MOM_VERBOSE",
+    CONFIG_FILE, kernel_check.VARIABLE, *kernel_check.FORCING, "MOM_CHECK", "MOM_PYTHON", "MOM_TRACEBACK",
+    "MOM_TRUST_CHECKPOINT", "MOM_VERBOSE",
 }  # fmt: skip
 NAMES = [name for name in OURS if name != "token_mixer"]
 

@@ -33,6 +33,7 @@ VARIABLE = "MOM_KERNEL_CHECK"
 FORCING = ("MOM_CHIP", "MOM_KERNEL_SET")
 """Variables of mom_layers that choose other kernels than the chip's own."""
 PROCESSES = 3
+SHOWN = 3  # kernels that a message names
 # Seconds: how long other ranks of a node wait for the rank that checks, how often they look, and how much earlier than
 # they that rank may have begun.
 WAIT, LOOK_AGAIN, AHEAD = 180.0, 0.5, 60.0
@@ -134,11 +135,18 @@ def _check_here(plan: Plan, place: str, files: list[Path]) -> None:
 
 
 def describe(wrong: list[Line], place: str) -> str:
-    """The kernels that are wrong, the chip, the versions, and what to do."""
-    words = [f"{line.kernel} ({line.shape}): {'; '.join(reason.strip() for reason in reasons(line))}" for line in wrong]
+    """The kernels that are wrong or fail, the chip, the versions, and what to do."""
+    words = [
+        f"{line.kernel} ({line.shape})".replace(" ()", "")
+        + f": {'; '.join(reason.strip() for reason in reasons(line))}"
+        for line in wrong
+    ]
+    if len(words) > SHOWN:
+        words[SHOWN:] = [f"and {len(words) - SHOWN} more"]
+    what = "wrong kernels on" if any(line.wrong for line in wrong) else "kernels fail on"
     return (
-        f"wrong kernels on {place}: {' | '.join(words)}. This run would train with wrong numbers. Use --mom-kernels "
-        "torch, or another version of Triton; python -m mom_layers.selftest says more, --no-kernel-check trains anyway"
+        f"{what} {place}: {' | '.join(words)}. Use --mom-kernels torch, or another version of Triton; "
+        "python -m mom_layers.selftest says more, --no-kernel-check trains anyway"
     )
 
 

@@ -11,9 +11,13 @@ from __future__ import annotations
 import ipaddress
 import socket
 import sys
+from collections import deque
+from collections.abc import Sequence
 from importlib import import_module
 
 from torch.distributed import TCPStore
+
+SHOWN_LINES = 50
 
 
 class LoopbackStore(TCPStore):
@@ -39,11 +43,47 @@ def use_loopback_store(module: str) -> None:
     import_module(module).TCPStore = LoopbackStore
 
 
+def show_end_of_log(words: Sequence[str]) -> None:
+    """Prints the last lines of the file that ``--log-file`` names: a process that a signal killed has shown none."""
+    places = [place for place, word in enumerate(words[:-1]) if word == "--log-file"]
+    if not places:
+        return
+    path = words[places[-1] + 1]
+    try:
+        with open(path, errors="replace") as file:
+            lines = deque(file, maxlen=SHOWN_LINES)
+    except OSError:
+        return
+    print(f"the end of {path}:\n{''.join(lines)}", file=sys.stderr, flush=True)
+
+
+def with_a_port(words: list[str]) -> list[str]:
+    """A command line with a free port of this machine in place of ``--master-port 0``.
+
+    torchrun hands the 0 on to the ranks, which then wait for ever at a port that no store has.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    before = [None, *words]
+    return [
+        f"--master-port={port}" if word in ("--master-port=0", "--master_port=0")
+        else port if word == "0" and last in ("--master-port", "--master_port")
+        else word
+        for last, word in zip(before, words, strict=False)
+    ]  # fmt: skip
+
+
 def main() -> int:
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     use_loopback_store("torch.distributed.elastic.rendezvous.static_tcp_rendezvous")
-    return run.main() or 0
+    try:
+        return run.main(with_a_port(sys.argv[1:])) or 0
+    except ChildFailedError as error:
+        if any(failure.exitcode < 0 for failure in error.failures.values()):
+            show_end_of_log(sys.argv)
+        raise
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 
 import torch
@@ -14,20 +16,23 @@ from linear_moe.entry.launch import use_loopback_store
 from megatron_patches import (
     bucket_types,
     checkpoints,
+    coalesced_types,
     dataset_helpers,
     early_gather,
     first_checkpoint,
     float16_optimizer,
     float32_parameters,
+    latent_attention,
     layer_wise_optimizer,
     parameter_groups,
+    releases,
     reshardable_optimizer,
     torch_fsdp2,
     torch_norm,
     trusted_checkpoints,
 )
 from megatron_patches.child_processes import end_with_parent
-from megatron_patches.patch import Patch, apply_all
+from megatron_patches.patch import Patch, PatchError, apply_all
 
 
 def training_patches() -> tuple[Patch, ...]:
@@ -38,10 +43,12 @@ def training_patches() -> tuple[Patch, ...]:
         layer_wise_optimizer.PATCH,
         parameter_groups.PATCH,
         bucket_types.PATCH,
+        coalesced_types.PATCH,
         early_gather.PATCH,
         reshardable_optimizer.PATCH,
         torch_fsdp2.PATCH,
         torch_norm.PATCH,
+        latent_attention.PATCH,
         trusted_checkpoints.PATCH,
         *checkpoints.patches(),
         first_checkpoint.PATCH,
@@ -50,7 +57,12 @@ def training_patches() -> tuple[Patch, ...]:
 
 
 def start() -> None:
-    """Lets Megatron start on this machine: in one process without torchrun, without a GPU, and from its wheel."""
+    """Lets Megatron start on this machine: in one process without torchrun, without a GPU, and from its wheel.
+
+    Raises PatchError for a Megatron that is older than every supported one.
+    """
+    if reason := releases.why_too_old():
+        raise PatchError(reason)
     if "RANK" not in os.environ:  # torchrun did not start this process: a world of one process
         # Port 0 is any free port. No other process connects to it.
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
@@ -71,6 +83,26 @@ def prepare_machine() -> None:
     """`start`, and the patches that training with MoM layers needs. Call it before importing ``megatron.training``."""
     start()
     apply_all(training_patches())
+
+
+@contextmanager
+def lone_process(backend: str) -> Iterator[None]:
+    """Megatron's process groups of this process alone, for models that are loaded beside a training. No address and no
+    port is needed. `prepare_machine` comes first.
+
+    Args:
+        backend: of the collectives, "nccl" or "gloo".
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
+        yield
+        parallel_state.destroy_model_parallel()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def accelerated_parts() -> dict[str, str | None]:

@@ -23,8 +23,19 @@ AT_LEAST_ONE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "lr", "min_lr", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction", "weight_decay", "clip_grad",
-    "eval_iters", "num_workers", "attention_dropout", "hidden_dropout", "norm_epsilon", "init_method_std", "seed",
+    "num_workers", "attention_dropout", "hidden_dropout", "layernorm_epsilon", "init_method_std", "seed", "adam_eps",
 )  # fmt: skip
+AT_MOST = dict.fromkeys(
+    (
+        "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels", "num_query_groups",
+        "seq_length", "vocab_size", "make_vocab_size_divisible_by", "micro_batch_size", "global_batch_size",
+        "train_iters", "eval_iters", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+        "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size",
+    ),
+    2**31 - 1,
+) | {"num_workers": 1024}  # fmt: skip
+"""Largest values; a larger one is a slip of the pen, and ends in an overflow or in no end. Intervals have none: a large
+one means never."""
 INSTEAD = {
     "eval_interval": " (--eval-iters 0 turns validation off)",
     "ffn_hidden_size": ", or leave it out for the default",
@@ -57,7 +68,7 @@ GROUP_OPTIONS = {
 
 
 def option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return "--norm-epsilon" if name == "layernorm_epsilon" else "--" + name.replace("_", "-")
 
 
 def check_values(args) -> None:
@@ -68,15 +79,25 @@ def check_values(args) -> None:
             if isinstance(value, int | float) and not value >= least:
                 kind = "a whole number of at least 1" if least else "a number that is not negative"
                 raise ValueError(f"{option(name)} {value}: use {kind}{INSTEAD.get(name, '')}")
+    if args.eval_iters is not None and args.eval_iters < -1:
+        raise ValueError(f"--eval-iters {args.eval_iters}: use a number of steps, or 0 (or -1) for no validation")
+    for name, most in AT_MOST.items():
+        if (getattr(args, name, None) or 0) > most:
+            raise ValueError(f"{option(name)} {getattr(args, name)}: use a whole number of at most {most}")
+    for name in ("load", "save"):
+        if getattr(args, name, None) == "":  # as of a variable that is not set
+            raise ValueError(f"{option(name)} '': give a folder, or leave {option(name)} out")
     if args.save is not None and args.save_interval is None:
         raise ValueError(f"--save {args.save} needs --save-interval, the number of steps between two checkpoints")
     _check_load(args)
-    for name in ("adam_beta1", "adam_beta2", "attention_dropout", "hidden_dropout"):
+    for name in ("adam_beta1", "adam_beta2", "attention_dropout", "hidden_dropout", "layernorm_epsilon"):
         value = getattr(args, name, None)
         if value is not None and not 0 <= value < 1:
             raise ValueError(f"{option(name)} {value}: use a number from 0 up to, but not including, 1")
     if args.split and not re.fullmatch(r"[\d.,/ ]+", args.split):  # Megatron reads the digits and skips all else
         raise ValueError(f"--split {args.split}: use shares such as 99,1,0")
+    if args.split and not re.search("[1-9]", args.split):
+        raise ValueError(f"--split {args.split}: all shares are zero: use shares such as 99,1,0")
     if args.seed is not None and args.seed >= 2**31:  # to which ranks add their numbers, and NumPy takes 32 bits
         raise ValueError(f"--seed {args.seed}: use a whole number below {2**31}")
     if args.lr is not None and args.min_lr is not None and args.min_lr > args.lr:
@@ -97,10 +118,13 @@ def _check_load(args) -> None:
         return
     try:
         Path(args.load).stat()
+        problem = None if Path(args.load).is_dir() else "not a folder"
     except OSError as error:
+        problem = error.strerror
+    if problem:
         raise ValueError(
-            f"--load {args.load}: {error.strerror}: give the folder of a checkpoint, or leave it out to start anew"
-        ) from error
+            f"--load {args.load}: {problem}: give the folder of a checkpoint, or leave it out to start anew"
+        )
 
 
 def _check_values(validate_args, args, *positional, **keywords):

@@ -10,7 +10,7 @@ import numpy as np
 from linear_moe.evidence.classes import Rows, is_of, title
 from linear_moe.watching.headless_matplotlib import plt, save
 
-NAMES = ("memory_load.png", "memory_answers.png", "memory_text.png")
+NAMES = ("memory_load.png", "memory_layers.png", "memory_answers.png", "memory_text.png")
 LISTED = 8  # tokens of a memory in the table
 
 
@@ -34,8 +34,10 @@ def draw_all(folder: Path, models: Rows, history: Rows, output: Path, prefix: st
     chosen, first = [row for row in models if row["key"] in holdings], first_of(models, holdings)
     paths = [output / f"{prefix}{name}" for name in NAMES]
     draw_load(paths[0], chosen, models, history)
-    draw_answers(paths[1], holdings[first["key"]], title(first, models))
-    draw_text(paths[2], holdings[first["key"]], title(first, models))
+    unbalanced = [row for row in chosen if row["model"] == "mom-balancing-0"][:1]
+    draw_layers(paths[1], [first, *unbalanced], models, history)
+    draw_answers(paths[2], holdings[first["key"]], title(first, models))
+    draw_text(paths[3], holdings[first["key"]], title(first, models))
     return paths
 
 
@@ -67,6 +69,35 @@ def draw_load(path: Path, chosen: Rows, models: Rows, history: Rows) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     left.legend(fontsize=8)
+    save(figure, path)
+
+
+def draw_layers(path: Path, chosen: Rows, models: Rows, history: Rows) -> None:
+    """Shares of every memory along training: a row of panels a model, a panel a layer, a line a memory."""
+    courses = []
+    for model in chosen:
+        rows = {int(row["step"]): row for row in history if is_of(row, model) and row["load"]}
+        tokens = [int(rows[step]["tokens"]) / 1e6 for step in sorted(rows)]
+        names = [layer.split(":")[0] for layer in rows[max(rows)]["load"].split()]
+        courses.append((model, names, tokens, np.array([load_of(rows[step]) for step in sorted(rows)])))
+    columns = max(len(names) for _, names, _, _ in courses)
+    size = (1.2 + 2 * columns, 0.8 + 2 * len(courses))
+    figure, panels = plt.subplots(len(courses), columns, figsize=size, sharey=True, layout="constrained", squeeze=False)
+    for row_of_panels, (model, names, tokens, loads) in zip(panels, courses, strict=True):
+        for index, axes in enumerate(row_of_panels):
+            if index >= len(names):
+                axes.axis("off")
+                continue
+            for memory in range(loads.shape[2]):
+                axes.plot(tokens, loads[:, index, memory], linewidth=1, label=f"memory {memory}")
+            axes.set_title(f"layer {names[index]}", fontsize=8)
+            axes.tick_params(labelsize=7)
+            axes.grid(alpha=0.3)
+        row_of_panels[0].set_ylabel(title(model, models), fontsize=7)
+    panels[0][0].set_ylim(bottom=0)
+    panels[0][0].legend(fontsize=6)
+    figure.supxlabel("training tokens (millions)", fontsize=8)
+    figure.suptitle("Share of a layer's choices that every memory takes")
     save(figure, path)
 
 
@@ -126,6 +157,26 @@ def draw_text(path: Path, holding: dict, name: str) -> None:
                     loc="center left", bbox_to_anchor=(1, 0.5))  # fmt: skip
     figure.suptitle(f"{name}: where tokens of held-out text go")
     save(figure, path)
+
+
+def layers_table(holding: dict) -> str:
+    """A layer a line: shares of its memories, routing entropy, changes of answers, the loss without each memory."""
+    head = ["layer", "shares, %", "routing entropy", "change of a routed memory's answers", "of the shared memory's",
+            "rise of the loss without a routed memory", "without the shared memory"]  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    base = holding["losses"]["loss"]
+    for number, layer in holding["layers"].items():
+        rises = {memory: losses["loss"] - base for memory, losses in layer["without"].items()}
+        shared, routed = rises.pop("shared", None), list(rises.values())
+        changes = [layer["isolation"][kind] for kind in ("own", "shared")]
+        cells = [number, " ".join(f"{100 * share:.0f}" for share in layer["load"]), f"{layer['entropy']:.3f}"]
+        cells += [f"{np.mean(change):.1e}" if change else "" for change in changes]
+        cells += [
+            f"{min(routed):.3f} to {max(routed):.3f}" if routed else "",
+            "" if shared is None else f"{shared:.3f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def tokens_table(holding: dict) -> str:

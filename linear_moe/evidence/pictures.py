@@ -95,5 +95,6 @@ def draw_training(path: Path, models: Rows, history: Rows) -> None:
     right.set(xlabel="seconds of one GPU", title="Equal time")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    left.legend(**LEGEND)
+    if losses:
+        left.legend(**LEGEND)
     save(figure, path)

@@ -91,7 +91,8 @@ class Results:
         drawn = memory_pictures.draw_all(self.folder, self.models, self.history, self.pictures, prefix="results_")
         first = memory_pictures.first_of(self.models, holdings)
         shown = [self._picture(path.name, path.stem.removeprefix("results_").replace("_", " ")) for path in drawn]
-        return "\n\n".join([*shown, memory_pictures.tokens_table(holdings[first["key"]])])
+        held = holdings[first["key"]]
+        return "\n\n".join([*shown, memory_pictures.layers_table(held), memory_pictures.tokens_table(held)])
 
     def ablations_part(self) -> str:
         chosen = [row for row in self.models if row["model"] == "mom" or row["model"] in ABLATIONS]

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,17 +98,14 @@ def run_all(
                 failed.append(job)
                 say(f"{job.key} failed: {error if isinstance(error, RunFailed) else repr(error)}")
 
-    threads = [threading.Thread(target=work, args=(device,)) for device in place.devices]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            thread.join()
-    finally:  # an interrupt ends the processes too, each with a checkpoint
-        _ending.set()
-        for thread in threads:
-            thread.join()
-        _ending.clear()
+    with ThreadPoolExecutor(len(place.devices)) as pool:
+        workers = [pool.submit(work, device) for device in place.devices]
+        try:
+            wait(workers)
+        finally:  # an interrupt ends the processes too, each with a checkpoint
+            _ending.set()
+            wait(workers)
+            _ending.clear()
     return failed, late
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from linear_moe.conversion.checkpoint import MegatronCheckpoint, Unknown, find_checkpoint
-from linear_moe.entry.machine import prepare_machine
+from linear_moe.entry.machine import lone_process, prepare_machine
 
 
 @contextmanager
@@ -23,21 +23,13 @@ def trained_model(checkpoints: Path) -> Iterator[torch.nn.Module]:
     folder = find_checkpoint(checkpoints, None)
     saved = MegatronCheckpoint(folder)
     prepare_machine()
-    from megatron.core import parallel_state, tensor_parallel
-
     with_gpu = torch.cuda.is_available()
     if with_gpu:
         torch.cuda.set_device(0)
-    torch.distributed.init_process_group("nccl" if with_gpu else "gloo")  # in the world of one process of this machine
-    try:
-        parallel_state.initialize_model_parallel()
-        tensor_parallel.model_parallel_cuda_manual_seed(0)
+    with lone_process("nccl" if with_gpu else "gloo"):
         model = _build(saved.args, saved.rows("embedding.word_embeddings.weight"))
         _load(model, folder)
         yield model.eval()
-        parallel_state.destroy_model_parallel()
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def _build(arguments, rows: int) -> torch.nn.Module:

@@ -85,8 +85,10 @@ def _training_options(case: dict) -> Options | None:
 
 
 def _values(value: object) -> tuple[str, ...]:
-    """The words that Megatron's test runner makes of a value of a YAML file: lists stand in brackets there."""
-    text = str(value).strip()
+    """The words that Megatron's test runner makes of a value of a YAML file: lists stand in brackets there. The runner
+    repeats a test, and ${REPEAT} counts the repetitions.
+    """
+    text = str(value).strip().replace("${REPEAT}", "1")
     if value is True:
         return ()
     if re.fullmatch(r"\[[^\]]*\]", text):

@@ -9,6 +9,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -29,6 +30,10 @@ ENVIRONMENT = {
 }
 LIVE: set = set()
 """Processes that have not ended, of all runs."""
+ONE_AT_A_TIME = threading.Lock()
+"""Held by the thread that starts a process or reads an exit status: starting a process reads those of all others, and
+of two threads that read one status, one finds none and reports 255.
+"""
 GRACE = 3.0
 """Seconds that the other processes of a run have to say why, after the first has failed."""
 
@@ -68,7 +73,8 @@ def run(words: Sequence[str], number: int, clone: Path, folder: Path, log: Path,
         for rank, output in enumerate(outputs):
             place = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             process = server(clone).Process(target=_become, args=(list(words), str(folder), place, str(output)))
-            process.start()
+            with ONE_AT_A_TIME:
+                process.start()
             processes.append(process)
             LIVE.add(process)
         return _wait(processes, seconds)
@@ -86,8 +92,10 @@ def run(words: Sequence[str], number: int, clone: Path, folder: Path, log: Path,
 def _wait(processes: list, seconds: float) -> int | None:
     end, failed = time.monotonic() + seconds, None
     while True:
-        running = [process for process in processes if process.exitcode is None]
-        if failed is None and (failed := next((p.exitcode for p in processes if p.exitcode), None)) is not None:
+        with ONE_AT_A_TIME:
+            statuses = [process.exitcode for process in processes]
+        running = [process for process, status in zip(processes, statuses, strict=True) if status is None]
+        if failed is None and (failed := next(filter(None, statuses), None)) is not None:
             end = min(end, time.monotonic() + GRACE)
         if not running:
             return failed or 0
@@ -102,15 +110,19 @@ def _end(process) -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
-        process.kill()
-    process.join()
+        with ONE_AT_A_TIME:
+            process.kill()
+    connection.wait([process.sentinel])
+    with ONE_AT_A_TIME:
+        process.join()
     LIVE.discard(process)
 
 
 def end_all() -> None:
     """Ends the processes of all runs: those who wait for them return."""
     for process in list(LIVE):
-        process.kill()
+        with ONE_AT_A_TIME:
+            process.kill()
 
 
 def _become(words: list[str], folder: str, environment: dict[str, str], output: str) -> None:

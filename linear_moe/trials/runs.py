@@ -19,6 +19,8 @@ from linear_moe.trials.verdict import FAILS, TRAINS, Verdict, compare, judge, la
 SOFTMAX, MOM, RESUMED, SOFTMAX_RESUMED = "softmax", "mom", "resumed", "softmax resumed"
 RESUMES = {RESUMED: MOM, SOFTMAX_RESUMED: SOFTMAX}
 """A run that starts from a checkpoint -> the run that left the checkpoint."""
+RUNS = (MOM, SOFTMAX, *RESUMES)
+"""In the order in which they are made."""
 WORD = ("--token-mixer", "mom")
 
 

@@ -250,7 +250,8 @@ def _shrink_batches(options: Options, processes: int) -> int:
 
 
 def _shrink_schedule(options: Options, given: Options, steps: int, batch: int) -> None:
-    """As many steps as a run has, a learning rate that moves a small model, and hardly any warm-up."""
+    """As many steps as a run has, one of validation, a learning rate that moves a small model, hardly any warm-up."""
+    options.setdefault("--eval-iters", ("1",))  # Megatron's default is 100
     in_samples = "--train-samples" in given
     _set(options, "--train-samples" if in_samples else "--train-iters", steps * batch if in_samples else steps)
     for name, value in {

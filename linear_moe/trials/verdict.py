@@ -6,7 +6,14 @@ import math
 import re
 from dataclasses import dataclass
 
-TRAINS, REFUSED, FAILS = "trains", "refused", "fails"
+TRAINS, REFUSED, FAILS, STOPS = "trains", "refused", "fails", "stops as told"
+INJECTED = re.compile(
+    r"Injecting error type (\w+ error)$.*(Possible transient error|First rerun: unexpected result is reproducible)",
+    re.DOTALL | re.MULTILINE,
+)
+"""What Megatron's rerun machinery prints about an error that a command tells the machinery to inject."""
+STATUS_OF_RERUNS = (16, 17)
+"""The exit statuses with which the machinery ends a run: the checkpoint is to be resumed, or the result is wrong."""
 LEAST_FALL = 0.01
 """The share of the first loss by which the last must be smaller: the learning rate and the data let it fall further."""
 LEAST_NORM = 0.05
@@ -66,6 +73,10 @@ def judge(status: int | None, output: str, steps: int) -> Verdict:
     if status is None:
         return Verdict(FAILS, "no end within the time limit")
     found = steps_of(output)
+    if status in STATUS_OF_RERUNS and (injected := INJECTED.search(output)):
+        return Verdict(
+            STOPS, f"exit status {status}: Megatron's rerun machinery found its injected {injected[1].lower()}"
+        )
     if status != 0:
         line = last_error(output) or f"exit status {status} without an error"
         return Verdict(REFUSED if not found and REFUSAL.search(line) else FAILS, line)

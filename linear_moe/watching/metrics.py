@@ -8,6 +8,8 @@ Shape legend: tokens N, memories M, layers L.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
@@ -120,6 +122,25 @@ def scalars(report: dict) -> dict[str, float]:
     values |= {f"mom/entropy/layer_{layer:02d}": nats for layer, nats in report["entropy"].items()}
     values |= {f"mom/{name}": report[name] for name in ("load_max", *LOSSES) if report[name] is not None}
     return values
+
+
+def write_layout(layers: Iterable[int], writer) -> None:
+    """Writes TensorBoard's tab "Custom Scalars": the loss and the speed, then one chart a layer with all its memories.
+
+    layers: numbers of the layers with memories.
+    """
+    training = {
+        "loss": ["Multiline", ["lm loss", "lm loss validation"]],
+        "tokens per second": ["Multiline", ["tokens-per-second"]],
+        "learning rate": ["Multiline", ["learning-rate"]],
+        "gradient norm": ["Multiline", ["grad-norm"]],
+    }
+    memories = {
+        "balancing loss": ["Multiline", ["mom/load_balancing_loss"]],
+        **{f"load of layer {layer}": ["Multiline", [f"mom/load/layer_{layer:02d}/.*"]] for layer in layers},
+        "entropy": ["Multiline", ["mom/entropy/.*"]],
+    }
+    writer.add_custom_scalars({"training": training, "memories": memories})
 
 
 def write(values: dict[str, float], iteration: int, writer, wandb_writer) -> None:

@@ -24,7 +24,7 @@ from megatron.training import training
 from linear_moe.config import has_memories
 from linear_moe.watching.flops import FLOPS_TARGET, device_peak_flops
 from linear_moe.watching.lines import memory_line, other_fields, step_line, validation_line
-from linear_moe.watching.metrics import memory_metrics, scalars, summarize, write
+from linear_moe.watching.metrics import memory_metrics, scalars, summarize, write, write_layout
 from megatron_patches.patch import Patch, wrap
 
 INTERVALS_FOR_TIME_LEFT = 5
@@ -88,6 +88,7 @@ class Reporter:
         """Forgets an earlier run."""
         self.since_line = Interval()
         self.since_write = Interval()
+        self._has_layout = False
 
     def patch(self) -> Patch:
         """The patch that lets this reporter follow a run."""
@@ -113,8 +114,12 @@ class Reporter:
             self.print_line(settings, call, now)
             self.since_line = Interval(started=now)
         if plots:
-            values = self.plot_values(settings, now)
-            write(values, call["iteration"], training.get_tensorboard_writer(), training.get_wandb_writer())
+            values, writer = self.plot_values(settings, now), training.get_tensorboard_writer()
+            report = self.since_write.routing_report()
+            if writer is not None and report is not None and report["load"] and not self._has_layout:
+                write_layout(report["load"], writer)
+                self._has_layout = True
+            write(values, call["iteration"], writer, training.get_wandb_writer())
             self.since_write = Interval(started=now)
         return report_memory_flag
 

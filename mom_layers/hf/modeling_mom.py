@@ -10,7 +10,11 @@ import torch
 import torch.nn as nn
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import (
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
@@ -55,6 +59,19 @@ class MomPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "embeddings"
     _is_stateful = True
     _keep_in_fp32_modules_strict = sorted({name for rule in rule_names() for name in get_rule(rule).parameter_names})
+    # OpenSparseLLMs' layers have this parameter, and compute nothing with it.
+    _keys_to_ignore_on_load_unexpected = [r"\.attn\.D$"]
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        """The memories have one implementation, and the softmax layers PyTorch's. Raises ValueError for a request of
+        another one.
+        """
+        if attn_implementation not in (None, "eager", "sdpa"):
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r} is not supported: memories have no attention weights, "
+                "and softmax layers use PyTorch's scaled_dot_product_attention; leave the argument out"
+            )
+        return "eager"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -276,9 +293,84 @@ class MomForCausalLM(MomPreTrainedModel, GenerationMixin):
         return False
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={kind!r} is not supported: a memory's state has a constant size already; leave "
+                "the argument out"
+            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if generation_config.use_cache and model_kwargs.get(CACHE_NAME) is None:
             model_kwargs[CACHE_NAME] = MomCache(self.config)
+
+
+class MomForSequenceClassification(MomPreTrainedModel):
+    """:class:`MomModel` and a linear layer on the last token of a sequence that is not padding."""
+
+    def __init__(self, config: MomConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MomModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """
+        Args:
+            attention_mask: [B, T], 0 at padding on either side.
+            labels: [B] classes; [B] or [B, labels] numbers where ``config.num_labels`` is 1 or
+                ``config.problem_type`` is "regression"; [B, labels] zeros and ones for
+                "multi_label_classification".
+
+        The other arguments are :meth:`MomModel.forward`'s. The logits are [B, labels].
+
+        Raises:
+            ValueError: a batch of several sequences with neither ``attention_mask`` nor ``config.pad_token_id``, or
+                shapes that do not fit.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            return_dict=True,
+            **kwargs,
+        )
+        last = self._last_tokens(input_ids, attention_mask, outputs.last_hidden_state)
+        rows = torch.arange(last.shape[0], device=last.device)
+        logits = self.score(outputs.last_hidden_state[rows, last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+    def _last_tokens(self, input_ids, attention_mask, hidden_states) -> torch.Tensor:
+        """Index [B] of every sequence's last token that is not padding."""
+        batch, length = hidden_states.shape[:2]
+        positions = torch.arange(length, device=hidden_states.device)
+        if attention_mask is not None:
+            real = attention_mask.bool()
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        elif batch == 1:
+            real = torch.ones(1, length, dtype=torch.bool, device=hidden_states.device)
+        else:
+            raise ValueError("several sequences need an attention_mask, or pad_token_id in the configuration")
+        return torch.where(real, positions, 0).amax(1)
 
 
 def share_of_batch(labels: torch.Tensor, options: dict) -> torch.Tensor | float:

@@ -17,6 +17,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_mom.MomConfig",
     "AutoModel": "modeling_mom.MomModel",
     "AutoModelForCausalLM": "modeling_mom.MomForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_mom.MomForSequenceClassification",
 }
 # Imported on CUDA only. transformers refuses a model whose files import a package that is missing, unless the import
 # stands in a `try`.

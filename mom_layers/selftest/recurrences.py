@@ -5,7 +5,6 @@ Shape legend: rows R, segments S, slices P, heads H, key size K, value size V.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from types import ModuleType
 import torch
 
 from mom_layers import recur
+from mom_layers.common.chips import chip_of, forced
 from mom_layers.common.kernel_choice import compute_dtype
 from mom_layers.common.reference import unit_length
 from mom_layers.recur.rules import MemoryRule, RuleInputs, get_rule
@@ -38,19 +38,6 @@ def kernel_families() -> list[ModuleType]:
         if "kernel_sets" in {module.name for module in pkgutil.iter_modules(package.__path__)}:
             found.append(importlib.import_module(f"{name}.kernel_sets"))
     return found
-
-
-@contextlib.contextmanager
-def only_set(family: ModuleType, kernels: ModuleType):
-    """Inside, a family has one kernel set."""
-    before = family.KERNEL_SETS
-    try:
-        family.KERNEL_SETS = (kernels,)
-        family.kernel_set.cache_clear()
-        yield
-    finally:
-        family.KERNEL_SETS = before
-        family.kernel_set.cache_clear()
 
 
 def _parameters(rule: MemoryRule, setting: Setting, heads: int, k_dim: int) -> dict[str, torch.Tensor]:
@@ -187,10 +174,12 @@ def recurrence(
     for family in used:
         chosen = family.kernel_set(device, dtype, k_dim, v_dim)
         for kernels in family.KERNEL_SETS:
-            if kernels is not chosen and kernels.takes(family.chip_of(device), dtype, k_dim, v_dim):
-                yield Task(
-                    name, f"{about}, {kernels.NAME} kernels", built, dtype, work, partial(only_set, family, kernels)
-                )
+            problem = kernels.problem() if hasattr(kernels, "problem") else None
+            if kernels is chosen or problem or not kernels.takes(chip_of(device), dtype, k_dim, v_dim):
+                continue
+            yield Task(
+                name, f"{about}, {kernels.NAME} kernels", built, dtype, work, partial(forced, kernel_set=kernels.NAME)
+            )  # fmt: skip
 
 
 class _Slices(torch.autograd.Function):

@@ -50,6 +50,7 @@ SPLIT = {"expert_model_parallel_size": 2, "mom_expert_parallel": "on"}
         ({"mom_expert_parallel": "yes"}, "--mom-expert-parallel must be one of auto, on, off, got 'yes'"),
         ({"mom_kernels": "cuda"}, "--mom-kernels must be one of auto, torch, triton, got 'cuda'"),
         ({"linear_attention_freq": 1}, "--linear-attention-freq 1 leaves no MoM layer"),
+        ({"linear_attention_freq": 0}, "--linear-attention-freq 0 leaves no MoM layer"),
         ({"linear_attention_freq": [0, 0, 0, 0]}, "lists no MoM layer"),
         ({"linear_attention_freq": [1, 1]}, "a 0 or 1 for each of the 4 layers, got .1, 1."),
         (
@@ -104,6 +105,11 @@ EXPERTS = {"num_moe_experts": 8, "expert_model_parallel_size": 8, "moe_ffn_hidde
             {"expert_model_parallel_size": 2, "context_parallel_size": 4},
             "memories: all 4 on each of 2 expert-parallel ranks, because a memory reads whole sequences, and "
             "--expert-model-parallel-size 2 is no multiple of --context-parallel-size 4",
+        ),
+        (
+            {"expert_model_parallel_size": 2, "use_megatron_fsdp": True},
+            "memories: all 4 on each of 2 expert-parallel ranks, because --use-megatron-fsdp shards all parameters but "
+            "experts over every data-parallel rank",
         ),
         (
             {"expert_model_parallel_size": 2, "cuda_graph_impl": "full_iteration"},

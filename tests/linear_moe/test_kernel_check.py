@@ -116,6 +116,13 @@ def test_a_wrong_kernel_ends_the_run_each_time(machine):
     assert len(machine.runs) == 2 and not machine.kept.exists()
 
 
+def test_the_message_is_short_where_every_kernel_fails():
+    failed = [Line(f"kernel {n}", "", right=False, failure="RuntimeError: Cannot find ptxas") for n in range(9)]
+    message = kernel_check.describe(failed, "a chip")
+    assert message.startswith("kernels fail on a chip: kernel 0: RuntimeError: Cannot find ptxas | kernel 1: ")
+    assert "kernel 2" in message and "kernel 3" not in message and "| and 6 more. Use --mom-kernels torch" in message
+
+
 def test_a_check_that_could_not_run_ends_nothing_and_is_not_kept(machine, caplog):
     machine.lines = [RIGHT, LOST]
     check_kernels(arguments())

@@ -37,7 +37,10 @@ class Timer:
 
 class Writer:
     def __init__(self):
-        self.values = {}
+        self.values, self.layouts = {}, []
+
+    def add_custom_scalars(self, layout):
+        self.layouts.append(layout)
 
     def add_scalar(self, name, value, iteration):
         self.values.setdefault(name, {})[iteration] = value
@@ -209,6 +212,9 @@ def test_plots_and_lines_at_different_intervals_miss_nothing(run):
     def mean(first, last):
         return pytest.approx(sum(share[i] for i in range(first, last + 1)) / (last - first + 1))
 
+    (layout,) = run.writer.layouts
+    assert layout["training"]["loss"] == ["Multiline", ["lm loss", "lm loss validation"]]
+    assert layout["memories"]["load of layer 1"] == ["Multiline", ["mom/load/layer_01/.*"]]
     assert run.writer.values["mom/load/layer_01/memory_0"] == {3: mean(1, 3), 6: mean(4, 6), 9: mean(7, 9)}
     speed = {step: pytest.approx(4096 / mean_seconds) for step, mean_seconds in [(3, 2), (6, 5), (9, 8)]}
     assert run.writer.values["tokens-per-second"] == speed

@@ -11,12 +11,15 @@ from linear_moe.entry import run_checks
 
 
 def arguments(**values) -> SimpleNamespace:
-    settings = dict.fromkeys((*run_checks.AT_LEAST_ONE, *run_checks.NOT_NEGATIVE, "save", "load", "split"))
+    settings = dict.fromkeys(
+        (*run_checks.AT_LEAST_ONE, *run_checks.NOT_NEGATIVE, *run_checks.AT_MOST, "save", "load", "split", "eval_iters")
+    )
     return SimpleNamespace(**settings | {"lr": 1e-3, "min_lr": 0.0, "train_iters": 10} | values)
 
 
 def test_good_numbers_pass():
     run_checks.check_values(arguments())
+    run_checks.check_values(arguments(eval_iters=-1))  # in public scripts: no validation, as with 0
     run_checks.check_values(
         arguments(save="c", save_interval=5, lr_warmup_iters=9, lr_warmup_fraction=0.5, eval_iters=0)
     )
@@ -36,11 +39,26 @@ def test_negative_numbers_are_refused(name, value):
         run_checks.check_values(arguments(**{name: value}))
 
 
+@pytest.mark.parametrize("name", run_checks.AT_MOST)
+def test_numbers_that_are_slips_of_the_pen_are_refused(name):
+    most = run_checks.AT_MOST[name]
+    with pytest.raises(
+        ValueError, match=f"^{run_checks.option(name)} {most + 1}: use a whole number of at most {most}"
+    ):
+        run_checks.check_values(arguments(**{name: most + 1}))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"save": ""}, "--save '': give a folder"),
+        ({"load": ""}, "--load '': give a folder"),
+        ({"load": __file__}, f"--load {__file__}: not a folder"),
+        ({"split": "0,0"}, "--split 0,0: all shares are zero"),
+        ({"layernorm_epsilon": 1.0}, "--norm-epsilon 1.0: use a number from 0 up to, but not including, 1"),
         ({"save": "c"}, "--save c needs --save-interval"),
         ({"min_lr": 0.1}, "--min-lr 0.1 is larger than --lr 0.001"),
+        ({"eval_iters": -2}, r"--eval-iters -2: use a number of steps, or 0 \(or -1\) for no validation"),
         ({"lr_warmup_fraction": 1.0}, "--lr-warmup-fraction 1.0: use a share of the steps below 1"),
         ({"lr_warmup_iters": 10}, "--lr-warmup-iters 10: use fewer steps than --train-iters 10"),
         ({"lr_warmup_iters": 9, "lr_decay_iters": 5}, "--lr-warmup-iters 9: use fewer steps than --lr-decay-iters 5"),

@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import pkgutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from comparison import DEVICE
 from triton.runtime.jit import KernelInterface
 
 import mom_layers
-from mom_layers.selftest import command, report
-from mom_layers.selftest.cases import Case, Line, Setting, Task, check_task
+from mom_layers.selftest import command, decoding, operations, recurrences, report
+from mom_layers.selftest.cases import Case, Line, Setting, Task, check_task, time_task
 from mom_layers.selftest.checks import checks_of_a_run, tiny_checks
+from mom_layers.selftest.operations import Tokens
 from mom_layers.selftest.plan import Plan
 from mom_layers.selftest.processes import Worker, check_all
+from mom_layers.selftest.speed import floor_milliseconds
 from mom_layers.settings import MixerSettings
 
 TINY = Setting(DEVICE, torch.float32, repeats=1)
@@ -249,6 +252,59 @@ def test_lost_processes_cost_one_check(monkeypatch):
         assert worker.process is None
     finally:
         worker.close()
+
+
+REPAIR = """
+import sys
+sys.path.insert(0, {tests!r})
+import interpreter
+interpreter.repair()
+"""
+
+
+def test_checks_run_in_other_processes(tmp_path, monkeypatch):
+    if DEVICE == "cpu":
+        (tmp_path / "sitecustomize.py").write_text(REPAIR.format(tests=str(Path(__file__).parents[1])))
+        monkeypatch.syspath_prepend(str(tmp_path))
+    seen = []
+    plan = Plan(DEVICE, "float32", 1, only=("gather rows", "routing plan"))
+    found = check_all(plan, 2, lambda done, total: seen.append((done, total)))
+    assert list(found) == list(plan.checks()) and seen == [(1, 2), (2, 2)]
+    lines = [line for lines in found.values() for line in lines]
+    assert [line.kernel for line in lines] == ["routing plan", "gather rows"] and all(line.right for line in lines), (
+        lines
+    )
+
+
+def test_what_is_timed_runs(monkeypatch):
+    """The calls that a clock times on a GPU, here once each and small."""
+    monkeypatch.setattr(recurrences, "TIMED_ROWS", 70)
+    monkeypatch.setattr(recurrences, "TIMED_SEGMENTS", 3)
+    small, few = Tokens((3, 2)), Tokens((0, 4))
+    size = {"heads": 1, "k_dim": 16, "v_dim": 32}
+    checks = [
+        partial(operations.routing, tokens=3, memories=4, topk=2, timed=5),
+        partial(operations.planning, tokens=(few,), timed=small),
+        partial(operations.gathering, tokens=few, channels=16, timed=small),
+        partial(operations.projection, tokens=few, inputs=16, outputs=16, dtypes=(torch.float32,), timed=small),
+        partial(operations.convolutions, tokens=few, timed=small, **size),
+        partial(operations.combining, tokens=(few,), heads=1, v_dim=16, timed=small),
+        partial(decoding.decoding, rule="gated_deltanet", hidden=16, batches=(1,), timed=2, **size),
+        partial(recurrences.recurrence, name="gated_deltanet", timed=True, every_set=False, **size),
+        partial(recurrences.recurrence, name="gla", timed=True, every_set=False, **size),
+    ]
+
+    def clock(step):
+        step()
+        return 2.0
+
+    for check in checks:
+        for task in check(TINY):
+            line = time_task(task, clock)
+            assert line.right and line.milliseconds == 2.0, line.details
+            moved, flops = line.floor
+            assert moved > 0 and (flops > 0) == (task.kernel in ("grouped projection", "gated_deltanet", "gla"))
+            assert floor_milliseconds(moved, flops, (1e12, 1e12)) == pytest.approx(1e-9 * max(moved, flops))
 
 
 def test_lines_travel_between_processes():

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import warm_python
 from test_convert_names import VARIANTS, random_model, read_weights, same
 
+from linear_moe import __version__
 from linear_moe.commands import convert_from_hf, convert_to_hf
 from linear_moe.conversion.checkpoint import MegatronCheckpoint, find_checkpoint
 from linear_moe.conversion.verify import compare, exported_logits, megatron_logits
@@ -163,9 +164,9 @@ def test_megatron_the_export_and_a_plain_loop_agree(name, request):
 def test_verify_compares_the_export_with_megatron(hybrid, tmp_path, capsys):
     to_hf(hybrid, tmp_path / "export", "--verify", "--verify-tokens", "16", "--dtype", "bfloat16")
     assert "verified on 2 x 16 tokens: logits" in capsys.readouterr().out
-    command = ["--load", str(hybrid), "--save", str(tmp_path / "other"), "--verify", "--verify-bound=-1"]
+    command = ["--load", str(hybrid), "--save", str(tmp_path / "other"), "--verify", "--verify-bound", "0"]
     assert convert_to_hf.main(command) == 1
-    assert "differs from the checkpoint by more than -1" in capsys.readouterr().err
+    assert "differs from the checkpoint by more than 0:" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
@@ -190,9 +191,13 @@ def test_export_is_complete(hybrid_export, tokenizer_folder):
     assert config["norm_eps"] == 1e-5 and config["dtype"] == "float32" and not config["tie_word_embeddings"]
     generation = json.loads((hybrid_export / "generation_config.json").read_text())
     assert generation["pad_token_id"] == generation["eos_token_id"] == config["eos_token_id"]
-    for file in tokenizer_folder.iterdir():
-        assert filecmp.cmp(file, hybrid_export / file.name, shallow=False)
+    assert filecmp.cmp(tokenizer_folder / "tokenizer.json", hybrid_export / "tokenizer.json", shallow=False)
+    settings = json.loads((hybrid_export / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and settings["pad_token"] == settings["eos_token"]
+    assert "backend" not in settings
+    assert config["pad_token_id"] is None  # the embedding of the end-of-sequence token is trained
     card = (hybrid_export / "README.md").read_text()
+    assert "arxiv:2502.13685" in card and f"linear-moe {__version__}, commit " in card
     assert "| tokens seen | 128 |" in card and "mock data" in card and "tensor 2" in card
     assert str(tokenizer_folder.parent) not in card
     assert (hybrid_export / "modeling_mom.py").is_file()

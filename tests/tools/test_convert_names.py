@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from linear_moe.conversion.config import arguments_from_config, config_from_arguments, layout_of, parse_config
 from linear_moe.conversion.files import ConversionError
+from linear_moe.conversion.loading import load_model
 from linear_moe.conversion.names import QKV, entries
 from mom_layers.hf import MomConfig, MomForCausalLM
 
@@ -52,6 +53,13 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(
         one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
     )
+
+
+def older_content(**settings) -> dict:
+    """config.json as OpenSparseLLMs/MoM writes it."""
+    sizes = {name: value for name, value in TINY.items() if name not in ("num_memories",)}
+    older = {"num_experts": 2, "shared_mem": True, "single_expert": False, "use_gate": True, "norm_first": False}
+    return sizes | older | {"expand_v": 1, "capacity": 1.0, "model_type": "mom_gated_deltanet"} | settings
 
 
 def layout(**settings):
@@ -178,3 +186,22 @@ def test_the_balancing_loss_weighs_the_same_in_both_formats(settings):
     torch.testing.assert_close(ours, theirs)
     attention = [layer for spec in config.attention_specs() for layer in spec.layers]
     assert config_from_arguments(args, attention, config.vocab_size, {})["aux_loss_scale"] == 0.03
+
+
+def test_configurations_of_the_older_repository(tmp_path):
+    config = parse_config(older_content(num_experts=4, topk=2), set())
+    assert (config.num_memories, config.topk, config.shared_mem, config.model_type) == (4, 2, True, "mom")
+    only_type = parse_config({"model_type": "mom_gated_deltanet"}, set())
+    assert (only_type.num_memories, only_type.expand_v, only_type.shared_mem, only_type.num_heads) == (8, 2, False, 6)
+    with pytest.raises(ConversionError, match="norm_first must be false"):
+        parse_config(older_content(norm_first=True), set())
+    with pytest.raises(ConversionError, match="use_output_gate"):
+        parse_config(older_content(use_gate=False), set())
+
+    model = random_model(tmp_path)
+    weights = read_weights(tmp_path)
+    weights |= {f"model.layers.{layer}.attn.D": torch.ones(2) for layer in range(2)}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(older_content()))
+    loaded = load_model(tmp_path)
+    assert same(loaded.state_dict(), model.state_dict())

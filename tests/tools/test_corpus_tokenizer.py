@@ -85,3 +85,26 @@ def test_sample_is_bounded_and_does_not_depend_on_the_order():
     assert 800 < sum(map(len, forwards)) <= 1000
     assert len({int(text.split()[1]) // 50 for text in forwards}) == 4  # from each quarter
     assert sample_texts([chunk_of("x" * 5000)], "text", 1000, BadDocuments(0)) == ["x" * 1000]
+
+
+def test_a_trained_tokenizer_loads_in_transformers_4_and_5(tokenizer_folder, tmp_path):
+    """transformers 4.57 has no class TokenizersBackend, and takes special tokens as a list of another name."""
+    from linear_moe.conversion.files import copy_tokenizer, load_tokenizer
+
+    settings = json.loads((tokenizer_folder / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and settings.get("pad_token") is None
+    copy_tokenizer(tokenizer_folder, tmp_path / "export", pads=True)
+    tokenizer = load_tokenizer(tmp_path / "export")
+    assert tokenizer.pad_token == tokenizer.eos_token
+    batch = tokenizer(["a", "a longer text"], padding=True)
+    assert len(set(map(len, batch.input_ids))) == 1 and 0 in batch.attention_mask[0]
+    # Megatron leaves a padding token out of the loss.
+    copy_tokenizer(tmp_path / "export", tmp_path / "megatron", pads=False)
+    assert load_tokenizer(tmp_path / "megatron").pad_token is None
+
+
+def test_a_card_names_license_language_and_data():
+    from linear_moe.conversion.card import CardFacts
+
+    facts = CardFacts("me/mom", "apache-2.0", ["en", "de"], ["me/texts"])
+    assert facts.front_matter() == ('license: "apache-2.0"\nlanguage:\n- "en"\n- "de"\ndatasets:\n- "me/texts"\n')

@@ -11,6 +11,8 @@ import torch
 
 from linear_moe.cli import main as cli
 from linear_moe.commands import doctor
+from mom_layers.common.chips import forced
+from mom_layers.recur.scalar_delta import hopper
 
 ROOT = Path(__file__).parents[2]
 
@@ -151,8 +153,15 @@ def test_a_device_and_its_kernels(monkeypatch):
     assert finding.about == "some kernels on cuda:0 in torch.bfloat16"
 
 
-def test_the_kernels_of_a_device():
-    assert doctor.kernels_of(torch.device("cpu"), torch.bfloat16) == "general kernels for heads of 256 in bfloat16"
+def test_the_kernels_of_a_device(monkeypatch):
+    place = torch.device("cpu")
+    with forced(chip="sm_80"):
+        assert doctor.kernels_of(place, torch.bfloat16) == "general kernels for heads of 256 in bfloat16"
+    monkeypatch.setattr(hopper, "problem", lambda: "this Triton is too new")
+    with forced(chip="sm_90"):
+        assert doctor.kernels_of(place, torch.bfloat16) == (
+            "general kernels for heads of 256 in bfloat16; the Hopper kernels do not run: this Triton is too new"
+        )
 
 
 def test_what_triton_needs_to_compile(monkeypatch, tmp_path):

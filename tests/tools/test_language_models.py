@@ -1,8 +1,10 @@
 """Language models on real text: the corpus, the tokens that repeat, the jobs, the time, the rows and the tables."""
 
 import json
+import os
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
@@ -16,7 +18,7 @@ from linear_moe.evidence.classes import comparisons, title
 from linear_moe.evidence.repeats import DISTANCES, FREQUENCIES, LONGEST, BigramCounts, Repeats, find_repeats
 from linear_moe.recall import records
 
-SHAPE = jobs.Shape(layers=2, hidden=32, ffn=64, attention_heads=2, heads=4, head_dim=16, length=8, vocabulary=32)
+SHAPE = jobs.Shape(layers=2, hidden=32, ffn=64, attention_heads=2, heads=4, head_dim=16, length=32, vocabulary=32)
 TRAINING = jobs.Training(tokens=256, batch=4, micro_batch=2, precision="fp32")
 ORIGIN = dict(zip(records.ORIGIN, ("CPU", "1", "2", "abc", "tools/language_models.py"), strict=True))
 LINES = [f"line {number} of a file that no other file has" for number in range(50)]
@@ -260,13 +262,13 @@ def test_an_interrupt_ends_the_processes_of_the_jobs(tmp_path, monkeypatch):
     lasting, ended = [sys.executable, "-c", "import time; time.sleep(60)"], []
     monkeypatch.setattr(runs, "run", lambda *rest: ended.append(runs._call(lasting, tmp_path, None, float("inf"))))
     place = runs.Place(tmp_path, (tmp_path, tmp_path), tmp_path, (None,))
-    previous = signal.signal(signal.SIGALRM, lambda *_: sys.exit(143))
-    signal.setitimer(signal.ITIMER_REAL, 1.5)
+    previous = signal.signal(signal.SIGUSR1, lambda *_: sys.exit(143))
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
     try:
         with pytest.raises(SystemExit):
             runs.run_all([job("mom"), job("gdn")], place, Future(), {}, ORIGIN, quiet)
     finally:
-        signal.signal(signal.SIGALRM, previous)
+        signal.signal(signal.SIGUSR1, previous)
     assert ended == [False]  # the first was stopped, the second never begun
 
 

@@ -100,7 +100,7 @@ def test_the_quick_run_trains_measures_writes_and_does_not_train_again(tmp_path)
     parts = {found[1]: found[2] for found in PART.findall(text)}
     assert {name for name, part in parts.items() if NOT_MEASURED in part} == {"ablations"}
     pictures = re.findall(r"\]\((pictures/\S+)\)", text)
-    assert len(pictures) == 7 and all((tmp_path / "out" / picture).is_file() for picture in pictures)
+    assert len(pictures) == 8 and all((tmp_path / "out" / picture).is_file() for picture in pictures)
 
     # Memories: shares are shares, a routed memory's answers come from its own tokens, the shared memory's do not.
     (held,) = (measured / "language_models").glob("memories_mom*.json")
@@ -117,6 +117,30 @@ def test_the_quick_run_trains_measures_writes_and_does_not_train_again(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 models, 2 of them finished before" in done.stdout and " models to train for " not in done.stdout
     assert (tmp_path / "out/RESULTS.md").read_text() == text
+
+
+def test_models_of_full_size_are_not_trained_without_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert command.main(["--output", str(tmp_path), "--measured", str(tmp_path)]) == 1
+    assert "needs a GPU: give --quick, or --document-only" in capsys.readouterr().err
+
+
+def test_rows_of_another_machine_are_added(tmp_path, capsys):
+    other = tmp_path / "other"
+    (other / "data").mkdir(parents=True)
+    (other / "memories_x.json").write_text("{}")
+    words = ["--quick", "--output", str(tmp_path / "out"), "--add", str(other)]
+    assert command.main(words) == 1
+    assert f"--add {other} has no models.csv" in capsys.readouterr().err
+    row = {"key": "k", "data": "d"}
+    for name in (tables.POSITIONS, tables.MODELS):
+        records.append(other / name, [row])
+    for _ in range(2):
+        command.add_models(other, tmp_path / "kept")
+    assert records.read(tmp_path / "kept" / tables.MODELS) == [row]
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
+        "memories_x.json", "models.csv", "positions.csv",
+    ]  # fmt: skip
 
 
 def test_a_tool_that_fails_is_named_after_the_document_was_written(tmp_path, monkeypatch, capsys):

@@ -34,6 +34,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--trust-checkpoint", action="store_true", help="run whatever code the checkpoint's files name, as PyTorch does"
     )
+    card = parser.add_argument_group("model card")
+    card.add_argument("--name", metavar="OWNER/MODEL", help="name of the model on the Hugging Face hub")
+    card.add_argument("--license", metavar="ID", help="license of the weights, such as apache-2.0")
+    card.add_argument("--language", nargs="+", default=[], metavar="CODE", help="languages of the data, such as en")
+    card.add_argument("--datasets", nargs="+", default=[], metavar="NAME", help="data sets on the hub")
     verify = parser.add_argument_group("check")
     verify.add_argument(
         "--verify", action="store_true", help="run one batch through both models in float32 and compare"

@@ -20,6 +20,7 @@ from linear_moe.commands.values import default_device, device, picture, whole
 from linear_moe.commands.values import path as a_path
 
 REACH = 32  # length of a window over the training length, without --max-length and where the text is long enough
+WINDOWS = 4  # at least, without --max-length and where the text is long enough
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -32,7 +33,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="do not put the end-of-document token, which every document of the training text follows, before a text",
     )
     parser.add_argument("--train-length", type=whole(1), help="tokens [the configuration's max_position_embeddings]")
-    parser.add_argument("--max-length", type=whole(1), help=f"tokens a window [{REACH} times the training length]")
+    parser.add_argument(
+        "--max-length",
+        type=whole(1),
+        help=f"tokens a window [{REACH} times the training length; less where the text has no {WINDOWS} such windows]",
+    )
     parser.add_argument("--stride", type=whole(1), help="tokens from one window's start to the next [--max-length]")
     parser.add_argument("--max-windows", type=whole(1), help="read no more than this many, spread over the text")
     parser.add_argument("--lengths", type=_lengths, help="ends of the table's rows, as 512,2048,8192 [powers of two]")

@@ -18,6 +18,7 @@ MODEL_ARGS:
   --fp16: false
   --moe-layer-freq: ([0]*3+[1]*9)
   --recompute-modules: "[moe_act mlp]"
+  --seed: ${REPEAT}
   --save: ${CHECKPOINT_SAVE_PATH}
 """
 
@@ -48,6 +49,7 @@ def test_training_commands_of_test_cases(clone):
         "--bf16": (),
         "--moe-layer-freq": ("([0]*3+[1]*9)",),
         "--recompute-modules": ("moe_act", "mlp"),
+        "--seed": ("1",),
         "--save": ("${CHECKPOINT_SAVE_PATH}",),
     }
 
@@ -139,6 +141,11 @@ def test_a_virtual_pipeline_keeps_its_chunks():
         AXES.format(1, 8, 1) + "--num-layers 61 --mtp-num-layers 1 --pipeline-model-parallel-layout Et|(tt|)*30mL"
     )
     assert (options["--pipeline-model-parallel-layout"], options["--num-layers"]) == (("Et|t|t|tmL",), ("4",))
+
+
+@pytest.mark.parametrize(("given", "steps"), [("", "1"), ("--eval-iters 100", "1"), ("--eval-iters -1", "-1")])
+def test_validation_is_short(given, steps):
+    assert shrunk(f"--num-layers 2 {given}")[1]["--eval-iters"] == (steps,)
 
 
 def test_kinds_of_layers_stay():

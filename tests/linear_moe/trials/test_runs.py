@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from linear_moe.commands.try_megatron_commands import in_order, next_run
 from linear_moe.trials import processes, runs
-from linear_moe.trials.shrink import Trial
+from linear_moe.trials.argument_sets import ArgumentSet, to_options
+from linear_moe.trials.shrink import Trial, shrink
+from linear_moe.trials.table import Rows
+from linear_moe.trials.verdict import FAILS, TRAINS
 
 
 @pytest.fixture
@@ -68,3 +72,47 @@ def test_processes_of_a_run(tmp_path, monkeypatch, word, status):
     assert f"rank 0 of 2 {word}" in text and f"rank 1 of 2 {word}" in text
     assert ("ValueError: rank 1 fails" in text) == (word == "fail")
     assert not list(tmp_path.glob("run.[01]")) and not processes.LIVE
+
+
+def test_one_thread_at_a_time_reads_exit_statuses():
+    """multiprocessing reads the statuses of all processes where one is started, and a status can be read once."""
+
+    class Process:
+        sentinel = None
+
+        @property
+        def exitcode(self):
+            assert processes.ONE_AT_A_TIME.locked()
+            return 0
+
+    assert processes._wait([Process(), Process()], seconds=1) == 0
+    assert not processes.ONE_AT_A_TIME.locked()
+
+
+def test_runs_go_on_from_rows_without_their_checkpoints(place, tmp_path):
+    rows, made = Rows(tmp_path / "rows.csv"), set()
+
+    def finish(run, result, *, checkpoint=False):
+        assert next_run(trial(), rows, place, made) == run
+        made.add(run)
+        rows.add(set="tests/a", run=run, processes="2", result=result, reason="", seconds="1.0")
+        if checkpoint:
+            (place.output / "runs" / "tests_a" / run / "checkpoints" / "iter_0000003").mkdir(parents=True)
+
+    for run in (runs.MOM, runs.SOFTMAX):  # of an earlier call on another machine
+        rows.add(set="tests/a", run=run, processes="2", result=TRAINS, reason="", seconds="1.0")
+    finish(runs.MOM, TRAINS, checkpoint=True)
+    finish(runs.RESUMED, FAILS)
+    finish(runs.SOFTMAX, TRAINS)
+    assert next_run(trial(), rows, place, made) is None  # the run with softmax left no checkpoint
+    made.clear()
+    finish(runs.SOFTMAX, TRAINS, checkpoint=True)
+    finish(runs.SOFTMAX_RESUMED, TRAINS)
+    assert next_run(trial(), rows, place, set()) is None
+
+
+def test_new_kinds_come_first_and_the_same_command_once():
+    words = {"a": "--num-layers 12", "b": "--num-layers 16 --lr 1", "c": "--num-layers 24", "d": "--fp16"}
+    sets = [ArgumentSet(name, "pretrain_gpt.py", to_options(text.split())) for name, text in words.items()]
+    order = in_order(sets, [shrink(given) for given in sets])
+    assert [[trial.name for trial in same] for same in order] == [["a", "c"], ["d"], ["b"]]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from linear_moe.trials.table import Rows, markdown, summary
-from linear_moe.trials.verdict import FAILS, REFUSED, TRAINS, compare, judge, last_error
+from linear_moe.trials.table import Rows, exceptions, groups, markdown, summary
+from linear_moe.trials.verdict import FAILS, REFUSED, STOPS, TRAINS, compare, judge, last_error
 
 
 def output(losses, norms=None):
@@ -14,6 +14,9 @@ def output(losses, norms=None):
         f"loss scale: 1.0 | grad norm: {norm:.3f} | num zeros: 1.0 |"
         for number, (loss, norm) in enumerate(zip(losses, norms, strict=True), 1)
     )
+
+
+INJECTED = output([4.8]) + "\nWARNING:megatron.core.rerun_state_machine:Injecting error type Transient error\n"
 
 
 @pytest.mark.parametrize(
@@ -32,6 +35,10 @@ def output(losses, norms=None):
         (1, "RuntimeError: invalid tensor size\n", FAILS, "RuntimeError: invalid tensor size"),
         (1, "RuntimeError: --token-mixer mom: no layer\n", REFUSED, "no layer"),
         (16, "the end\n", FAILS, "exit status 16 without an error"),
+        (16, INJECTED + "First rerun: unexpected result is reproducible\n", STOPS, "exit status 16: Megatron's rerun"),
+        (17, 2 * (INJECTED + "Rank 0: Possible transient error!!\n"), STOPS, "found its injected transient error"),
+        (17, "Rank 0: Possible transient error!!\n", FAILS, "exit status 17 without an error"),
+        (1, INJECTED + "Rank 0: Possible transient error!!\n", FAILS, "exit status 1 without an error"),
     ],
 )
 def test_verdict_on_an_output(status, text, result, reason):
@@ -75,3 +82,49 @@ def test_rows_are_kept_and_tabled(tmp_path):
     again.forget([FAILS])
     assert again.result("tests/a", "mom") is None
     assert Rows(tmp_path / "rows.csv").result("tests/b", "resumed") == TRAINS
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Rows of five sets: two that are refused alike, a run that stops, a resumption that differs, and one to be run."""
+    rows = Rows(tmp_path / "rows.csv")
+    for name, results in {
+        "tests/gpt/a": {"mom": REFUSED, "softmax": TRAINS},
+        "tests/gpt/b": {"mom": REFUSED, "softmax": TRAINS},
+        "tests/moe/c": {"mom": STOPS, "softmax": STOPS},
+        "public/d": {"mom": TRAINS, "softmax": TRAINS, "resumed": FAILS, "softmax resumed": FAILS},
+        "public/e": {"mom": TRAINS, "softmax": REFUSED, "resumed": TRAINS},
+    }.items():
+        for run, result in results.items():
+            rows.add(set=name, run=run, processes="2", result=result, reason=f"why {result}", seconds="1.0")
+    return rows
+
+
+NAMES = ("tests/gpt/a", "tests/gpt/b", "tests/moe/c", "public/d", "public/e", "public/f")
+
+
+def test_exceptions_have_a_line_for_each_reason(rows):
+    assert exceptions(rows, NAMES).splitlines()[2:] == [
+        "| tests/gpt/a and 1 more | trains | refused |  | why refused |",
+        "| tests/moe/c | stops as told | stops as told |  | why stops as told |",
+        "| public/d | trains | trains | differs, as with softmax | resumed: why fails |",
+    ]
+
+
+def test_sets_are_counted_by_where_they_come_from(rows):
+    assert groups(rows, NAMES).splitlines()[2:] == [
+        "| tests/gpt | 2 | 2 | 0 | 0 | 0 | 2 | 0 | 2 |",
+        "| tests/moe | 1 | 1 | 0 | 0 | 1 | 0 | 0 | 0 |",
+        "| public | 3 | 2 | 2 | 1 | 0 | 0 | 0 | 0 |",
+        "| all | 6 | 5 | 2 | 1 | 1 | 2 | 0 | 2 |",
+    ]
+
+
+def test_sets_with_the_same_command_share_their_rows(rows):
+    rows.share(["public/d", "public/x", "tests/gpt/a"])
+    again = Rows(rows.file)
+    assert [again.result("public/x", run) for run in ("mom", "softmax", "resumed")] == [TRAINS, TRAINS, FAILS]
+    assert again.result("tests/gpt/a", "mom") == REFUSED
+    rows.add(set="public/d", run="mom", processes="2", result=FAILS, reason="", seconds="1.0")
+    rows.share(["public/d", "public/x"], "mom")
+    assert Rows(rows.file).result("public/x", "mom") == FAILS

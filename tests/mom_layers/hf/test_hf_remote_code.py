@@ -72,6 +72,7 @@ def test_configuration_names_the_code(export):
         "AutoConfig": "configuration_mom.MomConfig",
         "AutoModel": "modeling_mom.MomModel",
         "AutoModelForCausalLM": "modeling_mom.MomForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_mom.MomForSequenceClassification",
     }
     before = {path: path.read_bytes() for path in directory.iterdir()}
     assert set(save_remote_code(directory)) <= set(before)
