@@ -115,7 +115,7 @@ def _check_here(plan: Plan, place: str, files: list[Path]) -> None:
         _write(files[1:], RIGHT)  # for ranks that have another cache
         return
     logger.info(
-        "kernels: checking them once on %s (half a minute where they are not compiled yet; --no-kernel-check skips this)",
+        "kernels: checking them once on %s (half a minute with an empty cache; --no-kernel-check skips this)",
         place,
     )
     start = time.monotonic()
