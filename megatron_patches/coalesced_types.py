@@ -1,8 +1,9 @@
 """Sends tensors of several types in collectives of their own, where Megatron coalesces the collectives into one.
 
 Megatron FSDP sends all buckets of a layer in one coalesced collective. A layer with float32 parameters among 16-bit
-ones has buckets of two types. A coalesced all-reduce takes one type, over NCCL and over gloo, and gloo's coalesced
-gather garbles the second type.
+ones has buckets of two types. A coalesced reduction takes the operation of its first bucket for all: bf16 gradients are
+scaled before a sum, float32 gradients by the sum, so that one of the two would be scaled twice or not at all. A
+coalesced all-reduce takes one type, over NCCL and over gloo, and gloo's coalesced gather garbles the second type.
 """
 
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ def _each_type(coalesce, group=None, device=None, async_ops=False):
 
 PATCH = Patch(
     name="coalesced-types",
-    reason="Megatron FSDP sends buckets of several types in one coalesced collective, which takes one type",
+    reason="Megatron FSDP sends buckets of several types in one coalesced collective, which has one type and one scale",
     removed_when="Megatron FSDP coalesces the collectives of each type apart",
     targets=(
         wrap(
