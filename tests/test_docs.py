@@ -308,7 +308,7 @@ def test_messages_in_the_troubleshooting_are_those_of_the_code():
     for message in rows:
         if not message.startswith("`") or any(word in message for word in FOREIGN):
             continue
-        for part in re.split(r"\.\.\.|\d+", message.strip("`")):
+        for part in re.split(r"\.\.\.|\d+|`, `", message.strip("`")):
             if len(part.strip(" :'`.")) > 8:
                 assert part.strip(" :'`.") in text, message
                 checked += 1
