@@ -7,6 +7,7 @@ SystemExit(2) for a wrong command line. `run_command` is the one path from an er
 from __future__ import annotations
 
 import errno
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -20,6 +21,8 @@ def run(name: str) -> int:
     SIGTERM, and SIGHUP unless nohup has it ignored, end the command by ``SystemExit``, so that a half-written file is
     removed on the way out.
     """
+    # Without a GPU this logger warns of a CUDA compiler that has no device to compile for.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda received, _: sys.exit(128 + received))

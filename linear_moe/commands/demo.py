@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -81,7 +82,7 @@ def demo(args: argparse.Namespace) -> None:
         f"{corpus}-valid", "--data-cache-path", folder / "data-cache",
     ]  # fmt: skip
     files = ["--save", checkpoints, "--load", checkpoints, "--tensorboard-dir", board, "--log-file", folder / "log.txt"]
-    launch = ["-m", "linear_moe.entry.launch", "--nproc-per-node", args.processes, "--master-port", 0, "-m"]
+    launch = ["-m", "linear_moe.entry.launch", "--nproc-per-node", args.processes, "--master-port", free_port(), "-m"]
     run_to_end(
         *launch, "linear_moe.pretrain", *MODEL, *TRAINING, "--train-iters", args.steps, *batch, *data, *files,
         threads=max((os.cpu_count() or 1) // args.processes, 1),
@@ -90,6 +91,12 @@ def demo(args: argparse.Namespace) -> None:
     export, load = shlex.quote(str(folder / "hf")), shlex.quote(str(checkpoints))
     print(f"next:  linear-moe convert-to-hf --load {load} --save {export}")
     print(f'       linear-moe generate --load {export} --prompt "def forward(self"')
+
+
+def free_port() -> int:
+    """A port of this machine that no program listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
 
 def _step(*words: object) -> None:

@@ -33,6 +33,7 @@ from linear_moe.commands.arguments.preprocess_data import (
 )
 from linear_moe.corpus import files as corpus_files
 from linear_moe.corpus.files import BadDocuments, Chunk, CorpusError, find_files, read_chunks
+from linear_moe.corpus.hub import as_files, has_rows, tokenizer_folder
 from linear_moe.corpus.tokenizer import (
     ChunkEncoder,
     EncodedChunk,
@@ -64,7 +65,16 @@ def preprocess(args: argparse.Namespace) -> dict:
         OSError: a file cannot be read or written. Nothing is left behind in either case.
     """
     started = time.monotonic()
-    files = find_files(args.input, args.suffixes, partial(print, file=sys.stderr))
+    with ExitStack() as stack:
+        inputs = args.input
+        if any(map(has_rows, inputs)):
+            folder = stack.enter_context(temporary_folder(Path(f"{args.output}-rows")))
+            inputs = as_files(inputs, args.json_key, args.split, folder)
+        return _preprocess(args, inputs, started)
+
+
+def _preprocess(args: argparse.Namespace, inputs: Sequence[Path], started: float) -> dict:
+    files = find_files(inputs, args.suffixes, partial(print, file=sys.stderr))
     if not files:
         raise CorpusError(f"no file ends in one of {args.suffixes} under {[str(path) for path in args.input]}")
     outputs = output_files(args)
@@ -99,7 +109,7 @@ def preprocess(args: argparse.Namespace) -> dict:
 
 def _tokenizer(args: argparse.Namespace, files: list[Path]) -> TokenizerSpec:
     if not args.train_tokenizer:
-        return load_tokenizer(args.tokenizer.resolve(), args.trust_remote_code)
+        return load_tokenizer(tokenizer_folder(args.tokenizer), args.trust_remote_code)
     bad = BadDocuments(args.max_bad_lines)
     texts = sample_texts(read_chunks(files), args.json_key, args.tokenizer_bytes, bad)
     if not any(texts):

@@ -16,6 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from linear_moe.commands import run_command
 from linear_moe.commands.values import path as a_path
 from linear_moe.commands.values import positive
@@ -73,13 +75,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def results(args: argparse.Namespace, deadline: float) -> None:
     """Trains what is missing until the deadline, and writes the document.
 
-    Raises StepFailed after the document was written, where a tool failed.
+    Raises ValueError where there is no GPU for models of full size, StepFailed after the document was written, where a
+    tool failed.
     """
+    trains = not (args.document_only or args.add)
+    if trains and not args.quick and not torch.cuda.is_available():
+        raise ValueError("training what is missing needs a GPU: give --quick, or --document-only")
     for folder in args.add:
         if not (folder / tables.MODELS).is_file():
             raise ValueError(f"--add {folder} has no {tables.MODELS}: give a folder of tools/language_models.py")
         add_models(folder, args.measured / LANGUAGE_MODELS)
-    failed = [] if args.document_only or args.add else train(args, deadline)
+    failed = train(args, deadline) if trains else []
     source = args.document if args.document.exists() else ROOT / "RESULTS.md"
     found = Results(args.measured, args.pictures, args.pictures.relative_to(args.document.parent).as_posix())
     text = fill(source.read_text(encoding="utf-8"), found)

@@ -169,7 +169,7 @@ def show_log(*, streams: QuietStreams | None = None) -> None:
         errors = logging.StreamHandler(streams._screens[1])
         errors.setFormatter(logging.Formatter("%(message)s"))
         errors.setLevel(logging.ERROR)
-        logging.basicConfig(handlers=[kept, errors])
+        logging.basicConfig(handlers=[kept, errors], force=True)  # a library may have set up the log already
         handlers.append(kept)
     elif streams:
         logging.basicConfig(format="%(message)s")

@@ -16,20 +16,23 @@ from linear_moe.entry.launch import use_loopback_store
 from megatron_patches import (
     bucket_types,
     checkpoints,
+    coalesced_types,
     dataset_helpers,
     early_gather,
     first_checkpoint,
     float16_optimizer,
     float32_parameters,
+    latent_attention,
     layer_wise_optimizer,
     parameter_groups,
+    releases,
     reshardable_optimizer,
     torch_fsdp2,
     torch_norm,
     trusted_checkpoints,
 )
 from megatron_patches.child_processes import end_with_parent
-from megatron_patches.patch import Patch, apply_all
+from megatron_patches.patch import Patch, PatchError, apply_all
 
 
 def training_patches() -> tuple[Patch, ...]:
@@ -40,10 +43,12 @@ def training_patches() -> tuple[Patch, ...]:
         layer_wise_optimizer.PATCH,
         parameter_groups.PATCH,
         bucket_types.PATCH,
+        coalesced_types.PATCH,
         early_gather.PATCH,
         reshardable_optimizer.PATCH,
         torch_fsdp2.PATCH,
         torch_norm.PATCH,
+        latent_attention.PATCH,
         trusted_checkpoints.PATCH,
         *checkpoints.patches(),
         first_checkpoint.PATCH,
@@ -52,7 +57,12 @@ def training_patches() -> tuple[Patch, ...]:
 
 
 def start() -> None:
-    """Lets Megatron start on this machine: in one process without torchrun, without a GPU, and from its wheel."""
+    """Lets Megatron start on this machine: in one process without torchrun, without a GPU, and from its wheel.
+
+    Raises PatchError for a Megatron that is older than every supported one.
+    """
+    if reason := releases.why_too_old():
+        raise PatchError(reason)
     if "RANK" not in os.environ:  # torchrun did not start this process: a world of one process
         # Port 0 is any free port. No other process connects to it.
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}

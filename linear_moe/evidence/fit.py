@@ -44,14 +44,15 @@ def rehearse(
         try:
             if not call_trainer(words, folder, device, place.deadline):
                 raise OutOfTime("the time is up")
-            speed = tables.speed(read_history(folder))
+            # The highest: other processes, such as those that make the corpus, only slow a run down.
+            speed = max(tables.speeds(read_history(folder)), default=0.0)
             say(f"{job.name}: {speed:,.0f} tokens/s")
             measure(folder, _random_windows(folder, job.shape.vocabulary, lengths), place, device)
         except (RunFailed, OutOfTime) as error:
             say(f"{job.name} does not run: {error}")
             return None
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        return speed
+        return speed or None
 
     with ThreadPoolExecutor(len(chosen)) as threads:
         return dict(zip(chosen, threads.map(attempt, chosen, place.devices), strict=True))

@@ -92,10 +92,15 @@ def _layers(values: dict | None, shown) -> str:
     return " ".join(f"{layer}:{shown(value)}" for layer, value in (values or {}).items())
 
 
+def speeds(history: Sequence[dict]) -> list[float]:
+    """Tokens a second of the log intervals, without the first ones where there are more."""
+    found = [line["tokens-per-second"] for line in history if "tokens-per-second" in line]
+    return found[UNTIMED:] or found
+
+
 def speed(history: Sequence[dict]) -> float:
-    """Median tokens a second of the log intervals, without the first ones; 0 without any."""
-    speeds = [line["tokens-per-second"] for line in history if "tokens-per-second" in line]
-    return statistics.median(speeds[UNTIMED:] or speeds or [0.0])
+    """Median tokens a second of a training; 0 without a log interval."""
+    return statistics.median(speeds(history) or [0.0])
 
 
 def shown(windows: Sequence[HeldOut], losses: Sequence[np.ndarray]) -> str:

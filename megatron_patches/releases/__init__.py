@@ -13,7 +13,7 @@ from megatron_patches.target import Target
 
 __all__ = [
     "RELEASES", "ModelHooks", "Release", "argument", "installed_megatron_core", "is_supported", "locate", "running",
-    "versions",
+    "versions", "why_too_old",
 ]  # fmt: skip
 
 RELEASES = (core_v019.RELEASE, core_v018.RELEASE)
@@ -31,6 +31,20 @@ def installed_megatron_core() -> str | None:
 def is_supported() -> bool:
     """Whether the series of the running Megatron is in `RELEASES`."""
     return _series() in {release.series for release in RELEASES}
+
+
+def why_too_old() -> str | None:
+    """Why nothing of this project works with the running Megatron: it is older than every series of `RELEASES`. None
+    for a newer Megatron, and where there is none.
+    """
+    installed = installed_megatron_core()
+    oldest = min(tuple(map(int, release.series.split("."))) for release in RELEASES)
+    if installed is None or tuple(map(int, _series().split("."))) >= oldest:
+        return None
+    return (
+        f"megatron-core {installed} is too old: {' and '.join(sorted(release.series for release in RELEASES))} are "
+        "supported; pip install -U megatron-core, or take a newer Megatron-LM"
+    )
 
 
 def running() -> Release:

@@ -88,3 +88,28 @@ def test_names_of_types():
     from linear_moe.conversion.config import DTYPES
 
     assert values.DTYPES == tuple(DTYPES)
+
+
+def test_demo_runs_its_steps_in_order(tmp_path, monkeypatch, capsys):
+    from linear_moe.commands import demo
+
+    calls = []
+    monkeypatch.setattr(demo, "run_to_end", lambda *words, **options: calls.append(list(map(str, words))))
+    assert demo.main(["--output", str(tmp_path / "out"), "--steps", "7", "--processes", "2"]) == 0
+    assert [words[2] for words in calls] == ["demo-corpus", "preprocess", "--nproc-per-node", "plot"]
+    training = calls[2]
+    assert training[training.index("--train-iters") + 1] == "7" and int(training[training.index("--master-port") + 1])
+    assert training[training.index("--log-file") + 1] == str(tmp_path / "out" / "log.txt")
+    assert f"linear-moe generate --load {tmp_path / 'out' / 'hf'} --prompt" in capsys.readouterr().out
+    (tmp_path / "out" / "corpus.json").touch()
+    assert demo.main(["--output", str(tmp_path / "out")]) == 0
+    assert [words[2] for words in calls[4:]] == ["--nproc-per-node", "plot"]
+    with pytest.raises(SystemExit):
+        demo.main(["--processes", "3"])
+
+
+def test_a_failed_step_of_the_demo_is_named(capsys):
+    from linear_moe.commands import demo
+
+    with pytest.raises(demo.DemoError, match="failed with exit status 3: .* -c"):
+        demo.run_to_end("-c", "import sys; sys.exit(3)")

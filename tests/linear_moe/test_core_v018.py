@@ -106,3 +106,22 @@ def test_arguments_of_later_releases_are_off(core_v018):
 def test_the_release_follows_from_the_version(monkeypatch, installed, series, supported):
     monkeypatch.setattr(releases, "installed_megatron_core", lambda: installed)
     assert releases.running().series == series and releases.is_supported() is supported
+
+
+def test_older_releases_are_refused_by_every_door(monkeypatch):
+    from linear_moe.entry import machine
+    from linear_moe.pretrain import check_release
+
+    monkeypatch.setattr(releases, "installed_megatron_core", lambda: "0.17.1")
+    with pytest.raises(
+        PatchError, match=r"megatron-core 0.17.1 is too old: 0.18 and 0.19 are supported; pip install -U"
+    ):
+        machine.start()
+    for version in ("0.17.1", "0.18.2"):
+        monkeypatch.setattr(releases, "installed_megatron_core", lambda version=version: version)
+        with pytest.raises(RuntimeError, match=f"needs megatron-core 0.19 or newer, and {version} is installed"):
+            check_release()
+    for version in ("0.19.0", "0.20.0"):
+        monkeypatch.setattr(releases, "installed_megatron_core", lambda version=version: version)
+        assert releases.why_too_old() is None
+        check_release()

@@ -42,11 +42,11 @@ def test_two_processes():
 
 def test_a_killed_process_leaves_the_end_of_its_log_on_the_screen(tmp_path):
     (tmp_path / "rank.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    (tmp_path / "log.txt").write_text("the first words\n" + "line\n" * 60 + "the last words\n")
+    (tmp_path / "log.txt").write_text("the beginning\n" + "line\n" * 60 + "the last words\n")
     run = run_python(
         "-m", "linear_moe.entry.launch", "--nproc-per-node", 1, "--master-port", 0, tmp_path / "rank.py", "--log-file",
         tmp_path / "log.txt",
     )  # fmt: skip
     assert run.returncode != 0
     assert f"the end of {tmp_path / 'log.txt'}:" in run.stdout
-    assert "the last words" in run.stdout and "the first words" not in run.stdout
+    assert "the last words" in run.stdout and "the beginning" not in run.stdout

@@ -5,7 +5,6 @@ import logging
 import re
 import sys
 
-import pytest
 from pretraining_runs import MOM, TINY, pretrain
 
 from linear_moe.entry import log
@@ -14,8 +13,8 @@ from linear_moe.pretrain import log_path, take_option
 STEP = re.compile(r"^step +1/", re.MULTILINE)
 
 
-@pytest.fixture
-def screens(monkeypatch):
+def replace_screens(monkeypatch):
+    """New standard streams. In the test itself: pytest sets its own before every test's body."""
     out, err = io.StringIO(), io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
@@ -44,8 +43,8 @@ def test_verbose_brings_everything_to_the_screen():
     assert "end of arguments" in run.stdout and "patch console applied" in run.stdout
 
 
-def test_lines_wait_for_the_file_and_for_a_failure(screens, tmp_path):
-    out, err = screens
+def test_lines_wait_for_the_file_and_for_a_failure(monkeypatch, tmp_path):
+    out, err = replace_screens(monkeypatch)
     streams = log.QuietStreams()
     print("noise")
     print("step   1/2 | loss 3.0")
@@ -65,22 +64,24 @@ def test_lines_wait_for_the_file_and_for_a_failure(screens, tmp_path):
     assert out.getvalue().endswith("as before\n")
 
 
-def test_another_rank_shows_its_error_alone(screens, monkeypatch):
+def test_another_rank_shows_its_error_alone(monkeypatch):
+    _, err = replace_screens(monkeypatch)
     monkeypatch.setenv("LOCAL_RANK", "1")
     streams = log.QuietStreams()
     print("noise")
     streams.end(failed=True)
-    assert screens[1].getvalue() == ""
+    assert err.getvalue() == ""
 
 
-def test_a_log_that_cannot_be_written(screens, tmp_path):
+def test_a_log_that_cannot_be_written(monkeypatch, tmp_path):
+    _, err = replace_screens(monkeypatch)
     (tmp_path / "file").touch()
     streams = log.QuietStreams()
     streams.log.open(tmp_path / "file" / "log.txt")
     print("noise")
     assert streams.log.path is None
     streams.end(failed=True)
-    assert "noise" in screens[1].getvalue() and "--verbose shows everything" in screens[1].getvalue()
+    assert "noise" in err.getvalue() and "--verbose shows everything" in err.getvalue()
 
 
 def test_options_of_the_entry(monkeypatch):

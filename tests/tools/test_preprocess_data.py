@@ -310,3 +310,30 @@ def test_what_is_no_file_is_left_out_or_refused(tmp_path, run, capsys, tokenizer
 def test_vocabulary_beyond_memory_is_refused(corpus, run, capsys):
     assert refused(run, corpus, tokenizer=("--train-tokenizer", 10**12)) == 2
     assert "'1000000000000': expected a whole number of at most 1048576" in capsys.readouterr().err
+
+
+def test_parquet_files_and_saved_data_sets(run, tmp_path, stories, capsys):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": stories, "number": list(range(len(stories)))})
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    rows.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in stories))
+    outputs = {}
+    for name in ("lines.jsonl", "rows.parquet", "saved"):
+        assert run(tmp_path / name, output=tmp_path / "out" / name) == 0, capsys.readouterr().err
+        outputs[name] = (tmp_path / "out" / f"{name}.bin").read_bytes()
+    assert outputs["rows.parquet"] == outputs["saved"] == outputs["lines.jsonl"]
+    assert not list((tmp_path / "out").glob("*rows*jsonl")) and not list((tmp_path / "out").glob("*-rows*"))
+    assert run(tmp_path / "rows.parquet", "--json-key", "number", output=tmp_path / "out" / "number") == 1
+    assert "has no text in a column 'number', only text, number: give --json-key" in capsys.readouterr().err
+
+
+def test_names_of_the_hub_are_no_paths(tmp_path, monkeypatch):
+    from linear_moe.corpus.hub import is_hub_name
+
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_name(Path("owner/name")) and is_hub_name(Path("owner/name-1.5b"))
+    assert not any(map(is_hub_name, (Path("name"), Path("a/b/c"), tmp_path / "x", Path("../name"), Path("./a"))))
+    (tmp_path / "owner").mkdir()
+    assert not is_hub_name(Path("owner/name"))

@@ -119,6 +119,12 @@ def test_the_quick_run_trains_measures_writes_and_does_not_train_again(tmp_path)
     assert (tmp_path / "out/RESULTS.md").read_text() == text
 
 
+def test_models_of_full_size_are_not_trained_without_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert command.main(["--output", str(tmp_path), "--measured", str(tmp_path)]) == 1
+    assert "needs a GPU: give --quick, or --document-only" in capsys.readouterr().err
+
+
 def test_rows_of_another_machine_are_added(tmp_path, capsys):
     other = tmp_path / "other"
     (other / "data").mkdir(parents=True)

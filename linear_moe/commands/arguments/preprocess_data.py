@@ -2,6 +2,7 @@
 
     python tools/preprocess_data.py --input corpus.jsonl --output data/corpus --train-tokenizer 4096
     python tools/preprocess_data.py --input texts/ --suffixes .md .py --output data/texts --tokenizer tokenizer/
+    python tools/preprocess_data.py --input OWNER/DATASET shard.parquet --output data/mine --tokenizer OWNER/MODEL
 
 Reads text files and files of JSON lines, plain or compressed, and folders of such files. Writes OUTPUT.bin and
 OUTPUT.idx, or OUTPUT-train.* and OUTPUT-valid.* with --validation-fraction, and OUTPUT.json with the facts about them.
@@ -19,6 +20,7 @@ from linear_moe.commands.command_line import command_parser
 from linear_moe.commands.values import fraction, whole
 from linear_moe.commands.values import path as a_path
 from linear_moe.corpus.files import DEFAULT_SUFFIXES
+from linear_moe.corpus.hub import is_hub_name
 from linear_moe.corpus.vocabulary import LARGEST_VOCABULARY, SMALLEST_VOCABULARY
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -29,7 +31,16 @@ MOST_WORKERS = 1024
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__, show_defaults=True)
     data = parser.add_argument_group("data")
-    data.add_argument("--input", nargs="+", type=a_path, required=True, metavar="PATH", help="files or folders of text")
+    data.add_argument(
+        "--input",
+        nargs="+",
+        type=a_path,
+        required=True,
+        metavar="PATH",
+        help="files or folders of text; parquet files; folders that the library datasets saved; owner/name of a data "
+        "set on the hub",
+    )
+    data.add_argument("--split", default="train", help="which split of a data set to read")
     data.add_argument("--output", required=True, metavar="PREFIX", help="path of the output files, without extension")
     data.add_argument(
         "--suffixes",
@@ -38,7 +49,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SUFFIX",
         help="which files of a folder to read; their compressed forms (.gz, .zst) are read too",
     )
-    data.add_argument("--json-key", default="text", help="where a JSON line keeps its text")
+    data.add_argument("--json-key", default="text", help="where a JSON line, or a row, keeps its text")
     data.add_argument(
         "--max-bad-lines", type=whole(0), default=1000, help="give up when more lines or files are unusable"
     )
@@ -52,7 +63,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--overwrite", action="store_true", help="replace output files that exist")
     tokens = parser.add_argument_group("tokens")
     source = tokens.add_mutually_exclusive_group(required=True)
-    source.add_argument("--tokenizer", type=a_path, metavar="DIR", help="folder of a Hugging Face tokenizer")
+    source.add_argument(
+        "--tokenizer", type=a_path, metavar="DIR", help="folder of a Hugging Face tokenizer, or owner/name on the hub"
+    )
     source.add_argument(
         "--train-tokenizer",
         type=whole(SMALLEST_VOCABULARY, LARGEST_VOCABULARY),
@@ -90,6 +103,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _check(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
     for path in args.input:
+        if is_hub_name(path):
+            continue
         if not path.exists():
             refuse(f"--input {path}: no such file or folder")
         if not path.is_dir() and not path.is_file():  # a pipe, whose other end may never come, or a device without end
@@ -99,8 +114,11 @@ def _check(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
             refuse(f"--suffixes {suffix}: expected a leading dot, as in .txt")
     if args.output.endswith("/") or Path(args.output).name in ("", ".", ".."):
         refuse(f"--output {args.output}: expected a path without extension, such as data/corpus, not a folder")
-    if args.tokenizer and not args.tokenizer.is_dir():
-        refuse(f"--tokenizer {args.tokenizer}: no such folder; expected one that save_pretrained wrote")
+    if args.tokenizer and not args.tokenizer.is_dir() and not is_hub_name(args.tokenizer):
+        refuse(
+            f"--tokenizer {args.tokenizer}: no such folder; expected one that save_pretrained wrote, or owner/name on "
+            "the Hugging Face hub"
+        )
     if args.tokenizer_output and not args.train_tokenizer:
         refuse(f"--tokenizer-output {args.tokenizer_output}: only --train-tokenizer writes a tokenizer")
     if args.train_tokenizer and not args.tokenizer_output:
