@@ -273,11 +273,17 @@ def device(torch, number: int) -> Finding:
 
 
 def kernels_of(place, dtype) -> str:
-    """The kernel set that gated_deltanet gets on a device."""
-    from mom_layers.recur.scalar_delta.kernel_sets import kernel_set, passed_over
+    """The kernel set that gated_deltanet gets on a device, and why a set for that chip does not run."""
+    from mom_layers.common.chips import chip_of
+    from mom_layers.recur.scalar_delta import kernel_sets
 
-    name, instead = kernel_set(place, dtype, 256, 256).NAME, passed_over(place, dtype, 256, 256)
-    return f"{name} kernels for heads of 256 in bfloat16" + (f" ({instead})" if instead else "")
+    problems = [
+        f"; the {kernels.NAME} kernels do not run: {kernels.problem()}"
+        for kernels in kernel_sets.KERNEL_SETS
+        if kernels.takes(chip_of(place), dtype, 256, 256) and hasattr(kernels, "problem") and kernels.problem()
+    ]
+    chosen = kernel_sets.kernel_set(place, dtype, 256, 256).NAME
+    return f"{chosen} kernels for heads of 256 in bfloat16{''.join(problems)}"
 
 
 def check_kernels() -> int:

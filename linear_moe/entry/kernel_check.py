@@ -114,7 +114,10 @@ def _check_here(plan: Plan, place: str, files: list[Path]) -> None:
     if _read(files[0]) == RIGHT:
         _write(files[1:], RIGHT)  # for ranks that have another cache
         return
-    logger.info("kernels: checking them once on %s (half a minute where they are not compiled yet; --no-kernel-check skips this)", place)
+    logger.info(
+        "kernels: checking them once on %s (half a minute with an empty cache; --no-kernel-check skips this)",
+        place,
+    )
     start = time.monotonic()
     lines = [line for found in check_all(plan, PROCESSES).values() for line in found]
     wrong = [line for line in lines if not line.right and not line.unknown]

@@ -32,13 +32,3 @@ KERNEL_SETS = (hopper, blackwell, triton)
 def kernel_set(device: torch.device, dtype: torch.dtype, k_dim: int, v_dim: int) -> ModuleType:
     """The kernel set that runs on a device, for inputs of a type and head sizes K and V."""
     return choose("gated delta rule", KERNEL_SETS, chip_of(device), dtype, k_dim, v_dim)
-
-
-def passed_over(device: torch.device, dtype: torch.dtype, k_dim: int, v_dim: int) -> str | None:
-    """Why a set that is made for the device's chip does not run there; None where no such set is passed over."""
-    chip = chip_of(device)
-    for kernels in KERNEL_SETS:
-        if kernels.takes(chip, dtype, k_dim, v_dim):
-            problem = kernels.problem() if hasattr(kernels, "problem") else None
-            return problem and f"not the {kernels.NAME} kernels, because {problem}"
-    return None
