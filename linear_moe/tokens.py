@@ -58,6 +58,8 @@ def make_portable(folder: Path, *, pads: bool) -> None:
         return
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # Of transformers 5's class; 4.57's adds token_type_ids, which no model here takes.
+        settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
         for name in ("backend", "is_local"):
             settings.pop(name, None)
     if isinstance(settings.get("extra_special_tokens"), list):
@@ -65,6 +67,8 @@ def make_portable(folder: Path, *, pads: bool) -> None:
     pad, end = settings.get("pad_token"), settings.get("eos_token")
     if pads and pad is None and end is not None:
         settings["pad_token"] = end
+    if pads:
+        settings.setdefault("padding_side", "left")  # a text is continued at its right end
     elif not pads and pad == end:
         settings.pop("pad_token", None)
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

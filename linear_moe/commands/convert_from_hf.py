@@ -103,7 +103,7 @@ def training_command(save: Path, options: str) -> str:
         f"{shlex.quote(sys.executable)} -m linear_moe.pretrain {options}",
         f"--save {further} --save-interval 500 --dist-ckpt-optim-fully-reshardable",
         "--data-path PREFIX --split 99,1,0 --no-create-attention-mask-in-dataloader",
-        "--micro-batch-size 4 --global-batch-size 32 --train-iters 1000 --lr 1e-4 --min-lr 1e-5",
+        "--micro-batch-size 4 --global-batch-size 32 --train-iters 1000 --lr 1e-4 --min-lr 1e-5 --eval-interval 500",
     ])  # fmt: skip
 
 

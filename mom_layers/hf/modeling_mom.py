@@ -24,7 +24,7 @@ from mom_layers.hf.configuration_mom import MomConfig
 from mom_layers.hf.mixer import MomAttention
 from mom_layers.hf.projections import MemoryLinear, MemoryProjections, ShortConvolution
 from mom_layers.hf.sequence import TokenSequence, described_documents
-from mom_layers.recur.rules import get_rule, rule_names
+from mom_layers.recur.rules import get_rule
 from mom_layers.route.router import load_balancing_loss
 
 
@@ -58,9 +58,15 @@ class MomPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _input_embed_layer = "embeddings"
     _is_stateful = True
-    _keep_in_fp32_modules_strict = sorted({name for rule in rule_names() for name in get_rule(rule).parameter_names})
     # OpenSparseLLMs' layers have this parameter, and compute nothing with it.
     _keys_to_ignore_on_load_unexpected = [r"\.attn\.D$"]
+
+    def __init__(self, config: MomConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        # transformers 4 refuses names of parameters that the model does not have: those of other rules.
+        attention = {layer for spec in config.attention_specs() for layer in spec.layers}
+        if len(attention) < config.num_hidden_layers:
+            self._keep_in_fp32_modules_strict = sorted(get_rule(config.mom_backend).parameter_names)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         """The memories have one implementation, and the softmax layers PyTorch's. Raises ValueError for a request of

@@ -95,7 +95,8 @@ def test_a_trained_tokenizer_loads_in_transformers_4_and_5(tokenizer_folder, tmp
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and settings.get("pad_token") is None
     copy_tokenizer(tokenizer_folder, tmp_path / "export", pads=True)
     tokenizer = load_tokenizer(tmp_path / "export")
-    assert tokenizer.pad_token == tokenizer.eos_token
+    assert tokenizer.pad_token == tokenizer.eos_token and tokenizer.padding_side == "left"
+    assert tokenizer.model_input_names == ["input_ids", "attention_mask"]
     batch = tokenizer(["a", "a longer text"], padding=True)
     assert len(set(map(len, batch.input_ids))) == 1 and 0 in batch.attention_mask[0]
     # Megatron leaves a padding token out of the loss.
