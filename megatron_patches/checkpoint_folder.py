@@ -4,11 +4,15 @@ import json
 import logging
 import os
 import re
+import sys
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
+
+PYTORCHS_FORMATS = ("fsdp_dtensor", "torch_dcp")
+"""Values of --ckpt-format whose checkpoints have no metadata.json."""
 
 
 class CheckpointError(RuntimeError):
@@ -27,14 +31,17 @@ def iteration_folder(folder: Path, iteration: int) -> Path:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a folder holds a torch_dist checkpoint whose writing ended: metadata.json is the last file written."""
+    """Whether a folder holds a checkpoint whose writing ended. The last file written is metadata.json in torch_dist,
+    and .metadata in a run whose --ckpt-format is one of PyTorch's.
+    """
     with suppress(OSError, ValueError):
-        json.loads((checkpoint / "metadata.json").read_text())
+        if not any(word.rpartition("=")[2] in PYTORCHS_FORMATS for word in sys.argv):
+            json.loads((checkpoint / "metadata.json").read_text())
         return (checkpoint / ".metadata").stat().st_size > 0
     return False
 
 
 def complete_iterations(folder: Path) -> list[int]:
-    """Iterations of the complete torch_dist checkpoints in a folder, the oldest first."""
+    """Iterations of the complete checkpoints in a folder, the oldest first."""
     names = [path.name for path in folder.glob("iter_*") if is_complete(path)]
     return sorted(int(name[5:]) for name in names if re.fullmatch(r"iter_\d{7,}", name))

@@ -256,3 +256,12 @@ def test_a_second_signal_aborts_but_not_the_first_one_forwarded(window, status):
         output, errors = process.communicate(timeout=60)
     assert process.returncode == status
     assert ("a second SIGTERM: aborted" in errors) == (status != 0) and ("saved" in output) == (status == 0)
+
+
+@pytest.mark.parametrize("words", [["--ckpt-format", "fsdp_dtensor"], ["--ckpt-format=torch_dcp"]])
+def test_pytorchs_formats_need_no_metadata_json(tmp_path, monkeypatch, words):
+    (tmp_path / "iter_0000002").mkdir()
+    (tmp_path / "iter_0000002" / ".metadata").write_text("written last")
+    assert complete_iterations(tmp_path) == []
+    monkeypatch.setattr("sys.argv", ["pretrain", *words])
+    assert complete_iterations(tmp_path) == [2]
