@@ -1,7 +1,7 @@
 # PYTHON: an interpreter that has the packages; without PYTHON the commands make .venv (see tools/environment.sh).
 PYTHON ?= $(shell DEV=1 bash tools/environment.sh)
 
-.PHONY: setup train test test-all test-gpu test-oldest test-newest bench results docs lint format
+.PHONY: setup train test test-all test-gpu test-oldest test-newest compile-matrix bench results docs lint format
 
 setup:
 	@DEV=1 bash tools/environment.sh
@@ -16,10 +16,12 @@ test:
 	"$(PYTHON)" -m pytest -n 2 --dist worksteal tests/linear_moe/parallel
 	"$(PYTHON)" -m pytest -n 2 --dist loadfile --ignore tests/linear_moe/parallel
 
-# Every test at full length: each layout's checkpoint in each other layout, every way to kill a run, every bad input.
+# Every test at full length: each layout's checkpoint in each other layout, every way to kill a run, every bad input,
+# every type and head size compiled for every chip.
 test-all: export MOM_ALL_LAYOUTS = 1
 test-all: export MOM_ALL_KILLS = 1
 test-all: export MOM_ALL_BAD_INPUTS = 1
+test-all: export MOM_ALL_CHIPS = 1
 test-all: test
 
 # The kernels' and layers' tests, one after the other, on a machine with a GPU.
@@ -39,6 +41,12 @@ test-oldest:
 test-newest: export OMP_NUM_THREADS = 1
 test-newest:
 	"$$(DEV=tools VENV=.venv-newest CONSTRAINTS= bash tools/environment.sh)" -m pytest -n 2 $(SELECTION)
+
+# The kernels compiled for every chip by another Triton, from `pip install --target FOLDER --no-deps triton==3.9.*`.
+compile-matrix: export PYTHONPATH = $(TRITON)
+compile-matrix: export TRITON_CACHE_DIR = $(TRITON)/cache
+compile-matrix:
+	"$(PYTHON)" -m pytest tests/mom_layers/test_compile_matrix.py
 
 bench:
 	mkdir -p runs

@@ -11,12 +11,14 @@ def patches() -> tuple[Patch, ...]:
     from megatron_patches import (
         bucket_types,
         checkpoints,
+        coalesced_types,
         cpu,
         dataset_helpers,
         early_gather,
         first_checkpoint,
         float16_optimizer,
         float32_parameters,
+        latent_attention,
         layer_wise_optimizer,
         parameter_groups,
         reshardable_optimizer,
@@ -28,7 +30,8 @@ def patches() -> tuple[Patch, ...]:
     ours = (
         dataset_helpers.PATCH, float32_parameters.PATCH, float16_optimizer.PATCH, layer_wise_optimizer.PATCH,
         parameter_groups.PATCH, bucket_types.PATCH, early_gather.PATCH, reshardable_optimizer.PATCH, torch_fsdp2.PATCH,
-        torch_norm.PATCH, trusted_checkpoints.PATCH, *checkpoints.patches(), first_checkpoint.PATCH,
-        *cpu.PATCHES,
+        coalesced_types.PATCH, torch_norm.PATCH, latent_attention.PATCH, trusted_checkpoints.PATCH,
+        *checkpoints.patches(),
+        first_checkpoint.PATCH, *cpu.PATCHES,
     )  # fmt: skip
     return tuple({patch.name: patch for patch in ours}.values())

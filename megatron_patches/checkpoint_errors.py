@@ -22,6 +22,7 @@ from megatron_patches.checkpoint_folder import (
 )
 from megatron_patches.checkpoint_tracker import TRACKER, read_tracker
 from megatron_patches.patch import Patch, wrap
+from megatron_patches.trusted_checkpoints import UnsafeCheckpoint
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ def cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         return "another rank failed, which tells why"
     text = " ".join(str(error).split())
+    if isinstance(error, UnsafeCheckpoint):
+        return text
     passed_on = "Worker failure: "  # Megatron's own words around the text of a CheckpointError
     if isinstance(error, CheckpointError | OSError) or text.startswith(passed_on):
         return text.removeprefix(passed_on)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import compatibility
 from measured_rows import MEASURED, Row, read_rows, rows_of_last_commit, source
 
 from linear_moe import plugin
@@ -212,6 +213,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "layouts": layouts,
     "megatron-commands": megatron_commands,
     "all-megatron-commands": all_megatron_commands,
+    "chips": lambda: table(("architecture", "devices", "Triton", "what was tried"), compatibility.chips()),
+    "spills": lambda: table(
+        ("architecture", "most shared memory of a kernel, bytes", "most local memory of a thread, bytes"),
+        compatibility.spills(),
+    ),
 }
 
 

@@ -15,7 +15,8 @@ def check_attention(args: argparse.Namespace) -> None:
     """Raises ValueError for attention variants that softmax layers beside memories cannot have."""
     variant = getattr(args, "experimental_attention_variant", None)
     softmax = has_softmax_layers(args)
-    multi_latent = args.multi_latent_attention or "+" in (whole_pattern(args) or "")
+    pattern = whole_pattern(args)
+    multi_latent_hybrid = pattern is not None and (args.multi_latent_attention or "+" in pattern)
     mixed = args.heterogeneous_layers_config_path or args.heterogeneous_layers_config_encoded_json
     refuse(MOM_REFUSES, [
         (
@@ -29,10 +30,10 @@ def check_attention(args: argparse.Namespace) -> None:
             "--mtp-num-layers)",
         ),
         (
-            multi_latent and softmax and args.transformer_impl == "local",
-            "softmax layers of multi-latent attention and --transformer-impl local",
-            "Megatron has that attention with Transformer Engine only: use --transformer-impl transformer_engine, or "
-            "make every layer MoM (no --linear-attention-freq, no --mtp-num-layers, no + in a hybrid pattern)",
+            multi_latent_hybrid and softmax and args.transformer_impl == "local",
+            "multi-latent attention in a hybrid model and --transformer-impl local",
+            "Megatron's hybrid models have that attention with Transformer Engine only: use --transformer-impl "
+            "transformer_engine, or a pattern without + and *",
         ),
         (
             variant not in (None, "dsa", "gated_delta_net"), f"--experimental-attention-variant {variant}",

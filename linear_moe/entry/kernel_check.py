@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from linear_moe.temporary import replaced_file
+from mom_layers.kernel_problems import kernel_problem
 from mom_layers.selftest.cases import Line
 from mom_layers.selftest.plan import Plan
 from mom_layers.selftest.processes import check_all
@@ -44,18 +45,23 @@ class KernelError(ValueError):
 
 
 def check_kernels(args) -> None:
-    """Checks the kernels of a run once for a chip and for versions. Raises KernelError where a kernel is wrong.
+    """Checks the kernels of a run once for a chip and for versions.
+
+    Raises KernelError where a kernel is wrong, or where a head size, a chip or a version is known not to run.
 
     On every node the rank with LOCAL_RANK 0 checks, and the others wait for its result.
 
     Args:
         args: Megatron's, validated, with our arguments filled.
     """
+    if args.token_mixer == "mom" and args.mom_kernels != "torch" and torch.cuda.is_available():
+        problem = kernel_problem(settings_of(args), args.params_dtype, torch.device("cuda", _device()))
+        if problem is not None:
+            raise KernelError(problem)
     if not is_wanted(args):
         return
     plan = plan_of(args)
-    device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-    place = f"{chip_name(device)} with Triton {triton_version()}, PyTorch {torch.__version__}"
+    place = f"{chip_name(_device())} with Triton {triton_version()}, PyTorch {torch.__version__}"
     forced = [os.environ.get(variable) for variable in FORCING]
     key = f"{place} {kernels_digest()} {plan.to_json()} {forced}"
     name = hashlib.sha256(key.encode()).hexdigest()[:24] + ".json"
@@ -66,6 +72,11 @@ def check_kernels(args) -> None:
         _wait_for_result(place, files)
 
 
+def _device() -> int:
+    """The number of this rank's device."""
+    return int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+
+
 def is_wanted(args) -> bool:
     """Whether a run launches Triton kernels, and the user lets them be checked."""
     if getattr(args, "kernel_check", None) is False or os.environ.get(VARIABLE, "1").lower() in ("0", "false"):
@@ -73,10 +84,15 @@ def is_wanted(args) -> bool:
     return args.token_mixer == "mom" and args.mom_kernels != "torch" and torch.cuda.is_available()
 
 
+def settings_of(args) -> MixerSettings:
+    """The settings of a run's layers."""
+    names = [field.name for field in fields(MixerSettings) if hasattr(args, f"mom_{field.name}")]
+    return MixerSettings(**{name: getattr(args, f"mom_{name}") for name in names})
+
+
 def plan_of(args) -> Plan:
     """The checks for a run's layers, with the heads of one tensor-parallel rank."""
-    names = [field.name for field in fields(MixerSettings) if hasattr(args, f"mom_{field.name}")]
-    settings = MixerSettings(**{name: getattr(args, f"mom_{name}") for name in names})
+    settings = settings_of(args)
     heads = max(1, settings.num_heads // args.tensor_model_parallel_size)
     run = asdict(replace(settings, num_heads=heads))
     run |= {"hidden_size": args.hidden_size, "sliced": args.context_parallel_size > 1}
@@ -98,7 +114,10 @@ def _check_here(plan: Plan, place: str, files: list[Path]) -> None:
     if _read(files[0]) == RIGHT:
         _write(files[1:], RIGHT)  # for ranks that have another cache
         return
-    logger.info("kernels: checking them once on %s (about ten seconds; --no-kernel-check skips this)", place)
+    logger.info(
+        "kernels: checking them once on %s (half a minute with an empty cache; --no-kernel-check skips this)",
+        place,
+    )
     start = time.monotonic()
     lines = [line for found in check_all(plan, PROCESSES).values() for line in found]
     wrong = [line for line in lines if not line.right and not line.unknown]

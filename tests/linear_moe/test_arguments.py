@@ -55,10 +55,13 @@ def check(*arguments):
             "softmax attention layers, --transformer-impl local and --context-parallel-size 2: local attention cannot",
         ),
         (
-            ["--multi-latent-attention", "--linear-attention-freq", 2, "--transformer-impl", "local"],
-            "does not work with softmax layers of multi-latent attention and --transformer-impl local: Megatron has",
+            ["--hybrid-layer-pattern", "G+", "--transformer-impl", "local"],
+            "does not work with multi-latent attention in a hybrid model and --transformer-impl local: Megatron's",
         ),
-        (["--hybrid-layer-pattern", "G+", "--transformer-impl", "local"], "Megatron has that attention with"),
+        (
+            ["--hybrid-layer-pattern", "G*", "--multi-latent-attention", "--transformer-impl", "local"],
+            "use --transformer-impl transformer_engine, or a pattern without + and *",
+        ),
         (
             ["--experimental-attention-variant", "dsa", "--linear-attention-freq", 2],
             "does not work with --experimental-attention-variant dsa and softmax attention layers: Megatron scales one",
@@ -104,6 +107,8 @@ def test_refused_combinations(arguments, message):
         ["--hybrid-override-pattern", "G-*-"],
         ["--multi-latent-attention", "--transformer-impl", "local"],
         ["--multi-latent-attention", "--linear-attention-freq", 2],
+        ["--multi-latent-attention", "--linear-attention-freq", 2, "--transformer-impl", "local"],
+        ["--multi-latent-attention", "--mtp-num-layers", 1, "--transformer-impl", "local"],
         ["--hybrid-layer-pattern", "G+"],
         ["--hybrid-layer-pattern", "G-*-", "--context-parallel-size", 2],
         ["--hybrid-layer-pattern", "GM-"],

@@ -51,6 +51,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(kernel_check, "chip_name", lambda device: found.chip)
     monkeypatch.setattr(kernel_check, "triton_version", lambda: found.triton)
     monkeypatch.setattr(kernel_check, "check_all", check)
+    monkeypatch.setattr(kernel_check, "kernel_problem", lambda settings, dtype, device: None)
     monkeypatch.setattr(kernel_check, "node_folder", lambda: tmp_path / "node")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     for name in ("LOCAL_RANK", kernel_check.VARIABLE):
@@ -81,6 +82,19 @@ def test_a_pair_of_chip_and_versions_is_checked_once(machine, monkeypatch, caplo
 def test_runs_that_are_not_checked(machine, words):
     check_kernels(arguments(*words))
     assert machine.runs == []
+
+
+def test_a_problem_is_said_before_any_check(machine, monkeypatch):
+    seen = []
+
+    def problem(settings, dtype, device):
+        seen.append((settings.head_dim, device))
+        return "heads of 64 do not fit"
+
+    monkeypatch.setattr(kernel_check, "kernel_problem", problem)
+    with pytest.raises(KernelError, match="^heads of 64 do not fit$"):
+        check_kernels(arguments("--mom-head-dim", "64"))
+    assert seen == [(64, torch.device("cuda", 0))] and machine.runs == []
 
 
 def test_the_environment_switches_the_check_off(machine, monkeypatch):

@@ -41,14 +41,16 @@ SIZES = (256, 128, 64, 32, 16)
 HEADS, TOKENS, WIDTH = 4, 128, 4
 
 
-def compile_layer(rule: str, dtype: torch.dtype, key_size: int, value_size: int) -> None:
+def compile_layer(rule: str, dtype: torch.dtype, key_size: int, value_size: int, training_alone: bool) -> None:
     """Launches every kernel of a layer: training, with states before and after, with padding, decoding, and what
-    context parallelism computes."""
+    context parallelism computes; or the kernels of a training step alone."""
     layer = MixtureOfMemories(
         128, num_heads=HEADS, head_dim=key_size, expand_v=value_size / key_size, rule=rule, kernels="triton"
     ).to(dtype)
     x = torch.zeros(1, TOKENS, 128, dtype=dtype, requires_grad=True)
     layer(x)[0].sum().backward()
+    if training_alone:
+        return
     keys, values, memories = HEADS * key_size, HEADS * value_size, layer.settings.num_all_memories
     state = MemoryState(
         torch.zeros(1, memories, HEADS, key_size, value_size, requires_grad=True),
@@ -89,10 +91,10 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:160]
 
 
-def rows_of(architecture, dtype, key_size, value_size, rule, kernel_set=None, keep=None):
+def rows_of(architecture, dtype, key_size, value_size, rule, kernel_set=None, keep=None, training_alone=False):
     """What the compiler reports of every kernel, a dictionary each."""
     with compiling(architecture, kernel_set=kernel_set, go_on=True) as compiled:
-        compile_layer(rule, dtype, key_size, value_size)
+        compile_layer(rule, dtype, key_size, value_size, training_alone)
     seen = {}
     for name, kernel in compiled:
         row = dict(
@@ -132,6 +134,7 @@ def parse_arguments(argv):
     parser.add_argument("--sizes", help="such as 256x256,64x128; every pair of sizes without")
     parser.add_argument("--rules", default=",".join(RULES))
     parser.add_argument("--kernel-set", help="the NAME of a kernel set, for families that have the set")
+    parser.add_argument("--training-alone", action="store_true", help="no states, no decoding, no context parallelism")
     parser.add_argument("--output", help="a CSV file that the rows are added to; standard output without")
     parser.add_argument("--keep", type=Path, help="a folder for the compiler's texts")
     return parser.parse_args(argv)
@@ -155,7 +158,9 @@ def main(argv=None) -> int:
         if new:
             writer.writeheader()
         for chip, dtype, (key_size, value_size), rule in cases:
-            rows = rows_of(chip, dtype, key_size, value_size, rule, arguments.kernel_set, arguments.keep)
+            rows = rows_of(
+                chip, dtype, key_size, value_size, rule, arguments.kernel_set, arguments.keep, arguments.training_alone
+            )
             failures += sum(row["result"] != "compiled" for row in rows)
             writer.writerows(rows)
             file.flush()

@@ -17,6 +17,7 @@ import argparse
 import csv
 import importlib.util
 import json
+import math
 import os
 import re
 import signal
@@ -224,8 +225,8 @@ def relative(found: float, expected: float) -> float:
 
 
 def furthest(found: dict[int, float], expected: dict[int, float]) -> float:
-    """The largest relative difference of a step; infinity where the steps are not the same."""
-    if found.keys() != expected.keys():
+    """The largest relative difference of a step; infinity where the steps are not the same, or a number is none."""
+    if found.keys() != expected.keys() or any(math.isnan(number) for number in found.values()):
         return float("inf")
     return max((relative(found[step], expected[step]) for step in expected), default=float("inf"))
 

@@ -9,9 +9,9 @@ import os
 from pathlib import Path
 
 from linear_moe.commands import try_megatron_commands
-from linear_moe.trials.runs import MOM, RESUMED, SOFTMAX
+from linear_moe.trials.runs import MOM, RESUMED, SOFTMAX, SOFTMAX_RESUMED
 from linear_moe.trials.table import Rows
-from linear_moe.trials.verdict import REFUSED, TRAINS
+from linear_moe.trials.verdict import FAILS, REFUSED, TRAINS
 
 CLONE = os.environ.get("MOM_MEGATRON_LM")
 
@@ -41,6 +41,8 @@ TRAIN = (
     "public/krafton_nanomoe_adam",
     "public/llm_jp_moe_18b",
 )
+DIFFERENT_WITH_SOFTMAX = TRAIN[:1]
+"""Megatron's data set of fill-in-the-middle draws from a generator that starts anew where a run is resumed."""
 REFUSED_WITH = {
     "tests/hybrid/hybrid_mr_mcore_te_tp1_pp1_cp1_dgx_a100_1N8G": "write G for each layer",
 }
@@ -55,7 +57,8 @@ if CLONE:
         behind = {name: rows.reason(name, MOM) for name in TRAIN if rows.result(name, MOM) != TRAINS}
         assert behind == {}
         different = {name: rows.reason(name, RESUMED) for name in TRAIN if rows.result(name, RESUMED) != TRAINS}
-        assert different == {}
+        assert set(different) <= set(DIFFERENT_WITH_SOFTMAX), different
+        assert {rows.result(name, SOFTMAX_RESUMED) for name in different} <= {FAILS}
         for name, line in REFUSED_WITH.items():
             assert (rows.result(name, MOM), rows.result(name, SOFTMAX)) == (REFUSED, REFUSED)
             assert line in rows.reason(name, MOM)
