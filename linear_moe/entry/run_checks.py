@@ -89,7 +89,7 @@ def check_values(args) -> None:
             raise ValueError(f"{option(name)} '': give a folder, or leave {option(name)} out")
     if args.save is not None and args.save_interval is None:
         raise ValueError(f"--save {args.save} needs --save-interval, the number of steps between two checkpoints")
-    if args.eval_iters and args.eval_interval is None:
+    if (args.eval_iters or 0) > 0 and args.eval_interval is None:
         raise ValueError(
             f"--eval-iters {args.eval_iters} needs --eval-interval, the number of steps between two validations; "
             "--eval-iters 0 turns validation off"

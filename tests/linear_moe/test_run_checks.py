@@ -58,6 +58,10 @@ def test_numbers_that_are_slips_of_the_pen_are_refused(name):
         ({"layernorm_epsilon": 1.0}, "--norm-epsilon 1.0: use a number from 0 up to, but not including, 1"),
         ({"save": "c"}, "--save c needs --save-interval"),
         ({"min_lr": 0.1}, "--min-lr 0.1 is larger than --lr 0.001"),
+        (
+            {"eval_iters": 8, "eval_interval": None},
+            r"--eval-iters 8 needs --eval-interval, the number of steps between",
+        ),
         ({"eval_iters": -2}, r"--eval-iters -2: use a number of steps, or 0 \(or -1\) for no validation"),
         ({"lr_warmup_fraction": 1.0}, "--lr-warmup-fraction 1.0: use a share of the steps below 1"),
         ({"lr_warmup_iters": 10}, "--lr-warmup-iters 10: use fewer steps than --train-iters 10"),
