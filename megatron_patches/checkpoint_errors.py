@@ -182,6 +182,8 @@ def _damage(checkpoint: Path) -> str | None:
         return None if checkpoint.is_dir() else "there is no such folder"
     try:
         places = FileSystemReader(checkpoint).read_metadata().storage_data.values()
+    except UnsafeCheckpoint as error:
+        return cause(error)
     except Exception as error:
         return f".metadata is damaged ({cause(error)})"
     ends: dict[str, int] = {}
