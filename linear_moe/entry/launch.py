@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from torch.distributed import TCPStore
+from torch.distributed.elastic.rendezvous import RendezvousInfo, static_tcp_rendezvous
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 SHOWN_LINES = 50
 
@@ -29,6 +31,18 @@ class LoopbackStore(TCPStore):
             port = listener.getsockname()[1]
             kwargs["master_listen_fd"] = listener.detach()  # the server closes the socket
         super().__init__(host_name, port, world_size, is_master, *args, **kwargs)
+
+
+class LoopbackRendezvous(StaticTCPRendezvous):
+    """torchrun's meeting place, whose store may be at port 0: a free port, which the ranks receive.
+
+    PyTorch's class hands the 0 on to the ranks, which then wait for ever at a port that no store has.
+    """
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        found = super().next_rendezvous()
+        found.bootstrap_store_info.master_port = self._store.port
+        return found
 
 
 def _is_loopback(host: str) -> bool:
@@ -57,29 +71,14 @@ def show_end_of_log(words: Sequence[str]) -> None:
     print(f"the end of {path}:\n{''.join(lines)}", file=sys.stderr, flush=True)
 
 
-def with_a_port(words: list[str]) -> list[str]:
-    """A command line with a free port of this machine in place of ``--master-port 0``.
-
-    torchrun hands the 0 on to the ranks, which then wait for ever at a port that no store has.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    before = [None, *words]
-    return [
-        f"--master-port={port}" if word in ("--master-port=0", "--master_port=0")
-        else port if word == "0" and last in ("--master-port", "--master_port")
-        else word
-        for last, word in zip(before, words, strict=False)
-    ]  # fmt: skip
-
-
 def main() -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    use_loopback_store("torch.distributed.elastic.rendezvous.static_tcp_rendezvous")
+    use_loopback_store(static_tcp_rendezvous.__name__)
+    static_tcp_rendezvous.StaticTCPRendezvous = LoopbackRendezvous
     try:
-        return run.main(with_a_port(sys.argv[1:])) or 0
+        return run.main(sys.argv[1:]) or 0
     except ChildFailedError as error:
         if any(failure.exitcode < 0 for failure in error.failures.values()):
             show_end_of_log(sys.argv)

@@ -2,11 +2,14 @@
 
 import re
 import socket
+from datetime import timedelta
 from pathlib import Path
 
 from pretraining_runs import run_python
+from torch.distributed import TCPStore
+from torch.distributed.elastic.rendezvous import static_tcp_rendezvous
 
-from linear_moe.entry.launch import with_a_port
+from linear_moe.entry.launch import LoopbackRendezvous, LoopbackStore
 
 SCRIPT = Path(__file__).parent / "script" / "listening_ports.py"
 
@@ -25,12 +28,22 @@ def test_two_processes_at_a_free_port():
     assert listening(run_python("-m", "linear_moe.entry.launch", *words, SCRIPT, new_interpreter=True)) == ["127.0.0.1"]
 
 
-def test_only_the_port_of_the_store_is_replaced():
-    words = ["--master-port", "0", "train.py", "--seed", "0"]
-    option, port, *rest = with_a_port(words)
-    assert option == "--master-port" and int(port) > 0 and rest == words[2:]
-    assert with_a_port(["--master-port", "29531", "--node-rank", "0"]) == ["--master-port", "29531", "--node-rank", "0"]
-    assert re.fullmatch(r"--master-port=[1-9]\d+", *with_a_port(["--master-port=0"]))
+def test_the_ranks_receive_the_port_that_the_store_has(monkeypatch):
+    monkeypatch.setattr(static_tcp_rendezvous, "TCPStore", LoopbackStore)
+    for address in ("127.0.0.1", "localhost"):
+        rendezvous = LoopbackRendezvous(address, 0, rank=0, world_size=1, run_id="run", timeout=10)
+        found, again = rendezvous.next_rendezvous(), rendezvous.next_rendezvous()  # a restarted group meets again
+        port = found.bootstrap_store_info.master_port
+        assert port > 0 and again.bootstrap_store_info.master_port == port
+        TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10)).set("key", "value")
+        assert found.store.underlying_store.get("key") == b"value"
+
+
+def test_a_port_that_is_named_stays():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    rendezvous = LoopbackRendezvous("127.0.0.1", port, rank=0, world_size=1, run_id="run", timeout=10)
+    assert rendezvous.next_rendezvous().bootstrap_store_info.master_port == port
 
 
 def test_two_processes():
