@@ -20,8 +20,9 @@ from measured_rows import MEASURED, Row, read_rows, rows_of_last_commit, source
 
 from linear_moe import plugin
 from linear_moe.entry.arguments import DEFAULTS, FIELDS, OLD_NAMES, OURS, add_mom_arguments, is_switch, option
-from linear_moe.trials.runs import MOM
+from linear_moe.trials.runs import MOM, RESUMED
 from linear_moe.trials.table import Rows, exceptions, groups, markdown
+from linear_moe.trials.verdict import TRAINS
 from mom_layers import get_rule, rule_names
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -176,6 +177,9 @@ def megatron_commands() -> str:
     rows, names = command_rows()
     left = sum(rows.result(name, MOM) is None for name in names)
     state = f"{left} of {len(names)} sets are not run yet" if left else f"All {len(names)} sets were run"
+    waiting = sum(rows.result(name, MOM) == TRAINS and rows.result(name, RESUMED) is None for name in names)
+    if waiting:
+        state += f", and {waiting} that train are not resumed yet"
     return (
         f"{groups(rows, names)}\n{state}. What does not train, or does not resume exactly:\n\n{exceptions(rows, names)}"
     )
