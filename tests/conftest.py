@@ -1,6 +1,7 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they are defined."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,12 @@ if not torch.cuda.is_available():
     interpreter.repair()
     interpreter.hasten()
 torch.set_num_threads(1)  # tests run side by side, and their tensors are small
+
+
+@pytest.fixture(autouse=True)
+def command_line_of_its_own(monkeypatch):
+    """A command that a test calls names itself in sys.argv, which the next test must not see."""
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
 
 
 def pytest_collection_modifyitems(items):

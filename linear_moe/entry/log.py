@@ -22,9 +22,9 @@ from megatron_patches.patch import applied
 logger = logging.getLogger(__name__)
 OUR_PACKAGES = ("linear_moe", "megatron_patches")
 ON_SCREEN = re.compile(
-    r"step +\d+/|(validation|test)\b.* at step \d+: |.*successfully (saved|loaded) checkpoint|\[exiting program"
+    r"error: |step +\d+/|(validation|test)\b.* at step \d+: |.*successfully (saved|loaded) checkpoint|\[exiting program"
 )
-"""Lines of our reporter and of Megatron that a reader of the screen needs."""
+"""Lines that a reader of the screen needs: of our reporter, of Megatron, and errors of a process that ends at once."""
 SHOWN_AFTER_FAILURE = 200
 EXPECTED = re.compile(
     r"-+ (end of )?arguments -+|  \w+ \.* ?.*|patch \S+ applied: .*|.*: (User|Future|Deprecation)Warning: .*"

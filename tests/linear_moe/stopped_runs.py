@@ -19,6 +19,8 @@ MARK = "MOM_TEST_RUN"
 class Run:
     """linear_moe.pretrain in the background, under torchrun where there are several processes.
 
+    The whole output is on the screen: tests wait for lines of Megatron.
+
     ignore_sigterm: SIGTERM reaches the ranks alone, as on Slurm (examples/pretrain_mom_slurm.sh): torchrun ignores it.
     """
 
@@ -33,7 +35,7 @@ class Run:
     ):
         self.mark, self.output = uuid.uuid4().hex, folder / f"output-{uuid.uuid4().hex[:8]}.txt"
         environment = os.environ | warm_python.ENVIRONMENT | (environment or {})
-        environment |= {MARK: self.mark, "PYTHONPATH": str(ROOT)}
+        environment = {"MOM_VERBOSE": "1"} | environment | {MARK: self.mark, "PYTHONPATH": str(ROOT)}
         environment.pop("TRITON_INTERPRET", None)
         command = [sys.executable, "-W", "ignore"]
         if processes > 1:

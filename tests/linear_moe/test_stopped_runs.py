@@ -38,7 +38,7 @@ def test_ranks_end_with_their_launcher(tmp_path):
 def test_the_death_of_the_process_that_writes_checkpoints_ends_the_run(tmp_path):
     words = [*TINY, *MOM, "--mock-data", "--train-iters", 2000, "--save", tmp_path / "c", "--save-interval", 4]
     words += "--async-save --async-strategy mcore --use-persistent-ckpt-worker".split()
-    with Run(tmp_path, *words) as run:
+    with Run(tmp_path, *words, environment={"MOM_VERBOSE": "0"}) as run:
         run.wait_for(SAVED)
         (worker,) = [pid for pid in run.processes() if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
         os.kill(worker, signal.SIGKILL)
