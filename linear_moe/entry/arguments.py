@@ -63,8 +63,8 @@ def add_mom_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         group.add_argument(option(name), *old, default=None, help=help, **kind)
     group.add_argument(
         "--no-kernel-check", dest="kernel_check", action="store_false", default=None,
-        help="Skip the check of the Triton kernels that a run makes where a chip, a version of Triton or head sizes are "
-        "new.",
+        help="Skip the check of the Triton kernels that a run makes where a chip, a version of Triton or head sizes "
+        "are new.",
     )  # fmt: skip
     return parser
 
