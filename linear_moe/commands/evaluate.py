@@ -57,7 +57,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     which.add_argument("--suite", choices=tuple(SUITES), help="a named suite")
     which.add_argument("--tasks", nargs="+", metavar="TASK", help="names of lm-evaluation-harness")
     tasks.add_argument("--include-path", type=path, metavar="DIR", help="folder with further tasks")
-    tasks.add_argument("--num-fewshot", type=whole(0), help="examples before a question [as the task says]")
+    tasks.add_argument("--num-fewshot", type=whole(0, 1000), help="examples before a question [as the task says]")
     tasks.add_argument("--limit", type=whole(1), help="questions of a task [all]")
     tasks.add_argument("--max-length", type=whole(16), help="tokens read at once [the suite's; 2048]")
     tasks.add_argument("--no-document-start", action="store_true", help="no end-of-document token before a context")
@@ -87,9 +87,16 @@ def evaluate(args: argparse.Namespace) -> None:
 
     suite = SUITES.get(args.suite)
     names = list(suite.tasks) if suite else args.tasks
+    if args.include_path and not args.include_path.is_dir():
+        raise EvaluationError(f"--include-path {args.include_path}: give the folder that holds the tasks' files")
+    if args.output:  # an evaluation may take hours, and its results go there
+        if args.output.is_dir():
+            raise EvaluationError(f"--output {args.output} is a folder: give a file")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
     manager = TaskManager(include_path=str(args.include_path) if args.include_path else None)
     if unknown := [name for name in names if name not in manager.all_tasks]:
-        raise EvaluationError(f"lm-evaluation-harness has no task {', '.join(unknown)}: see `lm_eval ls tasks`")
+        places = "lm-evaluation-harness" + (f" and --include-path {args.include_path}" if args.include_path else "")
+        raise EvaluationError(f"no task {', '.join(unknown)} in {places}: see `lm_eval ls tasks`")
     length = args.max_length or (suite.max_length if suite else 2048)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with quiet():
@@ -132,6 +139,8 @@ def load(args: argparse.Namespace):
     if (args.load / "config.json").is_file():
         from linear_moe.evaluation.export_backend import ExportBackend
 
+        if args.iteration is not None:
+            raise EvaluationError(f"--iteration {args.iteration}: --load {args.load} is an export, not checkpoints")
         if args.words:
             raise EvaluationError(f"--load {args.load} is an export, and takes no {' '.join(args.words)}")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

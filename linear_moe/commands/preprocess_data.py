@@ -33,7 +33,7 @@ from linear_moe.commands.arguments.preprocess_data import (
 )
 from linear_moe.corpus import files as corpus_files
 from linear_moe.corpus.files import BadDocuments, Chunk, CorpusError, find_files, read_chunks
-from linear_moe.corpus.hub import as_files, has_rows, tokenizer_folder
+from linear_moe.corpus.hub import as_files, has_rows, has_splits, tokenizer_folder
 from linear_moe.corpus.tokenizer import (
     ChunkEncoder,
     EncodedChunk,
@@ -65,11 +65,16 @@ def preprocess(args: argparse.Namespace) -> dict:
         OSError: a file cannot be read or written. Nothing is left behind in either case.
     """
     started = time.monotonic()
+    if args.split is not None and not any(map(has_splits, args.input)):
+        raise CorpusError(
+            f"--split {args.split}: no --input is a data set with splits, of the hub or saved by the library datasets: "
+            "leave --split out"
+        )
     with ExitStack() as stack:
         inputs = args.input
         if any(map(has_rows, inputs)):
             folder = stack.enter_context(temporary_folder(Path(f"{args.output}-rows")))
-            inputs = as_files(inputs, args.json_key, args.split, folder)
+            inputs = as_files(inputs, args.json_key, args.split or "train", folder)
         return _preprocess(args, inputs, started)
 
 

@@ -102,6 +102,15 @@ def default_device() -> str:
 
 seed = whole(0, 2**32 - 1)
 not_negative = number(float, lambda value: 0 <= value < float("inf"), "a number that is not negative")
+
+
+def text(value: str) -> str:
+    """A text that is not empty. An empty text, as of a variable that is not set, says nothing."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError(f"{value!r}: expected a text")
+    return value
+
+
 positive = number(float, lambda value: 0 < value < float("inf"), "a number above 0")
 share = number(float, lambda value: 0 < value <= 1, "a number above 0, up to 1")
 fraction = number(float, lambda value: 0 <= value < 1, "a number from 0 up to, but not including, 1")

@@ -14,7 +14,8 @@ from pathlib import Path
 from linear_moe.corpus.files import CorpusError
 
 HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-SAVED_MARKS = ("dataset_dict.json", "state.json")
+SEVERAL_SPLITS = "dataset_dict.json"
+SAVED_MARKS = (SEVERAL_SPLITS, "state.json")
 TOKENIZER_PATTERNS = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]
 
 
@@ -28,6 +29,11 @@ def has_rows(path: Path) -> bool:
     if is_hub_name(path):
         return True
     return path.suffix == ".parquet" or any((path / mark).is_file() for mark in SAVED_MARKS)
+
+
+def has_splits(path: Path) -> bool:
+    """Whether an input is a data set of the hub, or a folder in which several splits were saved."""
+    return is_hub_name(path) or (path / SEVERAL_SPLITS).is_file()
 
 
 def rows_as_text(path: Path, key: str, split: str, target: Path) -> None:

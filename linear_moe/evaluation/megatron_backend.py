@@ -137,6 +137,7 @@ def megatron_words(load: Path, rows: int, words: list[str], dtype: str, iteratio
     given = [
         "--load", str(load), "--use-checkpoint-args", "--exit-on-missing-checkpoint", "--no-load-optim",
         "--no-load-rng", "--micro-batch-size", str(rows), "--train-iters", "1", "--lr", "1e-4", "--mock-data",
+        "--eval-iters", "0",
     ]  # fmt: skip
     given += {"bfloat16": ["--bf16"], "float16": ["--fp16"], "float32": []}[dtype]
     given += ["--ckpt-step", str(iteration)] if iteration is not None else []

@@ -23,6 +23,8 @@ MODEL = {
     "topk": 1, "intermediate_size": 48, "max_position_embeddings": 64,
 }  # fmt: skip
 
+TASKS = Path(__file__).parents[1] / "mom_layers" / "hf" / "lm_eval_tasks"
+
 
 class Inputs:
     """What the commands read: a corpus, a tokenizer, an export, a checkpoint and a run's TensorBoard files."""
@@ -67,6 +69,9 @@ class Inputs:
             "convert_to_hf": ["--load", f"{self.megatron}", "--save", "OUT/hf"],
             "generate": ["--load", f"{self.hf}", "--prompt", "the memory", "--max-new-tokens", "2"],
             "perplexity": ["--load", f"{self.hf}", "--text", f"{self.text}", "--output", "OUT/p.png"],
+            "evaluate": [
+                "--load", f"{self.hf}", "--tasks", "recall_choice", "--include-path", f"{TASKS}", "--device", "cpu",
+            ],
             "recall": [
                 "--output", "OUT/recall", "--quick", "--mom", "2/1", "--baselines", "softmax", "--steps", "1",
                 "--max-steps", "1", "--rates", "1e-3", "--seeds", "1", "--pairs", "2", "--length", "16",
@@ -86,13 +91,13 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         found.append(parser)
         raise Stop
 
-    before, argparse.ArgumentParser.parse_args = argparse.ArgumentParser.parse_args, keep
+    before, argparse.ArgumentParser.parse_known_args = argparse.ArgumentParser.parse_known_args, keep
     try:
         import_module(f"linear_moe.commands.{command}").parse_arguments([])
     except Stop:
         pass
     finally:
-        argparse.ArgumentParser.parse_args = before
+        argparse.ArgumentParser.parse_known_args = before
     return found[0]
 
 
@@ -172,6 +177,11 @@ FINE = {
     ("convert_to_hf", "--verify-bound"): {"zero", "fraction", "tiny", *LARGE},
     ("convert_to_hf", "--verify-tokens"): {"very large"},  # without --verify
     ("convert_to_hf", "--max-shard-size"): {"very large"},
+    ("convert_to_hf", "--name"): NUMBERS, ("convert_to_hf", "--license"): NUMBERS,
+    ("convert_to_hf", "--language"): NUMBERS, ("convert_to_hf", "--datasets"): NUMBERS,
+    ("evaluate", "--output"): {"unreadable path", "wrong type: a file"}, ("evaluate", "--num-fewshot"): {"zero"},
+    ("evaluate", "--limit"): {"very large"}, ("evaluate", "--max-length"): {"very large"},
+    ("evaluate", "--batch-size"): {"very large"},
     ("plot_run", "--reference-loss"): {"zero", "fraction", "tiny", *LARGE}, ("demo_corpus", "--max-bytes"): LARGE,
     ("preprocess_data", "--max-bad-lines"): {"zero", "very large"},
     ("preprocess_data", "--validation-fraction"): {"zero"}, ("preprocess_data", "--tokenizer-bytes"): {"very large"},

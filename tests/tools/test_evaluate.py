@@ -195,7 +195,7 @@ def test_an_exports_scores_are_the_models(export, tokenizer_folder):
 @pytest.mark.parametrize(
     "words,message",
     [
-        (("--tasks", "no_such_task"), "has no task no_such_task"),
+        (("--tasks", "no_such_task"), "no task no_such_task in lm-evaluation-harness"),
         (("--suite", "recall"), "the data of fda"),
         (("--tasks", "recall_choice", "--tensor-model-parallel-size", "2"), "takes no --tensor-model-parallel-size 2"),
     ],

@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Sequence
 
 from linear_moe.commands.command_line import command_parser
-from linear_moe.commands.values import DTYPES, not_negative, path, size, whole
+from linear_moe.commands.values import DTYPES, not_negative, path, size, text, whole
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -35,10 +35,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--trust-checkpoint", action="store_true", help="run whatever code the checkpoint's files name, as PyTorch does"
     )
     card = parser.add_argument_group("model card")
-    card.add_argument("--name", metavar="OWNER/MODEL", help="name of the model on the Hugging Face hub")
-    card.add_argument("--license", metavar="ID", help="license of the weights, such as apache-2.0")
-    card.add_argument("--language", nargs="+", default=[], metavar="CODE", help="languages of the data, such as en")
-    card.add_argument("--datasets", nargs="+", default=[], metavar="NAME", help="data sets on the hub")
+    card.add_argument("--name", type=text, metavar="OWNER/MODEL", help="name of the model on the Hugging Face hub")
+    card.add_argument("--license", type=text, metavar="ID", help="license of the weights, such as apache-2.0")
+    card.add_argument(
+        "--language", type=text, nargs="+", default=[], metavar="CODE", help="languages of the data, such as en"
+    )
+    card.add_argument("--datasets", type=text, nargs="+", default=[], metavar="NAME", help="data sets on the hub")
     verify = parser.add_argument_group("check")
     verify.add_argument(
         "--verify", action="store_true", help="run one batch through both models in float32 and compare"

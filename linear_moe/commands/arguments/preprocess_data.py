@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from linear_moe.commands.command_line import command_parser
-from linear_moe.commands.values import fraction, whole
+from linear_moe.commands.values import fraction, text, whole
 from linear_moe.commands.values import path as a_path
 from linear_moe.corpus.files import DEFAULT_SUFFIXES
 from linear_moe.corpus.hub import is_hub_name
@@ -40,7 +40,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="files or folders of text; parquet files; folders that the library datasets saved; owner/name of a data "
         "set on the hub",
     )
-    data.add_argument("--split", default="train", help="which split of a data set to read")
+    data.add_argument("--split", type=text, help="which split of a data set to read [train]")
     data.add_argument("--output", required=True, metavar="PREFIX", help="path of the output files, without extension")
     data.add_argument(
         "--suffixes",
