@@ -14,7 +14,7 @@ from test_convert_names import VARIANTS, random_model, read_weights, same
 from linear_moe import __version__
 from linear_moe.commands import convert_from_hf, convert_to_hf
 from linear_moe.conversion.checkpoint import MegatronCheckpoint, find_checkpoint
-from linear_moe.conversion.verify import compare, exported_logits, megatron_logits
+from linear_moe.conversion.verify import Difference, compare, exported_logits, megatron_logits
 from mom_layers.reference import mixture_of_memories_reference
 
 REPOSITORY = Path(__file__).parents[2]
@@ -161,12 +161,13 @@ def test_megatron_the_export_and_a_plain_loop_agree(name, request):
     assert compare(exported_logits(export, tokens), expected, tokens).relative < 1e-5
 
 
-def test_verify_compares_the_export_with_megatron(hybrid, tmp_path, capsys):
+def test_verify_compares_the_export_with_megatron(hybrid, tmp_path, capsys, monkeypatch):
     to_hf(hybrid, tmp_path / "export", "--verify", "--verify-tokens", "16", "--dtype", "bfloat16")
     assert "verified on 2 x 16 tokens: logits" in capsys.readouterr().out
-    command = ["--load", str(hybrid), "--save", str(tmp_path / "other"), "--verify", "--verify-bound", "0"]
+    monkeypatch.setattr("linear_moe.conversion.verify.compare", lambda *_: Difference(1.0, 0.5, 0.1))
+    command = ["--load", str(hybrid), "--save", str(tmp_path / "other"), "--verify", "--verify-bound", "0.4"]
     assert convert_to_hf.main(command) == 1
-    assert "differs from the checkpoint by more than 0:" in capsys.readouterr().err
+    assert "differs from the checkpoint by more than 0.4:" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
