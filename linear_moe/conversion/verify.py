@@ -19,6 +19,7 @@ from linear_moe.conversion.checkpoint import MegatronCheckpoint
 from linear_moe.conversion.config import DTYPES, KEYS
 from linear_moe.conversion.files import ConversionError, load_tokenizer, read_json, tokenizer_files
 from linear_moe.conversion.loading import load_model
+from linear_moe.conversion.megatron_model import gpt_model, load_weights
 from linear_moe.entry.machine import lone_process, prepare_machine
 from linear_moe.tokens import vocabulary_size
 from megatron_patches.cpu import CPU_ARGUMENTS
@@ -98,7 +99,7 @@ def megatron_logits(folder: Path, tokens: torch.Tensor, rounded_to: torch.dtype)
         checkpoint = MegatronCheckpoint(folder)
         exact = get_rule(checkpoint.args.mom_rule).parameter_names
         model = _model(checkpoint)
-        _load(model, folder)
+        load_weights(model, folder)
         for name, parameter in model.named_parameters():
             if not name.endswith(exact):
                 parameter.copy_(parameter.to(rounded_to))
@@ -132,24 +133,13 @@ def _megatron() -> Iterator[None]:
 
 
 def _model(checkpoint: MegatronCheckpoint):
-    from megatron.core.models.gpt import GPTModel
-
     from linear_moe.config import MomTransformerConfig
-    from linear_moe.layer.decoder_layers import mom_block_spec
 
     args = checkpoint.args
     known = {field.name for field in fields(MomTransformerConfig)}
     here = {name: value for name, value in CPU_ARGUMENTS.items() if name in known}
     config = MomTransformerConfig(**_config_arguments(args), **here)
-    return GPTModel(
-        config,
-        mom_block_spec(config),
-        vocab_size=checkpoint.rows("embedding.word_embeddings.weight"),
-        max_sequence_length=args.max_position_embeddings,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type=args.position_embedding_type,
-        rotary_base=args.rotary_base,
-    ).eval()
+    return gpt_model(args, config, checkpoint.rows("embedding.word_embeddings.weight")).eval()
 
 
 def _config_arguments(args: Namespace) -> dict:
@@ -167,11 +157,3 @@ def _config_arguments(args: Namespace) -> dict:
         "hidden_dropout": 0.0,
         "perform_initialization": False,
     }
-
-
-def _load(model, folder: Path) -> None:
-    from megatron.core import dist_checkpointing, parallel_state
-
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata)}, str(folder))
-    model.load_state_dict(state["model"])

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 from linear_moe.conversion.checkpoint import MegatronCheckpoint, Unknown, find_checkpoint
+from linear_moe.conversion.megatron_model import gpt_model, load_weights
 from linear_moe.entry.machine import lone_process, prepare_machine
 
 
 @contextmanager
 def trained_model(checkpoints: Path) -> Iterator[torch.nn.Module]:
     """The model of the latest checkpoint in a folder, in evaluation mode and in the type of its training, on the first
-    GPU or, without one, the CPU. Its layers are those that the training built.
+    GPU or, without one, the CPU. Its layers are the layers of the training.
 
     Raises ConversionError where the folder has no checkpoint that can be read.
     """
@@ -28,42 +29,24 @@ def trained_model(checkpoints: Path) -> Iterator[torch.nn.Module]:
         torch.cuda.set_device(0)
     with lone_process("nccl" if with_gpu else "gloo"):
         model = _build(saved.args, saved.rows("embedding.word_embeddings.weight"))
-        _load(model, folder)
+        load_weights(model, folder)
         yield model.eval()
 
 
 def _build(arguments, rows: int) -> torch.nn.Module:
-    from megatron.core.models.gpt import GPTModel
     from megatron.training.arguments import core_transformer_config_from_args
 
     from linear_moe.config import configure
-    from linear_moe.layer.decoder_layers import mom_block_spec
 
     # Objects of Megatron's own classes were not read; the configuration has a default for each.
     arguments = copy.copy(arguments)
     for name in [name for name, value in vars(arguments).items() if isinstance(value, Unknown)]:
         delattr(arguments, name)
     config = configure(core_transformer_config_from_args, arguments)
-    model = GPTModel(
-        config,
-        mom_block_spec(config),
-        vocab_size=rows,
-        max_sequence_length=arguments.max_position_embeddings,
-        share_embeddings_and_output_weights=not arguments.untie_embeddings_and_output_weights,
-        position_embedding_type=arguments.position_embedding_type,
-        rotary_base=arguments.rotary_base,
-    )
+    model = gpt_model(arguments, config, rows)
     if torch.cuda.is_available():
         model.cuda()
     return model.bfloat16() if config.bf16 else model
-
-
-def _load(model: torch.nn.Module, folder: Path) -> None:
-    from megatron.core import dist_checkpointing, parallel_state
-
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata)}, str(folder))
-    model.load_state_dict(state["model"])
 
 
 @torch.no_grad()
