@@ -97,7 +97,7 @@ def results(args: argparse.Namespace, deadline: float) -> None:
 
 
 def train(args: argparse.Namespace, deadline: float) -> list[str]:
-    """Runs the tools, from the measured rows and back to them. Returns the names of those that failed."""
+    """Runs the tools, which go on from the measured rows. Returns the names of the tools that failed."""
     from linear_moe.commands import language_models, recall
 
     failed = []

@@ -120,7 +120,7 @@ def in_order(sets: list[ArgumentSet], trials: list[Trial]) -> list[list[Trial]]:
 
 
 def next_run(trial: Trial, rows: Rows, place: runs.Place, made: set[str]) -> str | None:
-    """The next run of a trial after those that this call has made; None where nothing is left. A run whose checkpoint
+    """The next run of a trial that this call has not made; None where nothing is left. A run whose checkpoint
     is gone is repeated, if another is to be resumed from the checkpoint.
     """
     for run in runs.RUNS:

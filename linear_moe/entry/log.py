@@ -72,7 +72,7 @@ class Log:
             self._file, self._waiting = None, []
 
     def last_lines(self) -> list[str]:
-        """What a reader needs to understand a failure: the last lines, without those that every run prints."""
+        """The last lines before a failure, without the lines that every run prints."""
         return [line for line in self._recent if not EXPECTED.fullmatch(line)][-SHOWN_AFTER_FAILURE:]
 
 

@@ -44,7 +44,7 @@ def rehearse(
         try:
             if not call_trainer(words, folder, device, place.deadline):
                 raise OutOfTime("the time is up")
-            # The highest: other processes, such as those that make the corpus, only slow a run down.
+            # The highest: other processes, such as the making of the corpus, only slow a run down.
             speed = max(tables.speeds(read_history(folder)), default=0.0)
             say(f"{job.name}: {speed:,.0f} tokens/s")
             measure(folder, _random_windows(folder, job.shape.vocabulary, lengths), place, device)

@@ -185,7 +185,7 @@ def knocked_out(
 
 
 def loss_summary(losses: torch.Tensor, windows: torch.Tensor) -> dict[str, float]:
-    """Mean loss of all tokens, of those that repeat a bigram of the window, and of the others."""
+    """Mean loss of all tokens, of the tokens that repeat a bigram of the window, and of the other tokens."""
     repeats = []
     for window in windows.numpy():
         repeats.append(since_last(window[:-1] * (int(windows.max()) + 1) + window[1:]) > 0)

@@ -106,7 +106,7 @@ def _wait(processes: list, seconds: float) -> int | None:
 
 
 def _end(process) -> None:
-    """Ends a process and those that it started."""
+    """Ends a process and the processes that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
