@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mom_layers.common.chips import chip_of
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
 from mom_layers.recur.program_place_triton import chunk_of_program
@@ -33,6 +34,7 @@ from mom_layers.recur.scalar_delta.triton.launches import SOLVE_WARPS, launches_
 BLOCK = 16
 # Products of float32 inputs are exact in float32: no tf32. Other types ignore this setting. The triangular solve is
 # float32 for every type; for 16-bit types its products take three tf32 parts, which lose no more than float32 does.
+# AMD's compiler has no products of three tf32 parts, and exact ones.
 PRECISION = tl.constexpr("ieee")
 
 
@@ -213,6 +215,7 @@ def chunk_local(*, inputs: Inputs, chunks: Chunks, launches_for=launches_for) ->
     solve = torch.empty_like(scores)
     # The tile does not depend on V: K stands for V.
     launch = launches_for(q.device, q.dtype, key_size, key_size).chunk_scores
+    exact = q.dtype == torch.float32 or chip_of(q.device).vendor == "amd"
     _chunk_scores_kernel[(slots * heads,)](
         q=q,
         k=k,
@@ -242,7 +245,7 @@ def chunk_local(*, inputs: Inputs, chunks: Chunks, launches_for=launches_for) ->
         H=heads,
         BT=CHUNK,
         BC=BLOCK,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32x3",
+        PRECISION="ieee" if exact else "tf32x3",
         num_warps=SOLVE_WARPS,
     )
     return ChunkLocal(decays, solve, scores)
