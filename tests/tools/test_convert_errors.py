@@ -106,7 +106,6 @@ def test_a_model_that_is_not_mom(refused, tmp_path, model):
         ({"normalization": "LayerNorm"}, "--normalization LayerNorm"),
         ({"mom_rule": "titans"}, "--mom-rule titans: it needs " + " or ".join(rule_names())),
         ({"mom_rule": "gla"}, "memory_proj.decay"),
-        ({"num_experts": 8}, "--num-experts 8"),
         ({"mom_num_memories": 3}, "router.weight"),
         ({"ffn_hidden_size": 64}, "linear_fc1.weight"),
         ({"mom_shared_memory": False}, "memory_proj"),
@@ -121,9 +120,14 @@ def test_arguments_that_do_not_fit(refused, tmp_path, changed, words):
 
 def test_attention_that_the_format_lacks(refused, tmp_path):
     hybrid = {"attn": {"layers": [1], "num_heads": 2}}
-    for changed in ({"rotary_percent": 0.5}, {"qk_layernorm": True}, {"kv_channels": 8}, {"window_size": (4, 4)}):
+    for changed, words in (
+        ({"rotary_percent": 0.5}, "rotary-percent"),
+        ({"qk_layernorm": True}, "has no decoder.layers.1.self_attention.q_layernorm.weight"),
+        ({"kv_channels": 8}, "linear_qkv.weight is [96, 32]"),
+        ({"window_size": (4, 4)}, "window-size"),
+    ):
         checkpoint = write_with_arguments(tmp_path / f"{changed}", shape=hybrid, **changed)
-        assert next(iter(changed)).replace("_", "-") in refused(convert_to_hf, checkpoint)
+        assert words in refused(convert_to_hf, checkpoint)
 
 
 def test_an_incomplete_checkpoint(refused, checkpoint):

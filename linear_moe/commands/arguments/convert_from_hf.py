@@ -27,5 +27,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=128,
         help="pad the vocabulary for Megatron, as Megatron's option of this name does [128]",
     )
+    parser.add_argument(
+        "--hybrid",
+        action="store_true",
+        help="write the layers of a HybridModel [of a GPT model, where a GPT model can have them]",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace --save if it is an earlier conversion")
     return parser.parse_args(argv)
