@@ -66,15 +66,15 @@ def attention_from_arguments(args: Namespace, kinds: LayerKinds) -> dict | list 
                     f"the Hugging Face format cannot hold softmax layers with --{name.replace('_', '-')} {value}: "
                     f"they need {' or '.join(map(str, accepted))}"
                 )
-    entries = [_plain_entry(args, plain)] if plain else []
+    entries = [_plain_entry(args, kinds)] if plain else []
     entries += [_latent_entry(args, latent)] if latent else []
     return entries if len(entries) > 1 else next(iter(entries), None)
 
 
-def _plain_entry(args: Namespace, layers: list[int]) -> dict:
+def _plain_entry(args: Namespace, kinds: LayerKinds) -> dict:
     heads = args.num_attention_heads
     entry = {
-        "layers": layers,
+        "layers": kinds.of("attention"),
         "num_heads": heads,
         "num_kv_heads": args.num_query_groups if args.group_query_attention else heads,
         "qkv_bias": bool(getattr(args, "add_qkv_bias", False)),
@@ -89,7 +89,7 @@ def _plain_entry(args: Namespace, layers: list[int]) -> dict:
         entry["head_dim"] = args.kv_channels
     if getattr(args, "qk_layernorm", False):
         entry["qk_norm"] = True
-    if getattr(args, "use_rope_scaling", False) and entry["rope_theta"] is not None:
+    if getattr(args, "use_rope_scaling", False) and entry["rope_theta"] is not None and not kinds.hybrid:
         factor = float(getattr(args, "rope_scaling_factor", 8.0))
         entry["rope_scaling"] = {"rope_type": "llama3", "factor": factor} | LLAMA3
     window = getattr(args, "window_size", None)
@@ -154,7 +154,7 @@ def arguments_of_attention(config: MomConfig, kinds: LayerKinds) -> dict[str, ob
         "linear_attention_freq": None if kinds.hybrid else _frequency(kinds),
     }
     if first.rope_scaling is not None:
-        _check_llama3(first.rope_scaling)
+        _check_llama3(first.rope_scaling, kinds)
         arguments["rope_scaling_factor"] = first.rope_scaling.factor
     if latent:
         arguments |= _latent_arguments(latent[0])
@@ -180,7 +180,12 @@ def _check_together(latent: LatentSpec, plain: AttentionSpec) -> None:
             )
 
 
-def _check_llama3(scaling: RopeScaling) -> None:
+def _check_llama3(scaling: RopeScaling, kinds: LayerKinds) -> None:
+    if kinds.hybrid:
+        raise ConversionError(
+            "Megatron's HybridModel does not scale the rotary embedding, and this model has rope_scaling: leave out "
+            "--hybrid"
+        )
     found = scaling_entry(scaling)
     if scaling.rope_type != "llama3" or {key: found[key] for key in LLAMA3} != LLAMA3:
         raise ConversionError(
