@@ -124,8 +124,8 @@ def arguments_of_attention(config: MomConfig, kinds: LayerKinds) -> dict[str, ob
     Raises ConversionError for layers that Megatron lacks.
     """
     specs = config.attention_specs()
-    latent = [spec for spec in specs if isinstance(spec, LatentSpec)]
-    plain = [spec for spec in specs if isinstance(spec, AttentionSpec)]
+    latent = [spec for spec in specs if spec.latent]
+    plain = [spec for spec in specs if not spec.latent]
     for found in (latent, plain):
         if len({_without_layers(spec) for spec in found}) > 1:
             raise ConversionError(f"Megatron has one kind of softmax layers, this model {len(found)}: {config.attn}")

@@ -198,7 +198,7 @@ def layout_of(config: MomConfig, kinds: LayerKinds | None = None) -> Layout:
     }
     options, groups = set(), 1
     for spec in config.attention_specs():
-        if isinstance(spec, LatentSpec):
+        if spec.latent:
             dims |= _latent_dimensions(spec)
             options |= {"plain_query" if spec.q_lora_rank is None else "latent_query"}
             options |= {"latent_norm"} if spec.qk_norm else set()

@@ -70,12 +70,10 @@ class LayerKinds:
 
 def kinds_of_config(config: MomConfig, *, hybrid: bool = False) -> LayerKinds:
     """The layers of a Hugging Face model."""
-    from mom_layers.hf.attention_config import LatentSpec
-
     mixers = ["mom"] * config.num_all_layers
     for spec in config.attention_specs():
         for layer in spec.layers:
-            mixers[layer] = "latent" if isinstance(spec, LatentSpec) else "attention"
+            mixers[layer] = "latent" if spec.latent else "attention"
     moe = config.moe_spec()
     mlps = ["moe" if moe and layer in moe.layers else "dense" for layer in range(config.num_all_layers)]
     kinds = LayerKinds(tuple(mixers), tuple(mlps), config.num_nextn_predict_layers)

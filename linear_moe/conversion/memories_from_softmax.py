@@ -86,7 +86,7 @@ def with_memories(
         return config, tensors
     specs = config.attention_specs()
     found = {replace(spec, layers=()) for spec in specs if set(spec.layers) & set(new)}
-    if len(found) > 1 or not isinstance(spec := found.pop(), AttentionSpec):
+    if len(found) > 1 or (spec := found.pop()).latent:
         raise ConversionError(
             "MoM layers start from softmax layers of one kind, and not from multi-latent attention: name the layers "
             "that stay softmax with --softmax-layers"

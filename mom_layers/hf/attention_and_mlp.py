@@ -126,8 +126,7 @@ class LatentAttention(nn.Module):
 
 def softmax_attention(hidden_size: int, spec: AttentionSpec | LatentSpec, eps: float) -> nn.Module:
     """The layer that a specification describes."""
-    kind = LatentAttention if isinstance(spec, LatentSpec) else Attention
-    return kind(hidden_size, spec, eps)
+    return (LatentAttention if spec.latent else Attention)(hidden_size, spec, eps)
 
 
 def attend(

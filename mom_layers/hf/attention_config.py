@@ -36,6 +36,8 @@ class AttentionSpec:
     qk_norm: bool = False
     rope_scaling: RopeScaling | None = None
 
+    latent = False
+
 
 @dataclass(frozen=True)
 class LatentSpec:
@@ -63,6 +65,7 @@ class LatentSpec:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
 
+    latent = True
     window_size = None
 
     @property

@@ -23,7 +23,7 @@ from mom_layers.hf.attention_and_mlp import RMSNorm
 from mom_layers.hf.blocks import MomBlock, PredictionLayer
 from mom_layers.hf.cache import CACHE_NAME, MomCache, one_cache
 from mom_layers.hf.configuration_mom import MomConfig
-from mom_layers.hf.experts import ExpertRouter, SparseMLP
+from mom_layers.hf.experts import ExpertRouter
 from mom_layers.hf.mixer import MomAttention
 from mom_layers.hf.projections import MemoryLinear, MemoryProjections, ShortConvolution
 from mom_layers.hf.sequence import TokenSequence, described_documents
@@ -286,7 +286,7 @@ class MomForCausalLM(MomPreTrainedModel, GenerationMixin):
         self, expert_logits: tuple[torch.Tensor, ...], mask: torch.Tensor | None
     ) -> torch.Tensor:
         """The sum over the layers with experts of a loss that is 1 when a layer's experts are balanced."""
-        routers = [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, SparseMLP)]
+        routers = [layer.mlp.gate for layer in self.model.layers if hasattr(layer.mlp, "experts")]
         losses = []
         for router, logits in zip(routers, expert_logits, strict=True):
             kept = logits if mask is None else logits[mask.flatten().bool().to(logits.device)]

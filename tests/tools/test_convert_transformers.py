@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy
 import pytest
 import torch
 from test_convert_names import read_weights
@@ -191,3 +192,29 @@ def test_what_no_model_with_memories_can_start_from(changed, options, words, tmp
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("convert_from_hf.py: error: ") and words in line, line
     assert not (tmp_path / "megatron").exists()
+
+
+def test_mixers_learn_the_attention_alone(tmp_path, capsys):
+    """The error against the Transformer's attention falls, every other weight stays, and Megatron reads the result."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    from linear_moe.commands import align_mixers
+
+    save(TRANSFORMERS["qwen3"], tmp_path / "transformer")
+    builder = IndexedDatasetBuilder(str(tmp_path / "corpus.bin"), dtype=numpy.uint16)
+    for row in torch.randint(96, (40, 33), generator=torch.Generator().manual_seed(0)):
+        builder.add_document(row, [len(row)])
+    builder.finalize(str(tmp_path / "corpus.idx"))
+    words = ["--load", tmp_path / "transformer", "--save", tmp_path / "aligned", "--data-path", tmp_path / "corpus"]
+    words += ["--steps", 30, "--batch-size", 4, "--seq-length", 32, "--lr", "5e-3", "--device", "cpu"]
+    assert align_mixers.main([*map(str, words), "--mom-layers", "0,2"]) == 0
+    errors = [float(value) for value in re.findall(r"error ([\d.]+) of", capsys.readouterr().out)]
+    assert errors[-1] < 0.7 * errors[0] < 1, errors
+    before, after = read_weights(tmp_path / "transformer"), read_weights(tmp_path / "aligned")
+    kept = [name for name in after if not re.search(r"layers\.[02]\.attn\.", name) and old_name(name) in before]
+    assert len(kept) > 20 and all(torch.equal(after[name], before[old_name(name)]) for name in kept)
+    assert convert(tmp_path / "aligned", tmp_path / "megatron") == 0
+    exported = read_weights(export(tmp_path / "megatron", tmp_path / "export", "--verify", "--verify-tokens", "24"))
+    assert all(torch.equal(exported[name], tensor) for name, tensor in after.items())
+    assert align_mixers.main([*map(str, words), "--overwrite", "--softmax-layers", "all"]) == 1
+    assert "no layer becomes a MoM layer" in capsys.readouterr().err
