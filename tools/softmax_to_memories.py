@@ -4,8 +4,8 @@
     python tools/softmax_to_memories.py --output runs/converted --scale gpu
 
 Trains a softmax model on the demo's corpus with Megatron, makes MoM layers of all its layers, and of all but every
-fourth, trains the new token mixers alone for a moment (linear-moe align-mixers), and trains on with Megatron, for a tenth
-of the softmax model's tokens in all. Beside them: the same without the first stage, and MoM from scratch. What is
+fourth, trains the new token mixers alone for a moment (linear-moe align-mixers), and trains on with Megatron, for a
+tenth of the softmax model's tokens in all. Beside them: the same without the first stage, and MoM from scratch. What is
 finished is not run again. Writes curves.png and results.json.
 """
 
@@ -162,7 +162,7 @@ def prepare_corpus(corpus: Path, scale: Scale) -> None:
 
 
 def convert(run: Run, scale: Scale, folder: Path, steps: int) -> Path:
-    """The softmax model with MoM layers as a checkpoint; with ``steps`` its new token mixers are trained alone first."""
+    """The softmax model with MoM layers as a checkpoint. With ``steps`` the new mixers are trained alone first."""
     own, source = folder / run.name, folder / SOFTMAX.name / "hf"
     start = ["--softmax-layers", run.softmax_layers, *MEMORIES[:5]]
     if steps:
@@ -182,7 +182,8 @@ def pretrain(words: list, steps: int, rate: float, scale: Scale, corpus: Path, f
         "--ffn-hidden-size", scale.ffn, "--num-attention-heads", scale.heads, "--swiglu", "--disable-bias-linear",
         "--position-embedding-type", "rope", "--normalization", "RMSNorm", "--norm-epsilon", "1e-6",
         "--attention-dropout", 0, "--hidden-dropout", 0, "--seq-length", scale.length,
-        "--max-position-embeddings", scale.length, "--micro-batch-size", scale.batch, "--global-batch-size", scale.batch,
+        "--max-position-embeddings", scale.length, "--micro-batch-size", scale.batch,
+        "--global-batch-size", scale.batch,
         "--untie-embeddings-and-output-weights", "--train-iters", steps, "--lr", rate, "--min-lr", rate / 20,
         "--lr-decay-style", "cosine", "--lr-warmup-fraction", 0.05, "--optimizer", "adam", "--adam-beta1", 0.9,
         "--adam-beta2", 0.95, "--weight-decay", 0.1, "--clip-grad", 1.0, "--eval-interval", max(1, steps // 10),
