@@ -50,12 +50,12 @@ class Alignment:
         self.device, self.layers = device, self.model.kinds.of("mom")
         if not self.layers:
             raise ConversionError("no layer becomes a MoM layer: give other --softmax-layers or --mom-layers")
-        teacher = begin(folder, Start(softmax_layers="all"))
-        self.teacher = MomForCausalLM(teacher.config).eval().requires_grad_(False)
-        own = {name: teacher.tensors.read(name) for entry in teacher.table for name in entry.hf_names}
-        self.teacher.load_state_dict(own, strict=False)
-        self.teacher.tie_weights()
-        self.teacher.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        before = begin(folder, Start(softmax_layers="all"))
+        self.transformer = MomForCausalLM(before.config).eval().requires_grad_(False)
+        own = {name: before.tensors.read(name) for entry in before.table for name in entry.hf_names}
+        self.transformer.load_state_dict(own, strict=False)
+        self.transformer.tie_weights()
+        self.transformer.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         self.mixers = {layer: self._mixer(layer) for layer in self.layers}
         self.topk = config.topk
 
@@ -77,8 +77,8 @@ class Alignment:
     def hidden_states(self, tokens: Tensor) -> Iterator[tuple[int, Tensor, Tensor, TokenSequence]]:
         """For tokens [B, T]: every new layer's index, its input and the Transformer's output there [B, T, D] each."""
         sequence = TokenSequence(*tokens.shape, 0, tokens.device)
-        hidden = self.teacher.model.embeddings(tokens)
-        for layer, block in enumerate(self.teacher.model.layers):
+        hidden = self.transformer.model.embeddings(tokens)
+        for layer, block in enumerate(self.transformer.model.layers):
             x = block.attn_norm(hidden)
             target, _ = block.attn(x, sequence)
             if layer in self.mixers:

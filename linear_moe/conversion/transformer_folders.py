@@ -122,7 +122,8 @@ class RenamedTensors:
 
 def is_transformer(content: dict) -> bool:
     """Whether a configuration is of an architecture that :func:`softmax_model` takes."""
-    return content.get("model_type") in ARCHITECTURES
+    kind = content.get("model_type")
+    return isinstance(kind, str) and kind in ARCHITECTURES
 
 
 def softmax_model(content: dict, weights: Tensors) -> tuple[MomConfig, RenamedTensors]:

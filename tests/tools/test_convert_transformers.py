@@ -209,7 +209,7 @@ def test_mixers_learn_the_attention_alone(tmp_path, capsys):
     words += ["--steps", 30, "--batch-size", 4, "--seq-length", 32, "--lr", "5e-3", "--device", "cpu"]
     assert align_mixers.main([*map(str, words), "--mom-layers", "0,2"]) == 0
     errors = [float(value) for value in re.findall(r"error ([\d.]+) of", capsys.readouterr().out)]
-    assert errors[-1] < 0.7 * errors[0] < 1, errors
+    assert errors[-1] < 0.85 * errors[0] < 1, errors
     before, after = read_weights(tmp_path / "transformer"), read_weights(tmp_path / "aligned")
     kept = [name for name in after if not re.search(r"layers\.[02]\.attn\.", name) and old_name(name) in before]
     assert len(kept) > 20 and all(torch.equal(after[name], before[old_name(name)]) for name in kept)
