@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 import torch.utils._device
 
-from megatron_patches import float32_parameters
+from megatron_patches import cpu_gated_delta_net, float32_parameters
 from megatron_patches.adam import FusedAdam
 from megatron_patches.patch import Patch, Target, apply_all, replace, undo_all, wrap
 
@@ -333,6 +333,7 @@ PATCHES = (
             replace("megatron.core.optimizer.distrib_optimizer", "USING_APEX_OPTIMIZER", True),
         ),
     ),
+    cpu_gated_delta_net.PATCH,
     Patch(
         name="cpu-memory-report",
         reason="training_log reads keys of torch.cuda.memory_stats(), which is empty without a GPU",

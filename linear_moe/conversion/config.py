@@ -32,6 +32,7 @@ EXPORTABLE = {
     "layernorm_zero_centered_gamma": (False,),
     "apply_residual_connection_post_layernorm": (False,),
     "use_mup": (False,),
+    "mtp_use_repeated_layer": (False,),
     "glu_linear_offset": (0.0,),
     "activation_func_clamp_value": (None,),
 }

@@ -81,7 +81,6 @@ def arguments_of_experts(spec: MoeSpec | None, kinds: LayerKinds) -> dict[str, o
         "moe_router_load_balancing_type": spec.balancing,
         "moe_aux_loss_coeff": spec.aux_loss_scale,
         "moe_token_dispatcher_type": "alltoall",
-        "moe_grouped_gemm": False,
     }
 
 

@@ -8,13 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from linear_moe.conversion.files import ConversionError
+from linear_moe.pattern import GATED_DELTA_NET, MEMORY, PREDICTION, STAGE
 from mom_layers.hf.configuration_mom import MomConfig
 
-MIXERS = {"R": "mom", "*": "attention", "+": "latent"}
-"""Letters of a hybrid pattern, and the token mixers that they stand for. G is R's earlier name."""
+MIXERS = {MEMORY: "mom", "*": "attention", "+": "latent"}
 MLPS = {"-": "dense", "E": "moe"}
-OLD_MOM = "G"
-STAGE, PREDICTION = "|", "/"
+"""Symbols of a hybrid pattern, and what they stand for."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def kinds_of_pattern(pattern: str, prediction: str | None, args: Namespace) -> L
     depths = getattr(args, "mtp_num_layers", None) or 0
     if prediction and PREDICTION not in pattern:
         pattern += (PREDICTION + prediction) * depths
-    mixers = MIXERS if "R" in pattern else MIXERS | {OLD_MOM: "mom"}
+    mixers = MIXERS if MEMORY in pattern else MIXERS | {GATED_DELTA_NET: "mom"}  # the earlier symbol of MoM layers
     kinds, main, found = [], True, 0
     for part in pattern.split(PREDICTION):
         letters = part.replace(STAGE, "")
@@ -108,8 +107,6 @@ def kinds_of_pattern(pattern: str, prediction: str | None, args: Namespace) -> L
         kinds += [(mixers[pair[0]], MLPS[pair[1]]) for pair in pairs]
         found += not main
         main = False
-    if getattr(args, "mtp_use_repeated_layer", False) and found:
-        kinds, found = kinds[: len(kinds) - found + 1], 1
     return LayerKinds(tuple(k[0] for k in kinds), tuple(k[1] for k in kinds), found, hybrid=True)
 
 

@@ -30,9 +30,13 @@ def gpt_model(args: Namespace, config, rows: int) -> torch.nn.Module:
     if pattern:
         from megatron.core.models.hybrid.hybrid_model import HybridModel
 
+        from linear_moe.layer import memory_symbol
         from linear_moe.layer.hybrid_specs import hybrid_stack_spec
+        from linear_moe.pattern import GATED_DELTA_NET, MEMORY, main_layers
 
-        main = pattern.partition("/")[0].replace("|", "").replace("R", "G")
+        memory_symbol.PATCH.apply()
+        main = main_layers(pattern)
+        main = main if MEMORY in main else main.replace(GATED_DELTA_NET, MEMORY)  # MoM's earlier symbol
         if "*" in main and "+" in main:
             raise ConversionError(
                 f"Megatron builds --hybrid-layer-pattern {pattern} over several pipeline stages only, because a stage "

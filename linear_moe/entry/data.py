@@ -26,6 +26,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from linear_moe.config import MomTransformerConfig
+from linear_moe.entry.hybrid_pattern import all_mixers_are_memories
 from linear_moe.tokens import vocabulary_size
 
 logger = logging.getLogger(__name__)
@@ -169,7 +170,11 @@ def cuts_contiguously(args) -> bool:
     """
     if args.context_parallel_size == 1 or args.token_mixer != "mom" or args.mtp_num_layers:
         return False
-    return all(MomTransformerConfig.mom_layer_pattern(args)) and args.seq_length % args.context_parallel_size == 0
+    pattern = args.hybrid_layer_pattern
+    memories = (
+        all(MomTransformerConfig.mom_layer_pattern(args)) if pattern is None else all_mixers_are_memories(pattern)
+    )
+    return memories and args.seq_length % args.context_parallel_size == 0
 
 
 def get_batch(data_iterator, vp_stage=None) -> dict[str, torch.Tensor | None]:
