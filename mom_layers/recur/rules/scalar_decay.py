@@ -5,16 +5,12 @@ Shape legend: rows R, segments S, heads H, key size K, value size V.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from mom_layers.common.kernel_choice import compute_dtype, resolve_kernels
+from mom_layers.common.kernel_choice import compute_dtype
 from mom_layers.common.reference import bounds
 from mom_layers.recur.chunk_table import CHUNK
-from mom_layers.recur.rules.rule import MemoryRule, RuleInputs
-from mom_layers.recur.scalar_decay import scalar_decay
-from mom_layers.recur.scalar_decay.operation import initial_state_gradient_triton
+from mom_layers.recur.rules.rule import RuleInputs
 
 
 def transition(inputs: RuleInputs, cu_seqlens, kernels):

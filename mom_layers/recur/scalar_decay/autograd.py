@@ -43,9 +43,7 @@ class ScalarDecay(torch.autograd.Function):
                 if initial_state is None
                 else initial_state.clone()
             )
-        o = kernels.walk(
-            a=q, b=k, c=v, **common, first_state=initial_state, part_states=parts, last_state=final_state
-        )
+        o = kernels.walk(a=q, b=k, c=v, **common, first_state=initial_state, part_states=parts, last_state=final_state)
         by_part = () if parts is None else (parts.states, parts.decays)
         ctx.save_for_backward(q, k, v, g, decays, initial_state, *by_part, *cuts.tensors())
         ctx.options = kernels, scale, cuts.part_chunks, cuts.in_parts
@@ -64,8 +62,9 @@ class ScalarDecay(torch.autograd.Function):
         common = {"decays": decays, "cuts": cuts, "scale": scale}
         terms = None
         if inputs.decay_by_row and ctx.needs_input_grad[3]:
-            tiles = k.shape[2] // kernels.launches_for(q.device, q.dtype, v.shape[2], k.shape[2]).walk.tile
-            terms = DecayTerms.empty(inputs, cuts, tiles, d_final_state is not None)
+            launch = kernels.launches_for(q.device, q.dtype, v.shape[2], k.shape[2]).walk_with_terms
+            tiles = k.shape[2] // launch.tile
+            terms = DecayTerms.empty(inputs, cuts, tiles, launch.blocks, d_final_state is not None)
 
         # S is computed again for dq, dS twice: for dk and for dv.
         dq = kernels.walk(

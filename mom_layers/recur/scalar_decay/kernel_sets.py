@@ -2,7 +2,7 @@
 
 A set is a module (a file or a folder) with NAME and ``takes``, as `mom_layers.recur.kernel_sets` describes, and with
 the functions below. The host functions are called by keyword and launch the kernels. A set may import a function of
-another set, or bind that function to launches of its own: ``functools.partial(triton.walk, launches_for=launches_for)``.
+another set, or bind that function to launches of its own, as ``functools.partial(triton.walk, launches_for=...)``.
 
     launches_for(device, dtype, a_dim, c_dim) -> Launches
     chunk_decays(inputs, cuts) -> decays

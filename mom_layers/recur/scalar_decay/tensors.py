@@ -126,7 +126,7 @@ class DecayTerms:
         span_states: [M, H, V, K] in q's type, S^T before every span.
         decayed_state: [S, H, V, K], the part of the final state that was there before the last chunk; None where the
             final state has no gradient.
-        boundary: [M, H, parts] float32, <S, dS> after every span.
+        boundary: [M, H, parts * blocks] float32, <S, dS> after every span, of a part and block of the state's rows.
     """
 
     spans: ChunkTable
@@ -137,7 +137,7 @@ class DecayTerms:
     boundary: torch.Tensor
 
     @classmethod
-    def empty(cls, inputs: Inputs, cuts: Cuts, parts: int, final_state_gradient: bool) -> DecayTerms:
+    def empty(cls, inputs: Inputs, cuts: Cuts, parts: int, blocks: int, final_state_gradient: bool) -> DecayTerms:
         q, (rows, heads, v_dim) = inputs.q, inputs.v.shape
         spans = chunk_table(cuts.cu_seqlens, rows, SPAN * CHUNK, kernels="triton")
         shape = 2, cuts.num_slots, heads, parts
@@ -148,5 +148,5 @@ class DecayTerms:
             torch.empty(shape, dtype=torch.float32, device=q.device),
             q.new_empty(spans.segment.shape[0], *sizes),
             q.new_empty(cuts.num_segments, *sizes) if final_state_gradient else None,
-            torch.empty(spans.segment.shape[0], heads, parts, dtype=torch.float32, device=q.device),
+            torch.empty(spans.segment.shape[0], heads, parts * blocks, dtype=torch.float32, device=q.device),
         )

@@ -67,6 +67,7 @@ def _decay_gradient_kernel(
     BV: tl.constexpr,
     SPAN: tl.constexpr,
     TILES: tl.constexpr,
+    BOUNDARY_TILES: tl.constexpr,
     FROM_ZERO: tl.constexpr,
 ):
     """Equations (6) and (7) of one chunk and head."""
@@ -94,7 +95,7 @@ def _decay_gradient_kernel(
         b_earlier += tl.load(p_written + i_tile * BT)
     through = decay_through_chunk(
         totals, boundary, chunk_offsets, span_offsets, i_c, i_s, i_h, i_index, num_slots,
-        H, SPAN, TILES, TILES, FROM_ZERO,
+        H, SPAN, TILES, BOUNDARY_TILES, FROM_ZERO,
     )  # fmt: skip
     b_dg = tl.sum(tl.where(o_t[:, None] >= o_t[None, :], b_later[:, None], b_earlier[:, None]), 0) + through
     tl.store(dg + rows + o_t * H, b_dg.to(dg.dtype.element_ty), mask=m_t)
@@ -151,6 +152,7 @@ def decay_gradient(
         BV=min(launch.tile, triton.next_power_of_2(v_dim)),
         SPAN=SPAN,
         TILES=terms.totals.shape[3],
+        BOUNDARY_TILES=terms.boundary.shape[2],
         FROM_ZERO=from_zero,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

@@ -55,7 +55,7 @@ def state_offsets(o_a, o_c, A: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.con
 
 @triton.jit
 def rows_mask(m_t, o_a, A: tl.constexpr, BA: tl.constexpr):
-    """Which elements of a tile [BT, BA] exist."""
+    """Which elements of a tile [BT, BA] exist; BA is the width of all tiles."""
     if A == BA:
         return m_t[:, None]
     else:
@@ -94,6 +94,7 @@ def walk_kernel(
     C: tl.constexpr,
     BT: tl.constexpr,
     BA: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BC: tl.constexpr,
     SPAN: tl.constexpr,
     AGAINST_TIME: tl.constexpr,
@@ -130,34 +131,44 @@ def walk_kernel(
     o_ta = o_t[:, None] * (H * A) + o_a[None, :]
     o_tc = o_t[:, None] * (H * C) + o_c[None, :]
     o_ac = state_offsets(o_a, o_c, A, C, TRANSPOSED)
-    m_a = (o_a < A)[:, None]
+    NEXT: tl.constexpr = BA if TRANSPOSED else BA * C  # from the first block of a state's rows to the second
+    m_a, m_next = (o_a < A)[:, None], (BA + o_a < A)[:, None]
     i_state = (i_s.to(tl.int64) * H + i_h) * A * C
 
+    # The state's rows, or the first half; b_N has the other half, and is not read where there is none.
+    b_M = tl.zeros([BA, BC], tl.float32)
+    b_N = tl.zeros([BA if BLOCKS == 2 else 1, BC], tl.float32)
     if HAS_FIRST_STATE:
-        b_M = tl.load(first_state + i_state + o_ac, mask=m_a, other=0.0).to(tl.float32)  # [BA, BC]
-    else:
-        b_M = tl.zeros([BA, BC], tl.float32)
+        b_M += tl.load(first_state + i_state + o_ac, mask=m_a, other=0.0).to(tl.float32)
+        if BLOCKS == 2:
+            b_N += tl.load(first_state + i_state + o_ac + NEXT, mask=m_next, other=0.0).to(tl.float32)
     if IN_PARTS:
         num_earlier = num_parts - 1 - i_index if AGAINST_TIME else i_index
         for i in range(0, num_earlier):
             i_earlier = (i_first_part + (num_parts - 1 - i if AGAINST_TIME else i)).to(tl.int64) * H + i_h
-            b_part = tl.load(part_states + i_earlier * A * C + o_ac, mask=m_a, other=0.0)
-            b_M = tl.load(part_decays + i_earlier) * b_M + b_part
+            decay = tl.load(part_decays + i_earlier)
+            b_M = decay * b_M + tl.load(part_states + i_earlier * A * C + o_ac, mask=m_a, other=0.0)
+            if BLOCKS == 2:
+                b_part = tl.load(part_states + i_earlier * A * C + o_ac + NEXT, mask=m_next, other=0.0)
+                b_N = decay * b_N + b_part
 
     b_P = tl.zeros([BT, BT], low)
-    b_c = tl.zeros([BT, BC], low)
+    b_products = tl.zeros([BT, BT], tl.float32)
+    b_before = tl.zeros([BT, BC], low)
     b_out = tl.zeros([BT, BC], tl.float32)
-    # The last step adds the last chunk's own rows, and has no chunk of its own.
-    for i in range(0, num_chunks + 1):
+    # A step takes a block of the columns of a and b. The last step adds the last chunk's own rows, and has no chunk.
+    for i_step in range(0, num_chunks * BLOCKS + 1):
+        i, i_block = i_step // BLOCKS, i_step % BLOCKS
         i_t = num_chunks - 1 - i if AGAINST_TIME else i
         valid = tl.where(i < num_chunks, tl.minimum(num_rows - i_t * BT, BT), 0)
         m_t = o_t < valid
         rows = (i_first + i_t * BT).to(tl.int64) * H + i_h
         i_chunk = (i_slot + i_t).to(tl.int64) * H + i_h
-        m_ta = rows_mask(m_t, o_a, A, BA)
-        b_a = tl.load(a + rows * A + o_ta, mask=m_ta, other=0.0)  # [BT, BA]
-        b_b = tl.load(b + rows * A + o_ta, mask=m_ta, other=0.0)  # [BT, BA]
-        b_next = tl.load(c + rows * C + o_tc, mask=m_t[:, None], other=0.0)  # [BT, BC]
+        m_ta = rows_mask(m_t, i_block * BA + o_a, A, BA * BLOCKS)
+        p_ta = rows * A + i_block * BA + o_ta
+        b_a = tl.load(a + p_ta, mask=m_ta, other=0.0)  # [BT, BA]
+        b_b = tl.load(b + p_ta, mask=m_ta, other=0.0)  # [BT, BA]
+        b_c = tl.load(c + rows * C + o_tc, mask=m_t[:, None], other=0.0)  # [BT, BC]
         b_from_start, b_to_end, decay = decays_of_rows(decays, i_chunk, i_h, valid, BT, DECAY)
         b_M_low = b_M.to(low)
 
@@ -165,51 +176,66 @@ def walk_kernel(
             # Where spans meet, for g's gradient: S, or its product with dS.
             i_place = i_index * part_chunks + i_t
             i_span = (i_spans + i_place // SPAN).to(tl.int64) * H + i_h
-            o_span = state_offsets(o_a, o_c, A, C, False)
+            o_span = i_block * (BA * C) + state_offsets(o_a, o_c, A, C, False)
+            m_span = (i_block * BA + o_a < A)[:, None]
             if AGAINST_TIME:
                 if (valid > 0) & ((i_place % SPAN == SPAN - 1) | (i_t * BT + BT >= segment_left)):
                     if i_t * BT + BT < segment_left:
-                        b_S = tl.load(span_states + (i_span + H) * A * C + o_span, mask=m_a, other=0.0)
+                        b_S = tl.load(span_states + (i_span + H) * A * C + o_span, mask=m_span, other=0.0)
                         product = tl.sum(b_S.to(tl.float32) * b_M)
                     elif HAS_DECAYED_STATE:
-                        b_S = tl.load(decayed_state + i_state + o_span, mask=m_a, other=0.0)
+                        b_S = tl.load(decayed_state + i_state + o_span, mask=m_span, other=0.0)
                         product = tl.sum(b_S.to(tl.float32) * b_M)
                     else:
                         product = 0.0
-                    tl.store(boundary + i_span * TILES + i_tile, product)
+                    tl.store(boundary + (i_span * TILES + i_tile) * BLOCKS + i_block, product)
             else:
                 if (valid > 0) & (i_place % SPAN == 0):
-                    tl.store(span_states + i_span * A * C + o_span, b_M_low, mask=m_a)
+                    tl.store(span_states + i_span * A * C + o_span, b_M_low, mask=m_span)
                 if HAS_DECAYED_STATE:
                     if (valid > 0) & (i_t * BT + BT >= segment_left):
-                        tl.store(decayed_state + i_state + o_span, (decay * b_M).to(low), mask=m_a)
+                        tl.store(decayed_state + i_state + o_span, (decay * b_M).to(low), mask=m_span)
 
         # The chunk before this one: the sum of (2) or (4), of its own rows.
-        b_out = tl.dot(b_P, b_c, b_out, input_precision=PRECISION)
-        step = -BT if AGAINST_TIME else BT
-        m_before = (o_t < num_rows - (i_t * BT - step)) & (i > 0)
-        tl.store(out + (rows - step * H) * C + o_tc, b_out.to(low), mask=m_before[:, None])
+        if i_block == 0:
+            b_whole = tl.dot(b_P, b_before, b_out, input_precision=PRECISION)
+            step = -BT if AGAINST_TIME else BT
+            m_before = (o_t < num_rows - (i_t * BT - step)) & (i > 0)
+            tl.store(out + (rows - step * H) * C + o_tc, b_whole.to(low), mask=m_before[:, None])
 
         # This chunk: what the state gives, and the scores.
-        b_out = tl.dot(b_a, b_M_low, input_precision=PRECISION)
-        b_out *= (b_to_end if AGAINST_TIME else scale * b_from_start)[:, None]
-        b_between = decays_between(decays, i_chunk, i_h, valid, BT, DECAY)
-        b_P = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION)
-        b_P = (b_P * (scale * (tl.trans(b_between) if AGAINST_TIME else b_between))).to(low)
-        if TERMS:
-            b_reader = tl.load(reader + rows * C + o_tc, mask=m_t[:, None], other=0.0).to(tl.float32)
-            b_term = tl.sum(b_reader * b_out, 1)
-            i_term = (num_slots.to(tl.int64) * H if AGAINST_TIME else 0) + i_chunk
-            tl.store(row_terms + (i_term * TILES + i_tile) * BT + o_t, b_term, mask=valid > o_t * 0)
-            tl.store(totals + i_term * TILES + i_tile, tl.sum(b_term), mask=valid > 0)
+        if BLOCKS == 1:
+            b_out = tl.dot(b_a, b_M_low, input_precision=PRECISION)
+            b_products = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION)
+        else:
+            b_out = tl.dot(b_a, b_M_low, tl.where(i_block > 0, b_out, 0.0), input_precision=PRECISION)
+            b_products = tl.where(i_block > 0, b_products, 0.0)
+            b_products = tl.dot(b_a, tl.trans(b_b), b_products, input_precision=PRECISION)
+        if i_block == BLOCKS - 1:
+            b_out *= (b_to_end if AGAINST_TIME else scale * b_from_start)[:, None]
+            b_between = decays_between(decays, i_chunk, i_h, valid, BT, DECAY)
+            b_P = (b_products * (scale * (tl.trans(b_between) if AGAINST_TIME else b_between))).to(low)
+            if TERMS:
+                b_reader = tl.load(reader + rows * C + o_tc, mask=m_t[:, None], other=0.0).to(tl.float32)
+                b_term = tl.sum(b_reader * b_out, 1)
+                i_term = (num_slots.to(tl.int64) * H if AGAINST_TIME else 0) + i_chunk
+                tl.store(row_terms + (i_term * TILES + i_tile) * BT + o_t, b_term, mask=valid > o_t * 0)
+                tl.store(totals + i_term * TILES + i_tile, tl.sum(b_term), mask=valid > 0)
 
         # Equation (3) or (5).
-        b_c = b_next
+        b_before = b_c
         b_write = (b_c.to(tl.float32) * (scale * b_from_start if AGAINST_TIME else b_to_end)[:, None]).to(low)
         b_M = tl.dot(tl.trans(b_b), b_write, decay * b_M, input_precision=PRECISION)
+        if BLOCKS == 2:
+            # The halves change places. The mask changes nothing; without it the compiler would pipeline no load.
+            b_M, b_N = tl.where(i_step >= 0, b_N, 0.0), b_M
 
     if STORE_LAST_STATE:
         if i_index == (0 if AGAINST_TIME else num_parts - 1):
+            # The last step was one more than whole rounds of the blocks: the halves have changed places.
+            if BLOCKS == 2:
+                b_M, b_N = b_N, b_M
+                tl.store(last_state + i_state + o_ac + NEXT, b_N, mask=m_next)
             tl.store(last_state + i_state + o_ac, b_M, mask=m_a)
 
 
@@ -249,7 +275,8 @@ def walk(
         out [R, H, C].
     """
     (_, heads, a_dim), c_dim = a.shape, c.shape[2]
-    launch = launches_for(a.device, a.dtype, a_dim, c_dim).walk
+    launches = launches_for(a.device, a.dtype, a_dim, c_dim)
+    launch = launches.walk if terms is None else launches.walk_with_terms
     out = torch.empty_like(c)
     walk_kernel[(cuts.num_parts * heads * (c_dim // launch.tile),)](
         a=a,
@@ -281,7 +308,8 @@ def walk(
         A=a_dim,
         C=c_dim,
         BT=CHUNK,
-        BA=triton.next_power_of_2(a_dim),
+        BA=triton.next_power_of_2(a_dim) // launch.blocks,
+        BLOCKS=launch.blocks,
         BC=launch.tile,
         SPAN=SPAN,
         AGAINST_TIME=against_time,
