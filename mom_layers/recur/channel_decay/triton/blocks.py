@@ -12,7 +12,7 @@ and with x = exp(a) q of late rows and exp(a) k of early rows, the pair's share 
 a block meets at exactly one of the levels HALF = 8, 4, 2, 1. No exponent is positive, however strong the decay is, and
 no sum of g is a difference of two longer sums.
 
-The sums of g are matrix products too, with a matrix of zeros and ones: a product in bfloat16 takes g in three parts, of
+The sums of g are matrix products too, with a matrix of zeros and ones: a product in bfloat16 takes g in two parts, of
 8 bits each, and adds them up in float32. A program of one warp then moves nothing between threads to sum over rows.
 """
 
@@ -28,22 +28,43 @@ PRECISION = tl.constexpr("ieee")
 
 
 @triton.jit
-def sums_of_rows(b_which, b_x, EXACT: tl.constexpr, PARTS: tl.constexpr = 2):
+def sums_of_rows(b_which, b_x, EXACT: tl.constexpr):
     """Sums of rows of b_x [BC, BK] float32; row i of b_which [BC, BC] says which rows the sum i has. [BC, BK] float32.
 
-
+    EXACT: by products of float32, which few chips have tensor cores for.
     """
     if EXACT:
         return tl.dot(b_which.to(tl.float32), b_x, input_precision=PRECISION)
     else:
         b_one = b_which.to(tl.float32).to(tl.bfloat16)
         b_high = b_x.to(tl.bfloat16)
-        b_rest = b_x - b_high.to(tl.float32)
-        b_middle = b_rest.to(tl.bfloat16)
-        b_sum = tl.dot(b_one, b_middle)
-        if PARTS == 3:
-            b_sum = tl.dot(b_one, (b_rest - b_middle.to(tl.float32)).to(tl.bfloat16), b_sum)
+        b_sum = tl.dot(b_one, (b_x - b_high.to(tl.float32)).to(tl.bfloat16))
         return tl.dot(b_one, b_high, b_sum)
+
+
+@triton.jit
+def sums_of_columns(b_which, b_x, EXACT: tl.constexpr):
+    """As :func:`sums_of_rows`, of columns of b_x [BK, BC], which are the block's rows. [BK, BC] float32.
+
+    A warp keeps b_x in the registers where the last product left it: the result of one product is the left operand of
+    the next.
+    """
+    if EXACT:
+        return tl.dot(b_x, tl.trans(b_which.to(tl.float32)), input_precision=PRECISION)
+    else:
+        b_one = tl.trans(b_which.to(tl.float32).to(tl.bfloat16))
+        b_high = b_x.to(tl.bfloat16)
+        b_sum = tl.dot((b_x - b_high.to(tl.float32)).to(tl.bfloat16), b_one)
+        return tl.dot(b_high, b_one, b_sum)
+
+
+@triton.jit
+def add_sums_of_columns(b_sum, b_which, b_x, EXACT: tl.constexpr):
+    """b_sum + the sums of columns of b_x, which is rounded to bfloat16: for sums whose terms are rounded anyway."""
+    if EXACT:
+        return tl.dot(b_x, tl.trans(b_which.to(tl.float32)), b_sum, input_precision=PRECISION)
+    else:
+        return tl.dot(b_x.to(tl.bfloat16), tl.trans(b_which.to(tl.float32).to(tl.bfloat16)), b_sum)
 
 
 @triton.jit

@@ -47,6 +47,7 @@ from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
 from mom_layers.recur.program_place_triton import tile_of_chunk
 
+
 @triton.jit(do_not_specialize=["num_segments"])
 def _decayed_rows_kernel(
     q,
@@ -119,7 +120,6 @@ def _scores_kernel(
     low = q.dtype.element_ty
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
 
-    b_q_k = tl.zeros([BC], tl.float32)  # the pairs i = j
     b_D = tl.zeros([BC, BC], tl.float32)
     b_P1 = tl.zeros([BC, BC], tl.float32)  # columns of the block before this one
     b_P2 = tl.zeros([BC, BC], tl.float32)  # columns two blocks before
@@ -128,22 +128,23 @@ def _scores_kernel(
         o_k = i_k + tl.arange(0, BK)
         p_rk = rows * K + (first + o_r)[:, None] * (H * K) + o_k[None, :]
         m_r = (first + o_r < last)[:, None]
-        b_q = tl.load(q + p_rk, mask=m_r, other=0.0).to(tl.float32)  # [BC, BK]
-        b_k = tl.load(k + p_rk, mask=m_r, other=0.0).to(tl.float32)  # [BC, BK]
+        b_q = tl.load(q + p_rk, mask=m_r, other=0.0)  # [BC, BK]
+        b_k = tl.load(k + p_rk, mask=m_r, other=0.0)  # [BC, BK]
         b_g = at_least(tl.load(g + p_rk, mask=m_r, other=0.0))  # [BC, BK]
 
         # The columns of this block.
-        b_q_k += tl.sum(b_q * b_k, 1)
+        b_pairs = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_D += tl.where(o_r[:, None] == o_r[None, :], b_pairs, 0.0)
         for i in tl.static_range(4):
             b_decay = exp(sums_of_rows(rows_to_border(BC, 8 >> i), b_g, EXACT))
-            b_x = (tl.where(late_rows(BC, 8 >> i)[:, None], b_q, b_k) * b_decay).to(low)
+            b_x = tl.where(late_rows(BC, 8 >> i)[:, None], b_q * b_decay, b_k * b_decay).to(low)
             b_pairs = tl.dot(b_x, tl.trans(b_x), input_precision=PRECISION)
             b_D += tl.where(meet(BC, 8 >> i) & (o_r[:, None] > o_r[None, :]), b_pairs, 0.0)
 
         # Equation (5): the columns of the blocks before this one, the nearest first. Their rows all exist.
         if num_earlier >= 1:
             b_from = (b_q * exp(sums_of_rows(rows_until(BC), b_g, EXACT))).to(low)
-            b_sum = tl.zeros([BK], tl.float32)  # g from a block's end to this block
+            b_sum = tl.zeros([BC, BK], tl.float32)  # g from a block's end to this block, in every row
             b_P1, b_sum = _add_earlier(b_P1, b_from, b_sum, k, g, p_rk - BC * H * K, BC, EXACT)
             if num_earlier >= 2:
                 b_P2, b_sum = _add_earlier(b_P2, b_from, b_sum, k, g, p_rk - 2 * BC * H * K, BC, EXACT)
@@ -151,7 +152,6 @@ def _scores_kernel(
                     b_P3, b_sum = _add_earlier(b_P3, b_from, b_sum, k, g, p_rk - 3 * BC * H * K, BC, EXACT)
 
     p_P = scores + (i_c.to(tl.int64) * H + i_h) * BT * BT + (first + o_r)[:, None] * BT + o_r[None, :]
-    b_D = tl.where(o_r[:, None] == o_r[None, :], b_q_k[:, None], b_D)
     tl.store(p_P + first, (scale * b_D).to(low))
     # Zero in the columns of later blocks.
     zero = tl.zeros([BC, BC], low)
@@ -168,14 +168,15 @@ def _scores_kernel(
 
 @triton.jit
 def _add_earlier(b_P, b_q, b_sum, k, g, p_rk, BC: tl.constexpr, EXACT: tl.constexpr):
-    """Adds to b_P [BC, BC] the products of queries with an earlier block's keys, and to b_sum [BK] the block's g.
+    """Adds to b_P [BC, BC] the products of queries with an earlier block's keys, and to b_sum [BC, BK] the block's g.
 
     p_rk: where the earlier block's rows are.
     """
-    b_k = tl.load(k + p_rk).to(tl.float32)  # [BC, BK]
+    b_k = tl.load(k + p_rk)  # [BC, BK]
     b_g = at_least(tl.load(g + p_rk))  # [BC, BK]
-    b_k = (b_k * exp(sums_of_rows(rows_after(BC), b_g, EXACT) + b_sum[None, :])).to(b_q.dtype)
-    return tl.dot(b_q, tl.trans(b_k), b_P, input_precision=PRECISION), b_sum + tl.sum(b_g, 0)
+    b_k = (b_k * exp(sums_of_rows(rows_after(BC), b_g, EXACT) + b_sum)).to(b_q.dtype)
+    all_rows = tl.full([BC, BC], 1.0, tl.float32)
+    return tl.dot(b_q, tl.trans(b_k), b_P, input_precision=PRECISION), b_sum + sums_of_rows(all_rows, b_g, EXACT)
 
 
 def chunk_local(

@@ -35,13 +35,14 @@ from mom_layers.recur.channel_decay.tensors import Inputs, StateParts
 from mom_layers.recur.channel_decay.triton.blocks import (
     BLOCK,
     PRECISION,
+    add_sums_of_columns,
     at_least,
     late_rows,
     meet,
     rows_after,
     rows_to_border,
     rows_until,
-    sums_of_rows,
+    sums_of_columns,
 )
 from mom_layers.recur.channel_decay.triton.launches import Launch, launches_for
 from mom_layers.recur.chunk_table import CHUNK
@@ -85,102 +86,45 @@ def _score_gradients_kernel(
 
 @triton.jit
 def _block(x, p_k, first, last, H: tl.constexpr, K: tl.constexpr, BC: tl.constexpr):
-    """The rows from ``first`` on of x, zero from ``last`` on. float32 [BC, BK]. p_k: the chunk's first row, columns."""
+    """The rows from ``first`` on of x, zero from ``last`` on. [BK, BC]. p_k: the chunk's first row, columns."""
     o_r = first + tl.arange(0, BC)
-    return tl.load(x + p_k[None, :] + o_r[:, None] * (H * K), mask=(o_r < last)[:, None], other=0.0).to(tl.float32)
+    return tl.load(x + p_k[:, None] + o_r[None, :] * (H * K), mask=(o_r < last)[None, :], other=0.0)
 
 
 @triton.jit
 def _decayed_block(
     q, k, g, u, w, p_k, first, last, H: tl.constexpr, K: tl.constexpr, BC: tl.constexpr, EXACT: tl.constexpr
 ):  # fmt: skip
-    """Of a block of rows: q exp(g[first, i]) and k exp(g(j, end of the block]) [BC, BK]; the exponential of the block's
+    """Of a block of rows: q exp(g[first, i]) and k exp(g(j, end of the block]) [BK, BC]; the exponential of the block's
     sum of g, and the sums of both times u and w [BK]."""
     b_g = at_least(_block(g, p_k, first, last, H, K, BC))
-    b_q = _block(q, p_k, first, last, H, K, BC) * exp(sums_of_rows(rows_until(BC), b_g, EXACT))
-    b_k = _block(k, p_k, first, last, H, K, BC) * exp(sums_of_rows(rows_after(BC), b_g, EXACT))
-    b_u = tl.sum(b_q * _block(u, p_k, first, last, H, K, BC), 0)
-    return b_q, b_k, exp(tl.sum(b_g, 0)), b_u, tl.sum(b_k * _block(w, p_k, first, last, H, K, BC), 0)
+    b_until = sums_of_columns(rows_until(BC), b_g, EXACT)
+    b_q = _block(q, p_k, first, last, H, K, BC) * exp(b_until)
+    b_k = _block(k, p_k, first, last, H, K, BC) * exp(sums_of_columns(rows_after(BC), b_g, EXACT))
+    b_u = _row_sums(b_q * _block(u, p_k, first, last, H, K, BC), BC, EXACT)
+    b_w = _row_sums(b_k * _block(w, p_k, first, last, H, K, BC), BC, EXACT)
+    return b_q, b_k, exp(_last_column(b_until, BC)), b_u, b_w
 
 
 @triton.jit
-def _pairs(p_dP, B: tl.constexpr, OTHER: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """dP of the rows of block B with those of an earlier block, or dP of those of a later block with them. [BC, BC]."""
-    o_r = tl.arange(0, BC)
-    if B > OTHER:
-        return tl.load(p_dP + (B * BC + o_r)[:, None] * BT + (OTHER * BC + o_r)[None, :])
-    else:
-        return tl.load(p_dP + (OTHER * BC + o_r)[None, :] * BT + (B * BC + o_r)[:, None])
+def _last_column(b_x, BC: tl.constexpr):
+    """[BK, BC] to [BK]."""
+    return tl.sum(tl.where(tl.arange(0, BC)[None, :] == BC - 1, b_x, 0.0), 1)
 
 
 @triton.jit
-def _gradients_of_block(
-    q, k, g, u, w, p_dP, dq, dk, dg, p_k, last,
-    b_next, b_far, b_farther, b_to_border, b_from_start, b_to_end, b_others,
-    B: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """Stores dq, dk and dg of block B of a chunk, and returns the sum over its rows of da of the level of 64 rows [BK].
+def _row_sums(b_x, BC: tl.constexpr, EXACT: tl.constexpr):
+    """The sum over the block's rows [BK], by a product: its result is where a warp sums in few instructions."""
+    b_all = tl.full([BC, BC], 1.0, tl.float32) > 0.0
+    return _last_column(add_sums_of_columns(tl.zeros(b_x.shape, tl.float32), b_all, b_x, EXACT), BC)
 
-    b_next: x of the block that block B meets at the level of 32 rows. b_far, b_farther: x of the two blocks at the level
-    of 64 rows, in the order of rows. b_to_border: decay between the block and that level's border. b_from_start,
-    b_to_end: decay from the chunk's start to the block, and from the block to the chunk's end. b_others: the terms of
-    (19) that are the same for all rows of the block.
-    """
-    low = q.dtype.element_ty
+
+@triton.jit
+def _pairs(p_dP, i_b, other, late, BT: tl.constexpr, BC: tl.constexpr):
+    """dP of the rows of block i_b (columns here) with those of the other block, which is later unless ``late``. [BC, BC]."""
     o_r = tl.arange(0, BC)
-    b_q = _block(q, p_k, B * BC, last, H, K, BC)
-    b_k = _block(k, p_k, B * BC, last, H, K, BC)
-    b_g = at_least(_block(g, p_k, B * BC, last, H, K, BC))
-    b_until = exp(sums_of_rows(rows_until(BC), b_g, EXACT))
-    b_after = exp(sums_of_rows(rows_after(BC), b_g, EXACT))
-
-    # Equation (18) for the levels of 32 and of 64 rows.
-    b_y = tl.dot(_pairs(p_dP, B, B ^ 1, BT, BC), b_next, input_precision=PRECISION)
-    FAR: tl.constexpr = 2 - B // 2 * 2
-    b_y_far = tl.dot(_pairs(p_dP, B, FAR, BT, BC), b_far, input_precision=PRECISION)
-    b_y_far = tl.dot(_pairs(p_dP, B, FAR + 1, BT, BC), b_farther, b_y_far, input_precision=PRECISION)
-    b_y_far *= b_to_border[None, :]
-    b_dq = b_from_start[None, :] * _block(u, p_k, B * BC, last, H, K, BC)
-    b_dk = b_to_end[None, :] * _block(w, p_k, B * BC, last, H, K, BC)
-    if B % 2 == 1:
-        b_dq += b_y
-    else:
-        b_dk += b_y
-    if B >= 2:
-        b_dq += b_y_far
-        b_far_a = tl.sum(b_q * b_until * b_y_far, 0)
-    else:
-        b_dk += b_y_far
-        b_far_a = tl.sum(b_k * b_after * b_y_far, 0)
-    b_dq *= b_until
-    b_dk *= b_after
-    b_dg = b_others[None, :] + sums_of_rows(o_r[None, :] >= o_r[:, None], b_q * b_dq, EXACT, 2)
-    b_dg += sums_of_rows(o_r[None, :] < o_r[:, None], b_k * b_dk, EXACT, 2)
-
-    # Equation (18) for the levels inside the block.
-    p_block = p_dP + B * BC * (BT + 1)
-    o_rc = o_r[:, None] * BT + o_r[None, :]
-    o_cr = o_r[None, :] * BT + o_r[:, None]
-    b_dP = tl.load(p_block + tl.where(o_r[:, None] >= o_r[None, :], o_rc, o_cr))  # [BC, BC]
-    for i in tl.static_range(4):
-        b_late = late_rows(BC, 8 >> i)[:, None]
-        b_which = rows_to_border(BC, 8 >> i)
-        b_mine = tl.where(b_late, b_q, b_k)
-        b_decay = exp(sums_of_rows(b_which, b_g, EXACT))
-        b_x = (b_mine * b_decay).to(low)
-        b_y = b_decay * tl.dot(tl.where(meet(BC, 8 >> i), b_dP, 0.0), b_x, input_precision=PRECISION)
-        b_dq += tl.where(b_late, b_y, 0.0)
-        b_dk += tl.where(b_late, 0.0, b_y)
-        b_dg += sums_of_rows(tl.trans(b_which), b_mine * b_y, EXACT, 2)
-
-    # The terms i = j of (16) and (17).
-    b_diagonal = tl.load(p_block + o_r * (BT + 1)).to(tl.float32)[:, None]  # [BC, 1]
-    m_r = (B * BC + o_r < last)[:, None]
-    p_rk = p_k[None, :] + (B * BC + o_r)[:, None] * (H * K)
-    tl.store(dq + p_rk, (b_dq + b_diagonal * b_k).to(low), mask=m_r)
-    tl.store(dk + p_rk, (b_dk + b_diagonal * b_q).to(low), mask=m_r)
-    tl.store(dg + p_rk, b_dg.to(dg.dtype.element_ty), mask=m_r)
-    return b_far_a
+    mine, others = tl.where(late, BT, 1), tl.where(late, 1, BT)
+    return tl.load(p_dP + (i_b * BC + o_r)[None, :] * mine + (other * BC + o_r)[:, None] * others)
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -216,6 +160,7 @@ def _query_key_gradients_kernel(
     p_dP = d_scores + i_chunk * BT * BT
     o_k = i_kb * BK + tl.arange(0, BK)
     p_k = (i_row.to(tl.int64) * H + i_h) * K + o_k
+    o_r = tl.arange(0, BC)
     low = q.dtype.element_ty
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
 
@@ -224,40 +169,86 @@ def _query_key_gradients_kernel(
     b_q1, b_k1, b_decay1, b_u1, b_w1 = _decayed_block(q, k, g, u, w, p_k, BC, last, H, K, BC, EXACT)
     b_q2, b_k2, b_decay2, b_u2, b_w2 = _decayed_block(q, k, g, u, w, p_k, 2 * BC, last, H, K, BC, EXACT)
     b_q3, b_k3, b_decay3, b_u3, b_w3 = _decayed_block(q, k, g, u, w, p_k, 3 * BC, last, H, K, BC, EXACT)
-    b_far0, b_far1 = (b_k0 * b_decay1[None, :]).to(low), b_k1.to(low)
-    b_far2, b_far3 = b_q2.to(low), (b_q3 * b_decay2[None, :]).to(low)
+    b_far0, b_far1 = (b_k0 * b_decay1[:, None]).to(low), b_k1.to(low)
+    b_far2, b_far3 = b_q2.to(low), (b_q3 * b_decay2[:, None]).to(low)
     b_next0, b_next1, b_next2, b_next3 = b_k0.to(low), b_q1.to(low), b_k2.to(low), b_q3.to(low)
-    # The decays from a block to the chunk's end, and from the chunk's start to a block.
-    b_one = tl.full([BK], 1.0, tl.float32)
-    b_end1 = b_decay2 * b_decay3
-    b_end0 = b_decay1 * b_end1
+    # The decays from the chunk's start to a block, and from a block to the chunk's end; and the terms of (19) that all
+    # rows of a block have: those of u in later blocks, of w in earlier ones.
     b_start2 = b_decay0 * b_decay1
     b_start3 = b_start2 * b_decay2
-    # The terms of (19) that all rows of a block have: those of the blocks before and after.
-    b_u3 *= b_start3
+    b_end1 = b_decay2 * b_decay3
+    b_end0 = b_decay1 * b_end1
+    b_u3 = b_start3 * b_u3
     b_u2 = b_start2 * b_u2 + b_u3
     b_u1 = b_decay0 * b_u1 + b_u2
-    b_w0 = b_end0 * b_w0 + tl.load(d_decays + i_chunk * K + o_k)
+    b_d_decays = tl.load(d_decays + i_chunk * K + o_k)
+    b_w0 = b_end0 * b_w0 + b_d_decays
     b_w1 = b_end1 * b_w1 + b_w0
     b_w2 = b_decay3 * b_w2 + b_w1
 
-    b_far_a = _gradients_of_block(
-        q, k, g, u, w, p_dP, dq, dk, dg, p_k, last,
-        b_next2, b_far0, b_far1, b_decay2, b_start3, b_one, b_w2, 3, H, K, BT, BC, EXACT,
-    )  # fmt: skip
-    _gradients_of_block(
-        q, k, g, u, w, p_dP, dq, dk, dg, p_k, last,
-        b_next3, b_far0, b_far1, b_one, b_start2, b_decay3, b_w1 + b_u3 + b_far_a, 2, H, K, BT, BC, EXACT,
-    )  # fmt: skip
-    b_far_a = _gradients_of_block(
-        q, k, g, u, w, p_dP, dq, dk, dg, p_k, last,
-        b_next1, b_far2, b_far3, b_decay1, b_one, b_end0, tl.load(d_decays + i_chunk * K + o_k) + b_u1,
-        0, H, K, BT, BC, EXACT,
-    )  # fmt: skip
-    _gradients_of_block(
-        q, k, g, u, w, p_dP, dq, dk, dg, p_k, last,
-        b_next0, b_far2, b_far3, b_one, b_decay0, b_end1, b_w0 + b_u2 + b_far_a, 1, H, K, BT, BC, EXACT,
-    )  # fmt: skip
+    # The blocks 3, 2, 0 and 1: at the level of 64 rows, all rows of block 3 decay over all of block 2, and all of
+    # block 0 over all of block 1.
+    b_far_da = tl.zeros([BK], tl.float32)
+    for i in range(0, 4):
+        i_b = tl.where(i < 2, 3 - i, i - 2)
+        late, late_half = i_b % 2 == 1, i_b >= 2
+        b_q = _block(q, p_k, i_b * BC, last, H, K, BC)
+        b_k = _block(k, p_k, i_b * BC, last, H, K, BC)
+        b_g = at_least(_block(g, p_k, i_b * BC, last, H, K, BC))
+        b_others = _of_block(i_b, b_d_decays + b_u1, b_w0 + b_u2, b_w1 + b_u3, b_w2)
+        b_dg = tl.zeros([BK, BC], tl.float32) + tl.where(i % 2 == 1, b_others + b_far_da, b_others)[:, None]
+
+        # Equation (18) for the levels of 32 and of 64 rows, and what the states gave.
+        b_until = exp(sums_of_columns(rows_until(BC), b_g, EXACT))
+        b_after = exp(sums_of_columns(rows_after(BC), b_g, EXACT))
+        b_next = _of_block(i_b, b_next1, b_next0, b_next3, b_next2)
+        b_y = tl.dot(b_next, _pairs(p_dP, i_b, i_b ^ 1, late, BT, BC), input_precision=PRECISION)
+        far = tl.where(late_half, 0, 2)
+        b_x = tl.where(late_half, b_far0, b_far2)
+        b_y_far = tl.dot(b_x, _pairs(p_dP, i_b, far, late_half, BT, BC), input_precision=PRECISION)
+        b_x = tl.where(late_half, b_far1, b_far3)
+        b_y_far = tl.dot(b_x, _pairs(p_dP, i_b, far + 1, late_half, BT, BC), b_y_far, input_precision=PRECISION)
+        b_one = tl.full([BK], 1.0, tl.float32)
+        b_y_far *= _of_block(i_b, b_decay1, b_one, b_one, b_decay2)[:, None]
+        b_dq = _block(u, p_k, i_b * BC, last, H, K, BC) * _of_block(i_b, b_one, b_decay0, b_start2, b_start3)[:, None]
+        b_dk = _block(w, p_k, i_b * BC, last, H, K, BC) * _of_block(i_b, b_end0, b_end1, b_decay3, b_one)[:, None]
+        b_dq += tl.where(late, b_y, 0.0) + tl.where(late_half, b_y_far, 0.0)
+        b_dk += tl.where(late, 0.0, b_y) + tl.where(late_half, 0.0, b_y_far)
+        b_dq *= b_until
+        b_dk *= b_after
+        b_far_da = _row_sums(tl.where(late_half, b_q * b_until, b_k * b_after) * b_y_far, BC, EXACT)
+        b_dg = add_sums_of_columns(b_dg, tl.trans(rows_until(BC)), b_q * b_dq, EXACT)
+        b_dg = add_sums_of_columns(b_dg, tl.trans(rows_after(BC)), b_k * b_dk, EXACT)
+
+        # Equation (18) for the levels inside the block.
+        p_block = p_dP + i_b * BC * (BT + 1)
+        o_rc = o_r[:, None] * BT + o_r[None, :]
+        o_cr = o_r[None, :] * BT + o_r[:, None]
+        b_dP = tl.load(p_block + tl.where(o_r[:, None] >= o_r[None, :], o_rc, o_cr))  # [BC, BC]
+        for j in tl.static_range(4):
+            b_late = late_rows(BC, 8 >> j)[None, :]
+            b_which = rows_to_border(BC, 8 >> j)
+            b_decay = exp(sums_of_columns(b_which, b_g, EXACT))
+            b_x = tl.where(b_late, b_q * b_decay, b_k * b_decay)
+            b_y = tl.dot(b_x.to(low), tl.where(meet(BC, 8 >> j), b_dP, 0.0), input_precision=PRECISION)
+            b_dg = add_sums_of_columns(b_dg, tl.trans(b_which), b_x * b_y, EXACT)
+            b_y *= b_decay
+            b_dq += tl.where(b_late, b_y, 0.0)
+            b_dk += tl.where(b_late, 0.0, b_y)
+
+        # The terms i = j of (16) and (17).
+        b_diagonal = tl.load(p_block + o_r * (BT + 1)).to(tl.float32)[None, :]  # [1, BC]
+        m_r = (i_b * BC + o_r < last)[None, :]
+        p_kr = p_k[:, None] + (i_b * BC + o_r)[None, :] * (H * K)
+        tl.store(dq + p_kr, (b_dq + b_diagonal * b_k).to(low), mask=m_r)
+        tl.store(dk + p_kr, (b_dk + b_diagonal * b_q).to(low), mask=m_r)
+        tl.store(dg + p_kr, b_dg.to(dg.dtype.element_ty), mask=m_r)
+
+
+@triton.jit
+def _of_block(i_b, b_0, b_1, b_2, b_3):
+    """What belongs to block i_b of four."""
+    return tl.where(i_b < 2, tl.where(i_b == 0, b_0, b_1), tl.where(i_b == 2, b_2, b_3))
 
 
 def local_gradients(
