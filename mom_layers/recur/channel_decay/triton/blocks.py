@@ -8,9 +8,9 @@ decay to the border between them, over
 
     (21)  a_r = g(border, r] of a late row r,  g(r, border] of an early row r
 
-and with x = exp(a) q of late rows and exp(a) k of early rows, the pair's share of the scores is x_i . x_j. Every pair of
-a block meets at exactly one of the levels HALF = 8, 4, 2, 1. No exponent is positive, however strong the decay is, and
-no sum of g is a difference of two longer sums.
+and with x = exp(a) q of late rows and exp(a) k of early rows, the pair's share of the scores is x_i . x_j. Every pair
+of a block meets at exactly one of the levels HALF = 8, 4, 2, 1. No exponent is positive, however strong the decay is,
+and no sum of g is a difference of two longer sums.
 
 The sums of g are matrix products too, with a matrix of zeros and ones: a product in bfloat16 takes g in two parts, of
 8 bits each, and adds them up in float32. A program of one warp then moves nothing between threads to sum over rows.

@@ -9,13 +9,13 @@ Sums of g are written as in `chunk_local`; u, w and d_decays are those of `state
     (17)  dk_j = sum_{i >= j} dP_ij q_i exp(g(j, i]) + exp(g(j, end]) w_j
 
 The pairs j < i are matrix products of blocks of BC = 16 rows, level by level. As the blocks of `blocks` do, a block of
-32 rows, or of 64, has a later and an earlier half. With a_r of (21), and x = exp(a) q of late rows and exp(a) k of early
-rows, every row has at every level the sum over the other half's rows s
+32 rows, or of 64, has a later and an earlier half. With a_r of (21), and x = exp(a) q of late rows and exp(a) k of
+early rows, every row has at every level the sum over the other half's rows s
 
     (18)  y_r = exp(a_r) * sum_s dP_rs x_s of a late row r,  exp(a_r) * sum_s dP_sr x_s of an early row r
 
-which is the level's part of dq of a late row, and of dk of an early row. The gradient of a_r is q_r * y_r, or k_r * y_r,
-and that of g follows from it, as from those of the exponents of u and w:
+which is the level's part of dq of a late row, and of dk of an early row. The gradient of a_r is q_r * y_r, or
+k_r * y_r, and that of g follows from it, as from those of the exponents of u and w:
 
     (19)  dg_t = d_decays + sum over levels and rows r whose a_r has g_t of da_r
                  + sum_{i >= t} q_i exp(g(start, i]) u_i + sum_{j < t} k_j exp(g(j, end]) w_j
@@ -121,7 +121,7 @@ def _row_sums(b_x, BC: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _pairs(p_dP, i_b, other, late, BT: tl.constexpr, BC: tl.constexpr):
-    """dP of the rows of block i_b (columns here) with those of the other block, which is later unless ``late``. [BC, BC]."""
+    """dP of the rows of block i_b, columns here, with those of the other block. [BC, BC]. late: block i_b is later."""
     o_r = tl.arange(0, BC)
     mine, others = tl.where(late, BT, 1), tl.where(late, 1, BT)
     return tl.load(p_dP + (i_b * BC + o_r)[None, :] * mine + (other * BC + o_r)[:, None] * others)
