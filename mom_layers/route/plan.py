@@ -8,7 +8,7 @@ S segments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -59,6 +59,10 @@ class RoutingPlan:
     def num_segments(self) -> int:
         """S = A B, and one more with a token mask or spare rows."""
         return self.cu_seqlens.shape[0] - 1
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors of the plan."""
+        return [value for field in fields(self) if isinstance(value := getattr(self, field.name), torch.Tensor)]
 
     @property
     def num_rows_in_use(self) -> torch.Tensor:
