@@ -184,6 +184,10 @@ class MomTransformerConfig(TransformerConfig):
         "host waits in every layer; all-gather sends every token to every rank; peer-memory reads the other GPUs of a "
         "machine. auto: all-to-all.", choices=EXPERT_EXCHANGES,
     )  # fmt: skip
+    mom_loss_chunk: int = argument(
+        0, "Tokens of a rank whose logits exist at once: the output layer and the loss go through a micro-batch in "
+        "chunks, for long sequences. 0: all tokens.",
+    )  # fmt: skip
     mom_kernels: str = argument(
         "auto", "Implementation of the mixer's operations: Triton, PyTorch, or auto for Triton on GPUs and PyTorch "
         "elsewhere.", choices=KERNELS,
@@ -253,6 +257,8 @@ class MomTransformerConfig(TransformerConfig):
     def _check_mom(self) -> None:
         if self.mom_kernels not in KERNELS:
             raise ValueError(f"--mom-kernels must be one of {', '.join(KERNELS)}, got {self.mom_kernels!r}")
+        if self.mom_loss_chunk < 0:
+            raise ValueError(f"--mom-loss-chunk must be a number of tokens, or 0 for all, got {self.mom_loss_chunk}")
         settings = self.mixer_settings()
         if self.mom_kernels != "torch":
             settings.check_head_sizes()

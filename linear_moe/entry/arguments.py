@@ -138,6 +138,8 @@ def check_model(args: argparse.Namespace) -> None:
         (packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size not in (None, 1),
          f"packed documents, --pipeline-model-parallel-size {args.pipeline_model_parallel_size} and "
          f"--micro-batch-size {args.micro_batch_size}", "stages take packed rows one by one: --micro-batch-size 1"),
+        (pattern and args.mom_loss_chunk, f"--hybrid-layer-pattern and --mom-loss-chunk {args.mom_loss_chunk}",
+         "Megatron's hybrid models compute all logits at once: leave out --mom-loss-chunk"),
         *releases.running().refusals(args),
         (packed and graphs, "CUDA graphs of packed documents",
          "the number of documents changes from batch to batch: leave out one of the two"),
