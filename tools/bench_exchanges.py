@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 import time
+import traceback
 from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -37,6 +38,7 @@ SIZES = {
     "cpu": {"batch": 2, "tokens": 64, "hidden": 32, "heads": 2, "head_dim": 16},
 }
 CHECKED = {"batch": 2, "tokens": 300, "hidden": 128, "heads": 2, "head_dim": 64}
+GRAPHED = {"batch": 2, "tokens": 300}
 KINDS = ("sequences of one length", "packed documents", "one memory takes all tokens")
 TOLERANCE = 2e-5  # of outputs and gradients in float32; gates' gradients are differences of larger sums
 GATE_TOLERANCE = 5e-4
@@ -175,17 +177,16 @@ def exchanges() -> list[str]:
     return [name for name in EXCHANGES if CUDA or name != "peer-memory"]
 
 
-def check(options) -> bool:
-    """Whether all exchanges compute what one rank computes."""
+def check(name, options) -> bool:
+    """Whether an exchange computes what one rank computes."""
     right = True
     for kind in KINDS:
         layer = Layer(CHECKED if CUDA else SIZES["cpu"], kind, torch.float32, options)
         expected = layer.summed("one")
-        for name in exchanges():
-            with nan_in_fresh_memory():
-                worst, where = difference(layer.summed(name), expected)
-            right &= worst <= 1
-            say("right" if worst <= 1 else "WRONG", f"{name}, {kind}: {where} at most, {worst:.2f} of what is allowed")
+        with nan_in_fresh_memory():
+            worst, where = difference(layer.summed(name), expected)
+        right &= worst <= 1
+        say("right" if worst <= 1 else "WRONG", f"{name}, {kind}: {where} at most, {worst:.2f} of what is allowed")
     return right
 
 
@@ -205,24 +206,19 @@ def capture(layer, exchange):
     return graph, results
 
 
-def check_graphs(options) -> bool:
-    """Whether a graph of a step computes another routing than the captured one as the host issues it."""
+def check_graph(name, options) -> bool:
+    """Whether a graph of a step computes other routings than the captured one as the host issues the step."""
     right = True
-    for name in exchanges():
-        if name == "all-to-all":  # the host reads sizes
-            continue
-        layer = Layer(CHECKED, KINDS[0], torch.bfloat16, options)
-        graph, results = capture(layer, name)
-        for seed in (1, 2):
-            layer.draw_inputs(seed)
-            expected = {name: tensor.clone() for name, tensor in layer.step(name).items()}
-            graph.replay()
-            torch.cuda.synchronize()
-            worst, where = difference(results, expected)
-            right &= worst <= 1
-            say("right" if worst <= 1 else "WRONG", f"{name}, graph with routing {seed}: {where} at most")
-        del graph, results
-        free_memory()
+    layer = Layer(SIZES["cuda"] | GRAPHED, KINDS[0], torch.bfloat16, options)
+    graph, results = capture(layer, name)
+    for seed in (1, 2):
+        layer.draw_inputs(seed)
+        expected = {key: tensor.clone() for key, tensor in layer.step(name).items()}
+        graph.replay()
+        torch.cuda.synchronize()
+        worst, where = difference(results, expected)
+        right &= worst <= 1
+        say("right" if worst <= 1 else "WRONG", f"{name}, graph with routing {seed}: {where} at most")
     return right
 
 
@@ -265,37 +261,49 @@ def waits_of(step) -> Counter:
     return found
 
 
-def measure(options) -> list[dict]:
+def measure(name, options) -> dict:
+    """A row of the CSV file, and its line on the screen."""
     sizes = SIZES[device_kind()]
-    rows = []
-    for name in ("one", *exchanges()):
-        layer = Layer(sizes, KINDS[0], torch.bfloat16 if CUDA else torch.float32, options)
+    layer = Layer(sizes, KINDS[0], torch.bfloat16 if CUDA else torch.float32, options)
 
-        def step(layer=layer, name=name):
-            layer.step(name)
+    def step():
+        layer.step(name)
 
+    step()
+    both, graph_ms, waits, peak = many_ms(step), float("nan"), Counter(), 0.0
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         step()
-        both, graph_ms, waits, peak = many_ms(step), float("nan"), Counter(), 0.0
-        if CUDA:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            step()
-            torch.cuda.synchronize()
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-            waits = waits_of(step)
-            waits.pop("cudaDeviceSynchronize", None)  # the profiler's own, at its end
-            if name != "all-to-all":
-                graph, results = capture(layer, name)
-                graph_ms = many_ms(graph.replay)
-                del graph, results
-        about = (dist.get_world_size(), name, sizes["batch"], sizes["tokens"], sizes["hidden"])
-        about += (options.memories, options.topk)
-        numbers = (f"{both:.3f}", f"{graph_ms:.3f}", sum(waits.values()), f"{peak:.2f}")
-        say(f"{name:12} {both:8.2f} ms, as a graph {graph_ms:8.2f} ms, {peak:.2f} GiB, waits: {dict(waits) or 'none'}")
-        rows.append(versions() | dict(zip(FIELDS[len(VERSIONS) :], about + numbers, strict=True)))
-        del layer, step
-        free_memory()
-    return rows
+        torch.cuda.synchronize()
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+        waits = waits_of(step)
+        waits.pop("cudaDeviceSynchronize", None)  # the profiler's own, at its end
+        if name != "all-to-all":  # whose sizes the host reads
+            graph, _ = capture(layer, name)
+            graph_ms = many_ms(graph.replay)
+    about = (dist.get_world_size(), name, sizes["batch"], sizes["tokens"], sizes["hidden"])
+    about += (options.memories, options.topk)
+    numbers = (f"{both:.3f}", f"{graph_ms:.3f}", sum(waits.values()), f"{peak:.2f}")
+    say(f"{name:12} {both:8.2f} ms, as a graph {graph_ms:8.2f} ms, {peak:.2f} GiB, waits: {dict(waits) or 'none'}")
+    return versions() | dict(zip(FIELDS[len(VERSIONS) :], about + numbers, strict=True))
+
+
+def all_of(name, options) -> tuple[bool, dict | None]:
+    """Whether one exchange is right, and its row; an exchange that fails on all ranks does not stop the others."""
+    right, row = True, None
+    try:
+        if options.check and name != "one":
+            right = check(name, options)
+            if CUDA and name != "all-to-all":
+                right &= check_graph(name, options)
+                free_memory()
+        row = measure(name, options)
+    except Exception:
+        say(f"FAILED {name}\n{traceback.format_exc()}")
+        right = False
+    free_memory()
+    return right, row
 
 
 def main(argv=None) -> int:
@@ -315,13 +323,13 @@ def main(argv=None) -> int:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if CUDA else "gloo")
     try:
-        right = not options.check or (check(options) & (not CUDA or check_graphs(options)))
-        rows = measure(options)
-        if options.csv and dist.get_rank() == 0:
+        done = [all_of(name, options) for name in ("one", *exchanges())]
+        rows = [row for _, row in done if row is not None]
+        if options.csv and dist.get_rank() == 0 and rows:
             append_csv(options.csv, rows)
     finally:
         dist.destroy_process_group()
-    return 0 if right else 1
+    return 0 if all(right for right, _ in done) else 1
 
 
 if __name__ == "__main__":

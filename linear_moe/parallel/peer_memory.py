@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -37,6 +38,8 @@ class PeerBuffer:
     barrier: Callable[[], None]
 
 
+KINDS = ("tokens", "answers", "gradients of tokens", "gradients of answers")
+"""Of buffers: what they hold."""
 _buffers: dict[tuple, PeerBuffer] = {}
 
 
@@ -53,8 +56,10 @@ def symmetric_buffer(
 
         tensor = symmetric_memory.empty(rows, channels, dtype=dtype, device=device)
         handle = symmetric_memory.rendezvous(tensor, group.group_name)
-        pointers = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
-        _buffers[key] = PeerBuffer(tensor, pointers, handle.barrier)
+        peers = [handle.get_remote_tensor(rank, tensor.shape, dtype) for rank in range(group.size())]
+        pointers = torch.tensor([peer.data_ptr() for peer in peers], dtype=torch.int64, device=device)
+        # Buffers may lie in one allocation, whose signals they share: a channel for each kind keeps streams apart.
+        _buffers[key] = PeerBuffer(tensor, pointers, partial(handle.barrier, KINDS.index(kind)))
     return _buffers[key]
 
 
@@ -90,14 +95,15 @@ class _Pull(torch.autograd.Function):
     @staticmethod
     def forward(ctx, make_buffer, kind, wanted, wanted_back, *tensors):
         ctx.save_for_backward(wanted_back)
-        ctx.make_buffer, ctx.kind, ctx.dtypes = make_buffer, kind, [tensor.dtype for tensor in tensors]
-        return tuple(pull(_buffer_of(make_buffer, kind, tensors), tensors, wanted))
+        results = tuple(pull(_buffer_of(make_buffer, kind, tensors), tensors, wanted))
+        # Made here, because all ranks must make a buffer at the same time, and autograd has threads of its own.
+        ctx.buffer = _buffer_of(make_buffer, f"gradients of {kind}", results) if any(ctx.needs_input_grad) else None
+        return results
 
     @staticmethod
     def backward(ctx, *gradients):
         (wanted_back,) = ctx.saved_tensors
-        buffer = _buffer_of(ctx.make_buffer, f"gradients of {ctx.kind}", gradients)
-        return None, None, None, None, *pull(buffer, gradients, wanted_back)
+        return None, None, None, None, *pull(ctx.buffer, gradients, wanted_back)
 
 
 def _buffer_of(make_buffer, kind: str, tensors) -> PeerBuffer:
