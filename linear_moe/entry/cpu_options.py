@@ -20,6 +20,7 @@ COUNTERPARTS = (
     ("exp_avg_dtype", ("fp16", "bf16", "fp8"), "fp32"),
     ("exp_avg_sq_dtype", ("fp16", "bf16", "fp8"), "fp32"),
     ("cuda_graph_impl", ("local", "transformer_engine", "full_iteration"), "none"),
+    ("mom_expert_exchange", ("peer-memory",), "all-gather"),
     ("ckpt_format", ("fsdp_dtensor",), "torch_dist"),
 )
 """(argument, values that need a GPU or Transformer Engine, the value on this machine)."""

@@ -104,6 +104,12 @@ CASES = [
     Case("virtual pipeline, distributed optimizer", [*VIRTUAL, "--use-distributed-optimizer"]),
     Case("virtual pipeline, distributed optimizer with overlap", [*VIRTUAL, *DISTRIBUTED]),
     Case("virtual pipeline, gradients reduced in bf16", [*VIRTUAL, "--grad-reduce-in-bf16"]),
+    Case("memories over ranks, all-to-all", [*EP2, *DISTRIBUTED]),
+    Case("memories over ranks, all-gather", [*EP2, *DISTRIBUTED, "--mom-expert-exchange", "all-gather"]),
+    Case(
+        "memories over ranks, peer memory", [*EP2, *DISTRIBUTED, "--mom-expert-exchange", "peer-memory"],
+        gpu="GPUs read each other's memory",
+    ),
     Case("experts, expert parallel", [*EP2, *DISTRIBUTED], base="experts"),
     Case(
         "experts, overlapped exchange, delayed weight gradients",
