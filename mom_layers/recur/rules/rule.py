@@ -88,6 +88,8 @@ class MemoryRule:
             ``linear_in_state``. None differentiates ``recur``.
         decode_step: the arguments and the result of :func:`mom_layers.decode.operation.decode_step`; None where a
             step of one token takes the general path.
+        family: the kernel family that computes the recurrence, a folder of `mom_layers.recur`. The self-test checks
+            the kernels of a family with one of its rules. Empty for a rule that shares its kernels with no other.
     """
 
     name: str
@@ -107,6 +109,7 @@ class MemoryRule:
     linear_in_state: bool = True
     initial_state_gradient: Callable[..., torch.Tensor] | None = None
     decode_step: Callable[..., torch.Tensor] | None = None
+    family: str = ""
 
     @property
     def gate_widths(self) -> dict[str, int | str]:
