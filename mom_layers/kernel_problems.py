@@ -42,6 +42,8 @@ def _memory_problem(chip: Chip, dtype: torch.dtype, size: int, help_: str) -> st
     from mom_layers.recur.channel_decay.triton.launches import table_for as channel_decay
     from mom_layers.recur.scalar_delta.triton.launches import table_for as scalar_delta
 
+    if chip.vendor == "amd" and dtype != torch.float32:
+        return None  # the tables' numbers are NVIDIA's compiler's: by AMD's, 64 KB hold the narrowest tiles of both
     needed = max(table_for(chip, dtype).shared_memory for table_for in (scalar_delta, channel_decay))
     # The tables' numbers are for heads of 256; what smaller heads take shrinks with their size.
     needed = needed * size // 256

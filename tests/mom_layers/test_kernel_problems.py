@@ -12,8 +12,11 @@ from mom_layers.settings import MixerSettings
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("chip", [name for name, chip in CHIPS.items() if chip.vendor == "nvidia"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("chip", "dtype"),
+    [(chip, dtype) for chip in CHIPS for dtype in (torch.bfloat16, torch.float32)
+     if (chip, dtype) != ("gfx942", torch.float32)],  # 64 KB are too few for float32
+)  # fmt: skip
 def test_every_chip_of_the_table_takes_the_largest_heads(chip, dtype):
     with forced(chip=chip):
         assert kernel_problem(MixerSettings(head_dim=256), dtype, CPU) is None
