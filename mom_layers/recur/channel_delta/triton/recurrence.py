@@ -149,6 +149,7 @@ def recurrence(
         span_states = v.new_empty(chunks.num_span_slots, heads, k_dim, v_dim)
     results = RecurrenceResults(torch.empty_like(v), final_state, errors, span_states)
     launch = launches_for(v.device, v.dtype, k_dim, v_dim).recurrence
+    launch = launch.for_columns(chunks.num_segments * heads, v_dim)
     _recurrence_kernel[(chunks.num_segments * heads * (v_dim // launch.tile),)](
         q_decayed=local.q_decayed,
         k_decayed=local.k_decayed,

@@ -131,6 +131,7 @@ def reverse_recurrence(
     """
     heads, k_dim, v_dim = inputs.num_heads, inputs.k_dim, do.shape[2]
     launch = launches_for(do.device, do.dtype, k_dim, v_dim).recurrence
+    launch = launch.for_columns(chunks.num_segments * heads, v_dim)
     d_errors = d_states = d_initial_state = None
     if store_d_initial_state:
         d_initial_state = do.new_empty(chunks.num_segments, heads, k_dim, v_dim, dtype=torch.float32)
