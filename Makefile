@@ -51,6 +51,7 @@ compile-matrix:
 bench:
 	mkdir -p runs
 	"$(PYTHON)" tools/bench_kernels.py
+	"$(PYTHON)" tools/bench_rules.py
 	"$(PYTHON)" tools/bench_layers.py
 	"$(PYTHON)" tools/bench_layers.py --lengths --plot runs/bench_lengths.png
 	"$(PYTHON)" tools/bench_models.py
