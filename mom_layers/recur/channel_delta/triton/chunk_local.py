@@ -132,13 +132,14 @@ def _chunk_local_kernel(
         if SCORES:
             b_diagonal += tl.sum(b_q * b_k, 1)
         if SCORES and not LEVELS:
-            b_from, b_to = exp(b_c), exp(-b_c)
-            tl.store(k_pair + rows * K + o_tk, (b_k * b_to).to(pair), mask=m_t[:, None])
-            tl.debug_barrier()
-            b_k_pair = tl.load(k_pair + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, BK]
-            b_P += tl.dot(b_k_pair, tl.trans((b_q * b_from).to(pair)), input_precision=PRECISION)
-            b_A += tl.dot(b_k_pair, tl.trans((b_E * b_from).to(pair)), input_precision=PRECISION)
-            tl.debug_barrier()
+            if whole:
+                b_from, b_to = exp(b_c), exp(-b_c)
+                tl.store(k_pair + rows * K + o_tk, (b_k * b_to).to(pair), mask=m_t[:, None])
+                tl.debug_barrier()
+                b_k_pair = tl.load(k_pair + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, BK]
+                b_P += tl.dot(b_k_pair, tl.trans((b_q * b_from).to(pair)), input_precision=PRECISION)
+                b_A += tl.dot(b_k_pair, tl.trans((b_E * b_from).to(pair)), input_precision=PRECISION)
+                tl.debug_barrier()
         if SCORES and LEVELS:
             g_max = largest(tl.abs(b_g))
             level = FIRST_LEVEL + i_k * 0

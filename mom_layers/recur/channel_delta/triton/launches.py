@@ -127,7 +127,7 @@ TABLES = (
 FLOAT32_TABLES = (
     Table(
         name="float32",
-        shared_memory=148 * 1024,
+        shared_memory=86016,
         recurrence={256: Launch(16, 8, 1, True), 128: Launch(16, 8, 1), 64: Launch(16, 8, 1)},
         chunk_local=Launch(32, 8, 1),
         levels=Launch(32, 8, 1, loop_tile=32),

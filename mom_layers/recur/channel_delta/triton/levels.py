@@ -17,8 +17,8 @@ The first level has a block of all 64 rows. Few channels decay by e^-60 in 32 ro
 case. After six levels, h = 1, all pairs have met. A level below the first takes its c as sums of its own rows, never as
 a difference of two longer sums: a small sum beside a strong decay keeps its digits.
 
-A kernel without any other level needs fewer registers. So every kernel that takes levels runs twice: for the chunks that
-are whole on the first level, and then for the others, whose programs alone do not return at once.
+A kernel without any other level needs fewer registers. So every kernel that takes levels runs twice: for the chunks
+that are whole on the first level, and then for the others, whose programs alone do not return at once.
 """
 
 from __future__ import annotations
