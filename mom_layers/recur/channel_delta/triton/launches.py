@@ -128,7 +128,7 @@ FLOAT32_TABLES = (
     Table(
         name="float32",
         shared_memory=86016,
-        recurrence={256: Launch(16, 8, 1, True), 128: Launch(16, 8, 1), 64: Launch(16, 8, 1)},
+        recurrence={256: Launch(16, 16, 1, True), 128: Launch(16, 8, 1), 64: Launch(16, 8, 1)},
         chunk_local=Launch(32, 8, 1),
         levels=Launch(32, 8, 1, loop_tile=32),
         chunk_states=Launch(32, 8, 1),
