@@ -68,15 +68,13 @@ def _reverse_recurrence_kernel(
         b_dS = tl.load(d_final_state + i_state + o_kv).to(tl.float32)  # [K, BV]
     else:
         b_dS = tl.zeros([K, BV], tl.float32)
-    # The rows that a chunk's first products read are loaded while the chunk after ends.
-    m_t = (num_rows > 0) & ((num_chunks - 1) * BT + o_t < num_rows)
-    b_k = tl.load(k_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
     for i_back in range(0, num_chunks):
         m_t = (num_chunks - 1 - i_back) * BT + o_t < num_rows
         b_do = tl.load(do + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, BV]
         b_P = tl.load(scores + i_chunk * BT * BT + o_tt)  # [BT, BT]
         b_decay = tl.load(decays + i_chunk * K + o_k)[:, None]  # [K, 1]
         if not LATE:
+            b_k = tl.load(k_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
             b_q = tl.load(q_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
             b_E = tl.load(erase_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
 
@@ -85,6 +83,8 @@ def _reverse_recurrence_kernel(
         if STORE_D_STATES:
             tl.store(d_states + i_chunk * K * V + o_kv, b_dS_low)
         b_z = tl.dot(tl.trans(b_P), b_do, input_precision=PRECISION)
+        if LATE:
+            b_k = tl.load(k_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
         b_z += tl.dot(b_k, b_dS_low, input_precision=PRECISION)
         b_X = tl.load(solve + i_chunk * BT * BT + o_tt)  # [BT, BT]
         b_y = b_z - tl.dot(tl.trans(b_X), b_z.to(low), input_precision=PRECISION)
@@ -98,8 +98,6 @@ def _reverse_recurrence_kernel(
         b_dS += tl.dot(tl.trans(b_q), b_do, input_precision=PRECISION)
         if LATE:
             b_E = tl.load(erase_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
-        if i_back + 1 < num_chunks:
-            b_k = tl.load(k_decayed + (rows - BT * H) * K + o_tk)  # [BT, K], all of whose rows exist
         b_dS += tl.dot(tl.trans(b_E), (-b_y).to(low), input_precision=PRECISION)
         rows -= BT * H
         i_chunk -= H
