@@ -59,7 +59,7 @@ def test_gated_linear_attention_triton_over_several_spans(decay, dtype):
     compare([64 * 4, 3, 64 * 4 + 5], 1, 16, 16, dtype, decay)
 
 
-@pytest.mark.parametrize("decay", ["zero", "strong", "resets"])
+@pytest.mark.parametrize("decay", ["zero", "strong", "resets", "extreme"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gated_linear_attention_triton_decays(dtype, decay):
     compare([66], 1, 16, 16, dtype, decay)
