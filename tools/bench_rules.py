@@ -56,6 +56,7 @@ def _draw(shape: Shape, *more: int) -> torch.Tensor:
 GATES: dict[str, Callable[[Shape], torch.Tensor]] = {
     "head decay": lambda shape: F.logsigmoid(_draw(shape) + 3),
     "channel decay": lambda shape: F.logsigmoid(_draw(shape, shape.size)) / 16,
+    "forget gate": lambda shape: F.logsigmoid(_draw(shape, shape.size)),
     "write strength": lambda shape: _draw(shape).sigmoid(),
     "channel strength": lambda shape: _draw(shape, shape.size).sigmoid(),
 }
@@ -83,6 +84,7 @@ _DELTA = {"g": "head decay", "beta": "write strength"}
 OPERATIONS = {
     "gated_deltanet": Operation("scalar_delta.gated_delta_rule", "gated_delta_rule.chunk_gated_delta_rule", _DELTA),
     "gla": Operation("channel_decay.gated_linear_attention", "gla.chunk_gla", {"g": "channel decay"}),
+    "hgrn2": Operation("channel_decay.gated_linear_attention", "gla.chunk_gla", {"g": "forget gate"}),
 }
 
 

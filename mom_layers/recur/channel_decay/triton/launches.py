@@ -49,6 +49,19 @@ class Launches:
     query_key_gradients: Launch
 
 
+# Programs of a recurrence that run at once where each takes a whole multiprocessor of an H100 or H200.
+FEW_PROGRAMS = 132
+
+
+def for_states(launch: Launch, v_dim: int, num_states: int) -> Launch:
+    """The launch of either recurrence for a number of states, one a segment and head: few states get narrower tiles, so
+    that more programs run."""
+    tile = launch.tile
+    while tile > 16 and 2 * num_states * (v_dim // tile) <= FEW_PROGRAMS:
+        tile //= 2
+    return launch._replace(tile=tile)
+
+
 @dataclass(frozen=True)
 class Table:
     """Launches for every K and V.
