@@ -60,6 +60,7 @@ def _model_type(shape: Shape) -> torch.dtype:
 GATES: dict[str, Callable[[Shape], torch.Tensor]] = {
     "head decay": lambda shape: F.logsigmoid(_draw(shape) + 3),
     "channel decay": lambda shape: F.logsigmoid(_draw(shape, shape.size)) / 16,
+    "forget gate": lambda shape: F.logsigmoid(_draw(shape, shape.size)),
     "write strength": lambda shape: _draw(shape).sigmoid(),
     "channel strength": lambda shape: _draw(shape, shape.size).sigmoid().to(_model_type(shape)),
 }
@@ -95,6 +96,7 @@ OPERATIONS = {
         "gdn2.chunk_gdn2",
         {"g": "channel decay", "b": "channel strength", "w": "channel strength"},
     ),
+    "hgrn2": Operation("channel_decay.gated_linear_attention", "gla.chunk_gla", {"g": "forget gate"}),
 }
 
 
