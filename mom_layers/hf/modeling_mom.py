@@ -36,7 +36,7 @@ class MomBlock(GradientCheckpointingLayer):
         specs = [spec for spec in config.attention_specs() if layer_idx in spec.layers]
         self.layer_idx = layer_idx
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attn = Attention(config.hidden_size, specs[0]) if specs else MomAttention(config)
+        self.attn = Attention(config.hidden_size, specs[0]) if specs else MomAttention(config, layer_idx)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.mlp_size)
 
