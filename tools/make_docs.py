@@ -75,8 +75,11 @@ def arguments() -> str:
 
 def head_sizes() -> str:
     """Head sizes of every rule's Triton kernels."""
-    rows = ((f"`{name}`", ", ".join(map(str, get_rule(name).head_sizes))) for name in rule_names())
-    return table(("rule", "key sizes and value sizes of the Triton kernels"), rows)
+    rows = (
+        (f"`{name}`", *(", ".join(map(str, get_rule(name).kernel_sizes(of_keys=keys))) for keys in (True, False)))
+        for name in rule_names()
+    )
+    return table(("rule", "key sizes of the Triton kernels", "value sizes"), rows)
 
 
 def patches(cpu: bool) -> str:

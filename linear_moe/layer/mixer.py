@@ -81,7 +81,9 @@ class MomTokenMixer(MegatronModule):
         if self.cp_group.size() > 1 and not config.contiguous_context_slices:
             group = pg_collection.tp_cp if config.sequence_parallel else self.cp_group
             self.order = SequenceOrder(group, self.cp_group.size())
-        self.settings = config.mixer_settings()
+        # Multi-token prediction numbers its layers on from the last one of the model.
+        layers = max(config.num_layers, layer_number)
+        self.settings = replace(config.mixer_settings(), layer=layer_number - 1, num_layers=layers)
         self.rule = self.settings.update_rule
 
         heads, tp_size = config.mom_num_heads, pg_collection.tp.size()
@@ -147,7 +149,8 @@ class MomTokenMixer(MegatronModule):
         self.norm_weight = parameter(config.mom_value_dim)
         for own, shape in self.rule.parameter_shapes(config.mom_head_dim).items():
             # float32 whatever the model's type
-            self.register_parameter(own, parameter(self.num_heads, *shape, dtype=torch.float32, sharded_dim=0))
+            weight = parameter(self.num_heads, *shape, dtype=torch.float32, sharded_dim=0)
+            self.register_parameter(own, weight.requires_grad_(own not in self.rule.fixed_parameters))
         if config.perform_initialization:
             self.reset_parameters()
 
@@ -197,7 +200,7 @@ class MomTokenMixer(MegatronModule):
         bound = config.mom_conv_kernel**-0.5
         for conv in (self.q_conv, self.k_conv, self.v_conv):
             drawn(lambda weight: weight.uniform_(-bound, bound), conv, 0, [conv.shape[0]])
-        for name, whole in self.rule.init_parameters(config.mom_num_heads, config.mom_head_dim).items():
+        for name, whole in self.settings.initial_parameters().items():
             getattr(self, name).copy_(whole.chunk(tp_size)[rank])
         torch.nn.init.ones_(self.norm_weight)
 
