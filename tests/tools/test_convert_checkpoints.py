@@ -214,6 +214,38 @@ def test_experts_over_two_ranks_export_and_train_further(tmp_path):
     assert {key: value for key, value in before.items() if value != after[key]} == {}
 
 
+EXPERTS = (
+    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 24 --moe-token-dispatcher-type alltoall --qk-layernorm"
+).split()
+LATENT = (
+    "--multi-latent-attention --rope-type rope --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 16"
+    " --qk-pos-emb-head-dim 8 --v-head-dim 12"
+).split()
+HYBRIDS = {
+    "R-+ERE": LATENT,
+    "R-*ERE/*E": ["--group-query-attention", "--num-query-groups", "2"],
+}
+
+
+@pytest.mark.parametrize("pattern", HYBRIDS if "MOM_ALL_LAYOUTS" in os.environ else ["R-+ERE"])
+def test_hybrid_models_export_and_train_further(pattern, tmp_path):
+    """A HybridModel with MoM, softmax and expert layers: equal logits, and the same weights on the way back."""
+    shape = [word for word in MODEL if word not in ("--num-layers", "2")]
+    options = [*NULL_TOKENIZER, "--no-save-optim"]
+    trained = pretrain(
+        tmp_path / "trained", *shape, *options, *EXPERTS, *HYBRIDS[pattern], "--hybrid-layer-pattern", pattern,
+        "--lr", "1e-2",
+    )  # fmt: skip
+    export = to_hf(trained, tmp_path / "export", "--verify", "--verify-tokens", "16")
+    release = from_hf(export, tmp_path / "release", "--hybrid")
+    assert MegatronCheckpoint(release / "release").args.hybrid_layer_pattern == pattern
+    resaved = pretrain(
+        tmp_path / "resaved", "--load", str(release), "--use-checkpoint-args", "--lr", "0", "--weight-decay", "0",
+        *options, "--qk-layernorm", *HYBRIDS[pattern], "--hybrid-layer-pattern", pattern,
+    )  # fmt: skip
+    assert same(read_weights(to_hf(resaved, tmp_path / "again")), read_weights(export))
+
+
 def test_export_is_complete(hybrid_export, tokenizer_folder):
     config = json.loads((hybrid_export / "config.json").read_text())
     assert config["vocab_size"] == 400  # Megatron padded it to 512
