@@ -41,9 +41,10 @@ def test_a_step_that_fails_ends_the_comparison(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "softmax" / "done").exists()
 
 
-@pytest.mark.skipif("MOM_ALL_LAYOUTS" not in os.environ, reason="several trainings: make test-all")
-def test_every_run(small, tmp_path):
-    assert softmax_to_memories.main(["--output", str(tmp_path), "--only", "all", "fourth-direct"]) == 0
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert [row["run"] for row in found["runs"]] == ["softmax", "all", "fourth-direct"]
-    assert all(0 < row["last"] < 20 for row in found["runs"])
+if os.environ.get("MOM_ALL_LAYOUTS"):  # several trainings
+
+    def test_every_run(small, tmp_path):
+        assert softmax_to_memories.main(["--output", str(tmp_path), "--only", "all", "fourth-direct"]) == 0
+        found = json.loads((tmp_path / "results.json").read_text())
+        assert [row["run"] for row in found["runs"]] == ["softmax", "all", "fourth-direct"]
+        assert all(0 < row["last"] < 20 for row in found["runs"])
