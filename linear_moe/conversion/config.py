@@ -195,7 +195,7 @@ def layout_of(config: MomConfig, kinds: LayerKinds | None = None) -> Layout:
         "value": settings.value_dim,
         "width": config.conv_size,
         "one": 1,
-        **rule_dimensions(settings.update_rule, config.num_heads, config.head_dim),
+        **rule_dimensions(settings.update_rule, config.num_heads, config.head_dim, settings.value_dim),
     }
     options, groups = set(), 1
     for spec in config.attention_specs():

@@ -208,6 +208,15 @@ class MomForCausalLM(MomPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
+        """The arguments of the next forward pass of ``generate()``, as transformers makes them."""
+        positions, columns = kwargs.get("position_ids"), kwargs.get("cache_position")
+        if positions is not None and columns is not None and positions.data_ptr() == columns.data_ptr():
+            # With prefill_chunk_size, transformers 4.57 takes a token's column for its position, on the left of which
+            # there may be padding. Without positions, they are counted from the mask.
+            kwargs["position_ids"] = None
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
