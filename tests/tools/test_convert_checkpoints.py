@@ -230,7 +230,7 @@ HYBRIDS = {
 @pytest.mark.parametrize("pattern", HYBRIDS if "MOM_ALL_LAYOUTS" in os.environ else ["R-+ERE"])
 def test_hybrid_models_export_and_train_further(pattern, tmp_path):
     """A HybridModel with MoM, softmax and expert layers: equal logits, and the same weights on the way back."""
-    shape = [word for word in MODEL if word not in ("--num-layers", "2")]
+    shape = MODEL[2:]  # without --num-layers, which follows from the pattern
     options = [*NULL_TOKENIZER, "--no-save-optim"]
     trained = pretrain(
         tmp_path / "trained", *shape, *options, *EXPERTS, *HYBRIDS[pattern], "--hybrid-layer-pattern", pattern,
