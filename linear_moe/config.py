@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 
+import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -15,6 +16,8 @@ from mom_layers.settings import MixerSettings
 
 TOKEN_MIXERS = ("attention", "mom")
 MOM_REFUSES = "--token-mixer mom does not work with"
+OUR_SPEC = "linear_moe.layer_specs mom_layer_spec"
+"""The value of --spec that is this project's."""
 EXPERT_PARALLEL = ("auto", "on", "off")
 EXPERT_EXCHANGES = ("auto", "all-to-all", "all-gather", "peer-memory")
 LOSS_SCALE_HOOK = "experimental_attention_variant_loss_scale_func"
@@ -230,7 +233,19 @@ class MomTransformerConfig(TransformerConfig):
                 # Megatron passes the scale of the main loss to the router losses of models with experts, and to this
                 # hook in every model. A release without the hook ignores the attribute, and says in
                 # megatron_patches.releases what takes its place.
-                setattr(self, LOSS_SCALE_HOOK, MoEAuxLossAutoScaler.set_loss_scale)
+                setattr(self, LOSS_SCALE_HOOK, self._scale_router_losses())
+
+    def _scale_router_losses(self) -> Callable[[torch.Tensor], None]:
+        """Sets the scale of the memory routers' losses, and that of sparse attention's loss, whose place this takes."""
+        if self.experimental_attention_variant != "dsa":
+            return MoEAuxLossAutoScaler.set_loss_scale
+        from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossAutoScaler
+
+        def scale(value: torch.Tensor) -> None:
+            MoEAuxLossAutoScaler.set_loss_scale(value)
+            DSAIndexerLossAutoScaler.set_loss_scale(value)
+
+        return scale
 
     @property
     def mom_value_dim(self) -> int:
@@ -285,7 +300,10 @@ class MomTransformerConfig(TransformerConfig):
         inference = self.transformer_impl == "inference_optimized"
         refuse(MOM_REFUSES, [
             (self.hybrid_context_parallel, "--hybrid-context-parallel", "use --context-parallel-size alone"),
-            (variant is not None, f"--experimental-attention-variant {variant}", "leave out one of the two mixers"),
+            (
+                variant is not None and not (variant == "dsa" and self.is_hybrid_model),
+                f"--experimental-attention-variant {variant}", "leave out one of the two mixers",
+            ),
             (self.heterogeneous_block_specs, "--heterogeneous-layers-config-path", "use --linear-attention-freq"),
             (inference, "--transformer-impl inference_optimized", "use local or transformer_engine"),
         ])  # fmt: skip

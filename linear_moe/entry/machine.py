@@ -101,8 +101,8 @@ def lone_process(backend: str) -> Iterator[None]:
         parallel_state.initialize_model_parallel()
         tensor_parallel.model_parallel_cuda_manual_seed(0)
         yield
-        parallel_state.destroy_model_parallel()
     finally:
+        parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
 
