@@ -273,8 +273,10 @@ class MomTransformerConfig(TransformerConfig):
     def _check_mom(self) -> None:
         if self.mom_kernels not in KERNELS:
             raise ValueError(f"--mom-kernels must be one of {', '.join(KERNELS)}, got {self.mom_kernels!r}")
-        if self.mom_loss_chunk < 0:
-            raise ValueError(f"--mom-loss-chunk must be a number of tokens, or 0 for all, got {self.mom_loss_chunk}")
+        if not 0 <= self.mom_loss_chunk < 2**31:
+            raise ValueError(
+                f"--mom-loss-chunk must be a number of tokens below {2**31}, or 0 for all, got {self.mom_loss_chunk}"
+            )
         settings = self.mixer_settings()
         if self.mom_kernels != "torch":
             settings.check_head_sizes()
