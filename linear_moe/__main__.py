@@ -17,9 +17,11 @@ USAGE = __doc__.splitlines()[2].strip()
 
 def asks_for_mom(arguments: list[str]) -> bool:
     """Whether the command line chooses memories, or takes its arguments from a checkpoint that may choose memories."""
-    if "--use-checkpoint-args" in arguments or "--token-mixer=mom" in arguments:
+    if "--use-checkpoint-args" in arguments:
         return True
-    return ("--token-mixer", "mom") in zip(arguments, arguments[1:], strict=False)
+    given = [word.partition("=")[2] for word in arguments if word.startswith("--token-mixer=")]
+    given += [after for word, after in zip(arguments, arguments[1:], strict=False) if word == "--token-mixer"]
+    return any(mixer != "attention" for mixer in given)
 
 
 def main() -> int:

@@ -25,7 +25,7 @@ from megatron.training import get_args, get_timers, get_tokenizer
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from linear_moe.config import MomTransformerConfig
+from linear_moe.config import MomTransformerConfig, has_memories
 from linear_moe.tokens import vocabulary_size
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def cuts_contiguously(args) -> bool:
     Softmax attention computes on Megatron's zigzag, which gives every rank the same work. Multi-token prediction has a
     softmax attention layer.
     """
-    if args.context_parallel_size == 1 or args.token_mixer != "mom" or args.mtp_num_layers:
+    if args.context_parallel_size == 1 or not has_memories(args) or args.mtp_num_layers:
         return False
     return all(MomTransformerConfig.mom_layer_pattern(args)) and args.seq_length % args.context_parallel_size == 0
 

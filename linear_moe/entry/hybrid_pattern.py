@@ -6,7 +6,7 @@ import argparse
 
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
-from linear_moe.config import MOM_REFUSES, refuse
+from linear_moe.config import refuse_beside_mixer
 
 SOFTMAX = "*+"
 """Letters of softmax attention, of both kinds: plain and multi-latent."""
@@ -67,9 +67,9 @@ def check_pattern(args: argparse.Namespace) -> None:
         better = pattern.replace(main, with_a_memory_layer(main), 1) if main else Symbols.GDN + pattern
         raise ValueError(
             f"{given} has no layer with memories: write G for each layer that is to have memories, for example "
-            f"--hybrid-layer-pattern '{better}', or leave out --token-mixer mom"
+            f"--hybrid-layer-pattern '{better}', or leave out --token-mixer {args.token_mixer}"
         )
-    refuse(MOM_REFUSES, [
+    refuse_beside_mixer(args, [
         (
             Symbols.DS_ATTENTION in pattern, f"the letter D in {given}",
             "Megatron scales one extra loss, the memories' or sparse attention's: write + for multi-latent attention",

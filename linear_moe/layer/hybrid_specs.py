@@ -24,11 +24,11 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from linear_moe.config import MomTransformerConfig
-from linear_moe.layer.decoder_layers import input_norm, mom_mixer_spec
+from linear_moe.layer.decoder_layers import input_norm, mixer_spec
 
 
 def hybrid_stack_spec(config: MomTransformerConfig, chosen: ModuleSpec | None) -> ModuleSpec:
-    """Layers of a hybrid model with MoM for the letter G.
+    """Layers of a hybrid model with our token mixer for the letter G.
 
     Args:
         config: configuration of the model.
@@ -38,12 +38,14 @@ def hybrid_stack_spec(config: MomTransformerConfig, chosen: ModuleSpec | None) -
     """
     if chosen is None:
         chosen = _local_stack(config) if config.transformer_impl == "local" else stack_with_transformer_engine
+    ours = mixer_spec(config)
     mom_layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=input_norm(config),
-            self_attention=mom_mixer_spec(config),
+            input_layernorm=ours.norm,
+            self_attention=ours.mixer,
             self_attn_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=ours.keys,
         ),
     )
     return replace(chosen, submodules=replace(chosen.submodules, gdn_layer=mom_layer))

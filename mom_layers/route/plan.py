@@ -43,6 +43,7 @@ class RoutingPlan:
     num_sequences: int  # B
     num_all_memories: int  # A
     has_masked_segment: bool
+    in_order: bool = False  # row r is token r: nothing has to be gathered
 
     @property
     def num_rows(self) -> int:

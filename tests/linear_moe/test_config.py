@@ -39,7 +39,7 @@ SPLIT = {"expert_model_parallel_size": 2, "mom_expert_parallel": "on"}
 @pytest.mark.parametrize(
     "settings,message",
     [
-        ({"token_mixer": "mamba"}, "--token-mixer must be one of attention, mom, got 'mamba'"),
+        ({"token_mixer": "mamba"}, "--token-mixer must be one of attention, mom, .*gla.*, got 'mamba'"),
         ({"mom_rule": "hebb"}, "unknown memory rule 'hebb': choose one of " + ", ".join(rule_names())),
         ({"mom_topk": 5}, r"topk must be between 1 and the number of memories \(4\), got 5"),
         ({"mom_topk": 0}, r"topk must be between 1 and the number of memories \(4\), got 0"),
