@@ -1,5 +1,5 @@
-"""Token mixers as PyTorch modules, for any program; nothing of Megatron: Mixture-of-Memories (arXiv 2502.13685), and one
-memory of the same rules alone.
+"""Token mixers as PyTorch modules, for any program; nothing of Megatron: Mixture-of-Memories (arXiv 2502.13685), and
+one memory of the same rules alone.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ import torch
 import torch.nn as nn
 
 from mom_layers.common.checks import FLOATING, TRUTH, WHOLE, check_borders, check_instance, check_tensors, check_whole
-from mom_layers.mixing import MemoryParameters, TokenMaps, has_step, mix_alone, mix_tokens, step_alone, step_tokens
+from mom_layers.mixing import MemoryParameters, TokenMaps, has_step, mix_tokens, step_tokens
+from mom_layers.one_memory import mix_alone, step_alone
 from mom_layers.recur.rules import kept_exact
 from mom_layers.settings import ONE_MEMORY, MixerSettings
 from mom_layers.state import MemoryState

@@ -4,8 +4,7 @@
     step_tokens     a whole layer for one new token of every sequence
     mix_routed      the part after a router of the caller's: plan, memories, mixing (Megatron's layer enters here)
     mix_memories    the part after the routing plan
-    mix_alone, step_alone    a whole layer of one memory, which has no router and no plan
-    mix_projected   the part between the projections of a layer of one memory (Megatron's layer enters here)
+    run_rule        the part after the convolutions (a layer of one memory alone enters here)
     read_memories   what every row reads from its memory (expert parallelism enters here)
 
 Shape legend: sequences B, tokens N, rows R, segments S, all memories A (routed and shared), heads H, key size K, value
@@ -23,7 +22,6 @@ import torch
 
 from mom_layers.combine.operation import combine
 from mom_layers.common.kernel_choice import resolve_kernels
-from mom_layers.convolve.columns import convolve_columns
 from mom_layers.convolve.operation import UNIT_LENGTH_EPS, segment_convolution
 from mom_layers.convolve.qkv import convolve_qkv
 from mom_layers.project.operation import grouped_projection
@@ -31,7 +29,6 @@ from mom_layers.recur.rules import MemoryRule, RuleInputs
 from mom_layers.route.plan import RoutingPlan, build_routing_plan
 from mom_layers.route.router import route
 from mom_layers.route.rows import gather_rows
-from mom_layers.route.sequences import plan_sequences
 from mom_layers.settings import MixerSettings
 from mom_layers.state import MemoryState
 
@@ -182,30 +179,6 @@ def step_tokens(
     return maps.out(y), logits
 
 
-def step_alone(
-    x: torch.Tensor,
-    in_proj: Callable[[torch.Tensor], torch.Tensor],
-    out_proj: Callable[[torch.Tensor], torch.Tensor],
-    parameters: MemoryParameters,
-    state: MemoryState,
-) -> torch.Tensor:
-    """A whole layer of one memory for one new token of every sequence; changes ``state`` in place. No gradients.
-
-    Args:
-        x: [B, D].
-        in_proj, out_proj, parameters: as for :func:`mix_alone`; :func:`has_step` must hold.
-        state: the layer's state of the B sequences.
-
-    Returns:
-        out [B, D].
-    """
-    keys, *rows, values = parameters.settings.fused_sizes
-    q, rows, output_gate = in_proj(x).split((keys, sum(rows), values), dim=1)
-    return out_proj(
-        parameters.rule.decode_step(rows, q, output_gate, None, parameters, state, 0, True, UNIT_LENGTH_EPS)
-    )
-
-
 def mix_routed(
     x: torch.Tensor,
     q: torch.Tensor,
@@ -303,7 +276,7 @@ def read_memories(
     Raises:
         ValueError: ``sequence_slice`` together with ``state`` or ``output_state``.
     """
-    _check_states(sequence_slice, state, output_state)
+    check_states(sequence_slice, state, output_state)
     rule, heads = parameters.rule, parameters.num_heads
     key_heads = rule.num_key_heads(heads)
     sizes = rule.projection_sizes(heads, q.shape[1] // key_heads, parameters.v_conv.shape[0] // heads)
@@ -312,7 +285,7 @@ def read_memories(
     projected, by_token = _project(x, plan, parameters.projection, kernels)
 
     # What lies before each segment: nothing, what an earlier call left, or what other ranks hold.
-    tails, width = _tails(plan, state), parameters.q_conv.shape[1]
+    tails, width = tails_before(plan, state), parameters.q_conv.shape[1]
     if sequence_slice is not None and width > 1:
         (q, projected), (q_tail, tail) = sequence_slice.tails(plan, (q, projected), (True, by_token), width)
         tails = (q_tail, *tail.tensor_split((sizes[0], sizes[0] + sizes[1]), dim=-1)[:2])
@@ -333,105 +306,24 @@ def read_memories(
             q, projected, parameters.q_conv, parameters.k_conv, parameters.v_conv, plan,
             unit_length_heads=unit, tails=tails, output_tail=output_state, kernels=kernels,
         )  # fmt: skip
-    return _recur((q, k, v, raw), tails, plan, parameters, state, output_state, sequence_slice, kernels)
+    return run_rule((q, k, v, raw), tails, plan, parameters, state, output_state, sequence_slice, kernels)
 
 
-def mix_alone(
-    x: torch.Tensor,
-    in_proj: Callable[[torch.Tensor], torch.Tensor],
-    out_proj: Callable[[torch.Tensor], torch.Tensor],
-    parameters: MemoryParameters,
-    cu_seqlens: torch.Tensor,
-    *,
-    token_mask: torch.Tensor | None = None,
-    state: MemoryState | None = None,
-    output_state: bool = False,
-    kernels: str = "auto",
-) -> tuple[torch.Tensor, MemoryState | None]:
-    """A whole layer of one memory.
-
-    Args:
-        x: [B, T, D].
-        in_proj: [N, D] -> [N, H K + H K + H V + P + H V], queries, keys, values, raw gates, output gates.
-        out_proj: [N, H V] -> [N, D].
-        parameters, cu_seqlens, token_mask, state, output_state: as for :func:`mix_tokens`.
-
-    Returns:
-        out [B, T, D] and the new state or None.
-    """
-    if token_mask is not None:
-        # Padding may hold anything, NaN too, which a product with zero would keep.
-        x = x.masked_fill(~token_mask[..., None], 0)
-    tokens, mask = x.flatten(0, 1), None if token_mask is None else token_mask.flatten()
-    plan = plan_sequences(cu_seqlens, tokens.shape[0], token_mask=mask, kernels=kernels)
-    y, new_state = mix_projected(
-        in_proj(tokens), plan, parameters, state=state, output_state=output_state, kernels=kernels
-    )
-    out = out_proj(y).unflatten(0, x.shape[:2])
-    if token_mask is not None:
-        out = out.masked_fill(~token_mask[..., None], 0)
-    return out, new_state
-
-
-def mix_projected(
-    projected: torch.Tensor,
-    plan: RoutingPlan,
-    parameters: MemoryParameters,
-    *,
-    state: MemoryState | None = None,
-    output_state: bool = False,
-    sequence_slice: SequenceSlice | None = None,
-    kernels: str = "auto",
-) -> tuple[torch.Tensor, MemoryState | None]:
-    """The part between the projections of a layer of one memory: every token goes to the memory, with weight 1.
-
-    Args:
-        projected: [N, H K + H K + H V + P + H V], the tokens' queries, keys, values, raw gates (P columns) and output
-            gates before SiLU: one linear map of the tokens.
-        plan: of :func:`mom_layers.route.sequences.plan_sequences`.
-        parameters: weights of the heads that are here; ``projection`` is not read.
-        state, output_state, sequence_slice, kernels: as for :func:`mix_memories`.
-
-    Returns:
-        y [N, H V] before the output projection, and the new state or None.
-
-    Raises:
-        ValueError: ``sequence_slice`` together with ``state`` or ``output_state``.
-    """
-    _check_states(sequence_slice, state, output_state)
-    rule, settings = parameters.rule, parameters.settings
-    tails, width = _tails(plan, state), parameters.q_conv.shape[1]
-    if sequence_slice is not None and width > 1:
-        keys, values = settings.key_width, settings.value_width
-        (projected,), (tail,) = sequence_slice.tails(plan, (projected,), (not plan.in_order,), width)
-        tails = tail.tensor_split((keys, 2 * keys, 2 * keys + values), dim=-1)[:3]
-    rows, output_gate, tails = convolve_columns(
-        projected, parameters.q_conv, parameters.k_conv, parameters.v_conv, plan,
-        unit_length_heads=rule.num_key_heads(parameters.num_heads) if rule.unit_length_keys else None,
-        tails=tails, output_tail=output_state, kernels=kernels,
-    )  # fmt: skip
-    o, new_state = _recur(rows, tails, plan, parameters, state, output_state, sequence_slice, kernels)
-    y = combine(
-        o, None, None if plan.in_order else plan.row_of_choice, output_gate.unflatten(1, o.shape[1:]),
-        parameters.norm_weight, eps=settings.norm_eps, kernels=kernels,
-    )  # fmt: skip
-    return y.flatten(1), new_state
-
-
-def _check_states(sequence_slice, state, output_state) -> None:
+def check_states(sequence_slice, state, output_state) -> None:
+    """Raises ValueError for a slice of sequences together with states of whole sequences."""
     if sequence_slice is not None and (state is not None or output_state):
         given = "a state" if state is not None else "output_state=True"
         raise ValueError(f"sequence_slice supplies the states of slices of sequences: {given} cannot be given as well")
 
 
-def _tails(plan: RoutingPlan, state: MemoryState | None) -> tuple[torch.Tensor | None, ...]:
+def tails_before(plan: RoutingPlan, state: MemoryState | None) -> tuple[torch.Tensor | None, ...]:
     """The convolutions' inputs before every segment that an earlier call left; Nones without a convolution."""
     if state is None or state.q_tail.shape[2] == 0:
         return (None, None, None)
     return tuple(plan.to_segments(tail) for tail in (state.q_tail, state.k_tail, state.v_tail))
 
 
-def _recur(rows, tails, plan, parameters, state, output_state, sequence_slice, kernels):
+def run_rule(rows, tails, plan, parameters, state, output_state, sequence_slice, kernels):
     """The rule's gates, and the recurrence along every segment.
 
     Args:

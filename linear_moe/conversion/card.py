@@ -34,24 +34,18 @@ TEMPLATE = """---
 library_name: transformers
 pipeline_tag: text-generation
 {front}tags:
-- mom
-- mixture-of-memories
-- linear-attention
-- arxiv:2502.13685
+{tags}- linear-attention
 ---
 
 # {title}
 
-A causal language model whose token mixer is [Mixture-of-Memories](https://arxiv.org/abs/2502.13685): every layer keeps
-several memory states and a router sends each token to a few of them. Decoding needs constant memory{except_attention}.
+{about} Decoding needs constant memory{except_attention}.
 
 ```python
 {code}
 ```
 {prompts}
-The weights are in the format of `fla.models.mom` of
-[flash-linear-attention](https://github.com/fla-org/flash-linear-attention), which loads them too. With
-`import mom_layers.hf` before, `AutoModelForCausalLM` loads the folder without `trust_remote_code`.
+{format} With `import mom_layers.hf` before, `AutoModelForCausalLM` loads the folder without `trust_remote_code`.
 
 ## Model
 
@@ -63,6 +57,13 @@ The weights are in the format of `fla.models.mom` of
 
 Written by linear-moe {version}{commit}.
 """
+
+MEMORIES = """A causal language model whose token mixer is [Mixture-of-Memories](https://arxiv.org/abs/2502.13685): every
+layer keeps several memory states and a router sends each token to a few of them."""
+MEMORIES_FORMAT = """The weights are in the format of `fla.models.mom` of
+[flash-linear-attention](https://github.com/fla-org/flash-linear-attention), which loads them too."""
+ONE_MEMORY = "A causal language model whose layers keep one memory state each, with the update rule {rule}."
+ONE_MEMORY_FORMAT = "The weights are in the format of `mom_layers.hf`, for a model without routed memories."
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,14 @@ def model_card(
     """
     code = CODE if tokenizer is None else CODE_WITH_TOKENIZER
     end = None if tokenizer is None else end_of_document(tokenizer)
+    routed = config["num_memories"] > 0
     prompt = "Once upon a time" if end is None else f"{tokenizer.convert_ids_to_tokens(end)}Once upon a time"
     return TEMPLATE.format(
         front=facts.front_matter(),
-        title=facts.name or "Mixture-of-Memories language model",
+        tags="- mom\n- mixture-of-memories\n- arxiv:2502.13685\n" if routed else "",
+        title=facts.name or f"{'Mixture-of-Memories' if routed else config['mom_backend']} language model",
+        about=MEMORIES if routed else ONE_MEMORY.format(rule=config["mom_backend"]),
+        format=MEMORIES_FORMAT if routed else ONE_MEMORY_FORMAT,
         version=__version__,
         commit=f", commit {facts.commit}" if facts.commit else "",
         except_attention=", but for its softmax layers' cache" if config["attn"] else "",
@@ -130,13 +135,14 @@ def _table(facts: list[tuple[str, object]]) -> str:
 def _model_facts(config: dict, parameters: int, dtype: str) -> list[tuple[str, object]]:
     attention = config["attn"]
     shared = " and a shared one" if config["shared_mem"] else ""
+    routed = config["num_memories"] > 0
     return [
         ("parameters", f"{parameters:,} ({dtype})"),
         ("layers", config["num_hidden_layers"]),
         ("softmax attention layers", ", ".join(map(str, attention["layers"])) if attention else None),
         ("hidden size", config["hidden_size"]),
         ("MLP size", config["intermediate_size"]),
-        ("memories", f"{config['num_memories']}{shared}, {config['topk']} chosen by a token"),
+        ("memories", f"{config['num_memories']}{shared}, {config['topk']} chosen by a token" if routed else "1"),
         (
             "memory heads",
             f"{config['num_heads']} of {config['head_dim']} x {config['head_dim'] * config['expand_v']:g}",

@@ -74,8 +74,8 @@ def config_from_arguments(args: Namespace, attention_layers: list[int], vocab_si
     Raises:
         ConversionError: the model is not MoM, or has something that the format lacks.
     """
-    if getattr(args, "token_mixer", None) != "mom":
-        mixer = getattr(args, "token_mixer", "attention")
+    mixer = getattr(args, "token_mixer", "attention")
+    if mixer not in ("mom", *rule_names()):
         raise ConversionError(f"not a Mixture-of-Memories checkpoint: it was written with --token-mixer {mixer}")
     for name, accepted in (EXPORTABLE | (EXPORTABLE_ATTENTION if attention_layers else {})).items():
         value = getattr(args, name, accepted[0])
@@ -90,7 +90,7 @@ def config_from_arguments(args: Namespace, attention_layers: list[int], vocab_si
     config = {"architectures": ["MomForCausalLM"], "model_type": "mom", "vocab_size": vocab_size}
     config |= {ours: getattr(args, theirs) for ours, theirs in KEYS} | FIXED
     layers = args.num_layers - len(attention_layers)
-    config["aux_loss_scale"] = _short(args.mom_aux_loss_coeff * layers / args.mom_topk)
+    config["aux_loss_scale"] = _short(args.mom_aux_loss_coeff * layers / max(1, args.mom_topk))
     config["tie_word_embeddings"] = not args.untie_embeddings_and_output_weights
     config["attn"] = _attention_config(args, attention_layers) if attention_layers else None
     return config | token_ids
@@ -139,7 +139,7 @@ def arguments_from_config(config: MomConfig) -> Namespace:
     layers = config.num_hidden_layers - sum(len(spec.layers) for spec in config.attention_specs())
     args.mom_aux_loss_coeff = _short(config.aux_loss_scale * config.topk / max(1, layers))
     args.ffn_hidden_size = config.mlp_size
-    args.token_mixer = "mom"
+    args.token_mixer = config.mom_backend if config.mixer_settings().alone else "mom"
     args.untie_embeddings_and_output_weights = not config.tie_word_embeddings
     args.vocab_size = config.vocab_size
     args.hf_config = {name: getattr(config, name) for name in ("vocab_size", *TOKEN_IDS)}

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from linear_moe.conversion.config import OLDER_TYPE, layout_of, parse_config
 from linear_moe.conversion.digests import listed
 from linear_moe.conversion.files import ConversionError, read_json
+from linear_moe.conversion.fla_types import FlaWeights, content_from_fla, is_fla_type
 from linear_moe.conversion.names import Entry, Layout, entries
 from linear_moe.conversion.weights import Weights, check_finite
 from mom_layers.hf import MomForCausalLM
@@ -23,16 +24,22 @@ UNUSED_WEIGHT = ".attn.D"
 
 
 def read_model(folder: Path) -> tuple[MomConfig, Weights, list[Entry]]:
-    """A folder's configuration, its weights, and the table of the tensors that the configuration describes.
+    """A folder's configuration, its weights, and the table of the tensors that the configuration describes; all as of
+    a "mom" model where the folder is of one of FLA's types.
 
     The sizes in the configuration are compared with the tensors' shapes here. No tensor is read, and none is made.
 
     Raises ConversionError for a folder that is not a MoM model's, or whose weights are not what config.json describes.
     """
     content = read_json(folder / "config.json")
-    if content.get("model_type") not in MODEL_TYPES:
+    theirs = content.get("model_type")
+    if is_fla_type(theirs):
+        content = content_from_fla(content)
+    elif theirs not in MODEL_TYPES:
         parse_config(content, set())
     weights = Weights(folder)
+    if is_fla_type(theirs):
+        weights = FlaWeights(weights, theirs, content["num_heads"])
     config = parse_config(content, weights.names())
     check_counts(config, weights)
     layout = layout_of(config)
@@ -45,7 +52,7 @@ def check_counts(config: MomConfig, weights: Weights) -> None:
     """Raises ConversionError for more layers or memories than there are tensors: the table of all names could fill the
     computer's memory."""
     counts = {"num_hidden_layers": config.num_hidden_layers}
-    if not config.single_kv_proj:
+    if config.num_memories and not config.single_kv_proj:
         counts["num_memories"] = config.num_memories
     held = len(weights.names())
     for key, count in counts.items():

@@ -147,7 +147,7 @@ def _config_arguments(args: Namespace) -> dict:
     names = [name for _, name in KEYS if name != "max_position_embeddings"]
     names += ["num_attention_heads", "num_query_groups", "kv_channels", "linear_attention_freq", "window_size"]
     return {name: getattr(args, name) for name in names} | {
-        "token_mixer": "mom",
+        "token_mixer": args.token_mixer,
         "mom_kernels": "torch",
         "normalization": "RMSNorm",
         "gated_linear_unit": True,

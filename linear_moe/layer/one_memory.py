@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from linear_moe.config import MomTransformerConfig
 from linear_moe.layer.recurrent_mixer import RecurrentTokenMixer, TokenMixerSubmodules
-from mom_layers.mixing import mix_projected
+from mom_layers.one_memory import mix_projected
 from mom_layers.route.sequences import plan_sequences
 
 

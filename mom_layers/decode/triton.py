@@ -148,7 +148,8 @@ def _move_on(tail, i_tail, newest, b_c, C: tl.constexpr, W: tl.constexpr):
 @triton.jit
 def _finish_kernel(
     q, projected, logits, output_gate, norm_weight, mixed, y, q_tail, k_tail, v_tail, norm_eps, step_b, step_m,
-    STRIDE_Q: tl.constexpr, STRIDE_GATE: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
+    STRIDE_Q: tl.constexpr, STRIDE_GATE: tl.constexpr, WIDTH: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     M: tl.constexpr, TOPK: tl.constexpr, CHOICES: tl.constexpr, BM: tl.constexpr, P: tl.constexpr,
     BY_MEMORY: tl.constexpr,
 ):  # fmt: skip

@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple
 from mom_layers.hf.attention_and_mlp import Attention, GatedMLP, RMSNorm
 from mom_layers.hf.cache import CACHE_NAME, MomCache, one_cache
 from mom_layers.hf.configuration_mom import MomConfig
-from mom_layers.hf.mixer import MomAttention
+from mom_layers.hf.mixer import RecurrentAttention, token_mixer
 from mom_layers.hf.projections import MemoryLinear, MemoryProjections, ShortConvolution
 from mom_layers.hf.sequence import TokenSequence, described_documents
 from mom_layers.recur.rules import get_rule
@@ -29,21 +29,22 @@ from mom_layers.route.router import load_balancing_loss
 
 
 class MomBlock(GradientCheckpointingLayer):
-    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``; the mixer is a MoM layer or softmax attention."""
+    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``; the mixer is a MoM layer, one memory alone, or
+    softmax attention."""
 
     def __init__(self, config: MomConfig, layer_idx: int):
         super().__init__()
         specs = [spec for spec in config.attention_specs() if layer_idx in spec.layers]
         self.layer_idx = layer_idx
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attn = Attention(config.hidden_size, specs[0]) if specs else MomAttention(config)
+        self.attn = Attention(config.hidden_size, specs[0]) if specs else token_mixer(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.mlp_size)
 
     def forward(
         self, hidden_states: torch.Tensor, sequence: TokenSequence, cache: MomCache | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states [B, T, D]. Returns the layer's hidden states, and a MoM layer's router logits [B * T, M]."""
+        """hidden_states [B, T, D]. Returns the layer's hidden states, and a router's logits [B * T, M] or None."""
         past = None if cache is None else cache.layers[self.layer_idx]
         mixed, router_logits = self.attn(self.attn_norm(hidden_states), sequence, past)
         hidden_states = hidden_states + mixed
@@ -92,7 +93,7 @@ class MomPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, MomAttention):
+        elif isinstance(module, RecurrentAttention):
             module.reset_rule_parameters()
 
 

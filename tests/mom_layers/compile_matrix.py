@@ -28,7 +28,7 @@ from compile_only import (  # noqa: E402
 from mom_layers.common import checks  # noqa: E402
 from mom_layers.common.chips import CHIPS  # noqa: E402
 from mom_layers.layer import LinearAttentionLayer, MixtureOfMemories  # noqa: E402
-from mom_layers.mixing import mix_projected  # noqa: E402
+from mom_layers.one_memory import mix_projected  # noqa: E402
 from mom_layers.recur.rules import RuleInputs, get_rule  # noqa: E402
 from mom_layers.route import plan  # noqa: E402
 from mom_layers.route.sequences import plan_sequences  # noqa: E402

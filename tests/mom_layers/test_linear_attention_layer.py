@@ -7,7 +7,7 @@ import torch
 from comparison import TOLERANCE, relative_error
 
 from mom_layers import LinearAttentionLayer, MixtureOfMemories, get_rule, rule_names
-from mom_layers.mixing import mix_projected
+from mom_layers.one_memory import mix_projected
 from mom_layers.route.sequences import plan_sequences
 
 HIDDEN, HEADS, K = 32, 2, 16

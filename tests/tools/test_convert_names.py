@@ -11,12 +11,14 @@ from linear_moe.conversion.config import arguments_from_config, config_from_argu
 from linear_moe.conversion.files import ConversionError
 from linear_moe.conversion.loading import load_model
 from linear_moe.conversion.names import QKV, entries
+from mom_layers import rule_names
 from mom_layers.hf import MomConfig, MomForCausalLM
 
 TINY = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "intermediate_size": 48,
     "vocab_size": 40, "num_memories": 2, "topk": 1, "max_position_embeddings": 64,
 }  # fmt: skip
+ALONE = {"num_memories": 0, "topk": 0}
 
 VARIANTS = {
     "plain": {},
@@ -27,6 +29,9 @@ VARIANTS = {
     "one projection": {"single_kv_proj": True},
     "one projection, no shared memory": {"single_kv_proj": True, "shared_mem": False, "conv_size": 3},
     "gated linear attention": {"mom_backend": "gla"},
+    "no convolution": {"conv_size": 1},
+    **{f"{rule} alone": ALONE | {"mom_backend": rule} for rule in rule_names()},
+    "hybrid of one memory": ALONE | {"attn": {"layers": [1], "num_heads": 4}, "mom_backend": "gated_deltanet"},
     "hybrid": {"attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2}},
     "hybrid with windows": {
         "attn": {"layers": [0], "num_heads": 2, "window_size": 8, "rope_theta": 500.0}, "tie_word_embeddings": True,
