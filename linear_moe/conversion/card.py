@@ -58,8 +58,8 @@ pipeline_tag: text-generation
 Written by linear-moe {version}{commit}.
 """
 
-MEMORIES = """A causal language model whose token mixer is [Mixture-of-Memories](https://arxiv.org/abs/2502.13685): every
-layer keeps several memory states and a router sends each token to a few of them."""
+MEMORIES = """A causal language model whose token mixer is [Mixture-of-Memories](https://arxiv.org/abs/2502.13685):
+every layer keeps several memory states and a router sends each token to a few of them."""
 MEMORIES_FORMAT = """The weights are in the format of `fla.models.mom` of
 [flash-linear-attention](https://github.com/fla-org/flash-linear-attention), which loads them too."""
 ONE_MEMORY = "A causal language model whose layers keep one memory state each, with the update rule {rule}."

@@ -31,7 +31,7 @@ from linear_moe.parallel.context import ContextSlice
 from linear_moe.parallel.sequence_order import SequenceOrder
 from megatron_patches.torch_fsdp2 import APART
 from mom_layers.mixing import MemoryParameters
-from mom_layers.recur.rules import kept_exact
+from mom_layers.recur.rules import kept_exact, warn_without_kernels
 
 
 @dataclass
@@ -69,6 +69,7 @@ class RecurrentTokenMixer(MegatronModule):
             self.order = SequenceOrder(group, self.cp_group.size())
         self.settings = config.mixer_settings()
         self.rule = self.settings.update_rule
+        warn_without_kernels(self.rule)
         self.num_heads = config.mom_num_heads // pg_collection.tp.size()
         self.local_settings = replace(self.settings, num_heads=self.num_heads)
         self.key_width, self.value_width = self.local_settings.key_width, self.local_settings.value_width

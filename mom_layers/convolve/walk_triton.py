@@ -386,8 +386,8 @@ def _backward_kernel(
     x, weight, initial_tail, dy, dtail, dx, du, dweight_parts, token_of_row, token_of_dx, segment_of_row, cu_seqlens,
     copied, copy, token_of_copy, num_rows, eps, STRIDE_X: tl.constexpr, STRIDE_DY: tl.constexpr,
     STRIDE_DX: tl.constexpr, STRIDE_PARTS: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-    UNIT_LENGTH: tl.constexpr, BC: tl.constexpr, FIRST: tl.constexpr, STRIDE_COPY: tl.constexpr, COLUMNS: tl.constexpr, BG: tl.constexpr,
-    RUN: tl.constexpr, AHEAD: tl.constexpr,
+    UNIT_LENGTH: tl.constexpr, BC: tl.constexpr, FIRST: tl.constexpr, STRIDE_COPY: tl.constexpr,
+    COLUMNS: tl.constexpr, BG: tl.constexpr, RUN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Tuples and blocks as of :func:`_forward_kernel`."""
     i_block = tl.program_id(1)

@@ -24,7 +24,7 @@ from mom_layers.hf.projections import (
 from mom_layers.hf.sequence import TokenSequence
 from mom_layers.mixing import MemoryParameters, TokenMaps, has_step, mix_tokens, step_tokens
 from mom_layers.one_memory import mix_alone, step_alone
-from mom_layers.recur.rules import kept_exact
+from mom_layers.recur.rules import kept_exact, warn_without_kernels
 
 
 class RecurrentAttention(nn.Module):
@@ -37,6 +37,7 @@ class RecurrentAttention(nn.Module):
         super().__init__()
         self.settings = config.mixer_settings()
         self.rule = self.settings.update_rule
+        warn_without_kernels(self.rule)
         self.hidden_size = config.hidden_size
         # The format's letter of each piece of a projection: "k" is projected by k_proj.M and shared_k, or by k_proj.
         self.letters = ["k", "v", *(gate.hf for gate in self.rule.raw_gates)]

@@ -1,10 +1,21 @@
 """Memory update rules: what a rule is, the registry, and one file a rule."""
 
 from mom_layers.recur.rules import gated_deltanet, gla
+from mom_layers.recur.rules.equation import rule_from_equation
 from mom_layers.recur.rules.registry import get_rule, register_rule, rule_names
-from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs, kept_exact
+from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs, kept_exact, warn_without_kernels
 
 for rule in (gated_deltanet.RULE, gla.RULE):
     register_rule(rule)
 
-__all__ = ["MemoryRule", "RawGate", "RuleInputs", "get_rule", "kept_exact", "register_rule", "rule_names"]
+__all__ = [
+    "MemoryRule",
+    "RawGate",
+    "RuleInputs",
+    "get_rule",
+    "kept_exact",
+    "register_rule",
+    "rule_from_equation",
+    "rule_names",
+    "warn_without_kernels",
+]
