@@ -34,6 +34,7 @@ def plan_sequences(
         return build_routing_plan(
             ids, cu_seqlens, num_memories=1, shared=False, token_mask=token_mask, kernels=kernels
         )  # fmt: skip
+    cu_seqlens = cu_seqlens.to(torch.int32)
     rows = torch.arange(num_tokens, dtype=torch.int32, device=cu_seqlens.device)
     segments = torch.searchsorted(cu_seqlens, rows, right=True, out_int32=True) - 1
     plan = RoutingPlan(
