@@ -40,9 +40,10 @@ def kernel_problem(settings: MixerSettings, dtype: torch.dtype, device: torch.de
 
 def _memory_problem(chip: Chip, dtype: torch.dtype, size: int, help_: str) -> str | None:
     from mom_layers.recur.channel_decay.triton.launches import table_for as channel_decay
+    from mom_layers.recur.channel_delta.triton.launches import table_for as channel_delta
     from mom_layers.recur.scalar_delta.triton.launches import table_for as scalar_delta
 
-    needed = max(table_for(chip, dtype).shared_memory for table_for in (scalar_delta, channel_decay))
+    needed = max(table_for(chip, dtype).shared_memory for table_for in (scalar_delta, channel_decay, channel_delta))
     # The tables' numbers are for heads of 256; what smaller heads take shrinks with their size.
     needed = needed * size // 256
     if needed > chip.shared_memory:

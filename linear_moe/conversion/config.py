@@ -248,7 +248,7 @@ def layout_of(config: MomConfig) -> Layout:
         "width": config.conv_size,
         "keys_values": groups * head,
         "one": 1,
-        **rule_dimensions(settings.update_rule, config.num_heads, config.head_dim),
+        **rule_dimensions(settings.update_rule, config.num_heads, config.head_dim, settings.value_dim),
     }
     return Layout(
         dims=dims,

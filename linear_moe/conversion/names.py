@@ -143,9 +143,9 @@ def weight_rows(rule: MemoryRule, *, alone: bool = False) -> tuple[WeightRow, ..
     return (*BEFORE_THE_LAYERS, *mixer, *gates, *parameters, *ATTENTION, *MLP, *AFTER_THE_LAYERS)
 
 
-def rule_dimensions(rule: MemoryRule, num_heads: int, head_dim: int) -> dict[str, int]:
+def rule_dimensions(rule: MemoryRule, num_heads: int, head_dim: int, value_dim: int) -> dict[str, int]:
     """Sizes of the dimensions that :func:`weight_rows` names after a rule's gates and parameters."""
-    dims = {f"gate.{gate.name}": num_heads * gate.columns for gate in rule.raw_gates}
+    dims = {f"gate.{gate.name}": num_heads * gate.width(head_dim, value_dim) for gate in rule.raw_gates}
     for name, shape in rule.parameter_shapes(head_dim).items():
         dims |= {f"{name}.{i}": size for i, size in enumerate(shape)}
     return dims

@@ -63,7 +63,8 @@ def test_parameter_names_follow_the_rule(rule):
     layer, update = model.model.layers[0].attn, get_rule(rule)
     for gate in update.raw_gates:
         for linear in (*getattr(layer, f"{gate.hf}_proj"), getattr(layer, f"shared_{gate.hf}")):
-            assert linear.weight.shape == (HEADS * gate.columns, HIDDEN) and linear.weight.dtype == torch.bfloat16
+            assert linear.weight.shape == (HEADS * gate.width(KEYS // HEADS, VALUES // HEADS), HIDDEN)
+            assert linear.weight.dtype == torch.bfloat16
     for name, shape in update.parameter_shapes(KEYS // HEADS).items():
         assert getattr(layer, name).shape == (HEADS, *shape) and getattr(layer, name).dtype == torch.float32
 

@@ -10,10 +10,6 @@ import torch
 from mom_layers.common.chips import Chip, cached_choice, chip_of
 from mom_layers.recur.kernel_sets import widest_that_fits
 
-# Warps of the triangular solve, which is float32 for every type of input: one spills a little, and was still the
-# fastest on an H200.
-SOLVE_WARPS = 1
-
 
 class Launch(NamedTuple):
     """The tile, warps and pipeline stages of a kernel.
