@@ -332,7 +332,7 @@ def run_rule(rows, tails, plan, parameters, state, output_state, sequence_slice,
     """
     (q, k, v, raw), rule, heads = rows, parameters.rule, parameters.num_heads
     key_heads = rule.num_key_heads(heads)
-    widths = [heads * columns for columns in rule.gate_widths.values()]
+    widths = rule.projection_sizes(heads, q.shape[1] // key_heads, v.shape[1] // heads)[2:]
     raw = dict(zip(rule.gate_widths, raw[:, : sum(widths)].split(widths, dim=1), strict=True))
     q, k, v = (x.unflatten(1, (n, -1)) for x, n in ((q, key_heads), (k, key_heads), (v, heads)))
     inputs = rule.prepare(q, k, v, raw, parameters.rule_parameters, kernels)
