@@ -265,6 +265,11 @@ class MomTransformerConfig(TransformerConfig):
     def _check_mom(self) -> None:
         if self.mom_kernels not in KERNELS:
             raise ValueError(f"--mom-kernels must be one of {', '.join(KERNELS)}, got {self.mom_kernels!r}")
+        if has_router(self) and self.mom_num_memories == 0:
+            raise ValueError(
+                "--mom-num-memories must be at least 1, got 0: "
+                f"--token-mixer {self.mom_rule} trains one memory alone, without a router"
+            )
         settings = self.mixer_settings()
         if self.mom_kernels != "torch":
             settings.check_head_sizes()
