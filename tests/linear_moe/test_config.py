@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from linear_moe.config import MomTransformerConfig, configure, describe_memories, splits_memories
+from linear_moe.config import LOSS_SCALE_HOOK, MomTransformerConfig, configure, describe_memories, splits_memories
 from linear_moe.layer.decoder_layers import mom_block_spec
 from mom_layers.recur.rules import rule_names
 
@@ -71,8 +71,8 @@ SPLIT = {"expert_model_parallel_size": 2, "mom_expert_parallel": "on"}
         ),
         ({"mom_num_memories": 0, "mom_topk": 0}, "--token-mixer gated_deltanet trains one memory alone"),
         (
-            {"token_mixer": "gla", "mom_rule": "kda"},
-            "--mom-rule kda: --token-mixer gla is one memory of that rule alone",
+            {"token_mixer": "gated_deltanet", "mom_rule": "gla"},
+            "--mom-rule gla: --token-mixer gated_deltanet is one",
         ),
         ({"token_mixer": "gla", "mom_num_memories": 8}, "--mom-num-memories 8: --token-mixer gla is one memory"),
         ({"token_mixer": "gla", "mom_single_kv_proj": True}, "--mom-single-kv-proj True: --token-mixer gla is one"),
