@@ -12,16 +12,20 @@ import runpy
 import sys
 from pathlib import Path
 
+from linear_moe.pattern import asks_for_memories
+
 USAGE = __doc__.splitlines()[2].strip()
 
 
 def asks_for_mom(arguments: list[str]) -> bool:
-    """Whether the command line chooses memories, or takes its arguments from a checkpoint that may choose memories."""
+    """Whether the command line chooses memories, by --token-mixer or by a pattern of layers with an R, or takes its
+    arguments from a checkpoint that may choose memories.
+    """
     if "--use-checkpoint-args" in arguments:
         return True
     given = [word.partition("=")[2] for word in arguments if word.startswith("--token-mixer=")]
     given += [after for word, after in zip(arguments, arguments[1:], strict=False) if word == "--token-mixer"]
-    return any(mixer != "attention" for mixer in given)
+    return any(mixer != "attention" for mixer in given) or asks_for_memories(arguments)
 
 
 def main() -> int:

@@ -113,7 +113,7 @@ def mix_projected(
     tails, width = tails_before(plan, state), parameters.q_conv.shape[1]
     if sequence_slice is not None and width > 1:
         keys, values = settings.key_width, settings.value_width
-        (projected,), (tail,) = sequence_slice.tails(plan, (projected,), (not plan.in_order,), width)
+        (projected,), (tail,) = sequence_slice.tails(plan, (projected,), (not plan.rows_are_tokens,), width)
         tails = tail.tensor_split((keys, 2 * keys, 2 * keys + values), dim=-1)[:3]
     rows, output_gate, tails = convolve_columns(
         projected, parameters.q_conv, parameters.k_conv, parameters.v_conv, plan,
@@ -122,7 +122,7 @@ def mix_projected(
     )  # fmt: skip
     o, new_state = run_rule(rows, tails, plan, parameters, state, output_state, sequence_slice, kernels)
     y = combine(
-        o, None, None if plan.in_order else plan.row_of_choice, output_gate.unflatten(1, o.shape[1:]),
+        o, None, None if plan.rows_are_tokens else plan.row_of_choice, output_gate.unflatten(1, o.shape[1:]),
         parameters.norm_weight, eps=settings.norm_eps, kernels=kernels,
     )  # fmt: skip
     return y.flatten(1), new_state

@@ -66,7 +66,7 @@ def facts(args, parameters: int, tokens: dict[str, int], log: Path | None) -> di
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     step = args.global_batch_size * args.seq_length
     return {
-        "model": f"{_mixer(args)}; {args.num_layers} layers of hidden size {args.hidden_size}, vocabulary "
+        "model": f"{_mixer(args)}; {_layers(args)} of hidden size {args.hidden_size}, vocabulary "
         f"{args.padded_vocab_size}",
         "size": f"{short(parameters)} parameters, {precision}",
         "layout": f"{args.world_size} process{'es' if args.world_size > 1 else ''}" + (f": {layout}" if layout else ""),
@@ -89,6 +89,11 @@ def _mixer(args) -> str:
         return f"{args.token_mixer}, one memory, {heads}"
     shared = " and a shared one" if args.mom_shared_memory else ""
     return f"MoM ({args.mom_rule}), {args.mom_num_memories} memories{shared}, top-{args.mom_topk}, {heads}"
+
+
+def _layers(args) -> str:
+    pattern = args.hybrid_layer_pattern
+    return f"{args.num_layers} layers" + ("" if pattern is None else f" ({pattern})")
 
 
 def _data(args, tokens: dict[str, int]) -> str:

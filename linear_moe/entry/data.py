@@ -26,6 +26,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from linear_moe.config import MomTransformerConfig, has_memories
+from linear_moe.entry.hybrid_pattern import all_mixers_are_memories
 from linear_moe.tokens import vocabulary_size
 
 logger = logging.getLogger(__name__)
@@ -169,7 +170,11 @@ def cuts_contiguously(args) -> bool:
     """
     if args.context_parallel_size == 1 or not has_memories(args) or args.mtp_num_layers:
         return False
-    return all(MomTransformerConfig.mom_layer_pattern(args)) and args.seq_length % args.context_parallel_size == 0
+    pattern = args.hybrid_layer_pattern
+    memories = (
+        all(MomTransformerConfig.mom_layer_pattern(args)) if pattern is None else all_mixers_are_memories(pattern)
+    )
+    return memories and args.seq_length % args.context_parallel_size == 0
 
 
 def get_batch(data_iterator, vp_stage=None) -> dict[str, torch.Tensor | None]:
@@ -248,14 +253,20 @@ def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor):
     return loss, tokens, {"lm loss": torch.stack((loss.detach(), tokens.float()))}
 
 
-def forward_step(data_iterator, model):
-    """One micro-batch through the model, as Megatron's schedules call it."""
+def forward_step(data_iterator, model, return_schedule_plan: bool = False):
+    """One micro-batch through the model, as Megatron's schedules call it.
+
+    Args:
+        return_schedule_plan: return the plan of the micro-batch in place of the losses. Megatron's schedule for
+            ``--overlap-moe-expert-parallel-comm`` sets it, and computes two plans side by side.
+    """
     args, timers = get_args(), get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     packed_seq_params = _packed_seq_params(batch, args.seq_length)
     timers("batch-generator").stop()
-    losses = model(
+    compute = model.build_schedule_plan if return_schedule_plan else model
+    losses = compute(
         batch["tokens"],
         batch["position_ids"],
         batch["attention_mask"],

@@ -14,10 +14,12 @@ from megatron.core.tensor_parallel import (
     get_cuda_rng_tracker,
 )
 
-from linear_moe.config import MomTransformerConfig, splits_memories
+from linear_moe.config import MomTransformerConfig, expert_exchange, splits_memories
 from linear_moe.layer.recurrent_mixer import RecurrentTokenMixer, TokenMixerSubmodules
 from linear_moe.layer.router import MemoryRouter
+from linear_moe.parallel.choices import Choices
 from linear_moe.parallel.expert import mix_memories_over_ranks
+from linear_moe.parallel.sequence_counts import most_sequences
 from mom_layers.mixing import MemoryParameters, mix_routed
 
 
@@ -103,28 +105,33 @@ class MomTokenMixer(RecurrentTokenMixer):
         routed = self.memory_parameters(self.memory_proj)
         if self.splits_memories:
             y = mix_memories_over_ranks(
-                x.flatten(0, 1),
-                q,
-                output_gate,
-                weights.flatten(0, 1),
-                ids,
-                borders,
-                routed,
-                self._shared_parameters(),
-                num_memories=self.config.mom_num_memories,
-                group=self.ep_group,
-                ragged=packed_seq_params is not None,
-                time_major=batch > 1,
-                context_size=self.cp_group.size(),
-                sequence_slice=sequence_slice,
-                kernels=self.config.mom_kernels,
-            )
+                x.flatten(0, 1), q, output_gate, weights.flatten(0, 1),
+                self._choices(ids, borders, packed_seq_params, batch > 1), routed, self._shared_parameters(),
+                exchange=expert_exchange(self.config), sequence_slice=sequence_slice,
+            )  # fmt: skip
         else:
             y, _ = mix_routed(
                 x.flatten(0, 1), q, output_gate, weights.flatten(0, 1), ids, borders, routed,
                 time_major=batch > 1, sequence_slice=sequence_slice, kernels=self.config.mom_kernels,
             )  # fmt: skip
         return y, length, batch
+
+    def _choices(self, ids, borders, packed_seq_params, time_major: bool) -> Choices:
+        """The choices of this rank's tokens, for the exchange over the expert-parallel ranks."""
+        sequences, ragged = borders.shape[0] - 1, packed_seq_params is not None
+        return Choices(
+            ids,
+            borders,
+            num_memories=self.config.mom_num_memories,
+            group=self.ep_group,
+            most_sequences=most_sequences(packed_seq_params.cu_seqlens_q, sequences, self.ep_group)
+            if ragged
+            else sequences,
+            ragged=ragged,
+            time_major=time_major,
+            context_size=self.cp_group.size(),
+            kernels=self.config.mom_kernels,
+        )
 
     def _all_tokens(self, hidden_states, weights, ids):
         """Every token on every tensor-parallel rank; backward sums what the ranks' heads contribute."""

@@ -46,7 +46,7 @@ class _ConvolveColumns(torch.autograd.Function):
         ctx.plan, ctx.unit_heads = plan, unit_heads
         # A gradient that does not exist stays None, so that the kernels skip the work for it.
         ctx.set_materialize_grads(False)
-        gather = not plan.in_order
+        gather = not plan.rows_are_tokens
         convolutions, raw_gates, output_gate = _convolutions(*inputs, gather, unit_heads)
         (q, k, v), tails, raw_gates = convolve_forward(
             convolutions, plan, output_tail, UNIT_LENGTH_EPS, copied=raw_gates, gather_copied=gather
@@ -62,7 +62,7 @@ class _ConvolveColumns(torch.autograd.Function):
         from mom_layers.convolve.triton import convolve_backward
 
         projected, _, k_conv, v_conv, *tails = ctx.saved_tensors
-        gather = not ctx.plan.in_order
+        gather = not ctx.plan.rows_are_tokens
         convolutions, *_ = _convolutions(*ctx.saved_tensors, gather, ctx.unit_heads)
         # The kernels write each gradient to its columns: no concatenation.
         dprojected = torch.empty_like(projected)
@@ -115,7 +115,7 @@ def convolve_columns(
         ValueError: a shape, size, type or stride that does not fit.
     """
     kernels = resolve_kernels(kernels, projected)
-    keys, values, gather = k_conv.shape[0], v_conv.shape[0], not plan.in_order
+    keys, values, gather = k_conv.shape[0], v_conv.shape[0], not plan.rows_are_tokens
     if projected.dim() != 2 or projected.shape[0] != plan.num_rows or projected.shape[1] < 2 * (keys + values):
         least = 2 * (keys + values)
         raise ValueError(f"projected must be [{plan.num_rows}, at least {least}], got {list(projected.shape)}")

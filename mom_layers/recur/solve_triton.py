@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mom_layers.common.chips import chip_of
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
 from mom_layers.recur.program_place_triton import chunk_of_program
@@ -127,7 +128,7 @@ def solve_chunks(
     key_scores: torch.Tensor, beta: torch.Tensor | None, chunks: Chunks, dtype: torch.dtype
 ) -> torch.Tensor:
     """X = (I + N diag(beta))^-1 N of every chunk, in float32 inside: for 16-bit types the products take three tf32
-    parts, which lose no more than float32 does.
+    parts, which lose no more than float32 does. AMD's compiler has no products of three tf32 parts, and exact ones.
 
     Args:
         key_scores: N [slots, H, BT, BT] float32, strictly lower triangular.
@@ -140,6 +141,7 @@ def solve_chunks(
     """
     slots, heads, _, _ = key_scores.shape
     solve = torch.empty_like(key_scores, dtype=dtype)
+    exact = dtype == torch.float32 or chip_of(key_scores.device).vendor == "amd"
     _chunk_solve_kernel[(slots * heads,)](
         beta=beta,
         cu_seqlens=chunks.cu_seqlens,
@@ -152,7 +154,7 @@ def solve_chunks(
         BT=CHUNK,
         BC=BLOCK,
         HAS_BETA=beta is not None,
-        PRECISION="ieee" if dtype == torch.float32 else "tf32x3",
+        PRECISION="ieee" if exact else "tf32x3",
         num_warps=SOLVE_WARPS,
     )
     return solve

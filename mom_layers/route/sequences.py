@@ -20,7 +20,7 @@ def plan_sequences(
 ) -> RoutingPlan:
     """The plan of one memory that every token goes to: segments are the sequences. The host reads no data.
 
-    Where tokens lie sequence by sequence, rows are the tokens as they lie (``in_order``), and no operation gathers.
+    Where tokens lie sequence by sequence, rows are the tokens as they lie, and no operation gathers.
 
     Args:
         cu_seqlens: [B + 1] int32, the first token of every sequence, then N; borders are right by construction.
@@ -47,6 +47,6 @@ def plan_sequences(
         num_sequences=cu_seqlens.shape[0] - 1,
         num_all_memories=1,
         has_masked_segment=False,
-        in_order=not time_major,
+        rows_are_tokens=not time_major,
     )
     return plan.time_major() if time_major else plan

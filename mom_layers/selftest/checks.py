@@ -33,6 +33,7 @@ def all_checks(setting: Setting) -> dict[str, Check]:
         "route, many memories": partial(operations.routing, tokens=300, memories=64, topk=8),
         "routing plan": partial(operations.planning, tokens=(ragged, masked, alone), timed=TIMED),
         "gather rows": partial(operations.gathering, tokens=ragged, channels=hidden, timed=TIMED),
+        "spare rows": partial(operations.spare, tokens=alone, channels=hidden),
         "grouped projection": partial(
             operations.projection, tokens=ragged, inputs=hidden, outputs=2 * WIDTH + 16, dtypes=tuple(types),
             timed=TIMED,
@@ -122,6 +123,7 @@ def tiny_checks(setting: Setting) -> dict[str, Check]:
         "route": partial(operations.routing, tokens=7, memories=4, topk=2),
         "routing plan": partial(operations.planning, tokens=(tokens, masked, alone)),
         "gather rows": partial(operations.gathering, tokens=tokens, channels=20),
+        "spare rows": partial(operations.spare, tokens=alone, channels=20),
         "grouped projection": partial(
             operations.projection, tokens=tokens, inputs=24, outputs=18, dtypes=(torch.float32,)
         ),

@@ -46,7 +46,7 @@ def one_memory(
                 x["projected"], *filters, plan, unit_length_heads=heads, kernels="triton"
             )
             o, gate = v.unflatten(1, (heads, -1)), gate.unflatten(1, (heads, -1))
-            row_of_choice = None if plan.in_order else plan.row_of_choice
+            row_of_choice = None if plan.rows_are_tokens else plan.row_of_choice
             y = combine(o, None, row_of_choice, gate, x["norm_weight"], eps=EPS, kernels="triton")
             return {"q": q, "k": k, "raw": raw, "y": y}
 

@@ -124,7 +124,7 @@ def test_tokens_may_lie_time_first(kernels):
         leaf = (projected.transpose(0, 1) if time_major else projected).flatten(0, 1).requires_grad_()
         weight = (g.transpose(0, 1) if time_major else g).flatten(0, 1)
         plan = plan_sequences(borders, 120, time_major=time_major)
-        assert plan.in_order is not time_major
+        assert plan.rows_are_tokens is not time_major
         y, _ = mix_projected(leaf, plan, module.memory_parameters(), kernels=kernels)
         gradient, conv = torch.autograd.grad((y * weight).sum(), (leaf, module.k_conv))
         shape = (40, 3) if time_major else (3, 40)

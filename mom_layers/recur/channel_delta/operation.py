@@ -117,7 +117,7 @@ def gated_delta_rule_2(
     cu_seqlens: torch.Tensor,
     **options,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gated DeltaNet-2 (arXiv 2605.22791): :func:`channel_delta_rule` that erases by b [R, H, K], writes by w [R, H, V].
+    """Gated DeltaNet-2 (arXiv 2605.22791): :func:`channel_delta_rule`, erasing by b [R, H, K], writing by w [R, H, V].
 
     ``S <- diag(exp(g)) S;  S <- S + k (w v - S^T (b k))^T;  o = scale q^T S``
 

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
+from mom_layers.recur.decays_triton import decay_between
 from mom_layers.recur.program_place_triton import chunk_of_program
 from mom_layers.recur.scalar_delta.tensors import ChunkLocal, Inputs
 from mom_layers.recur.scalar_delta.triton.launches import launches_for
@@ -32,22 +33,6 @@ from mom_layers.recur.solve_triton import solve_chunks
 
 # Products of float32 inputs are exact in float32: no tf32. Other types ignore this setting.
 PRECISION = tl.constexpr("ieee")
-
-
-@triton.jit
-def decay_between(b_g):
-    """[BT] log decays to exp(G_i - G_j) [BT, BT], zero above the diagonal.
-
-    G is summed in float64 and kept as two float32 parts: after strong decay it is in the thousands, and rounding it to
-    float32 would lose the small differences between rows that still see each other.
-    """
-    b_G = tl.cumsum(b_g.to(tl.float64), 0)
-    b_high = b_G.to(tl.float32)
-    b_low = (b_G - b_high.to(tl.float64)).to(tl.float32)
-    b_between = (b_high[:, None] - b_high[None, :]) + (b_low[:, None] - b_low[None, :])
-    # Masked before exp: above the diagonal the exponent is positive and could overflow.
-    o_t = tl.arange(0, b_g.shape[0])
-    return tl.exp(tl.where(o_t[:, None] >= o_t[None, :], b_between, float("-inf")))
 
 
 @triton.jit(do_not_specialize=["num_segments"])
