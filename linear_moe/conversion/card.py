@@ -60,11 +60,7 @@ Written by linear-moe {version}{commit}.
 
 MEMORIES = """A causal language model whose token mixer is [Mixture-of-Memories](https://arxiv.org/abs/2502.13685):
 every layer keeps several memory states and a router sends each token to a few of them."""
-MEMORIES_FORMAT = """The weights are in the format of `fla.models.mom` of
-[flash-linear-attention](https://github.com/fla-org/flash-linear-attention), which loads them too."""
 ONE_MEMORY = "A causal language model whose layers keep one memory state each, with the update rule {rule}."
-ONE_MEMORY_FORMAT = "The weights are in the format of `mom_layers.hf`, for a model without routed memories."
-
 
 FLA_FORMAT = """The weights are in the format of `fla.models.mom` of
 [flash-linear-attention](https://github.com/fla-org/flash-linear-attention), which loads them too.
@@ -123,11 +119,10 @@ def model_card(
         tags="- mom\n- mixture-of-memories\n- arxiv:2502.13685\n" if routed else "",
         title=facts.name or f"{'Mixture-of-Memories' if routed else config['mom_backend']} language model",
         about=MEMORIES if routed else ONE_MEMORY.format(rule=config["mom_backend"]),
-        format=MEMORIES_FORMAT if routed else ONE_MEMORY_FORMAT,
         version=__version__,
         commit=f", commit {facts.commit}" if facts.commit else "",
         except_attention=", but for its softmax layers' cache" if config["attn"] else "",
-        format=FLA_FORMAT if _fla_has(config) else "",
+        format=FLA_FORMAT if routed and _fla_has(config) else "",
         code=code.format(name=json.dumps(facts.name or "."), prompt=json.dumps(prompt)),
         prompts="" if end is None else PROMPTS.format(end=end),
         model=_table(_model_facts(config, parameters, dtype)),
