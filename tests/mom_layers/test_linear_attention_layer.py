@@ -4,13 +4,19 @@ import copy
 
 import pytest
 import torch
-from comparison import TOLERANCE, relative_error
+from comparison import DEVICE, TOLERANCE, relative_error
 
 from mom_layers import LinearAttentionLayer, MixtureOfMemories, get_rule, rule_names
 from mom_layers.one_memory import mix_projected
 from mom_layers.route.sequences import plan_sequences
 
 HIDDEN, HEADS, K = 32, 2, 16
+
+
+@pytest.fixture(autouse=True)
+def on_the_device():
+    with torch.device(DEVICE):
+        yield
 
 
 def layer(rule="gated_deltanet", dtype=torch.float64, kernels="torch", **sizes):
