@@ -91,6 +91,8 @@ class MemoryRule:
             that a layer of such a rule gives; None where Triton kernels compute the recurrence.
         decode_step: the arguments and the result of :func:`mom_layers.decode.operation.decode_step`; None where a
             step of one token takes the general path.
+        family: the kernel family that computes the recurrence, a folder of `mom_layers.recur`. The self-test checks
+            the kernels of a family with one of its rules. Empty for a rule that shares its kernels with no other.
     """
 
     name: str
@@ -111,6 +113,7 @@ class MemoryRule:
     initial_state_gradient: Callable[..., torch.Tensor] | None = None
     cost_without_kernels: str | None = None
     decode_step: Callable[..., torch.Tensor] | None = None
+    family: str = ""
 
     @property
     def gate_widths(self) -> dict[str, int | str]:
