@@ -117,7 +117,7 @@ class RecurrentTokenMixer(MegatronModule):
         return weight
 
     def _device(self) -> torch.device:
-        """Where parameters are made. With --init-model-with-meta-device that is nowhere: Megatron FSDP gives the modules
+        """Where parameters are made. With --init-model-with-meta-device: nowhere. Megatron FSDP gives the modules
         memory one after another, and calls their :meth:`reset_parameters`."""
         if getattr(self.config, "init_model_with_meta_device", False):
             return torch.device("meta")
