@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from mom_layers.recur.rules import rule_names
+from mom_layers.recur.rules import get_rule, rule_names
 from mom_layers.selftest import decoding, operations, recurrences
 from mom_layers.selftest.cases import Check, Setting
 from mom_layers.selftest.operations import Tokens
@@ -19,6 +19,13 @@ TIMED = Tokens([2048] * 4)
 LENGTHS = (0, 1, 2, 63, 64, 65, 130)
 MANY_SHORT = (5,) * 40
 CUTS = ((3, 0, 65, 1), (0, 2, 70, 64), (1, 64, 0, 1))
+
+
+def _own_keys(rule: str, size: dict[str, int]) -> dict[str, int]:
+    """The sizes with the key size of a rule whose kernels take another one only, because a feature map makes keys
+    longer."""
+    sizes = get_rule(rule).kernel_sizes(of_keys=True)
+    return size if size["k_dim"] in sizes else size | {"k_dim": sizes[0]}
 
 
 def all_checks(setting: Setting) -> dict[str, Check]:
@@ -47,19 +54,20 @@ def all_checks(setting: Setting) -> dict[str, Check]:
                 operations.combining, tokens=(ragged, alone), heads=heads, v_dim=v_dim, timed=TIMED
             )
         for rule in rule_names():
-            checks[f"{rule}, {about}"] = partial(recurrences.recurrence, name=rule, timed=True, **size)
+            own = _own_keys(rule, size)
+            about = f"K {own['k_dim']} V {v_dim}"
+            checks[f"{rule}, {about}"] = partial(recurrences.recurrence, name=rule, timed=True, **own)
             checks[f"decode step of {rule}, {about}"] = partial(
                 decoding.decoding, rule=rule, hidden=hidden, batches=(1, 5), timed=16, **size
             )
     for rule in rule_names():
-        checks[f"gates of {rule}"] = partial(recurrences.gates, name=rule, rows=300, heads=4, k_dim=128, v_dim=128)
+        size = _own_keys(rule, {"heads": WIDTH // 128, "k_dim": 128, "v_dim": 128})
+        checks[f"gates of {rule}"] = partial(recurrences.gates, name=rule, rows=300, **size)
         checks[f"{rule}, float32"] = partial(
-            recurrences.recurrence, name=rule, heads=2, k_dim=64, v_dim=64, dtype=torch.float32,
-            cases=(((0, 1, 63, 64, 65), True),),
+            recurrences.recurrence, name=rule, dtype=torch.float32, cases=(((0, 1, 63, 64, 65), True),),
+            **_own_keys(rule, {"heads": 2, "k_dim": 64, "v_dim": 64}),
         )  # fmt: skip
-        checks[f"state passing of {rule}"] = partial(
-            recurrences.state_passing, name=rule, heads=WIDTH // 128, k_dim=128, v_dim=128, cuts=CUTS
-        )
+        checks[f"state passing of {rule}"] = partial(recurrences.state_passing, name=rule, cuts=CUTS, **size)
     # The longest checks first, so that no process is left with a long check at the end.
     recurrent = tuple(rule_names())
     return dict(sorted(checks.items(), key=lambda item: not item[0].startswith(recurrent)))
