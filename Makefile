@@ -17,11 +17,12 @@ test:
 	"$(PYTHON)" -m pytest -n 2 --dist loadfile --ignore tests/linear_moe/parallel
 
 # Every test at full length: each layout's checkpoint in each other layout, every way to kill a run, every bad input,
-# every type and head size compiled for every chip.
+# every type and head size compiled for every chip, every recipe trained at its tiny size.
 test-all: export MOM_ALL_LAYOUTS = 1
 test-all: export MOM_ALL_KILLS = 1
 test-all: export MOM_ALL_BAD_INPUTS = 1
 test-all: export MOM_ALL_CHIPS = 1
+test-all: export MOM_ALL_RECIPES = 1
 test-all: test
 
 # The kernels' and layers' tests, one after the other, on a machine with a GPU.
@@ -32,7 +33,8 @@ test-gpu:
 SELECTION = tests/mom_layers/test_mixture_of_memories.py tests/mom_layers/test_rules.py \
     tests/mom_layers/test_routing_plan_triton.py tests/mom_layers/hf/test_hf_model.py \
     tests/mom_layers/hf/test_hf_generation.py tests/mom_layers/hf/test_hf_remote_code.py \
-    tests/mom_layers/hf/test_hf_classification.py tests/linear_moe/test_pretrain.py tests/tools/test_corpus_tokenizer.py
+    tests/mom_layers/hf/test_hf_classification.py tests/linear_moe/test_pretrain.py tests/tools/test_corpus_tokenizer.py \
+    tests/megatron_patches/test_trusted_checkpoints.py tests/tools/test_convert_checkpoints.py
 
 test-oldest: export OMP_NUM_THREADS = 1
 test-oldest:

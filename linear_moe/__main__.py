@@ -12,14 +12,20 @@ import runpy
 import sys
 from pathlib import Path
 
+from linear_moe.pattern import asks_for_memories
+
 USAGE = __doc__.splitlines()[2].strip()
 
 
 def asks_for_mom(arguments: list[str]) -> bool:
-    """Whether the command line chooses memories, or takes its arguments from a checkpoint that may choose memories."""
+    """Whether the command line chooses memories, by --token-mixer or by a pattern of layers with an R, or takes its
+    arguments from a checkpoint that may choose memories.
+    """
     if "--use-checkpoint-args" in arguments or "--token-mixer=mom" in arguments:
         return True
-    return ("--token-mixer", "mom") in zip(arguments, arguments[1:], strict=False)
+    if ("--token-mixer", "mom") in zip(arguments, arguments[1:], strict=False):
+        return True
+    return asks_for_memories(arguments)
 
 
 def main() -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 
+import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -15,7 +16,10 @@ from mom_layers.settings import MixerSettings
 
 TOKEN_MIXERS = ("attention", "mom")
 MOM_REFUSES = "--token-mixer mom does not work with"
+OUR_SPEC = "linear_moe.layer_specs mom_layer_spec"
+"""The value of --spec that is this project's."""
 EXPERT_PARALLEL = ("auto", "on", "off")
+EXPERT_EXCHANGES = ("auto", "all-to-all", "all-gather", "peer-memory")
 LOSS_SCALE_HOOK = "experimental_attention_variant_loss_scale_func"
 
 
@@ -24,6 +28,15 @@ def refuse(refusal: str, cases: Iterable[tuple[object, str, str]]) -> None:
     for present, what, instead in cases:
         if present:
             raise ValueError(f"{refusal} {what}: {instead}")
+
+
+def expert_exchange(settings: object) -> str:
+    """How tokens and outputs travel where the memories are split: a name of EXPERT_EXCHANGES other than "auto".
+
+    "auto" is "all-to-all", which works between all GPUs and keeps no spare rows.
+    """
+    choice = settings.mom_expert_exchange
+    return "all-to-all" if choice == "auto" else choice
 
 
 def why_memories_are_whole(settings: object) -> str | None:
@@ -35,6 +48,7 @@ def why_memories_are_whole(settings: object) -> str | None:
     experts, tensor = settings.expert_model_parallel_size, settings.tensor_model_parallel_size
     expert_tensor = settings.expert_tensor_parallel_size or tensor
     context, graphs = settings.context_parallel_size, settings.cuda_graph_impl
+    exchange = expert_exchange(settings)
     reasons = [
         (
             settings.mom_num_memories % experts,
@@ -52,13 +66,17 @@ def why_memories_are_whole(settings: object) -> str | None:
             f"--context-parallel-size {context}",
         ),
         (
-            graphs != "none",
-            f"--cuda-graph-impl {graphs} lets no layer wait for the host, which reads how many rows the ranks exchange",
+            graphs != "none" and exchange == "all-to-all",
+            f"--cuda-graph-impl {graphs} lets no layer wait for the host, which reads how many rows the ranks exchange "
+            "(--mom-expert-exchange all-gather and peer-memory read nothing)",
         ),
         (
             settings.overlap_moe_expert_parallel_comm,
             "--overlap-moe-expert-parallel-comm runs two micro-batches at once, and the host would wait in every layer "
-            "for the number of rows that the ranks exchange",
+            "for the number of rows that the ranks exchange"
+            if exchange == "all-to-all"
+            else "--overlap-moe-expert-parallel-comm runs two micro-batches at once, whose exchanges would share a "
+            "stream",
         ),
         (
             settings.use_megatron_fsdp or settings.use_torch_fsdp2,
@@ -77,7 +95,13 @@ def splits_memories(settings: object) -> bool:
 
 
 def check_expert_parallel(settings: object) -> None:
-    """Raises ValueError where --mom-expert-parallel has an unknown value, or asks for a split that cannot be."""
+    """Raises ValueError where --mom-expert-parallel or --mom-expert-exchange has an unknown value, or the first of them
+    asks for a split that cannot be.
+    """
+    if settings.mom_expert_exchange not in EXPERT_EXCHANGES:
+        raise ValueError(
+            f"--mom-expert-exchange must be one of {', '.join(EXPERT_EXCHANGES)}, got {settings.mom_expert_exchange!r}"
+        )
     choice = settings.mom_expert_parallel
     if choice not in EXPERT_PARALLEL:
         raise ValueError(f"--mom-expert-parallel must be one of {', '.join(EXPERT_PARALLEL)}, got {choice!r}")
@@ -94,7 +118,10 @@ def describe_memories(settings: object) -> str | None:
     if experts == 1:
         return None
     if splits_memories(settings):
-        return f"memories: {memories // experts} of {memories} on each of {experts} expert-parallel ranks"
+        return (
+            f"memories: {memories // experts} of {memories} on each of {experts} expert-parallel ranks, which exchange "
+            f"tokens by {expert_exchange(settings)}"
+        )
     reason = "--mom-expert-parallel off" if settings.mom_expert_parallel == "off" else why_memories_are_whole(settings)
     return f"memories: all {memories} on each of {experts} expert-parallel ranks, because {reason}"
 
@@ -155,6 +182,15 @@ class MomTransformerConfig(TransformerConfig):
         "auto", "Whether --expert-model-parallel-size splits the memories; auto: where that works.",
         choices=EXPERT_PARALLEL,
     )  # fmt: skip
+    mom_expert_exchange: str = argument(
+        "auto", "How tokens travel to the ranks of their memories and back: all-to-all sends what is needed, and the "
+        "host waits in every layer; all-gather sends every token to every rank; peer-memory reads the other GPUs of a "
+        "machine. auto: all-to-all.", choices=EXPERT_EXCHANGES,
+    )  # fmt: skip
+    mom_loss_chunk: int = argument(
+        0, "Tokens of a rank whose logits exist at once: the output layer and the loss go through a micro-batch in "
+        "chunks, for long sequences. 0: all tokens.",
+    )  # fmt: skip
     mom_kernels: str = argument(
         "auto", "Implementation of the mixer's operations: Triton, PyTorch, or auto for Triton on GPUs and PyTorch "
         "elsewhere.", choices=KERNELS,
@@ -162,6 +198,7 @@ class MomTransformerConfig(TransformerConfig):
 
     contiguous_context_slices: bool = False
     """Whether a context-parallel rank holds one contiguous slice of a sequence; Megatron's batches have two."""
+    sft: bool = False
     use_megatron_fsdp: bool = False
     use_torch_fsdp2: bool = False
     """Megatron's arguments of these names, which its own configuration does not have."""
@@ -197,7 +234,19 @@ class MomTransformerConfig(TransformerConfig):
                 # Megatron passes the scale of the main loss to the router losses of models with experts, and to this
                 # hook in every model. A release without the hook ignores the attribute, and says in
                 # megatron_patches.releases what takes its place.
-                setattr(self, LOSS_SCALE_HOOK, MoEAuxLossAutoScaler.set_loss_scale)
+                setattr(self, LOSS_SCALE_HOOK, self._scale_router_losses())
+
+    def _scale_router_losses(self) -> Callable[[torch.Tensor], None]:
+        """Sets the scale of the memory routers' losses, and that of sparse attention's loss, whose place this takes."""
+        if self.experimental_attention_variant != "dsa":
+            return MoEAuxLossAutoScaler.set_loss_scale
+        from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossAutoScaler
+
+        def scale(value: torch.Tensor) -> None:
+            MoEAuxLossAutoScaler.set_loss_scale(value)
+            DSAIndexerLossAutoScaler.set_loss_scale(value)
+
+        return scale
 
     @property
     def mom_value_dim(self) -> int:
@@ -224,6 +273,10 @@ class MomTransformerConfig(TransformerConfig):
     def _check_mom(self) -> None:
         if self.mom_kernels not in KERNELS:
             raise ValueError(f"--mom-kernels must be one of {', '.join(KERNELS)}, got {self.mom_kernels!r}")
+        if not 0 <= self.mom_loss_chunk < 2**31:
+            raise ValueError(
+                f"--mom-loss-chunk must be a number of tokens below {2**31}, or 0 for all, got {self.mom_loss_chunk}"
+            )
         settings = self.mixer_settings()
         if self.mom_kernels != "torch":
             settings.check_head_sizes()
@@ -248,7 +301,10 @@ class MomTransformerConfig(TransformerConfig):
         inference = self.transformer_impl == "inference_optimized"
         refuse(MOM_REFUSES, [
             (self.hybrid_context_parallel, "--hybrid-context-parallel", "use --context-parallel-size alone"),
-            (variant is not None, f"--experimental-attention-variant {variant}", "leave out one of the two mixers"),
+            (
+                variant is not None and not (variant == "dsa" and self.is_hybrid_model),
+                f"--experimental-attention-variant {variant}", "leave out one of the two mixers",
+            ),
             (self.heterogeneous_block_specs, "--heterogeneous-layers-config-path", "use --linear-attention-freq"),
             (inference, "--transformer-impl inference_optimized", "use local or transformer_engine"),
         ])  # fmt: skip

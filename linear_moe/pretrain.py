@@ -37,10 +37,13 @@ def main(streams: QuietStreams) -> None:
     from megatron.training.arguments import parse_and_validate_args
 
     from linear_moe.entry import arguments, banner, data
-    from linear_moe.entry.gpt_model import gpt_model
+    from linear_moe.entry.model import model_config
+    from linear_moe.layer import checkpoint_names, memory_symbol
     from linear_moe.watching.reporter import WholeLineReporter
 
     arguments.PATCH.apply()
+    memory_symbol.PATCH.apply()  # before Megatron reads the pattern of the layers
+    checkpoint_names.PATCH.apply()
     WholeLineReporter(lambda model: banner.show(streams, args, model, tokens)).patch().apply()
     args = parse_and_validate_args(extra_args_provider=add_machine_defaults)
     check_entry(args)
@@ -48,7 +51,7 @@ def main(streams: QuietStreams) -> None:
     data.check_vocabulary(args)
     data.keep_end_of_document(args)
     args.contiguous_context_slices = data.cuts_contiguously(args)
-    container = pretrain_cfg_container_from_args(args, gpt_model(args))
+    container = pretrain_cfg_container_from_args(args, model_config(args))
     pretrain(container, data.provide_datasets, ModelType.encoder_or_decoder, data.forward_step)
 
 
@@ -67,16 +70,13 @@ def check_release() -> None:
 
 def check_entry(args) -> None:
     """Raises ValueError for the models and the data that only Megatron-LM's own scripts can build."""
-    from linear_moe.config import refuse
-    from linear_moe.entry.arguments import OUR_SPEC
+    from linear_moe.config import OUR_SPEC, refuse
 
     spec = None if args.spec is None else " ".join(args.spec)
-    hybrid, variant = args.hybrid_layer_pattern, args.experimental_attention_variant
+    variant = args.experimental_attention_variant
     launcher = "run Megatron-LM's own script: python -m linear_moe path/to/"
     refuse("linear_moe.pretrain does not take", [
-        (hybrid, f"--hybrid-layer-pattern {hybrid}", launcher + "pretrain_hybrid.py"),
         (spec and spec != OUR_SPEC, f"--spec {spec}", "leave it out"),
-        (args.sft, "--sft", launcher + "pretrain_gpt.py"),
         (args.fim_data, "--fim-data", launcher + "pretrain_gpt.py"),
         (variant, f"--experimental-attention-variant {variant}", launcher + "pretrain_gpt.py"),
     ])  # fmt: skip

@@ -8,13 +8,17 @@ import copy
 import difflib
 import io
 import logging
+import os
 from dataclasses import fields
 
 from linear_moe.config import (
     MOM_REFUSES,
+    OUR_SPEC,
     MomTransformerConfig,
     check_expert_parallel,
     describe_memories,
+    expert_exchange,
+    has_memories,
     refuse,
     splits_memories,
 )
@@ -22,6 +26,7 @@ from linear_moe.entry import attention_options, cpu_options, hybrid_pattern
 from linear_moe.entry.kernel_check import check_kernels
 from linear_moe.entry.run_checks import check_values
 from linear_moe.entry.vocabulary_rows import keep_rows, report_rows
+from linear_moe.pattern import pairs
 from megatron_patches import releases
 from megatron_patches.patch import Patch, wrap
 
@@ -30,12 +35,11 @@ logger = logging.getLogger(__name__)
 FIELDS = {f.name: f for f in fields(MomTransformerConfig)}
 DEFAULTS = {name: f.default for name, f in FIELDS.items()}
 OURS = [name for name, f in FIELDS.items() if "help" in f.metadata]
-SHAPE = [*(name for name in OURS if FIELDS[name].metadata["fixed"]), "linear_attention_freq"]
-"""Arguments that a checkpoint fixes: other values give the weights another meaning."""
+SHAPE = [name for name in OURS if FIELDS[name].metadata["fixed"]]
+"""Arguments that a checkpoint fixes: other values give the weights another meaning. So does the order of layers."""
 OLD_NAMES = {"mom_backend": "mom_kernels"}
 """Earlier names of arguments, which commands, settings and checkpoints may still use."""
 OUR_PREFIXES = ("--mom-", "--no-mom-", "--token-mixer")
-OUR_SPEC = "linear_moe.layer_specs mom_layer_spec"
 
 
 def option(name: str) -> str:
@@ -133,9 +137,8 @@ def check_model(args: argparse.Namespace) -> None:
         ((args.reset_attention_mask or args.reset_position_ids) and not packed,
          "--reset-attention-mask" if args.reset_attention_mask else "--reset-position-ids",
          "use --dataloader-inter-document-masking, which tells the memories where documents end"),
-        (packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size not in (None, 1),
-         f"packed documents, --pipeline-model-parallel-size {args.pipeline_model_parallel_size} and "
-         f"--micro-batch-size {args.micro_batch_size}", "stages take packed rows one by one: --micro-batch-size 1"),
+        (pattern and args.mom_loss_chunk, f"--hybrid-layer-pattern and --mom-loss-chunk {args.mom_loss_chunk}",
+         "Megatron's hybrid models compute all logits at once: leave out --mom-loss-chunk"),
         *releases.running().refusals(args),
         (packed and graphs, "CUDA graphs of packed documents",
          "the number of documents changes from batch to batch: leave out one of the two"),
@@ -144,10 +147,29 @@ def check_model(args: argparse.Namespace) -> None:
     attention_options.check_attention(args)
 
 
+def send_shapes(args: argparse.Namespace) -> None:
+    """Lets pipeline stages send the shapes of hidden states, where Megatron flattens the packed rows of a micro-batch
+    into one row and its stages would expect the rows apart.
+    """
+    packed = args.sft or releases.argument(args, "dataloader_inter_document_masking")
+    if packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1:
+        if args.moe_token_dispatcher_type == "allgather":
+            refuse(MOM_REFUSES, [(
+                args.num_experts,
+                f"packed documents, --pipeline-model-parallel-size {args.pipeline_model_parallel_size}, "
+                f"--micro-batch-size {args.micro_batch_size} and --moe-token-dispatcher-type allgather",
+                "Megatron's TransformerConfig refuses rows of another length there (transformer_config.py:2644): "
+                "use --moe-token-dispatcher-type alltoall, or --micro-batch-size 1",
+            )])  # fmt: skip
+            args.moe_token_dispatcher_type = "alltoall"  # of experts, which are none
+        args.variable_seq_lengths = True
+        logger.info("pipeline stages send shapes: a micro-batch of packed rows is one row of hidden states")
+
+
 def check_context_parallel(args: argparse.Namespace) -> None:
-    """Raises ValueError for softmax attention that cannot cut sequences, and for packed documents that Megatron would
-    cut in another way than the layers: MoM layers cut a row of documents as a whole, softmax attention (multi-token
-    prediction's too, and ``--sft``) cuts every document.
+    """Raises ValueError for softmax attention that cannot cut sequences, and for packed documents that softmax
+    attention (multi-token prediction's too) cannot cut: it cuts every document into equal chunks, for which only the
+    rows of ``--sft`` are padded.
     """
     if args.token_mixer != "mom" or args.context_parallel_size == 1:
         return
@@ -159,31 +181,69 @@ def check_context_parallel(args: argparse.Namespace) -> None:
          f"softmax attention layers, --transformer-impl local and {split}",
          "local attention cannot split a sequence: make every layer MoM, or use --transformer-impl "
          "transformer_engine"),
-        (args.sft, f"--sft and {split}", "--sft cuts every document by itself: use another layout"),
-        (packed and softmax, f"--dataloader-inter-document-masking, {split} and softmax attention layers",
-         "softmax attention cuts every document by itself: make every layer MoM, without --mtp-num-layers, or leave "
-         "out one of the two"),
+        (packed and not args.sft and softmax,
+         f"--dataloader-inter-document-masking, {split} and softmax attention layers",
+         "softmax attention cuts every document into equal chunks, and Megatron pads documents for that with --sft "
+         "alone (pretrain_gpt.py, use_per_sequence_balancing): make every layer MoM, without --mtp-num-layers, or "
+         "leave out one of the two"),
     ])  # fmt: skip
+
+
+def compare_layers(args: argparse.Namespace, saved: argparse.Namespace) -> None:
+    """Raises ValueError where a checkpoint's layers are not those of the command line. A GPT model and a hybrid model
+    may have the same layers.
+    """
+    if "mom" not in (args.token_mixer, getattr(saved, "token_mixer", None)):
+        return
+    if getattr(args, "hybrid_layer_pattern", None) is None and getattr(saved, "hybrid_layer_pattern", None) is None:
+        _compare_values(args, saved, "linear_attention_freq", None)
+        return
+    theirs, mine = hybrid_pattern.layers_of(saved), hybrid_pattern.layers_of(args)
+    if theirs != mine:
+        raise ValueError(
+            f"the checkpoint has the layers {theirs}, the command line's model {mine}: give --hybrid-layer-pattern "
+            f"'{theirs}', or --use-checkpoint-args in place of the layers"
+        )
+
+
+def _compare_values(args: argparse.Namespace, saved: argparse.Namespace, name: str, default: object) -> None:
+    theirs, mine = getattr(saved, name, default), getattr(args, name, default)
+    if theirs != mine:
+        raise ValueError(
+            f"the checkpoint was written with {option(name)} {theirs}, the command line says {mine}: "
+            + (
+                "leave the argument out, and --use-checkpoint-args takes the checkpoint's value"
+                if getattr(args, "use_checkpoint_args", False)
+                else "give the same value, or --use-checkpoint-args"
+            )
+        )
 
 
 def compare_with_checkpoint(args: argparse.Namespace, saved: argparse.Namespace) -> None:
     """Raises ValueError, naming the first difference, where a checkpoint's memories have another shape than ours."""
+    compare_layers(args, saved)
     for name in SHAPE:
-        theirs, mine = getattr(saved, name, DEFAULTS[name]), getattr(args, name, DEFAULTS[name])
-        if theirs != mine:
-            raise ValueError(
-                f"the checkpoint was written with {option(name)} {theirs}, the command line says {mine}: "
-                + (
-                    "leave the argument out, and --use-checkpoint-args takes the checkpoint's value"
-                    if getattr(args, "use_checkpoint_args", False)
-                    else "give the same value, or --use-checkpoint-args"
-                )
-            )
+        _compare_values(args, saved, name, DEFAULTS[name])
     theirs, mine = (getattr(holder, "tensor_model_parallel_size", 1) for holder in (saved, args))
     if args.token_mixer == "mom" and getattr(args, "use_megatron_fsdp", False) and theirs != mine:
         raise ValueError(
             f"--tensor-model-parallel-size {mine}: the checkpoint was written with {theirs}, and Megatron FSDP's "
             f"checkpoints hold the memories' projections as the ranks had them: give {theirs}"
+        )
+
+
+def check_peers(args: argparse.Namespace) -> None:
+    """Raises ValueError where --mom-expert-exchange peer-memory would read the memory of another machine's GPU."""
+    if expert_exchange(args) != "peer-memory" or args.expert_model_parallel_size == 1 or not splits_memories(args):
+        return
+    ranks = args.expert_model_parallel_size * args.tensor_model_parallel_size
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+    if here % ranks:
+        raise ValueError(
+            f"--mom-expert-exchange peer-memory reads the other GPUs of one machine, and {here} processes a machine do "
+            f"not hold whole expert-parallel groups: --expert-model-parallel-size {args.expert_model_parallel_size} x "
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} = {ranks} must divide {here}, or use "
+            "--mom-expert-exchange all-to-all"
         )
 
 
@@ -194,6 +254,7 @@ def place_memories(args: argparse.Namespace) -> None:
     Raises ValueError where --mom-expert-parallel on asks for a split that cannot be.
     """
     check_expert_parallel(args)
+    check_peers(args)
     line = describe_memories(args)
     if line is None:
         return
@@ -221,7 +282,8 @@ def restore_from_checkpoint(args: argparse.Namespace, saved: argparse.Namespace)
     which may have them under an old name.
     """
     held = {now: getattr(saved, before) for before, now in OLD_NAMES.items() if hasattr(saved, before)} | vars(saved)
-    for name in [*OURS, "linear_attention_freq"]:
+    restored = OURS if getattr(args, "hybrid_layer_pattern", None) is not None else [*OURS, "linear_attention_freq"]
+    for name in restored:
         mine, theirs = getattr(args, name, None), held.get(name)
         if mine is None and theirs is not None:
             setattr(args, name, theirs)
@@ -237,12 +299,14 @@ def _add_group(add_megatron_arguments, parser):
 
 def _validate(validate_args, args, *positional, **keywords):
     """Megatron's checks and ours. In a model without experts Megatron's checks see no expert parallelism."""
+    hybrid_pattern.choose_token_mixer(args)
     fill_mom_arguments(args)
     cpu_options.use_counterparts(args)
     if args.token_mixer != "mom":
         return validate_args(args, *positional, **keywords)
     check_values(args)  # before the checks that compute with the values
     hybrid_pattern.use_present_name(args)
+    hybrid_pattern.use_memory_symbol(args)
     check_model(args)
     check_context_parallel(args)
     attention_options.drop_unused_attention(args)
@@ -251,6 +315,7 @@ def _validate(validate_args, args, *positional, **keywords):
         args.expert_model_parallel_size = 1
     result = validate_args(args, *positional, **keywords)
     args.expert_model_parallel_size = size
+    send_shapes(args)
     place_memories(args)
     check_run(args)
     check_kernels(args)
@@ -267,9 +332,36 @@ def _restore(load_args_from_checkpoint, args, *positional, **keywords):
 def _compare(check_checkpoint_args, saved, *positional, **keywords):
     from megatron.training import get_args
 
-    check_checkpoint_args(saved, *positional, **keywords)
-    compare_with_checkpoint(get_args(), saved)
-    report_rows(get_args(), saved)
+    args = get_args()
+    compare_with_checkpoint(args, saved)
+    seen = saved
+    if is_of_other_class(args, saved):  # a layer of a GPT model is two of a hybrid model
+        seen = copy.copy(saved)
+        seen.num_layers = args.num_layers
+    check_checkpoint_args(seen, *positional, **keywords)
+    report_rows(args, saved)
+
+
+def is_of_other_class(args: argparse.Namespace, saved: argparse.Namespace) -> bool:
+    """Whether a checkpoint with memories is of a GPT model and the run of a hybrid model, or the other way round."""
+    classes = [getattr(holder, "hybrid_layer_pattern", None) is None for holder in (args, saved)]
+    return has_memories(args) and classes[0] != classes[1]
+
+
+def _load_other_class(set_up, args, saved, model):
+    """Megatron's decision how a GPT model's checkpoint comes into a hybrid model, for models without memories."""
+    if not has_memories(args) or not hasattr(saved, "num_layers"):
+        return set_up(args, saved, model)
+    if is_of_other_class(args, saved):
+        layers = hybrid_pattern.layers_of(args)
+        if pairs(layers) is None:
+            raise ValueError(
+                f"--hybrid-layer-pattern {args.hybrid_layer_pattern}: the checkpoint {args.load} is a GPT model's, "
+                "whose layers are a mixer and an MLP in turn: give a pattern such as R-*-"
+            )
+        kind = "GPT" if args.hybrid_layer_pattern is not None else "hybrid"
+        logger.info("the checkpoint in %s is a %s model's with the same layers, %s", args.load, kind, layers)
+    return None, False
 
 
 PATCH = Patch(
@@ -282,5 +374,6 @@ PATCH = Patch(
         wrap("megatron.training.arguments", "validate_args", _validate),
         wrap("megatron.training.checkpointing", "load_args_from_checkpoint", _restore),
         wrap("megatron.training.checkpointing", "check_checkpoint_args", _compare),
+        wrap("megatron.training.checkpointing", "_maybe_setup_gpt_to_hybrid_load", _load_other_class),
     ),
 )

@@ -16,7 +16,7 @@ def check_attention(args: argparse.Namespace) -> None:
     variant = getattr(args, "experimental_attention_variant", None)
     softmax = has_softmax_layers(args)
     pattern = whole_pattern(args)
-    multi_latent_hybrid = pattern is not None and (args.multi_latent_attention or "+" in pattern)
+    plain_hybrid = pattern is not None and args.multi_latent_attention and "*" in pattern
     mixed = args.heterogeneous_layers_config_path or args.heterogeneous_layers_config_encoded_json
     refuse(MOM_REFUSES, [
         (
@@ -24,16 +24,15 @@ def check_attention(args: argparse.Namespace) -> None:
             "that file chooses each layer's attention: leave the option out, and use --linear-attention-freq",
         ),
         (
-            variant == "dsa" and softmax, "--experimental-attention-variant dsa and softmax attention layers",
-            "Megatron scales one extra loss, the memories' or sparse attention's: leave the option out for softmax "
-            "layers of multi-latent attention, or make every layer MoM (no --linear-attention-freq, no "
-            "--mtp-num-layers)",
+            variant == "dsa" and softmax and pattern is None,
+            "--experimental-attention-variant dsa and softmax attention layers",
+            "a GPT model has sparse attention in all of its softmax layers or in none: write the symbol D in "
+            "--hybrid-layer-pattern, leave the option out for softmax layers of multi-latent attention, or make every "
+            "layer MoM (no --linear-attention-freq, no --mtp-num-layers)",
         ),
         (
-            multi_latent_hybrid and softmax and args.transformer_impl == "local",
-            "multi-latent attention in a hybrid model and --transformer-impl local",
-            "Megatron's hybrid models have that attention with Transformer Engine only: use --transformer-impl "
-            "transformer_engine, or a pattern without + and *",
+            plain_hybrid, f"--multi-latent-attention and the symbol * in --hybrid-layer-pattern {pattern}",
+            "* is plain softmax attention: write + for multi-latent attention, or leave the option out",
         ),
         (
             variant not in (None, "dsa", "gated_delta_net"), f"--experimental-attention-variant {variant}",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from linear_moe.config import has_memories
+from linear_moe.config import describe_memories, has_memories
 from linear_moe.entry.log import QuietStreams, found_parts
 from megatron_patches.patch import applied
 
@@ -63,10 +63,12 @@ def facts(args, parameters: int, tokens: dict[str, int], log: Path | None) -> di
         "CP": args.context_parallel_size, "EP": args.expert_model_parallel_size, "DP": args.data_parallel_size,
     }  # fmt: skip
     layout = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    if has_memories(args) and (memories := describe_memories(args)):
+        layout += f"; {memories}"
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     step = args.global_batch_size * args.seq_length
     return {
-        "model": f"{_mixer(args)}; {args.num_layers} layers of hidden size {args.hidden_size}, vocabulary "
+        "model": f"{_mixer(args)}; {_layers(args)} of hidden size {args.hidden_size}, vocabulary "
         f"{args.padded_vocab_size}",
         "size": f"{short(parameters)} parameters, {precision}",
         "layout": f"{args.world_size} process{'es' if args.world_size > 1 else ''}" + (f": {layout}" if layout else ""),
@@ -89,6 +91,11 @@ def _mixer(args) -> str:
         f"MoM ({args.mom_rule}), {args.mom_num_memories} memories{shared}, top-{args.mom_topk}, {args.mom_num_heads} "
         f"heads of {args.mom_head_dim}"
     )
+
+
+def _layers(args) -> str:
+    pattern = args.hybrid_layer_pattern
+    return f"{args.num_layers} layers" + ("" if pattern is None else f" ({pattern})")
 
 
 def _data(args, tokens: dict[str, int]) -> str:

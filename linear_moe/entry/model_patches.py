@@ -31,6 +31,17 @@ def _layers(config, vp_stage):
     return mom_block_spec(config, vp_stage=vp_stage) if has_memories(config) else None
 
 
+def _stack(config, chosen):
+    """The layers of a hybrid model whose builder has chosen Megatron's own, or those that --spec names."""
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as megatrons_own
+
+    from linear_moe.layer.hybrid_specs import hybrid_stack_spec
+
+    if not has_memories(config):
+        return chosen
+    return hybrid_stack_spec(config, None if chosen is megatrons_own else chosen)
+
+
 def _routed_memories(config) -> int | None:
     return config.mom_num_memories if has_memories(config) else None
 
@@ -78,7 +89,7 @@ def _set_up_model(setup_model_and_optimizer, *positional, **keywords):
 
 def model_patch() -> Patch:
     """Gives the model its configuration's class and its layers, and checks that there are memories among the layers."""
-    hooks = releases.ModelHooks(configure=_configure, layers=_layers, routed_memories=_routed_memories)
+    hooks = releases.ModelHooks(configure=_configure, layers=_layers, stack=_stack, routed_memories=_routed_memories)
     return Patch(
         name="model",
         reason="the class of the configuration and the layers of a GPT or hybrid model are chosen from fixed lists",
@@ -102,7 +113,9 @@ def training_patches() -> tuple[Patch, ...]:
 
 def launcher_patches() -> tuple[Patch, ...]:
     """Patches of a run that the launcher starts with --token-mixer mom, beside those of the machine."""
-    return (arguments.PATCH, model_patch(), *training_patches())
+    from linear_moe.layer import checkpoint_names, memory_symbol
+
+    return (arguments.PATCH, memory_symbol.PATCH, checkpoint_names.PATCH, model_patch(), *training_patches())
 
 
 def patches() -> tuple[Patch, ...]:

@@ -52,7 +52,7 @@ class MegatronBackend(Backend):
         from megatron.training.initialize import initialize_megatron
 
         from linear_moe.entry import arguments
-        from linear_moe.entry.gpt_model import gpt_model
+        from linear_moe.entry.model import model_config
 
         arguments.PATCH.apply()
         sys.argv = [sys.argv[0], *megatron_words(load, rows, words, dtype, iteration)]
@@ -68,7 +68,7 @@ class MegatronBackend(Backend):
         folder = tokenizer or Path(args.tokenizer_model or "")
         self.tokenizer = load_tokenizer(folder)
         self.vocabulary = vocabulary_size(self.tokenizer)
-        config = gpt_model(args)
+        config = model_config(args)
         self.models = config.get_builder_cls()(config).build_distributed_models(
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
             wrap_with_ddp=False,

@@ -6,9 +6,9 @@ import copy
 import re
 
 import torch
-from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hybrid_layer_counts
 
 from linear_moe.config import MomTransformerConfig, has_memories
+from linear_moe.pattern import MEMORY, main_layers, prediction_layers
 from megatron_patches.patch import wrap
 from mom_layers.recur.rules import get_rule
 
@@ -77,16 +77,43 @@ def mom_layer_flops(args, tokens: float) -> float:
     return FORWARD_AND_BACKWARD * (router + query_gate_out + memory + convolutions + recurrence)
 
 
+def latent_attention_flops(args, tokens: float, squared_lengths: float) -> float:
+    """Forward and backward operations of one layer of multi-latent attention, a multiply-add counted as two. Megatron
+    counts no such layer in a hybrid model.
+
+    Args:
+        args: Megatron's arguments.
+        tokens: of all sequences together.
+        squared_lengths: sum of the squared lengths of all sequences.
+    """
+    hidden, heads = args.hidden_size, args.num_attention_heads
+    query, value, rank = args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim, args.kv_lora_rank
+    if args.q_lora_rank is None:
+        queries = hidden * heads * query
+    else:
+        queries = args.q_lora_rank * (hidden + heads * query)
+    keys = hidden * (rank + args.qk_pos_emb_head_dim) + rank * heads * (args.qk_head_dim + value)
+    projections = 2 * tokens * (queries + keys + heads * value * hidden)
+    product = squared_lengths * heads * (query + value)  # 2 operations, and a token sees half of the others
+    return FORWARD_AND_BACKWARD * (projections + product)
+
+
+def count_layers(pattern: str, symbol: str) -> int:
+    """Number of layers of a symbol in a pattern, those of every step of multi-token prediction too."""
+    prediction, steps = prediction_layers(pattern)
+    return main_layers(pattern).count(symbol) + steps * prediction.count(symbol)
+
+
 def _without_mom_layers(args):
     """A copy of the arguments for which Megatron counts no token mixing in MoM layers, and the number of MoM layers.
 
     The copy describes MoM layers as Gated DeltaNet layers of no heads. In a hybrid model, where a layer is either mixer
-    or MLP, the copy's pattern leaves the `G` layers out.
+    or MLP, the copy's pattern leaves the `R` layers out.
     """
     rest = copy.copy(args)
     if args.hybrid_layer_pattern is not None:
-        rest.hybrid_layer_pattern = args.hybrid_layer_pattern.replace(Symbols.GDN, "")
-        return rest, get_hybrid_layer_counts(args.hybrid_layer_pattern)[Symbols.GDN]
+        rest.hybrid_layer_pattern = args.hybrid_layer_pattern.replace(MEMORY, "")
+        return rest, count_layers(args.hybrid_layer_pattern, MEMORY)
     # mom_layer_pattern reads three fields, which the arguments have under the same names.
     pattern = [int(is_mom) for is_mom in MomTransformerConfig.mom_layer_pattern(args)]
     pattern += [0] * (args.mtp_num_layers or 0)  # multi-token prediction has softmax attention layers
@@ -115,6 +142,11 @@ def _count(
     # Megatron sets this argument while counting. Rank 0's report of memory sets it too: unless every rank has it,
     # Megatron warns at every save that the ranks' arguments differ.
     args.num_query_groups = rest.num_query_groups
+    if args.hybrid_layer_pattern is not None and (latent := count_layers(args.hybrid_layer_pattern, "+")):
+        squared = (
+            batch_size * args.seq_length**2 if seqlen_squared_sum_in_batch is None else seqlen_squared_sum_in_batch
+        )
+        others += latent * latent_attention_flops(args, tokens, squared)
     return others + num_mom_layers * mom_layer_flops(args, tokens)
 
 

@@ -1,8 +1,9 @@
-"""core_v0.18: builds GPT models in gpt_builders.py, a file beside Megatron-LM's scripts, and passes the scale of the
-main loss to the router losses of models with experts only.
+"""core_v0.18: builds models in gpt_builders.py and hybrid_builders.py, files beside Megatron-LM's scripts, and passes
+the scale of the main loss to the router losses of models with experts only.
 """
 
 import copy
+import importlib.util
 from argparse import Namespace
 
 from megatron_patches.releases.release import ModelHooks, Release
@@ -10,13 +11,7 @@ from megatron_patches.target import Target, wrap
 
 
 def _refusals(args: Namespace) -> tuple[tuple[object, str, str], ...]:
-    pattern = args.hybrid_layer_pattern
     return (
-        (
-            pattern,
-            f"--hybrid-layer-pattern {pattern} in core_v0.18",
-            "use pretrain_gpt.py with --linear-attention-freq, or core_v0.19",
-        ),
         (
             args.moe_router_enable_expert_bias,
             "--moe-router-enable-expert-bias in core_v0.18",
@@ -38,7 +33,22 @@ def _model_targets(hooks: ModelHooks) -> tuple[Target, ...]:
             config.num_moe_experts = memories
         return calculate_loss(model, output_tensor, loss_func, config, *positional, **keywords)
 
+    def build_hybrid_model(hybrid_builder, args, *positional, **keywords):
+        if args.spec is None:  # which hybrid_builder refuses
+            args = copy.copy(args)
+            args.spec = ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"]
+        return hybrid_builder(args, *positional, **keywords)
+
+    def choose_stack(hybrid_model, config, hybrid_stack_spec, *positional, **keywords):
+        return hybrid_model(config, hooks.stack(config, hybrid_stack_spec), *positional, **keywords)
+
+    hybrid = (
+        wrap("hybrid_builders", "core_transformer_config_from_args", hooks.configure),
+        wrap("hybrid_builders", "hybrid_builder", build_hybrid_model),
+        wrap("hybrid_builders", "HybridModel", choose_stack),
+    )
     return (
+        *(hybrid if importlib.util.find_spec("hybrid_builders") else ()),
         # gpt_builders imports the function by name, before the patch of megatron.training.argument_utils is applied.
         wrap("gpt_builders", "core_transformer_config_from_args", hooks.configure),
         wrap("gpt_builders", "GPTModel", choose_layers),
@@ -46,9 +56,15 @@ def _model_targets(hooks: ModelHooks) -> tuple[Target, ...]:
     )
 
 
+_GATED_DELTA_NET = "megatron.core.ssm.gated_delta_net"
 RELEASE = Release(
     series="0.18",
-    moved={("megatron.training.models.gpt", "default_layer_spec"): None},
+    moved={
+        ("megatron.training.models.gpt", "default_layer_spec"): None,
+        ("megatron.training.checkpointing", "_maybe_setup_gpt_to_hybrid_load"): None,
+        **{(f"{_GATED_DELTA_NET}.common", name): (_GATED_DELTA_NET, name) for name in ("HAVE_FLA", "l2norm")},
+        (f"{_GATED_DELTA_NET}.common", "_GDNBase.__init__"): (_GATED_DELTA_NET, "GatedDeltaNet.__init__"),
+    },
     lacks={"dataloader_inter_document_masking": False},
     refusals=_refusals,
     model_targets=_model_targets,

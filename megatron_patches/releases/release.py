@@ -18,12 +18,14 @@ class ModelHooks:
     configure: called in place of `core_transformer_config_from_args`, with that function as the first argument.
     layers: the specs of a model's decoder layers, from its TransformerConfig and virtual pipeline stage; None for a
         model that keeps Megatron's own layers.
+    stack: the spec of a hybrid model's layers, from the model's TransformerConfig and the spec that Megatron would use.
     routed_memories: number of memories that the routers of a model choose from, from its TransformerConfig; None for
         a model without such routers.
     """
 
     configure: Callable[..., Any]
     layers: Callable[[Any, int | None], Any | None]
+    stack: Callable[[Any, Any | None], Any]
     routed_memories: Callable[[Any], int | None]
 
 

@@ -14,17 +14,21 @@ from linear_moe.entry.arguments import (
     compare_with_checkpoint,
     fill_mom_arguments,
     restore_from_checkpoint,
+    send_shapes,
 )
 from linear_moe.entry.attention_options import drop_unused_attention
 from linear_moe.entry.cpu_options import use_counterparts
-from linear_moe.entry.hybrid_pattern import use_present_name
+from linear_moe.entry.hybrid_pattern import choose_token_mixer, use_memory_symbol, use_present_name
+from linear_moe.pattern import asks_for_memories
 
 
 def check(*arguments):
     parser = add_mom_arguments(add_megatron_arguments(argparse.ArgumentParser()))
     args = parser.parse_args(["--token-mixer", "mom", *map(str, arguments)])
+    choose_token_mixer(args)
     fill_mom_arguments(args)
     use_present_name(args)
+    use_memory_symbol(args)
     check_model(args)
     check_context_parallel(args)
     return args
@@ -36,41 +40,55 @@ def check(*arguments):
         (["--spec", "some.module", "some_spec"], "does not work with --spec some.module some_spec: leave it out"),
         (
             ["--hybrid-layer-pattern", "M-*-"],
-            "--hybrid-layer-pattern M-*- has no layer with memories: write G for each layer that is to have memories, "
-            "for example --hybrid-layer-pattern 'G-*-'",
+            "--hybrid-layer-pattern M-*- has no layer with memories: write R for each layer that is to have memories, "
+            "for example --hybrid-layer-pattern 'R-*-'",
         ),
-        (["--hybrid-override-pattern", "*-*-"], "for example --hybrid-layer-pattern 'G-*-', or leave out"),
+        (["--hybrid-override-pattern", "*-*-"], "for example --hybrid-layer-pattern 'R-*-', or leave out"),
         (["--hybrid-override-pattern", "*-", "--hybrid-layer-pattern", "G-"], "are two names of one argument"),
         (
             ["--hybrid-layer-pattern", "*-", "--mtp-hybrid-override-pattern", "G-", "--mtp-num-layers", 1],
-            "--hybrid-layer-pattern *-/G- has no layer with memories",
+            "--hybrid-layer-pattern *-/R- has no layer with memories: write R for each layer that is to have memories, "
+            "for example --hybrid-layer-pattern 'R-/R-'",
         ),
-        (["--hybrid-layer-pattern", "GD-"], "does not work with the letter D in --hybrid-layer-pattern GD-"),
+        (
+            ["--hybrid-layer-pattern", "RD-", "--transformer-impl", "local"],
+            "the symbol D in --hybrid-layer-pattern RD- and --transformer-impl local: Megatron's sparse attention",
+        ),
         (
             ["--hybrid-layer-pattern", "GM-", "--transformer-impl", "local"],
-            "the letter M in --hybrid-layer-pattern GM- and --transformer-impl local: Megatron's Mamba layers need",
+            "the symbol M in --hybrid-layer-pattern RM- and --transformer-impl local: Megatron's Mamba layers need",
+        ),
+        (
+            ["--hybrid-layer-pattern", "RX-"],
+            "--hybrid-layer-pattern RX-: 'X' is not the symbol of a layer: use R (memories), G (Megatron's gated delta "
+            "net), M (Mamba), * (softmax attention), + (multi-latent attention), D (sparse attention), - (MLP), E "
+            "(experts), | between pipeline stages, / before multi-token prediction",
+        ),
+        (["--hybrid-layer-pattern", "R-*-", "--linear-attention-freq", 2], "leave out --linear-attention-freq"),
+        (
+            ["--token-mixer", "attention", "--hybrid-layer-pattern", "R-"],
+            "--token-mixer attention and the symbol R in --hybrid-layer-pattern R-: leave out --token-mixer, or",
+        ),
+        (
+            ["--hybrid-layer-pattern", "R-|*-/R-", "--pipeline-model-parallel-size", 2],
+            "--pipeline-model-parallel-size 2 and tied embeddings: Megatron's HybridModel cannot save them",
         ),
         (
             ["--hybrid-layer-pattern", "G*-", "--transformer-impl", "local", "--context-parallel-size", 2],
             "softmax attention layers, --transformer-impl local and --context-parallel-size 2: local attention cannot",
         ),
         (
-            ["--hybrid-layer-pattern", "G+", "--transformer-impl", "local"],
-            "does not work with multi-latent attention in a hybrid model and --transformer-impl local: Megatron's",
-        ),
-        (
-            ["--hybrid-layer-pattern", "G*", "--multi-latent-attention", "--transformer-impl", "local"],
-            "use --transformer-impl transformer_engine, or a pattern without + and *",
+            ["--hybrid-layer-pattern", "G*", "--multi-latent-attention"],
+            "--multi-latent-attention and the symbol * in --hybrid-layer-pattern R*: * is plain softmax attention",
         ),
         (
             ["--experimental-attention-variant", "dsa", "--linear-attention-freq", 2],
-            "does not work with --experimental-attention-variant dsa and softmax attention layers: Megatron scales one",
+            "does not work with --experimental-attention-variant dsa and softmax attention layers: a GPT model has",
         ),
         (["--heterogeneous-layers-config-path", "x.json"], "leave the option out, and use --linear-attention-freq"),
-        (["--context-parallel-size", 2, "--sft"], "does not work with --sft and --context-parallel-size 2"),
         (
             ["--context-parallel-size", 2, "--dataloader-inter-document-masking", "--linear-attention-freq", 2],
-            "--context-parallel-size 2 and softmax attention layers: softmax attention cuts every document by itself",
+            "--context-parallel-size 2 and softmax attention layers: softmax attention cuts every document into equal",
         ),
         (
             ["--context-parallel-size", 2, "--dataloader-inter-document-masking", "--mtp-num-layers", 1],
@@ -80,10 +98,6 @@ def check(*arguments):
         (
             ["--reset-attention-mask"],
             "does not work with --reset-attention-mask: use --dataloader-inter-document",
-        ),
-        (
-            ["--dataloader-inter-document-masking", "--pipeline-model-parallel-size", 2, "--micro-batch-size", 2],
-            "stages take packed rows one by one: --micro-batch-size 1",
         ),
         (
             ["--cuda-graph-impl", "local", "--dataloader-inter-document-masking"],
@@ -110,14 +124,54 @@ def test_refused_combinations(arguments, message):
         ["--multi-latent-attention", "--linear-attention-freq", 2, "--transformer-impl", "local"],
         ["--multi-latent-attention", "--mtp-num-layers", 1, "--transformer-impl", "local"],
         ["--hybrid-layer-pattern", "G+"],
+        ["--hybrid-layer-pattern", "R+", "--transformer-impl", "local"],
+        ["--hybrid-layer-pattern", "RGM*E-|R-/R-"],
+        ["--hybrid-layer-pattern", "RD-"],
         ["--hybrid-layer-pattern", "G-*-", "--context-parallel-size", 2],
         ["--hybrid-layer-pattern", "GM-"],
         ["--reset-position-ids", "--dataloader-inter-document-masking"],
-        ["--dataloader-inter-document-masking", "--pipeline-model-parallel-size", 2, "--micro-batch-size", 1],
+        ["--dataloader-inter-document-masking", "--pipeline-model-parallel-size", 2, "--micro-batch-size", 2],
+        ["--context-parallel-size", 2, "--sft"],
+        ["--context-parallel-size", 2, "--sft", "--linear-attention-freq", 2],
     ],
 )
 def test_accepted_combinations(arguments):
     check(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("given", "built"), [("G-*-", "R-*-"), ("RG-", "RG-"), ("R-*-/G-", "R-*-/G-"), ("G-*-/G*-", "R-*-/R*-")]
+)
+def test_g_stands_for_memories_in_a_pattern_without_r_alone(given, built, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("linear_moe"), "propagate", True)
+    with caplog.at_level("INFO", logger="linear_moe"):
+        assert check("--hybrid-layer-pattern", given).hybrid_layer_pattern == built
+    assert (f"--hybrid-layer-pattern {given} has no R" in caplog.text) == (given != built)
+    assert given == built or f"as --hybrid-layer-pattern {built} does" in caplog.text
+
+
+def test_a_pattern_with_r_needs_no_token_mixer():
+    parser = add_mom_arguments(add_megatron_arguments(argparse.ArgumentParser()))
+    for name in ("--hybrid-layer-pattern", "--hybrid-override-pattern"):
+        for words, mixer in ([name, "R-"], "mom"), ([name, "G-"], None), ([f"{name}=R-*-"], "mom"):
+            args = parser.parse_args(words)
+            use_present_name(args)
+            choose_token_mixer(args)
+            assert args.token_mixer == mixer
+            assert asks_for_memories(words) == (mixer == "mom")
+
+
+@pytest.mark.parametrize("packed", ["--sft", "--dataloader-inter-document-masking"])
+def test_micro_batches_of_packed_rows_over_stages_send_their_shapes(packed):
+    several = [packed, "--pipeline-model-parallel-size", 2, "--micro-batch-size", 2]
+    args = check(*several)
+    send_shapes(args)
+    assert args.variable_seq_lengths and args.moe_token_dispatcher_type == "alltoall"
+    one = check(packed, "--pipeline-model-parallel-size", 2, "--micro-batch-size", 1)
+    send_shapes(one)
+    assert not getattr(one, "variable_seq_lengths", False) and one.moe_token_dispatcher_type == "allgather"
+    with pytest.raises(ValueError, match="transformer_config.py:2644.*use --moe-token-dispatcher-type alltoall"):
+        send_shapes(check(*several, "--num-experts", 4))
 
 
 @pytest.mark.parametrize("name", ["--mom-kernels", "--mom-backend"])
@@ -229,3 +283,12 @@ def test_a_command_for_gpus_gets_its_counterparts_on_a_machine_without(gpu, mixe
         "no GPU: --moe-grouped-gemm is left out",
     ]
     assert (args.spec is None) == (len(caplog.messages) == 6) == (mixer == "mom")
+
+
+def test_what_needs_an_option_that_is_left_out_is_left_out_too(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    parser = add_mom_arguments(add_megatron_arguments(argparse.ArgumentParser()))
+    words = "--moe-grouped-gemm --recompute-modules moe_act mlp --use-megatron-fsdp --fsdp-manual-registration"
+    args = parser.parse_args([*words.split(), "--token-mixer", "mom"])
+    use_counterparts(args)
+    assert args.recompute_modules == ["mlp"] and not args.fsdp_manual_registration

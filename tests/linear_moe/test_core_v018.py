@@ -40,6 +40,22 @@ def test_layers_are_chosen_where_the_script_builds_its_model(core_v018, monkeypa
     assert choose(build, config("attention"), "softmax") == ("softmax", {})
 
 
+def test_stacks_of_hybrid_models_are_chosen_in_hybrid_builders(core_v018, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hybrid_builders", ModuleType("hybrid_builders"))
+    sys.modules["hybrid_builders"].__spec__ = SimpleNamespace()
+    monkeypatch.setattr("linear_moe.layer.hybrid_specs.hybrid_stack_spec", lambda config, chosen: ("memories", chosen))
+    build = around("HybridModel")
+    given = build(lambda config, spec, **keywords: (spec, keywords), config(), hybrid_stack_spec="a script's", seed=7)
+    assert given == (("memories", "a script's"), {"seed": 7})
+    assert build(lambda config, spec: spec, config("attention"), "a script's") == "a script's"
+
+    def builder(args, pre_process):
+        return args.spec
+
+    assert around("hybrid_builder")(builder, SimpleNamespace(spec=None), True)[1] == "hybrid_stack_spec"
+    assert around("hybrid_builder")(builder, SimpleNamespace(spec=["mine", "spec"]), True) == ["mine", "spec"]
+
+
 def test_router_losses_are_scaled_without_experts_too(core_v018):
     def experts_that_are_seen(model, output_tensor, loss_func, config, vp_stage):
         return config.num_moe_experts
@@ -77,7 +93,6 @@ def test_without_gpt_builders_the_model_patch_is_refused(core_v018, monkeypatch)
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("hybrid_layer_pattern", "G-", "--hybrid-layer-pattern G- in core_v0.18: .*core_v0.19"),
         ("moe_router_enable_expert_bias", True, "--moe-router-enable-expert-bias in core_v0.18: .*core_v0.19"),
     ],
 )

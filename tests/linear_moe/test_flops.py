@@ -118,8 +118,8 @@ def test_experts_and_multi_token_prediction():
     assert count(args) == pytest.approx(softmax + 3 * TOKENS * (MOM_LAYER - ATTENTION_LAYER), rel=1e-12)
 
 
-def test_hybrid_model_counts_its_g_layers():
-    args = recipe(hybrid_layer_pattern="G-|*-G-", num_layers=6, num_query_groups=4)
+def test_hybrid_model_counts_its_memory_layers():
+    args = recipe(hybrid_layer_pattern="R-|*-R-", num_layers=6, num_query_groups=4)
     expected = 2 * MOM_LAYER + ATTENTION_LAYER + 3 * MLP_LAYER + LOGITS
     assert count(args) == pytest.approx(3 * TOKENS * expected, rel=1e-12)
 

@@ -108,7 +108,7 @@ def test_the_deprecated_name_of_a_pattern_in_a_command_for_gpus():
     assert losses(memories) and "memories at iteration 6 | load " in memories.stdout
     assert "no GPU: --transformer-impl transformer_engine becomes local" in memories.stdout
     softmax = launch(*COMMON, *MOM, "--hybrid-override-pattern", "*-*-", "--log-interval", 100)
-    assert softmax.returncode != 0 and "for example --hybrid-layer-pattern 'G-*-'" in softmax.stdout
+    assert softmax.returncode != 0 and "for example --hybrid-layer-pattern 'R-*-'" in softmax.stdout
 
 
 def test_refuses_what_would_build_another_model():

@@ -36,7 +36,7 @@ COLUMNS = (
     "triton", "chip", "dtype", "key_size", "value_size", "rule", "kernel", "result",
     "shared_bytes", "registers", "local_bytes", "warps", "tensor_cores",
 )  # fmt: skip
-RULES = ("gated_deltanet", "gla", "mamba2", "retention")
+RULES = ("gated_deltanet", "gla", "kda", "gated_deltanet2", "mamba2", "retention")
 SIZES = (256, 128, 64, 32, 16)
 HEADS, TOKENS, WIDTH = 4, 128, 4
 
@@ -74,7 +74,9 @@ def compile_layer(rule: str, dtype: torch.dtype, key_size: int, value_size: int,
     rule = get_rule(rule)
     q, k, v = (torch.zeros(TOKENS, HEADS, n, dtype=dtype) for n in (key_size, key_size, value_size))
     borders = torch.tensor([0, TOKENS], dtype=torch.int32)
-    raw = {gate.name: torch.zeros(TOKENS, HEADS * gate.columns, dtype=dtype) for gate in rule.raw_gates}
+    raw = {
+        gate.name: torch.zeros(TOKENS, HEADS * gate.width(key_size, value_size), dtype=dtype) for gate in rule.raw_gates
+    }
     inputs = rule.prepare(q, k, v, raw, rule.init_parameters(HEADS, key_size), "triton")
     state = torch.zeros(1, HEADS, *rule.state_shape(inputs.k.shape[2], value_size))
     rule.transition(inputs, borders, "triton")

@@ -44,7 +44,7 @@ TRAIN = (
 DIFFERENT_WITH_SOFTMAX = TRAIN[:1]
 """Megatron's data set of fill-in-the-middle draws from a generator that starts anew where a run is resumed."""
 REFUSED_WITH = {
-    "tests/hybrid/hybrid_mr_mcore_te_tp1_pp1_cp1_dgx_a100_1N8G": "write G for each layer",
+    "tests/hybrid/hybrid_mr_mcore_te_tp1_pp1_cp1_dgx_a100_1N8G": "write R for each layer",
 }
 
 if CLONE:
