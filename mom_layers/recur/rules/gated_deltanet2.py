@@ -80,4 +80,5 @@ RULE = MemoryRule(
     unit_length_keys=True,
     head_sizes=HEAD_SIZES,
     initial_state_gradient=initial_state_gradient,
+    family="channel_delta",
 )
