@@ -27,6 +27,12 @@ def test_the_decay_follows_the_table_of_a_whole_model():
         assert relative_error(inputs.k, 1 - f) <= 1e-12
 
 
+def test_layers_start_with_bounds_that_grow():
+    for layer in range(4):
+        p = get_rule("hgrn2").parameters_of_layer(HEADS, K, layer, 4)["lower_bound"]
+        torch.testing.assert_close(p**2 / (1 + p**2), torch.full((HEADS, K), layer / 4))
+
+
 def test_keys_of_a_decay_close_to_one_keep_their_digits():
     """1 - exp(g) is 12 % off in bfloat16, and zero in float32 from logits of 17 on."""
     raw = torch.linspace(2, 30, HEADS * K).expand(2, -1)
