@@ -21,6 +21,19 @@ from mom_layers.recur.rules import gla
 from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs
 
 
+class _WithUnread(torch.autograd.Function):
+    """x, with a gradient of zero for a tensor that nothing reads: data parallelism waits for every gradient."""
+
+    @staticmethod
+    def forward(ctx, x, unread):
+        ctx.shape = unread.shape
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx, dx.new_zeros(ctx.shape)
+
+
 def log_decay(raw: torch.Tensor, lower_bound: torch.Tensor) -> torch.Tensor:
     """``g = log f``, [R, H, K] in float32 or more.
 
@@ -44,7 +57,7 @@ def layer_parameters(num_heads: int, head_dim: int, layer: int, num_layers: int)
 def prepare(q, k, v, raw, parameters, kernels) -> RuleInputs:
     """Keys 1 - f by expm1: in bfloat16 the difference would be wrong by 12 % where f is close to 1."""
     g = log_decay(raw["forget"], parameters["lower_bound"])
-    return RuleInputs(q, -torch.expm1(g).to(q.dtype), v, {"g": g})
+    return RuleInputs(_WithUnread.apply(q, k), -torch.expm1(g).to(q.dtype), v, {"g": g})
 
 
 def reference(q, k, v, raw, parameters, cu_seqlens, initial_state=None):
