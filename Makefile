@@ -33,7 +33,8 @@ test-gpu:
 SELECTION = tests/mom_layers/test_mixture_of_memories.py tests/mom_layers/test_rules.py \
     tests/mom_layers/test_routing_plan_triton.py tests/mom_layers/hf/test_hf_model.py \
     tests/mom_layers/hf/test_hf_generation.py tests/mom_layers/hf/test_hf_remote_code.py \
-    tests/mom_layers/hf/test_hf_classification.py tests/linear_moe/test_pretrain.py tests/tools/test_corpus_tokenizer.py
+    tests/mom_layers/hf/test_hf_classification.py tests/linear_moe/test_pretrain.py tests/tools/test_corpus_tokenizer.py \
+    tests/megatron_patches/test_trusted_checkpoints.py tests/tools/test_convert_checkpoints.py
 
 test-oldest: export OMP_NUM_THREADS = 1
 test-oldest:
@@ -52,6 +53,7 @@ compile-matrix:
 bench:
 	mkdir -p runs
 	"$(PYTHON)" tools/bench_kernels.py
+	"$(PYTHON)" tools/bench_rules.py
 	"$(PYTHON)" tools/bench_layers.py
 	"$(PYTHON)" tools/bench_layers.py --lengths --plot runs/bench_lengths.png
 	"$(PYTHON)" tools/bench_models.py

@@ -2,8 +2,8 @@
 # Runs pretrain_mom_a100.sh on several nodes without a scheduler. Type the same command on each, with its own NODE_RANK:
 #   NNODES=8 NODE_RANK=0 MASTER_ADDR=node0 MODEL=1.3b DATA_PATH=/data/text TOKENIZER=/data/tokenizer \
 #       bash examples/pretrain_mom_multinode.sh --overlap-grad-reduce --overlap-param-gather
-# MODEL is 380m (the main script's own settings), 1.3b (the MoM paper's) or 7b (our choice, not trained yet). It fills in
-# only what the environment leaves open. All other settings and the arguments are the same as of the main script.
+# MODEL is 380m, 1.3b (both the MoM paper's) or 7b (our choice, not trained yet). All settings and the arguments are the
+# same as of the main script.
 # Every node must see the same repository, data and OUT.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -27,23 +27,12 @@ if ! [[ "$NNODES" =~ ^[1-9][0-9]*$ && "$NODE_RANK" =~ ^(0|[1-9][0-9]*)$ ]] || [ 
     exit 2
 fi
 
-set -a # what is filled in reaches the main script
 case "${MODEL:=380m}" in
-    380m) ;;
-    1.3b) # 1.35B parameters at work for a token, 1.55B stored; 1024 x 2048 tokens: 2M a step, 100B in all
-        : "${OUT:=$here/runs/mom-1.3b}" "${LAYERS:=24}" "${HIDDEN:=2048}" "${FFN:=5632}" "${HEADS:=4}" "${HEAD_DIM:=256}"
-        : "${SEQ_LENGTH:=2048}" "${MICRO_BATCH:=4}" "${GLOBAL_BATCH:=1024}" "${TRAIN_ITERS:=47683}" "${LR:=3e-4}"
-        ;;
-    7b) # 6.9B parameters at work for a token, 8.0B stored; 1024 x 4096 tokens: 4M a step, 140B in all
-        : "${OUT:=$here/runs/mom-7b}" "${LAYERS:=32}" "${HIDDEN:=4096}" "${FFN:=11008}" "${HEADS:=8}" "${HEAD_DIM:=256}"
-        : "${SEQ_LENGTH:=4096}" "${MICRO_BATCH:=1}" "${GLOBAL_BATCH:=1024}" "${TRAIN_ITERS:=33379}" "${LR:=3e-4}"
-        : "${TP:=2}"
-        ;;
+    380m | 1.3b | 7b) ;;
     *)
         echo "error: MODEL=$MODEL: use 380m, 1.3b or 7b" >&2
         exit 2
         ;;
 esac
-export NNODES NODE_RANK MASTER_ADDR DATA_PATH TOKENIZER
-set +a
+export NNODES NODE_RANK MASTER_ADDR DATA_PATH TOKENIZER MODEL
 exec bash "$here/examples/pretrain_mom_a100.sh" "$@"

@@ -24,6 +24,7 @@ COMMANDS = {
     "preprocess": "texts to the token files that training reads",
     "convert-to-hf": "a Megatron checkpoint to a folder for Hugging Face's transformers",
     "convert-from-hf": "a Hugging Face folder, FLA's too, to a Megatron checkpoint",
+    "align-mixers": "a Transformer's new token mixers, trained alone against its hidden states",
     "generate": "text with a model of either format",
     "perplexity": "the loss along the context, far past the training length",
     "evaluate": "tasks of lm-evaluation-harness on a model of either format",

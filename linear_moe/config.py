@@ -19,6 +19,7 @@ MOM_REFUSES = "--token-mixer mom does not work with"
 OUR_SPEC = "linear_moe.layer_specs mom_layer_spec"
 """The value of --spec that is this project's."""
 EXPERT_PARALLEL = ("auto", "on", "off")
+EXPERT_EXCHANGES = ("auto", "all-to-all", "all-gather", "peer-memory")
 LOSS_SCALE_HOOK = "experimental_attention_variant_loss_scale_func"
 
 
@@ -27,6 +28,15 @@ def refuse(refusal: str, cases: Iterable[tuple[object, str, str]]) -> None:
     for present, what, instead in cases:
         if present:
             raise ValueError(f"{refusal} {what}: {instead}")
+
+
+def expert_exchange(settings: object) -> str:
+    """How tokens and outputs travel where the memories are split: a name of EXPERT_EXCHANGES other than "auto".
+
+    "auto" is "all-to-all", which works between all GPUs and keeps no spare rows.
+    """
+    choice = settings.mom_expert_exchange
+    return "all-to-all" if choice == "auto" else choice
 
 
 def why_memories_are_whole(settings: object) -> str | None:
@@ -38,6 +48,7 @@ def why_memories_are_whole(settings: object) -> str | None:
     experts, tensor = settings.expert_model_parallel_size, settings.tensor_model_parallel_size
     expert_tensor = settings.expert_tensor_parallel_size or tensor
     context, graphs = settings.context_parallel_size, settings.cuda_graph_impl
+    exchange = expert_exchange(settings)
     reasons = [
         (
             settings.mom_num_memories % experts,
@@ -55,13 +66,17 @@ def why_memories_are_whole(settings: object) -> str | None:
             f"--context-parallel-size {context}",
         ),
         (
-            graphs != "none",
-            f"--cuda-graph-impl {graphs} lets no layer wait for the host, which reads how many rows the ranks exchange",
+            graphs != "none" and exchange == "all-to-all",
+            f"--cuda-graph-impl {graphs} lets no layer wait for the host, which reads how many rows the ranks exchange "
+            "(--mom-expert-exchange all-gather and peer-memory read nothing)",
         ),
         (
             settings.overlap_moe_expert_parallel_comm,
             "--overlap-moe-expert-parallel-comm runs two micro-batches at once, and the host would wait in every layer "
-            "for the number of rows that the ranks exchange",
+            "for the number of rows that the ranks exchange"
+            if exchange == "all-to-all"
+            else "--overlap-moe-expert-parallel-comm runs two micro-batches at once, whose exchanges would share a "
+            "stream",
         ),
         (
             settings.use_megatron_fsdp or settings.use_torch_fsdp2,
@@ -80,7 +95,13 @@ def splits_memories(settings: object) -> bool:
 
 
 def check_expert_parallel(settings: object) -> None:
-    """Raises ValueError where --mom-expert-parallel has an unknown value, or asks for a split that cannot be."""
+    """Raises ValueError where --mom-expert-parallel or --mom-expert-exchange has an unknown value, or the first of them
+    asks for a split that cannot be.
+    """
+    if settings.mom_expert_exchange not in EXPERT_EXCHANGES:
+        raise ValueError(
+            f"--mom-expert-exchange must be one of {', '.join(EXPERT_EXCHANGES)}, got {settings.mom_expert_exchange!r}"
+        )
     choice = settings.mom_expert_parallel
     if choice not in EXPERT_PARALLEL:
         raise ValueError(f"--mom-expert-parallel must be one of {', '.join(EXPERT_PARALLEL)}, got {choice!r}")
@@ -97,7 +118,10 @@ def describe_memories(settings: object) -> str | None:
     if experts == 1:
         return None
     if splits_memories(settings):
-        return f"memories: {memories // experts} of {memories} on each of {experts} expert-parallel ranks"
+        return (
+            f"memories: {memories // experts} of {memories} on each of {experts} expert-parallel ranks, which exchange "
+            f"tokens by {expert_exchange(settings)}"
+        )
     reason = "--mom-expert-parallel off" if settings.mom_expert_parallel == "off" else why_memories_are_whole(settings)
     return f"memories: all {memories} on each of {experts} expert-parallel ranks, because {reason}"
 
@@ -157,6 +181,15 @@ class MomTransformerConfig(TransformerConfig):
     mom_expert_parallel: str = argument(
         "auto", "Whether --expert-model-parallel-size splits the memories; auto: where that works.",
         choices=EXPERT_PARALLEL,
+    )  # fmt: skip
+    mom_expert_exchange: str = argument(
+        "auto", "How tokens travel to the ranks of their memories and back: all-to-all sends what is needed, and the "
+        "host waits in every layer; all-gather sends every token to every rank; peer-memory reads the other GPUs of a "
+        "machine. auto: all-to-all.", choices=EXPERT_EXCHANGES,
+    )  # fmt: skip
+    mom_loss_chunk: int = argument(
+        0, "Tokens of a rank whose logits exist at once: the output layer and the loss go through a micro-batch in "
+        "chunks, for long sequences. 0: all tokens.",
     )  # fmt: skip
     mom_kernels: str = argument(
         "auto", "Implementation of the mixer's operations: Triton, PyTorch, or auto for Triton on GPUs and PyTorch "
@@ -240,6 +273,8 @@ class MomTransformerConfig(TransformerConfig):
     def _check_mom(self) -> None:
         if self.mom_kernels not in KERNELS:
             raise ValueError(f"--mom-kernels must be one of {', '.join(KERNELS)}, got {self.mom_kernels!r}")
+        if self.mom_loss_chunk < 0:
+            raise ValueError(f"--mom-loss-chunk must be a number of tokens, or 0 for all, got {self.mom_loss_chunk}")
         settings = self.mixer_settings()
         if self.mom_kernels != "torch":
             settings.check_head_sizes()

@@ -58,10 +58,11 @@ def make_portable(folder: Path, *, pads: bool) -> None:
         return
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        # Of transformers 5's class; 4.57's adds token_type_ids, which no model here takes.
-        settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
         for name in ("backend", "is_local"):
             settings.pop(name, None)
+    if settings.get("tokenizer_class") == "PreTrainedTokenizerFast":
+        # As in transformers 5: the class of 4.57 adds token_type_ids, which no model here takes.
+        settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     pad, end = settings.get("pad_token"), settings.get("eos_token")

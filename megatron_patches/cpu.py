@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 import torch.utils._device
 
-from megatron_patches import cpu_gated_delta_net, float32_parameters
+from megatron_patches import cpu_gated_delta_net, float32_parameters, gloo
 from megatron_patches.adam import FusedAdam
 from megatron_patches.patch import Patch, Target, apply_all, replace, undo_all, wrap
 
@@ -155,15 +155,6 @@ def _fork(tracker, name: str = "model-parallel-rng"):
         tracker._current_state_name = outer_name
 
 
-def _split_sizes_as_numbers(all_to_all_single, output, input, *sizes, **kwargs):
-    sizes = tuple(size.tolist() if isinstance(size, torch.Tensor) else size for size in sizes)
-    kwargs = {
-        name: value.tolist() if name.endswith("_sizes") and isinstance(value, torch.Tensor) else value
-        for name, value in kwargs.items()
-    }
-    return all_to_all_single(output, input, *sizes, **kwargs)
-
-
 def _checkpoint_worker(*args, **kwargs) -> None:
     """Main function of the process that writes asynchronous checkpoints. No patch is applied in the new process yet.
 
@@ -174,6 +165,11 @@ def _checkpoint_worker(*args, **kwargs) -> None:
     _WORKER.undo()
     apply_all((_DEVICE, _STREAMS))
     PersistentAsyncCaller.async_loop(*args, **kwargs)
+
+
+def _without_fp8(init, checkpoint, *args, **kwargs) -> None:
+    init(checkpoint, *args, **kwargs)
+    checkpoint.fp8 = False
 
 
 def _type_name_on_cuda(original, tensor, *args, **kwargs):
@@ -307,13 +303,30 @@ PATCHES = (
             Target("megatron.core.transformer.transformer_block", "LayerNormImpl", _torch_norm),
         ),
     ),
+    Patch(
+        name="cpu-recompute",
+        reason="--recompute-modules layernorm and its like ask Transformer Engine whether a run is in fp8, by a name "
+        "that is not defined where it is not installed",
+        removed_when="CheckpointWithoutOutput asks for fp8 only where Transformer Engine is installed",
+        targets=(wrap("megatron.core.tensor_parallel.random", "CheckpointWithoutOutput.__init__", _without_fp8),),
+    ),
     _STREAMS,
     _WORKER,
     Patch(
         name="cpu-collectives",
         reason="gloo takes the split sizes of all_to_all as numbers, and Megatron converts only tensors on a GPU",
         removed_when="maybe_move_tensor_to_cpu converts tensors that are on the CPU already",
-        targets=(wrap("torch.distributed", "all_to_all_single", _split_sizes_as_numbers),),
+        targets=(wrap("torch.distributed", "all_to_all_single", gloo.split_sizes_as_numbers),),
+    ),
+    Patch(
+        name="cpu-lengths",
+        reason="experts whose tensor-parallel ranks hold different numbers of tokens gather and scatter parts of "
+        "different lengths, which gloo refuses",
+        removed_when="gloo gathers and scatters parts of different lengths",
+        targets=(
+            wrap("torch.distributed", "all_gather", gloo.gather_different_lengths),
+            wrap("torch.distributed", "reduce_scatter", gloo.scatter_different_lengths),
+        ),
     ),
     Patch(
         name="cpu-optimizer-types",

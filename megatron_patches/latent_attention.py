@@ -3,8 +3,6 @@
 There keys have a part for positions, and values have a size of their own.
 """
 
-from megatron.core.utils import divide
-
 from megatron_patches.patch import Patch, wrap
 
 
@@ -14,7 +12,7 @@ def _with_head_sizes(build, attention, config, *args, k_channels=None, v_channel
     if k_channels is not None and kwargs.get("softmax_scale") is None:
         attention.softmax_scale *= (attention.hidden_size_per_attention_head / k_channels) ** 0.5
     if v_channels is not None:  # the product's output has the size of the values
-        attention.hidden_size_per_partition = v_channels * divide(config.num_attention_heads, attention.tp_group.size())
+        attention.hidden_size_per_partition = v_channels * config.num_attention_heads // attention.tp_group.size()
 
 
 PATCH = Patch(

@@ -35,6 +35,10 @@ _METADATA_NAMES = {
         "ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    # Megatron adds what each process saves; PyTorch 2.15 writes the addition, 2.11 leaves it out.
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData",
+    },
     "torch.distributed._shard.sharded_tensor.metadata": {"TensorProperties", "MEM_FORMAT_ENCODING"},  # of torch < 2.3
     "torch": {"Size"} | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
     "torch.serialization": {"_get_layout"},  # looks a name up in a table of torch.layout
@@ -101,7 +105,9 @@ def load_metadata(stream: BinaryIO, where: object = ".metadata") -> Metadata:
     except UnsafeCheckpoint:
         raise
     except Exception as error:  # what a damaged pickle raises depends on where the damage is
-        raise pickle.UnpicklingError(f"{where} is damaged: {type(error).__name__}: {error}") from error
+        raise pickle.UnpicklingError(
+            f"{where} is damaged, or of a newer PyTorch: {type(error).__name__}: {error}"
+        ) from error
     for shard in shards:
         path = PurePosixPath(shard)
         if path.is_absolute() or ".." in path.parts:

@@ -20,14 +20,17 @@ from typing import Protocol
 import torch
 
 from mom_layers.combine.operation import combine
+from mom_layers.common import checks
 from mom_layers.common.kernel_choice import resolve_kernels
 from mom_layers.convolve.operation import UNIT_LENGTH_EPS, segment_convolution
 from mom_layers.convolve.qkv import convolve_qkv
 from mom_layers.project.operation import grouped_projection
+from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.rules import MemoryRule, RuleInputs
 from mom_layers.route.plan import RoutingPlan, build_routing_plan
 from mom_layers.route.router import route
 from mom_layers.route.rows import gather_rows
+from mom_layers.route.spare_rows import zero_spare_gradients
 from mom_layers.settings import MixerSettings
 from mom_layers.state import MemoryState
 
@@ -271,6 +274,8 @@ def read_memories(
     Returns:
         o [R, H, V], what every row reads from its memory, and the new state or None.
 
+    o is undefined in spare rows, whose gradient must be zero: no token reads spare rows.
+
     Raises:
         ValueError: ``sequence_slice`` together with ``state`` or ``output_state``.
     """
@@ -316,10 +321,29 @@ def read_memories(
     inputs = rule.prepare(q, k, v, raw, parameters.rule_parameters, kernels)
     if sequence_slice is not None:
         return sequence_slice.recur(plan, rule, inputs, kernels), None
-    o, recurrent = rule.recur(inputs, plan.cu_seqlens, initial_state, output_state, kernels)
+    inputs, cu_seqlens = _skip_spare_rows(inputs, plan, initial_state, kernels)
+    o, recurrent = rule.recur(inputs, cu_seqlens, initial_state, output_state, kernels)
     if not output_state:
         return o, None
     return o, MemoryState(*(plan.from_segments(part) for part in (recurrent, q_tail, k_tail, v_tail)))
+
+
+def _skip_spare_rows(inputs: RuleInputs, plan: RoutingPlan, initial_state, kernels: str):
+    """The recurrence's inputs and borders, such that Triton kernels compute no spare row but one chunk.
+
+    A kernel that reads a whole chunk at the end of the last segment reads spare rows too. So the first spare rows are a
+    segment of their own, which the kernels write as they write any other; the rows after that segment are skipped.
+    """
+    skips = plan.has_spare_rows and initial_state is None and resolve_kernels(kernels, inputs.q) == "triton"
+    if not skips or checks.checks_values(plan.cu_seqlens):  # borders that are checked must end at R
+        return inputs, plan.cu_seqlens
+    end = (plan.cu_seqlens[-2:-1] + CHUNK).clamp(max=plan.num_rows)
+    of_rows = {"q": inputs.q, "k": inputs.k, "v": inputs.v} | {
+        name: gate for name, gate in inputs.gates.items() if gate.shape[0] == plan.num_rows
+    }
+    q, k, v, *gates = zero_spare_gradients(tuple(of_rows.values()), plan, kernels=kernels)
+    gates = {**inputs.gates, **dict(zip(list(of_rows)[3:], gates, strict=True))}
+    return RuleInputs(q, k, v, gates), torch.cat([plan.cu_seqlens[:-1], end])
 
 
 def _project(x, plan: RoutingPlan, projection, kernels: str) -> tuple[torch.Tensor, bool]:

@@ -30,7 +30,8 @@ def mixture_of_memories_reference(x, p, *, num_heads, topk, shared, norm_eps=1e-
             continue
         tokens = x[at]
         projection = p["memory_proj"][min(memory, p["memory_proj"].shape[0] - 1)]
-        sizes = [k_width, v_width, *(num_heads * width for width in update.gate_widths.values())]
+        head_sizes = k_width // update.num_key_heads(num_heads), v_width // num_heads
+        sizes = update.projection_sizes(num_heads, *head_sizes)
         k, v, *raw = (tokens @ projection.t()).split(sizes, dim=1)
         ends = torch.tensor([0, len(at)])
 

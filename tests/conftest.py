@@ -21,6 +21,19 @@ def command_line_of_its_own(monkeypatch):
     monkeypatch.setattr(sys, "argv", list(sys.argv))
 
 
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Fresh memory holds NaN, so that a test sees an element that no kernel wrote."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        fresh = getattr(owner, name)
+
+        def poisoned(*args, fresh=fresh, **kwargs):
+            out = fresh(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        monkeypatch.setattr(owner, name, poisoned)
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -14,10 +14,12 @@ class _Lasting:
 
 
 def repair() -> None:
-    """Three faults, none of them the compiler's: loops up to a loaded number fail with NumPy 2.4 or newer, bfloat16 is
-    multiplied as the integers that hold it, and rounded towards zero."""
+    """Four faults, none of them the compiler's: loops up to a loaded number fail with NumPy 2.4 or newer, bfloat16 is
+    multiplied as the integers that hold it, and rounded towards zero, and a comparison of two numbers becomes a block
+    of integers, which Triton 3.9 takes for no mask."""
     builder = interpreter.InterpreterBuilder
     patch_tensor, cast, dot = interpreter._patch_lang_tensor, builder.cast_impl, builder.create_dot
+    splat = builder.create_splat
 
     def patch_lang_tensor(tensor, *scope):
         patch_tensor(tensor, *scope)
@@ -35,7 +37,14 @@ def repair() -> None:
             a, b = cast(self, a, tl.float32), cast(self, b, tl.float32)
         return dot(self, a, b, *rest)
 
+    def create_splat(self, kind, value):
+        block = splat(self, kind, value)
+        if kind.scalar == tl.int1:
+            block = interpreter.TensorHandle(block.data.astype(bool), tl.int1)
+        return block
+
     interpreter._patch_lang_tensor = patch_lang_tensor
+    builder.create_splat = create_splat
     builder.cast_impl = cast_impl
     builder.create_fp_to_fp = lambda self, source, dtype, rounding_mode: cast_impl(self, source, dtype)
     builder.create_dot = create_dot

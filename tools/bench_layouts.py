@@ -1,15 +1,14 @@
 #!/usr/bin/env python
-"""Trains the paper's 380M model on one GPU and in every layout of two, and compares losses, speed, memory and volume.
+"""Trains a model of the recipe on one GPU and in layouts of two and four; compares losses, speed, memory and volume.
 
-    python tools/bench_layouts.py --output DIR [--layouts NAME ...] [--steps N] [--global-batch N]
-    python tools/bench_layouts.py --output DIR --long [--layouts NAME ...]
+    python tools/bench_layouts.py --output DIR [--model 1.3b] [--layouts NAME ...] [--steps N] [--global-batch N]
+    python tools/bench_layouts.py --output DIR --long [--tokens N] [--layouts NAME ...]
 
 Each layout is a run of examples/pretrain_mom_a100.sh of its own, with the same data, seed and global batch; a last step
-is profiled on rank 0, for the bytes that it sent. With --long it is one sequence of 128k tokens on one GPU and over the
-context-parallel ranks, with full recomputation. In DIR: layouts.csv (a row a layout), exchanges.csv (a row for each
-process group and collective: bytes sent in a step), losses.csv (a row a step)
-and losses.png. Runs that are in DIR already are not run again. Without a GPU a tiny model on two CPU processes shows
-that the tool runs.
+is profiled on rank 0, for the bytes that it sent. With --long it is one sequence of 128k tokens, or of --tokens, on one
+GPU and over the context-parallel ranks, with full recomputation. In DIR: layouts.csv (a row a layout), exchanges.csv (a
+row for each process group and collective: bytes sent in a step), losses.csv (a row a step) and losses.png. Runs that
+are in DIR already are not run again. Without a GPU a tiny model on two CPU processes shows that the tool runs.
 """
 
 import argparse
@@ -18,6 +17,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -26,6 +26,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import torch
 from benchmark import VERSIONS, append_csv, device_kind, versions
 
 from linear_moe.commands.values import path as a_path
@@ -34,17 +35,30 @@ from linear_moe.temporary import save_figure
 from linear_moe.watching.run_plots import read_scalars
 
 ROOT = Path(__file__).parents[1]
-# GPUs, and settings of the script
+# GPUs, and settings of the script; EXCHANGE is --mom-expert-exchange
 LAYOUTS = {
     "one": (1, {}),
     "DP2": (2, {}),
     "TP2": (2, {"TP": 2, "SP": 0}),
     "TP2+SP": (2, {"TP": 2}),
     "EP2": (2, {"EP": 2}),
+    "EP2 all-gather": (2, {"EP": 2, "EXCHANGE": "all-gather"}),
+    "EP2 peer-memory": (2, {"EP": 2, "EXCHANGE": "peer-memory"}),
     "PP2": (2, {"PP": 2}),
     "CP2": (2, {"CP": 2}),
+    "DP4": (4, {}),
+    "EP4": (4, {"EP": 4}),
+    "EP4 all-gather": (4, {"EP": 4, "EXCHANGE": "all-gather"}),
+    "EP4 peer-memory": (4, {"EP": 4, "EXCHANGE": "peer-memory"}),
+    "TP2+SP x EP2": (4, {"TP": 2, "EP": 2}),
+    "TP2+SP x EP2 peer-memory": (4, {"TP": 2, "EP": 2, "EXCHANGE": "peer-memory"}),
+    "TP2+SP x DP2": (4, {"TP": 2}),
+    "TP4+SP": (4, {"TP": 4}),
+    "PP2 x DP2": (4, {"PP": 2}),
+    "PP4": (4, {"PP": 4}),
+    "CP4": (4, {"CP": 4}),
 }
-LONG_LAYOUTS = ("one", "CP2")
+LONG_LAYOUTS = ("one", "CP2", "CP4")
 BATCHES = {  # settings of the script; micro-batches as large as the memory allows and the layout divides
     "cuda": {"GLOBAL_BATCH": 32, "MICRO_BATCH": 16},
     "cpu": {
@@ -65,25 +79,39 @@ LONG_BATCHES = {
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
 WARM_UP = 2  # steps that are not timed
 BYTES = {"BFloat16": 2, "Half": 2, "Float": 4, "Int": 4, "Long": 8, "Byte": 1, "Bool": 1, "Double": 8}
-FIELDS = (*VERSIONS, "layout", "gpus", "sequence", "global_batch", "micro_batch", "steps", "tokens_per_second")
+FIELDS = (*VERSIONS, "model", "layout", "gpus", "sequence", "global_batch", "micro_batch", "steps", "tokens_per_second")
 FIELDS += ("of_one", "peak_gib", "first_loss", "last_loss", "largest_difference")
 
 
 def train(layout: str, folder: Path, steps: int, device: str, options: argparse.Namespace) -> None:
     """Runs the script for one layout; its output goes to ``folder/output.txt``. Raises CalledProcessError."""
     gpus, settings = LAYOUTS[layout]
-    settings = (LONG_BATCHES if options.long else BATCHES)[device] | settings
+    settings = {"TP": 1} | (LONG_BATCHES if options.long else BATCHES)[device] | settings
     if options.global_batch is not None:
         settings["GLOBAL_BATCH"] = options.global_batch
-    if layout == "PP2" and device == "cuda":
-        settings["MICRO_BATCH"] = 8  # two stages idle less over more micro-batches
+    if options.long and options.tokens is not None:
+        settings["SEQ_LENGTH"] = options.tokens
+    if "PP" in settings and device == "cuda":
+        settings["MICRO_BATCH"] = 8  # stages idle less over more micro-batches
+    if options.micro_batch is not None:
+        settings["MICRO_BATCH"] = options.micro_batch
+    elif options.model != "380m" and not options.long:
+        del settings["MICRO_BATCH"]  # the script chooses what fits
+    exchange = settings.pop("EXCHANGE", "auto")
     arguments = ["--eval-iters", "0", "--log-memory-to-tensorboard", *(RECOMPUTE if options.long else [])]
+    arguments += ["--mom-expert-exchange", exchange]
     profiled = steps + 1
     if device == "cuda" and not options.no_profile:
         arguments += ["--profile", "--use-pytorch-profiler", "--profile-step-start", str(steps)]
         arguments += ["--profile-step-end", str(profiled)]
     environment = os.environ | {name: str(value) for name, value in settings.items()}
-    environment |= {"OUT": str(folder), "CHECKPOINTS": "", "TRAIN_ITERS": str(profiled), "LOG_INTERVAL": "1"}
+    environment |= {
+        "MODEL": options.model,
+        "OUT": str(folder),
+        "CHECKPOINTS": "",
+        "TRAIN_ITERS": str(profiled),
+        "LOG_INTERVAL": "1",
+    }
     environment |= {"EVAL_INTERVAL": str(10 * profiled), "MOM_PYTHON": sys.executable}
     environment["GPUS" if device == "cuda" else "PROCESSES"] = str(gpus)
     if device == "cuda":
@@ -100,6 +128,9 @@ def train(layout: str, folder: Path, steps: int, device: str, options: argparse.
                     os.killpg(run.pid, signal.SIGKILL)  # its ranks too
     if status:
         raise subprocess.CalledProcessError(status, command)
+    shown = (folder / "output.txt").read_text()
+    chosen = re.findall(r"^  (SEQ_LENGTH|MICRO_BATCH|RECOMPUTE)=(\d+)$", shown, re.MULTILINE)
+    settings |= {"MODEL": options.model} | {name: int(value) for name, value in chosen}
     (folder / "settings.json").write_text(json.dumps(settings))
 
 
@@ -152,7 +183,8 @@ def result(folder: Path, warm_up: int) -> dict:
 def row_of(layout: str, run: dict, one: dict | None, about: dict[str, str]) -> dict:
     """A line of layouts.csv."""
     losses, settings = run["losses"], run["settings"]
-    row = about | {"layout": layout, "gpus": LAYOUTS[layout][0], "sequence": settings.get("SEQ_LENGTH", 2048)}
+    row = about | {"model": settings["MODEL"], "layout": layout, "gpus": LAYOUTS[layout][0]}
+    row["sequence"] = settings["SEQ_LENGTH"]
     row |= {"global_batch": settings["GLOBAL_BATCH"], "micro_batch": settings["MICRO_BATCH"], "steps": len(losses)}
     row |= {"tokens_per_second": f"{run['tokens_per_second']:.0f}", "peak_gib": f"{run['peak_gib']:.2f}"}
     row |= {"first_loss": f"{losses[min(losses)]:.4f}", "last_loss": f"{losses[max(losses)]:.4f}"}
@@ -191,21 +223,37 @@ def draw(path: Path, runs: dict[str, dict], title: str) -> None:
     plt.close(figure)
 
 
-def main(argv=None) -> int:
+def possible_layouts(device: str, long: bool) -> tuple[str, ...]:
+    """The layouts that this machine has GPUs for; without a GPU those of two processes that need none."""
+    gpus = torch.cuda.device_count() if device == "cuda" else 2
+    names = (name for name, (count, _) in LAYOUTS.items() if count <= gpus and (not long or name in LONG_LAYOUTS))
+    return tuple(name for name in names if device == "cuda" or "peer-memory" not in name)
+
+
+def parse(argv=None) -> argparse.Namespace:
+    """The command line's options; `steps` is never None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=a_path, required=True, help="folder of the runs and tables")
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="all if left out")
+    parser.add_argument("--model", choices=("380m", "1.3b", "7b"), default="380m", help="380m if left out")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="all that the machine has GPUs for, if left out")
     parser.add_argument("--steps", type=whole(1), help="training steps of a run; 50, or 8 with --long")
     parser.add_argument("--long", action="store_true", help="one sequence of 128k tokens")
+    parser.add_argument("--tokens", type=whole(1), metavar="N", help="of the sequence of --long; 131072")
+    parser.add_argument("--micro-batch", type=whole(1), metavar="N", help="sequences a GPU computes at once")
     parser.add_argument("--global-batch", type=whole(1), metavar="N", help="sequences a step; 32, the recipe has 256")
     parser.add_argument("--no-profile", action="store_true", help="time only, for runs of few steps")
     parser.add_argument("--timeout", type=positive, default=300, metavar="S", help="seconds a run may take")
     options = parser.parse_args(argv)
-    device, about = device_kind(), versions()
-    steps = options.steps or (8 if options.long else 50)
-    if steps <= WARM_UP:
-        parser.error(f"--steps {steps}: the first {WARM_UP} are not timed, take more")
-    names = options.layouts or (LONG_LAYOUTS if options.long else tuple(LAYOUTS))
+    options.steps = options.steps or (8 if options.long else 50)
+    if options.steps <= WARM_UP:
+        parser.error(f"--steps {options.steps}: the first {WARM_UP} are not timed, take more")
+    return options
+
+
+def main(argv=None) -> int:
+    options = parse(argv)
+    device, about, steps = device_kind(), versions(), options.steps
+    names = options.layouts or possible_layouts(device, options.long)
     options.output.mkdir(parents=True, exist_ok=True)
     failed = []
     for layout in names:
@@ -240,7 +288,7 @@ def main(argv=None) -> int:
             writer.writerow(["step", *runs])
             for step in next(iter(runs.values()))["losses"]:
                 writer.writerow([step, *(f"{run['losses'].get(step, float('nan')):.5f}" for run in runs.values())])
-        draw(options.output / "losses.png", runs, f"380M in {len(runs)} layouts, {about['device']}")
+        draw(options.output / "losses.png", runs, f"{options.model} in {len(runs)} layouts, {about['device']}")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)

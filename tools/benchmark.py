@@ -34,8 +34,18 @@ def versions() -> dict[str, str]:
     return {"device": name, "torch": torch.__version__, "triton": importlib.metadata.version("triton")}
 
 
-def parse_options(description: str, argv=None, *, plot: bool = False, flags: dict[str, str] | None = None):
-    """The options of every timing tool; ``plot`` adds ``--plot``, and ``flags`` are {name: help} of switches."""
+def parse_options(
+    description: str,
+    argv=None,
+    *,
+    plot: bool = False,
+    flags: dict[str, str] | None = None,
+    choices: dict[str, tuple[tuple[str, ...], str]] | None = None,
+):
+    """The options of every timing tool; ``plot`` adds ``--plot``, and ``flags`` are {name: help} of switches.
+
+    choices: {name: (words, help)} of options that take some of the words; all words where the option is absent.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=whole(1), metavar="N", help="only the first N cases")
     parser.add_argument("--csv", type=a_path, metavar="FILE", help="append the rows to this file")
@@ -43,6 +53,9 @@ def parse_options(description: str, argv=None, *, plot: bool = False, flags: dic
         parser.add_argument("--plot", type=picture, metavar="FILE", help="draw the rows in this file")
     for name, text in (flags or {}).items():
         parser.add_argument(name, action="store_true", help=text)
+    for name, (words, text) in (choices or {}).items():
+        parser.add_argument(f"--{name}", nargs="+", choices=words, default=words, metavar="NAME",
+                            help=f"{text}: {', '.join(words)}")  # fmt: skip
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""Converts a Mixture-of-Memories model in the Hugging Face format (FLA's) to a Megatron checkpoint.
+"""Converts a Hugging Face folder, a Mixture-of-Memories model (FLA's too) or a Transformer, to a Megatron checkpoint.
 
 The command line is linear_moe/commands/arguments/convert_from_hf.py.
 """
@@ -18,8 +18,11 @@ from tqdm import tqdm
 
 from linear_moe.commands import run_command
 from linear_moe.commands.arguments.convert_from_hf import parse_arguments
+from linear_moe.conversion.attention_arguments import attention_options
+from linear_moe.conversion.beginnings import Start, begin
 from linear_moe.conversion.checkpoint import TRACKER, write_checkpoint
-from linear_moe.conversion.config import arguments_from_config, layout_of
+from linear_moe.conversion.config import arguments_from_config
+from linear_moe.conversion.expert_arguments import expert_options
 from linear_moe.conversion.files import (
     ConversionError,
     check_target,
@@ -28,7 +31,7 @@ from linear_moe.conversion.files import (
     new_folder,
     tokenizer_files,
 )
-from linear_moe.conversion.loading import read_model
+from linear_moe.conversion.memories_from_softmax import Memories
 from linear_moe.conversion.names import Entry
 from linear_moe.tokens import vocabulary_size
 from mom_layers.hf.configuration_mom import MomConfig
@@ -50,27 +53,35 @@ def convert(args: argparse.Namespace) -> None:
     if not args.load.is_dir():
         raise ConversionError(f"--load {args.load}: no such folder")
     check_target(args.save, [TRACKER], args.overwrite)
-    config, weights, table = read_model(args.load)
-    layout = layout_of(config)
-    stored = arguments_from_config(config)
+    model = begin(args.load, start_of(args), hybrid=args.hybrid)
+    config, tensors = model.config, model.tensors
+    stored = arguments_from_config(config, model.kinds)
     tokenizer = find_tokenizer(args, config)
     set_vocabulary(stored, config, tokenizer, args)
     options = command_line(args.save, stored)
 
     def read(entry: Entry) -> torch.Tensor:
-        tensor = entry.join([weights.read(name) for name in entry.hf_names])
+        tensor = entry.join([tensors.read(name) for name in entry.hf_names])
         progress.update(tensor.nbytes)
         return tensor
 
-    total = sum(weights.describe(name).nbytes for entry in table for name in entry.hf_names)
+    total = sum(tensors.describe(name).nbytes for entry in model.table for name in entry.hf_names)
     with (
         new_folder(args.save) as folder,
         tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None) as progress,
     ):
-        write_checkpoint(folder, layout, lambda entry: weights.describe(entry.hf_names[0]).dtype, read, stored)
+        write_checkpoint(folder, model.layout, lambda entry: tensors.describe(entry.hf_names[0]).dtype, read, stored)
         if tokenizer:
             copy_tokenizer(tokenizer, folder / "tokenizer", pads=False)
+    for note in model.notes:
+        print(note)
     print(f"train further with:\n  {training_command(args.save, options)}")
+
+
+def start_of(args: argparse.Namespace) -> Start:
+    """How a Transformer becomes a model with memories, from the command line."""
+    memories = Memories(**{name: getattr(args, f"mom_{name}") for name in vars(Memories())})
+    return Start(args.softmax_layers, args.mom_layers, memories)
 
 
 def find_tokenizer(args: argparse.Namespace, config: MomConfig) -> Path | None:
@@ -110,8 +121,7 @@ def training_command(save: Path, options: str) -> str:
 def command_line(save: Path, stored: Namespace) -> str:
     """The options that ``--use-checkpoint-args`` does not restore."""
     words = [f"--load {shlex.quote(str(save))} --use-checkpoint-args --norm-epsilon {stored.layernorm_epsilon:g}"]
-    if stored.window_size is not None:
-        words.append(f"--window-size {stored.window_size[0]},{stored.window_size[1]}")
+    words += attention_options(stored) + expert_options(stored)
     if stored.tokenizer_model is None:
         words.append(f"--vocab-size {stored.vocab_size}")
     return " ".join(words)

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from linear_moe.commands import run_command
 from linear_moe.commands.arguments.convert_to_hf import parse_arguments
+from linear_moe.conversion.attention_arguments import FLA_ROTARY_BASE
 from linear_moe.conversion.card import CardFacts, model_card
 from linear_moe.conversion.checkpoint import MegatronCheckpoint, find_checkpoint
 from linear_moe.conversion.config import (
     DTYPES,
-    FLA_ROTARY_BASE,
     config_from_arguments,
     dtype_name,
     generation_config,
@@ -55,7 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Both models run in float32 on the CPU. Megatron runs on the CPU only in a process that sees no GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.execv(sys.executable, sys.orig_argv)
-    return run_command("convert_to_hf.py", lambda: convert(args), ConversionError)
+
+    def work():
+        convert(args)
+        print(f"next:  linear-moe generate --load {args.save} --prompt 'def forward(self'")
+
+    return run_command("convert_to_hf.py", work, ConversionError)
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -80,11 +85,13 @@ def export(checkpoint_folder: Path, folder: Path, args: argparse.Namespace) -> N
     tokenizer_folder = find_tokenizer(args.tokenizer, checkpoint.args)
     tokenizer = load_tokenizer(tokenizer_folder) if tokenizer_folder else None
     ids = token_ids(checkpoint.args, tokenizer)
-    content = config_from_arguments(checkpoint.args, checkpoint.attention_layers(), 0, ids)
+    kinds = checkpoint.layer_kinds()
+    content = config_from_arguments(checkpoint.args, kinds, 0, ids)
     rows = checkpoint.rows("embedding.word_embeddings.weight")
     content["vocab_size"] = vocabulary(checkpoint.args, rows, tokenizer)
-    layout = layout_of(parse_config(content, set()))
-    if content["attn"] and content["attn"]["rope_theta"] != FLA_ROTARY_BASE:
+    config = parse_config(content, set())
+    layout = layout_of(config, kinds)
+    if any(spec.rope_theta != FLA_ROTARY_BASE for spec in config.attention_specs()):
         print(f"FLA ignores rope_theta and computes with {FLA_ROTARY_BASE:g}: its logits will differ", file=sys.stderr)
 
     table = list(entries(layout))
@@ -133,10 +140,11 @@ def check_complete(checkpoint: MegatronCheckpoint, table: Sequence[Entry]) -> No
     """Raises ConversionError unless the table holds every tensor of the checkpoint, in its shape."""
     used = set()
     for entry in table:
-        name = checkpoint.name(entry)
-        used.add(name)
+        name = checkpoint.place(entry).name
+        used |= {place.name for place in entry.places}
         shape, expected = checkpoint.describe(entry)[0], entry.shape
-        if shape[1:] != expected[1:] or shape[0] < expected[0] or (shape != expected and not entry.row.padded):
+        padded = entry.row.padded and shape[0] >= expected[0] and shape[1:] == expected[1:]
+        if shape != expected and not padded:
             raise ConversionError(f"{name} is {list(shape)}, and the arguments stored with it make it {list(expected)}")
     if unknown := sorted(checkpoint.names() - used):
         raise ConversionError(f"the Hugging Face format has no place for {', '.join(unknown[:3])}")

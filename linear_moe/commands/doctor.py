@@ -60,7 +60,7 @@ PACKAGES = (
     Package("torch", "torch", ("torch",), (2, 9), "layers, training", f"nothing works: {INSTALL}", True),
     Package("NumPy", "numpy", ("numpy",), (1, 26), "data files", f"no training: {INSTALL}", True),
     Package("PyYAML", "yaml", ("pyyaml",), (6,), "settings in files", f"no training: {INSTALL}", True),
-    Package("Triton", "triton", ("triton", "pytorch-triton", "triton-nv"), (3, 6), "the GPU kernels",
+    Package("Triton", "triton", ("triton", "pytorch-triton", "triton-nv"), (3, 5), "the GPU kernels",
             "layers compute in PyTorch, slowly: pip install triton"),
     Package("Transformer Engine", "transformer_engine", ("transformer_engine", "transformer-engine"), (2, 0),
             "Megatron's fused layers, FP8, context parallelism of softmax layers",
@@ -133,7 +133,10 @@ def examine(quiet: bool = False) -> int:
             print("linear-moe doctor (python -m linear_moe.cli doctor) lists everything", file=sys.stderr)
         return int(bool(stops))
     print(sys.executable, *findings, "", sep="\n")
-    if stops:
+    if [(stop.state, stop.name) for stop in stops] == [(MISSING, "megatron-core")]:
+        script = "path/to/Megatron-LM/pretrain_gpt.py"
+        print(f"training can work with a clone of Megatron-LM alone: python -m linear_moe {script}")
+    elif stops:
         print(f"training cannot work: {', '.join(f'{stop.name} is {stop.state}' for stop in stops)}")
     else:
         print("training can work")

@@ -49,9 +49,7 @@ several memory states and a router sends each token to a few of them. Decoding n
 {code}
 ```
 {prompts}
-The weights are in the format of `fla.models.mom` of
-[flash-linear-attention](https://github.com/fla-org/flash-linear-attention), which loads them too. With
-`import mom_layers.hf` before, `AutoModelForCausalLM` loads the folder without `trust_remote_code`.
+{format}With `import mom_layers.hf` before, `AutoModelForCausalLM` loads the folder without `trust_remote_code`.
 
 ## Model
 
@@ -63,6 +61,13 @@ The weights are in the format of `fla.models.mom` of
 
 Written by linear-moe {version}{commit}.
 """
+
+
+FLA_FORMAT = """The weights are in the format of `fla.models.mom` of
+[flash-linear-attention](https://github.com/fla-org/flash-linear-attention), which loads them too.
+"""
+FLA_ATTENTION = {"layers", "num_heads", "num_kv_heads", "qkv_bias", "rope_theta", "window_size"}
+"""Keys of softmax layers that FLA's models have too."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ def model_card(
         version=__version__,
         commit=f", commit {facts.commit}" if facts.commit else "",
         except_attention=", but for its softmax layers' cache" if config["attn"] else "",
+        format=FLA_FORMAT if _fla_has(config) else "",
         code=code.format(name=json.dumps(facts.name or "."), prompt=json.dumps(prompt)),
         prompts="" if end is None else PROMPTS.format(end=end),
         model=_table(_model_facts(config, parameters, dtype)),
@@ -128,14 +134,17 @@ def _table(facts: list[tuple[str, object]]) -> str:
 
 
 def _model_facts(config: dict, parameters: int, dtype: str) -> list[tuple[str, object]]:
-    attention = config["attn"]
+    attention = _attention_entries(config)
+    softmax = sorted(layer for entry in attention for layer in entry["layers"] if layer < config["num_hidden_layers"])
     shared = " and a shared one" if config["shared_mem"] else ""
     return [
         ("parameters", f"{parameters:,} ({dtype})"),
         ("layers", config["num_hidden_layers"]),
-        ("softmax attention layers", ", ".join(map(str, attention["layers"])) if attention else None),
+        ("softmax attention layers", ", ".join(map(str, softmax)) or None),
         ("hidden size", config["hidden_size"]),
         ("MLP size", config["intermediate_size"]),
+        ("experts", _experts(config["moe"]) if config["moe"] else None),
+        ("layers of multi-token prediction", config["num_nextn_predict_layers"] or None),
         ("memories", f"{config['num_memories']}{shared}, {config['topk']} chosen by a token"),
         (
             "memory heads",
@@ -145,6 +154,26 @@ def _model_facts(config: dict, parameters: int, dtype: str) -> list[tuple[str, o
         ("vocabulary", config["vocab_size"]),
         ("embedding and output tied", "yes" if config["tie_word_embeddings"] else "no"),
     ]
+
+
+def _attention_entries(config: dict) -> list[dict]:
+    attention = config["attn"] or []
+    return [attention] if isinstance(attention, dict) else attention
+
+
+def _fla_has(config: dict) -> bool:
+    """Whether FLA's models have every part of the model."""
+    plain = all(entry.keys() <= FLA_ATTENTION and entry["rope_theta"] for entry in _attention_entries(config))
+    return plain and config["moe"] is None and not config["num_nextn_predict_layers"]
+
+
+def _experts(moe: dict) -> str:
+    shared = moe.get("shared_expert_intermediate_size")
+    return (
+        f"{moe['num_experts']} of size {moe['intermediate_size']}, {moe['num_experts_per_tok']} chosen by a token"
+        + (f", and a shared one of size {shared}" if shared else "")
+        + f", in {len(moe['layers'])} layers"
+    )
 
 
 def _training_facts(args: Namespace, iteration: int) -> list[tuple[str, object]]:

@@ -2,14 +2,14 @@
 
 They are PyTorch's distributed checkpoints: tensors stored in chunks under global names, whatever parallel layout wrote
 them. A model whose layers are all alike has them stacked, one tensor for a parameter of all layers
-(``decoder.layers.mlp...`` [L, ...]); others have a name for each layer (``decoder.layers.7.mlp...``).
+(``decoder.layers.mlp...`` [L, ...]); others have a name for each layer (``decoder.layers.7.mlp...``). The experts of a
+layer are stacked in both.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-import re
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -35,7 +35,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from linear_moe.conversion.files import ConversionError, write_json
-from linear_moe.conversion.names import EXTRA_STATES, Entry, Layout, entries
+from linear_moe.conversion.layers import LayerKinds, kinds_of_pattern, kinds_of_tensors
+from linear_moe.conversion.names import EXTRA_STATES, Entry, Layout, Place, entries, places
 from megatron_patches.trusted_checkpoints import UnsafeCheckpoint, read_metadata
 from mom_layers.hf.fields import FIELDS
 
@@ -184,54 +185,61 @@ class MegatronCheckpoint:
             name for name, stored in self._stored.items() if name.startswith(MODEL_PREFIXES) and hasattr(stored, "size")
         }
 
-    def attention_layers(self) -> list[int]:
-        """Indices of the layers with softmax attention."""
-        pattern = re.compile(r"decoder\.layers\.(\d+)\.self_attention\.linear_qkv\.weight")
-        return sorted(int(match[1]) for match in map(pattern.fullmatch, self.names()) if match)
+    def layer_kinds(self) -> LayerKinds:
+        """Token mixer and MLP of every layer: of a HybridModel as its pattern says, of a GPT model as the tensors say.
+
+        Raises ConversionError for a pattern with layers that the Hugging Face format lacks.
+        """
+        pattern = getattr(self.args, "hybrid_layer_pattern", None)
+        if pattern:
+            return kinds_of_pattern(pattern, getattr(self.args, "mtp_hybrid_override_pattern", None), self.args)
+        return kinds_of_tensors(self.names(), self.args.num_layers)
 
     def rows(self, name: str) -> int:
         """First dimension of a tensor that is not a layer's, padding included; 0 where there is none of that name."""
         stored = self._stored.get(name)
         return stored.size[0] if stored is not None else 0
 
-    def name(self, entry: Entry) -> str:
-        """What a tensor is called here. Raises ConversionError where it is not stored."""
-        own, stacked = _names(entry)
-        for name in (own, stacked):
-            if name in self._stored:
-                return name
-        raise ConversionError(f"{self.folder} has no {own}: its layers are not what its arguments say")
+    def place(self, entry: Entry) -> Place:
+        """Where a tensor lies here. Raises ConversionError where it is not stored."""
+        found = next((place for place in entry.places if place.name in self._stored), None)
+        if found is None:
+            first = entry.places[0].name
+            raise ConversionError(f"{self.folder} has no {first}: its layers are not what its arguments say")
+        return found
 
     def describe(self, entry: Entry) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape, without the axis of stacked layers, and type of a tensor."""
-        name = self.name(entry)
-        stored = self._stored[name]
-        stacked = entry.layer is not None and name == _names(entry)[1]
-        return tuple(stored.size)[int(stacked) :], stored.properties.dtype
+        """Shape, without the axes of stacked layers and of experts, and type of a tensor.
+
+        Raises ConversionError where the checkpoint has another number of experts than its arguments say.
+        """
+        place = self.place(entry)
+        stored = self._stored[place.name]
+        sizes = tuple(stored.size)
+        if entry.expert is not None and len(sizes) >= len(place.leading):
+            held, (_, expected) = sizes[len(place.leading) - 1], place.leading[-1]
+            if held != expected:
+                raise ConversionError(
+                    f"{place.name} has {held} experts, and the arguments stored with it say --num-experts {expected}: "
+                    f"the checkpoint in {self.folder} is not whole, or is another model's"
+                )
+        return sizes[len(place.leading) :], stored.properties.dtype
 
     def read(self, entry: Entry) -> torch.Tensor:
-        """A tensor without padding rows; of stacked layers, the one of its layer."""
-        name = self.name(entry)
-        stored, shape = self._stored[name], torch.Size(entry.shape)
-        stacked = entry.layer is not None and name == _names(entry)[1]
-        offsets = torch.Size([entry.layer] * stacked + [0] * len(shape))
-        sizes = torch.Size([1] * stacked + list(shape))
+        """A tensor without padding rows; of stacked layers and experts, the slice of the entry's."""
+        place = self.place(entry)
+        stored, shape = self._stored[place.name], torch.Size(entry.shape)
+        offsets = torch.Size([*(index for index, _ in place.leading), *[0] * len(shape)])
+        sizes = torch.Size([*[1] * len(place.leading), *shape])
         tensor = torch.empty(sizes, dtype=stored.properties.dtype)
-        plan = LoadPlan(create_read_items_for_chunk_list(name, stored, [ChunkStorageMetadata(offsets, sizes)]))
+        plan = LoadPlan(create_read_items_for_chunk_list(place.name, stored, [ChunkStorageMetadata(offsets, sizes)]))
         if sum(torch.Size(item.lengths).numel() for item in plan.items) != tensor.numel():
-            raise ConversionError(f"{self.folder} holds only a part of {name}")
+            raise ConversionError(f"{self.folder} holds only a part of {place.name}")
         try:
             self._reader.read_data(plan, _Destination(tensor))
         except BROKEN as error:
-            raise ConversionError(f"{name} in {self.folder} cannot be read: {error}") from error
+            raise ConversionError(f"{place.name} in {self.folder} cannot be read: {error}") from error
         return tensor.view(shape)
-
-
-def _names(entry: Entry) -> tuple[str, str]:
-    """Names of a tensor in a checkpoint with a name for each layer, and in one whose layers are stacked."""
-    if entry.layer is None:
-        return entry.row.megatron, entry.row.megatron
-    return f"decoder.layers.{entry.layer}.{entry.row.megatron}", f"decoder.layers.{entry.row.megatron}"
 
 
 @dataclass(frozen=True)
@@ -279,18 +287,17 @@ def write_checkpoint(
     """
     chunks = [_bytes(COMMON_STATE, _common_state(args))]
     for entry in entries(layout):
-        name = _names(entry)[0 if layout.attention_layers else 1]
-        stacked = entry.layer is not None and not layout.attention_layers
-        shape = [1] * stacked + list(entry.shape)
-        size = [layout.num_layers] * stacked + list(entry.shape)
-        offsets = torch.Size([entry.layer] * stacked + [0] * len(entry.shape))
-        data = TensorWriteData(
-            chunk=ChunkStorageMetadata(offsets, torch.Size(shape)),
-            properties=TensorProperties(dtype=dtype_of(entry)),
-            size=torch.Size(size),
-        )
-        item = WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, tensor_data=data)
-        chunks.append(_Chunk(item, lambda entry=entry, shape=shape: read(entry).reshape(shape)))
+        for place in _written(entry.places, layout):
+            leading = place.leading
+            shape, size = [*[1] * len(leading), *entry.shape], [*(count for _, count in leading), *entry.shape]
+            offsets = torch.Size([*(index for index, _ in leading), *[0] * len(entry.shape)])
+            data = TensorWriteData(
+                chunk=ChunkStorageMetadata(offsets, torch.Size(shape)),
+                properties=TensorProperties(dtype=dtype_of(entry)),
+                size=torch.Size(size),
+            )
+            item = WriteItem(MetadataIndex(place.name, offsets), WriteItemType.SHARD, tensor_data=data)
+            chunks.append(_Chunk(item, lambda entry=entry, shape=shape: read(entry).reshape(shape)))
     chunks += [_bytes(name, [None]) for name in _extra_states(layout)]
     release = folder / "release"
     with warnings.catch_warnings():
@@ -324,13 +331,30 @@ def _bytes(name: str, content: object) -> _Chunk:
     return _Chunk(WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO), load)
 
 
+def _written(found: Sequence[Place], layout: Layout) -> list[Place]:
+    """Of the places that a checkpoint may have a tensor at, those at which a model of this layout looks."""
+    stacked = [place for place in found if place.name.startswith("decoder.layers.") and _is_stacked(place)]
+    if layout.stacked:
+        return stacked or list(found)
+    return [place for place in found if place not in stacked]
+
+
+def _is_stacked(place: Place) -> bool:
+    return not place.name.removeprefix("decoder.layers.").partition(".")[0].isdecimal()
+
+
 def _extra_states(layout: Layout) -> list[str]:
-    names = [f"{module}._extra_state/shard_0_1" for module in EXTRA_STATES[None]]
-    for layer in range(layout.num_layers):
-        kind = "attention" if layer in layout.attention_layers else "mom"
-        for module in EXTRA_STATES[kind] + EXTRA_STATES["all"]:
-            if layout.attention_layers:
-                names.append(f"decoder.layers.{layer}.{module}._extra_state/shard_0_1")
-            else:
-                names.append(f"decoder.layers.{module}._extra_state/shard_{layer}_{layout.num_layers}")
+    wanted = [(None, None, name, None) for name in EXTRA_STATES[None]]
+    for layer, kinds in enumerate(zip(layout.mixers, layout.mlps, strict=True)):
+        for kind in (*kinds, *(["mtp"] if layer >= layout.num_layers else [])):
+            wanted += [(layer, kind, name, None) for name in EXTRA_STATES[kind]]
+        if "moe" in kinds:
+            experts = range(layout.num_experts)
+            wanted += [(layer, "expert", name, expert) for expert in experts for name in EXTRA_STATES["expert"]]
+    names = []
+    for layer, kind, module, expert in wanted:
+        for place in _written(places(layout, f"{module}._extra_state", layer, kind, expert), layout):
+            leading = place.leading or ((0, 1),)
+            index, count = (".".join(str(axis[i]) for axis in leading) for i in (0, 1))
+            names.append(f"{place.name}/shard_{index}_{count}")
     return names

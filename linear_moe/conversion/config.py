@@ -6,9 +6,13 @@ from argparse import Namespace
 
 import torch
 
+from linear_moe.conversion.attention_arguments import arguments_of_attention, attention_from_arguments
+from linear_moe.conversion.expert_arguments import arguments_of_experts, experts_from_arguments
 from linear_moe.conversion.files import ConversionError
+from linear_moe.conversion.layers import LayerKinds, kinds_of_config
 from linear_moe.conversion.names import Layout, rule_dimensions
 from linear_moe.tokens import vocabulary_size
+from mom_layers.hf.attention_config import LatentSpec
 from mom_layers.hf.configuration_mom import MomConfig
 from mom_layers.hf.fields import FIELDS, shown
 from mom_layers.recur.rules import rule_names
@@ -16,7 +20,7 @@ from mom_layers.recur.rules import rule_names
 # Hugging Face key, Megatron argument: the same value under two names.
 KEYS = tuple((field.name, field.megatron) for field in FIELDS if field.megatron)
 # Keys without an argument of Megatron, with the value that means what a Megatron model computes.
-COMPUTED = ("vocab_size", "aux_loss_scale", "attn")
+COMPUTED = ("vocab_size", "aux_loss_scale", "attn", "moe", "num_nextn_predict_layers")
 FIXED = {field.name: field.export for field in FIELDS if not field.megatron and field.name not in COMPUTED}
 # Megatron arguments, and the values with which a model fits the format.
 EXPORTABLE = {
@@ -27,26 +31,10 @@ EXPORTABLE = {
     "position_embedding_type": ("rope", "none"),
     "layernorm_zero_centered_gamma": (False,),
     "apply_residual_connection_post_layernorm": (False,),
-    "num_experts": (None,),
-    "mtp_num_layers": (None, 0),
-    "multi_latent_attention": (False,),
     "use_mup": (False,),
+    "mtp_use_repeated_layer": (False,),
     "glu_linear_offset": (0.0,),
     "activation_func_clamp_value": (None,),
-}
-EXPORTABLE_ATTENTION = {
-    "position_embedding_type": ("rope",),
-    "rotary_percent": (1.0,),
-    "rotary_interleaved": (False,),
-    "rotary_seq_len_interpolation_factor": (None, 1),
-    "use_rope_scaling": (False,),
-    "no_rope_freq": (None,),
-    "add_qkv_bias": (False,),
-    "qk_layernorm": (False,),
-    "qk_l2_norm": (False,),
-    "softmax_type": ("vanilla",),
-    "attention_output_gate": (False,),
-    "window_attn_skip_freq": (None,),
 }
 OLDER_TYPE = "mom_gated_deltanet"
 OLDER_KEYS = {"num_experts": "num_memories", "single_expert": "single_kv_proj", "use_gate": "use_output_gate"}
@@ -59,40 +47,43 @@ OLDER_DEFAULTS = {
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SIZED_TOKENIZERS = ("NullTokenizer", "NullMultimodalTokenizer", "TikTokenizer")
 """Megatron's tokenizers that take their size from ``--vocab-size``; the others ignore it."""
-FLA_ROTARY_BASE = 10000.0
 
 
-def config_from_arguments(args: Namespace, attention_layers: list[int], vocab_size: int, token_ids: dict) -> dict:
+def config_from_arguments(args: Namespace, kinds: LayerKinds, vocab_size: int, token_ids: dict) -> dict:
     """The content of config.json for a model that Megatron trained.
 
     Args:
         args: those stored in its checkpoint.
-        attention_layers: indices of its softmax layers.
+        kinds: its layers.
         vocab_size: without padding.
         token_ids: bos_token_id, eos_token_id and pad_token_id.
 
     Raises:
-        ConversionError: the model is not MoM, or has something that the format lacks.
+        ConversionError: the model has something that the format lacks, or no layers that the format has.
     """
-    if getattr(args, "token_mixer", None) != "mom":
-        mixer = getattr(args, "token_mixer", "attention")
-        raise ConversionError(f"not a Mixture-of-Memories checkpoint: it was written with --token-mixer {mixer}")
-    for name, accepted in (EXPORTABLE | (EXPORTABLE_ATTENTION if attention_layers else {})).items():
+    mixer = getattr(args, "token_mixer", None) or "attention"
+    if (mixer == "mom") != bool(kinds.num_mom_layers):
+        found = "has MoM layers" if kinds.num_mom_layers else "has no MoM layer"
+        raise ConversionError(f"the checkpoint was written with --token-mixer {mixer}, and {found}: it is not whole")
+    for name, accepted in EXPORTABLE.items():
         value = getattr(args, name, accepted[0])
         if value not in accepted:
             raise ConversionError(
                 f"the Hugging Face format cannot hold a model with --{name.replace('_', '-')} {value}: "
                 f"it needs {' or '.join(map(str, accepted))}"
             )
-    missing = [theirs for theirs in (*dict(KEYS).values(), "mom_aux_loss_coeff") if not hasattr(args, theirs)]
+    missing = [theirs for theirs in dict(KEYS).values() if not hasattr(args, theirs)]
+    if mixer == "mom" and not hasattr(args, "mom_aux_loss_coeff"):
+        missing.append("mom_aux_loss_coeff")
     if missing:
         raise ConversionError(f"the checkpoint's arguments lack {', '.join(missing)}")
     config = {"architectures": ["MomForCausalLM"], "model_type": "mom", "vocab_size": vocab_size}
     config |= {ours: getattr(args, theirs) for ours, theirs in KEYS} | FIXED
-    layers = args.num_layers - len(attention_layers)
-    config["aux_loss_scale"] = _short(args.mom_aux_loss_coeff * layers / args.mom_topk)
+    config["num_hidden_layers"], config["num_nextn_predict_layers"] = kinds.num_layers, kinds.num_predictions
+    config["aux_loss_scale"] = _short(getattr(args, "mom_aux_loss_coeff", 0.0) * kinds.num_mom_layers / args.mom_topk)
     config["tie_word_embeddings"] = not args.untie_embeddings_and_output_weights
-    config["attn"] = _attention_config(args, attention_layers) if attention_layers else None
+    config["attn"] = attention_from_arguments(args, kinds)
+    config["moe"] = experts_from_arguments(args, kinds)
     return config | token_ids
 
 
@@ -105,48 +96,28 @@ def _short(coefficient: float) -> float:
     return float(f"{coefficient:.12g}")
 
 
-def _attention_config(args: Namespace, layers: list[int]) -> dict:
-    heads = args.num_attention_heads
-    if args.kv_channels * heads != args.hidden_size:
-        raise ConversionError(
-            f"the Hugging Face format has softmax heads of hidden size / heads = {args.hidden_size} / {heads}: "
-            f"--kv-channels {args.kv_channels} does not fit"
-        )
-    config = {
-        "layers": layers,
-        "num_heads": heads,
-        "num_kv_heads": args.num_query_groups if args.group_query_attention else heads,
-        "qkv_bias": False,
-        "rope_theta": float(args.rotary_base),
-        "window_size": None,
-    }
-    window = getattr(args, "window_size", None)
-    if window is not None:
-        left, right = window  # -1 stands for all
-        if right != 0:
-            raise ConversionError(f"only windows of past tokens can be converted, not --window-size {left} {right}")
-        config["window_size"] = None if left < 0 else left + 1
-    return config
-
-
-def arguments_from_config(config: MomConfig) -> Namespace:
+def arguments_from_config(config: MomConfig, kinds: LayerKinds | None = None) -> Namespace:
     """Megatron's arguments for a Hugging Face model: what ``--use-checkpoint-args`` and its checks read.
+
+    Args:
+        kinds: the model's layers, which say whether Megatron's model is a HybridModel; a GPT model where possible when
+            None.
 
     Raises:
         ConversionError: the model has something that Megatron's lacks.
     """
+    kinds = kinds or kinds_of_config(config)
     args = Namespace(**{theirs: getattr(config, ours) for ours, theirs in KEYS})
-    layers = config.num_hidden_layers - sum(len(spec.layers) for spec in config.attention_specs())
-    args.mom_aux_loss_coeff = _short(config.aux_loss_scale * config.topk / max(1, layers))
+    args.mom_aux_loss_coeff = _short(config.aux_loss_scale * config.topk / max(1, kinds.num_mom_layers))
     args.ffn_hidden_size = config.mlp_size
-    args.token_mixer = "mom"
+    args.token_mixer = "mom" if kinds.num_mom_layers else "attention"
     args.untie_embeddings_and_output_weights = not config.tie_word_embeddings
     args.vocab_size = config.vocab_size
     args.hf_config = {name: getattr(config, name) for name in ("vocab_size", *TOKEN_IDS)}
     args.seq_length = config.max_position_embeddings
-    args.normalization, args.swiglu, args.position_embedding_type = "RMSNorm", True, "rope"
+    args.normalization, args.swiglu = "RMSNorm", True
     args.add_position_embedding = True
-    args.add_bias_linear = args.add_qkv_bias = args.squared_relu = args.apply_layernorm_1p = False
+    args.add_bias_linear = args.squared_relu = args.apply_layernorm_1p = False
     args.use_rotary_position_embeddings = args.rotary_interleaved = args.apply_query_key_layer_scaling = False
     args.rotary_percent = 1.0
     args.attention_dropout = args.hidden_dropout = 0.0
@@ -155,38 +126,12 @@ def arguments_from_config(config: MomConfig) -> Namespace:
     args.world_size = args.data_parallel_size = 1
     args.iteration = args.consumed_train_samples = args.skipped_train_samples = 0
     args.no_save_optim = args.no_save_rng = True
-    _attention_arguments(args, config)
-    return args
-
-
-def _attention_arguments(args: Namespace, config: MomConfig) -> None:
-    specs = config.attention_specs()
-    kinds = {(s.num_heads, s.num_kv_heads, s.qkv_bias, s.window_size, s.rope_theta) for s in specs}
-    if len(kinds) > 1:
-        raise ConversionError(f"Megatron has one kind of softmax layers, this model {len(kinds)}: {config.attn}")
-    if any(spec.qkv_bias for spec in specs):
-        raise ConversionError("qkv_bias is not supported: FLA's MoM has no such parameters")
-    # A model without softmax layers needs a number all the same; Megatron divides it by the tensor-parallel size.
-    heads, groups, _, window, theta = (
-        next(iter(kinds)) if kinds else (config.num_heads, config.num_heads, False, None, FLA_ROTARY_BASE)
-    )
-    args.num_attention_heads, args.num_query_groups = heads, groups
-    args.group_query_attention = groups != heads
-    args.kv_channels = config.hidden_size // heads
-    args.rotary_base = int(theta) if theta == int(theta) else theta
-    args.window_size = None if window is None else (window - 1, 0)
-    args.linear_attention_freq = _attention_frequency(
-        [int(all(layer not in spec.layers for spec in specs)) for layer in range(config.num_hidden_layers)]
-    )
-
-
-def _attention_frequency(pattern: list[int]) -> list[int] | int | None:
-    """A pattern (1 = MoM, 0 = softmax attention) as a user of Megatron says it: every N-th layer where it is so."""
-    if all(pattern):
-        return None
-    every = pattern.index(0) + 1
-    regular = every > 1 and pattern == [int((layer + 1) % every != 0) for layer in range(len(pattern))]
-    return every if regular else pattern
+    args.mtp_num_layers = kinds.num_predictions or None
+    args.hybrid_layer_pattern = None
+    if kinds.hybrid:
+        args.hybrid_layer_pattern, args.num_layers = kinds.pattern(), 2 * kinds.num_layers
+    more = arguments_of_attention(config, kinds) | arguments_of_experts(config.moe_spec(), kinds)
+    return Namespace(**(vars(args) | more))
 
 
 def parse_config(content: dict, tensor_names: set[str]) -> MomConfig:
@@ -230,14 +175,17 @@ def from_older_format(content: dict) -> dict:
     return renamed | {"model_type": "mom"}
 
 
-def layout_of(config: MomConfig) -> Layout:
-    """The counts and sizes of a model that decide its tensors' names and shapes."""
-    specs = config.attention_specs()
-    head = config.hidden_size // specs[0].num_heads if specs else 0
-    groups = specs[0].num_kv_heads if specs else 1
-    settings = config.mixer_settings()
+def layout_of(config: MomConfig, kinds: LayerKinds | None = None) -> Layout:
+    """The counts and sizes of a model that decide its tensors' names and shapes.
+
+    Args:
+        kinds: the model's layers; a GPT model's where possible when None.
+    """
+    kinds = kinds or kinds_of_config(config)
+    settings, moe = config.mixer_settings(), config.moe_spec()
     dims = {
         "hidden": config.hidden_size,
+        "two_hidden": 2 * config.hidden_size,
         "vocabulary": config.vocab_size,
         "intermediate": config.mlp_size,
         "memories": config.num_memories,
@@ -246,21 +194,53 @@ def layout_of(config: MomConfig) -> Layout:
         "values": settings.value_width,
         "value": settings.value_dim,
         "width": config.conv_size,
-        "keys_values": groups * head,
         "one": 1,
-        **rule_dimensions(settings.update_rule, config.num_heads, config.head_dim),
+        **rule_dimensions(settings.update_rule, config.num_heads, config.head_dim, settings.value_dim),
     }
+    options, groups = set(), 1
+    for spec in config.attention_specs():
+        if spec.latent:
+            dims |= _latent_dimensions(spec)
+            options |= {"plain_query" if spec.q_lora_rank is None else "latent_query"}
+            options |= {"latent_norm"} if spec.qk_norm else set()
+            options |= {"query_latent_norm"} if spec.qk_norm and spec.q_lora_rank is not None else set()
+        else:
+            groups = spec.num_kv_heads
+            dims |= {
+                "head": spec.head_dim, "queries": spec.num_heads * spec.head_dim, "keys_values": groups * spec.head_dim,
+            }  # fmt: skip
+            options |= {name for name in ("qkv_bias", "qk_norm") if getattr(spec, name)}
+    if moe is not None:
+        shared = moe.shared_expert_intermediate_size
+        dims |= {"experts": moe.num_experts, "expert": moe.intermediate_size, "shared_expert": shared}
+        options |= {name for name in ("expert_bias", "shared_expert_gate") if getattr(moe, name)}
+        options |= {"shared_expert"} if shared is not None else set()
     return Layout(
         dims=dims,
-        num_layers=config.num_hidden_layers,
-        attention_layers=frozenset(layer for spec in specs for layer in spec.layers),
+        num_layers=kinds.num_layers,
+        mixers=kinds.mixers,
+        mlps=kinds.mlps,
         num_memories=config.num_memories,
         shared_memory=config.shared_mem,
         single_kv_proj=config.single_kv_proj,
         tied=config.tie_word_embeddings,
         num_query_groups=groups,
         memory_rule=settings.rule,
+        num_experts=0 if moe is None else moe.num_experts,
+        options=frozenset(options),
+        hybrid=kinds.hybrid,
     )
+
+
+def _latent_dimensions(spec: LatentSpec) -> dict[str, int]:
+    return {
+        "latent": spec.kv_lora_rank,
+        "query_latent": spec.q_lora_rank or 0,
+        "latent_and_rope": spec.kv_lora_rank + spec.qk_rope_head_dim,
+        "latent_queries": spec.num_heads * spec.key_dim,
+        "latent_keys_values": spec.num_heads * (spec.qk_nope_head_dim + spec.v_head_dim),
+        "latent_values": spec.num_heads * spec.v_head_dim,
+    }
 
 
 def vocabulary(args: Namespace, rows: int, tokenizer) -> int:

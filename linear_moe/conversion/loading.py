@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from linear_moe.conversion.config import OLDER_TYPE, layout_of, parse_config
 from linear_moe.conversion.digests import listed
 from linear_moe.conversion.files import ConversionError, read_json
+from linear_moe.conversion.layers import kinds_of_config
 from linear_moe.conversion.names import Entry, Layout, entries
 from linear_moe.conversion.weights import Weights, check_finite
 from mom_layers.hf import MomForCausalLM
@@ -22,8 +23,9 @@ UNUSED_WEIGHT = ".attn.D"
 """A parameter of OpenSparseLLMs' layers that computes nothing."""
 
 
-def read_model(folder: Path) -> tuple[MomConfig, Weights, list[Entry]]:
-    """A folder's configuration, its weights, and the table of the tensors that the configuration describes.
+def read_model(folder: Path, *, hybrid: bool = False) -> tuple[MomConfig, Weights, list[Entry]]:
+    """A folder's configuration, its weights, and the table of the tensors that the configuration describes: in Megatron
+    those of a GPT model where possible, and with ``hybrid`` those of a HybridModel.
 
     The sizes in the configuration are compared with the tensors' shapes here. No tensor is read, and none is made.
 
@@ -34,22 +36,29 @@ def read_model(folder: Path) -> tuple[MomConfig, Weights, list[Entry]]:
         parse_config(content, set())
     weights = Weights(folder)
     config = parse_config(content, weights.names())
-    check_counts(config, weights)
-    layout = layout_of(config)
+    check_counts(_counts(config), weights)
+    layout = layout_of(config, kinds_of_config(config, hybrid=hybrid))
     table = list(entries(layout))
     check_complete(weights, table, layout)
     return config, weights, table
 
 
-def check_counts(config: MomConfig, weights: Weights) -> None:
-    """Raises ConversionError for more layers or memories than there are tensors: the table of all names could fill the
-    computer's memory."""
+def _counts(config: MomConfig) -> dict[str, int]:
+    """How many parts of a kind, each with tensors of its own, a model has."""
     counts = {"num_hidden_layers": config.num_hidden_layers}
-    if not config.single_kv_proj:
+    if (moe := config.moe_spec()) is not None:
+        counts["num_experts"] = moe.num_experts * len(moe.layers)
+    if config.num_mom_layers and not config.single_kv_proj:
         counts["num_memories"] = config.num_memories
+    return counts
+
+
+def check_counts(counts: dict[str, object], weights: Weights) -> None:
+    """Raises ConversionError for more layers, memories or experts than there are tensors: the table of all names could
+    fill the computer's memory."""
     held = len(weights.names())
     for key, count in counts.items():
-        if count > held:
+        if isinstance(count, int) and count > held:
             raise ConversionError(f"config.json says {key} {count}, and the weights have only {held} tensors in all")
 
 

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from transformers.utils.logging import disable_progress_bar
 
+from linear_moe.conversion.attention_arguments import LATENT_KEYS, YARN_KEYS
 from linear_moe.conversion.checkpoint import MegatronCheckpoint
 from linear_moe.conversion.config import DTYPES, KEYS
+from linear_moe.conversion.expert_arguments import KEYS as EXPERT_KEYS
 from linear_moe.conversion.files import ConversionError, load_tokenizer, read_json, tokenizer_files
 from linear_moe.conversion.loading import load_model
 from linear_moe.conversion.megatron_model import gpt_model, load_weights
@@ -101,7 +103,7 @@ def megatron_logits(folder: Path, tokens: torch.Tensor, rounded_to: torch.dtype)
         model = _model(checkpoint)
         load_weights(model, folder)
         for name, parameter in model.named_parameters():
-            if not name.endswith(exact):
+            if not exact or not name.endswith(exact):
                 parameter.copy_(parameter.to(rounded_to))
         return model(tokens, positions, None)
 
@@ -133,21 +135,48 @@ def _megatron() -> Iterator[None]:
 
 
 def _model(checkpoint: MegatronCheckpoint):
-    from linear_moe.config import MomTransformerConfig
+    from linear_moe.config import MomMLATransformerConfig, MomTransformerConfig
 
     args = checkpoint.args
-    known = {field.name for field in fields(MomTransformerConfig)}
+    kind = MomMLATransformerConfig if getattr(args, "multi_latent_attention", False) else MomTransformerConfig
+    known = {field.name for field in fields(kind)}
     here = {name: value for name, value in CPU_ARGUMENTS.items() if name in known}
-    config = MomTransformerConfig(**_config_arguments(args), **here)
+    config = kind(**_config_arguments(args, known), **here)
     return gpt_model(args, config, checkpoint.rows("embedding.word_embeddings.weight")).eval()
 
 
-def _config_arguments(args: Namespace) -> dict:
-    """Everything in which models that can be exported differ; the rest is Megatron's default, or was refused."""
-    names = [name for _, name in KEYS if name != "max_position_embeddings"]
-    names += ["num_attention_heads", "num_query_groups", "kv_channels", "linear_attention_freq", "window_size"]
-    return {name: getattr(args, name) for name in names} | {
-        "token_mixer": "mom",
+SOFTMAX_ARGUMENTS = (
+    "num_attention_heads", "num_query_groups", "kv_channels", "linear_attention_freq", "window_size", "add_qkv_bias",
+    "qk_layernorm", "rope_type", "rotary_base", *(theirs for _, theirs in (*LATENT_KEYS, *YARN_KEYS)),
+)  # fmt: skip
+EXPERT_ARGUMENTS = (
+    "moe_layer_freq", "moe_router_pre_softmax", "moe_router_topk_scaling_factor", "moe_router_dtype",
+    *(theirs for _, theirs, _ in EXPERT_KEYS),
+)  # fmt: skip
+
+
+def _config_arguments(args: Namespace, known: set[str]) -> dict:
+    """Everything in which models that can be exported differ; the rest is Megatron's default, or was refused.
+
+    known: names of the configuration's fields.
+    """
+    names = {*(name for _, name in KEYS if name != "max_position_embeddings"), *SOFTMAX_ARGUMENTS}
+    experts = getattr(args, "num_experts", None)
+    names |= set(EXPERT_ARGUMENTS) if experts else set()
+    stored = {name: getattr(args, name) for name in names & known if getattr(args, name, None) is not None}
+    if not getattr(args, "group_query_attention", True):
+        stored.pop("num_query_groups", None)
+    mixer = getattr(args, "token_mixer", None) or "attention"
+    if mixer != "mom":
+        stored.pop("linear_attention_freq", None)
+    if getattr(args, "multi_latent_attention", False) and getattr(args, "q_lora_rank", None) is None:
+        stored["q_lora_rank"] = None
+    return stored | {
+        "token_mixer": mixer,
+        "num_moe_experts": experts,
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": False,
+        "is_hybrid_model": bool(getattr(args, "hybrid_layer_pattern", None)),
         "mom_kernels": "torch",
         "normalization": "RMSNorm",
         "gated_linear_unit": True,

@@ -8,6 +8,7 @@ import copy
 import difflib
 import io
 import logging
+import os
 from dataclasses import fields
 
 from linear_moe.config import (
@@ -16,6 +17,7 @@ from linear_moe.config import (
     MomTransformerConfig,
     check_expert_parallel,
     describe_memories,
+    expert_exchange,
     has_memories,
     refuse,
     splits_memories,
@@ -135,6 +137,8 @@ def check_model(args: argparse.Namespace) -> None:
         ((args.reset_attention_mask or args.reset_position_ids) and not packed,
          "--reset-attention-mask" if args.reset_attention_mask else "--reset-position-ids",
          "use --dataloader-inter-document-masking, which tells the memories where documents end"),
+        (pattern and args.mom_loss_chunk, f"--hybrid-layer-pattern and --mom-loss-chunk {args.mom_loss_chunk}",
+         "Megatron's hybrid models compute all logits at once: leave out --mom-loss-chunk"),
         *releases.running().refusals(args),
         (packed and graphs, "CUDA graphs of packed documents",
          "the number of documents changes from batch to batch: leave out one of the two"),
@@ -228,6 +232,21 @@ def compare_with_checkpoint(args: argparse.Namespace, saved: argparse.Namespace)
         )
 
 
+def check_peers(args: argparse.Namespace) -> None:
+    """Raises ValueError where --mom-expert-exchange peer-memory would read the memory of another machine's GPU."""
+    if expert_exchange(args) != "peer-memory" or args.expert_model_parallel_size == 1 or not splits_memories(args):
+        return
+    ranks = args.expert_model_parallel_size * args.tensor_model_parallel_size
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+    if here % ranks:
+        raise ValueError(
+            f"--mom-expert-exchange peer-memory reads the other GPUs of one machine, and {here} processes a machine do "
+            f"not hold whole expert-parallel groups: --expert-model-parallel-size {args.expert_model_parallel_size} x "
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} = {ranks} must divide {here}, or use "
+            "--mom-expert-exchange all-to-all"
+        )
+
+
 def place_memories(args: argparse.Namespace) -> None:
     """Logs where the memories are, in a run with expert parallelism. A model without experts whose memories are whole
     has nothing to split: the size becomes 1, and so the optimizer's checkpoint is that of any run without a split.
@@ -235,6 +254,7 @@ def place_memories(args: argparse.Namespace) -> None:
     Raises ValueError where --mom-expert-parallel on asks for a split that cannot be.
     """
     check_expert_parallel(args)
+    check_peers(args)
     line = describe_memories(args)
     if line is None:
         return

@@ -20,6 +20,7 @@ COUNTERPARTS = (
     ("exp_avg_dtype", ("fp16", "bf16", "fp8"), "fp32"),
     ("exp_avg_sq_dtype", ("fp16", "bf16", "fp8"), "fp32"),
     ("cuda_graph_impl", ("local", "transformer_engine", "full_iteration"), "none"),
+    ("mom_expert_exchange", ("peer-memory",), "all-gather"),
     ("ckpt_format", ("fsdp_dtensor",), "torch_dist"),
 )
 """(argument, values that need a GPU or Transformer Engine, the value on this machine)."""
@@ -41,6 +42,8 @@ WITHOUT_COUNTERPART = {
     "cpu_offloading_num_layers": "--cpu-offloading-num-layers",
     "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
     "use_megatron_fsdp": "--use-megatron-fsdp",
+    "fsdp_manual_registration": "--fsdp-manual-registration",
+    "init_model_with_meta_device": "--init-model-with-meta-device",
     "nccl_ub": "--use-nccl-ub",
     "nccl_communicator_config_path": "--nccl-communicator-config-path",
 }
@@ -60,6 +63,10 @@ def use_counterparts(args: argparse.Namespace) -> None:
     """
     if torch.cuda.is_available():
         return
+    recomputed = getattr(args, "recompute_modules", None) or []
+    if getattr(args, "moe_grouped_gemm", False) and "moe_act" in recomputed:
+        logger.info("no GPU: --recompute-modules moe_act is left out, which needs --moe-grouped-gemm")
+        args.recompute_modules = [name for name in recomputed if name != "moe_act"]
     for name, values, counterpart in COUNTERPARTS:
         given = getattr(args, name, None)
         if given in values:

@@ -276,14 +276,20 @@ def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor):
     return loss, tokens, {"lm loss": torch.stack((loss.detach(), tokens.float()))}
 
 
-def forward_step(data_iterator, model):
-    """One micro-batch through the model, as Megatron's schedules call it."""
+def forward_step(data_iterator, model, return_schedule_plan: bool = False):
+    """One micro-batch through the model, as Megatron's schedules call it.
+
+    Args:
+        return_schedule_plan: return the plan of the micro-batch in place of the losses. Megatron's schedule for
+            ``--overlap-moe-expert-parallel-comm`` sets it, and computes two plans side by side.
+    """
     args, timers = get_args(), get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     packed_seq_params = _packed_seq_params(batch, args.seq_length)
     timers("batch-generator").stop()
-    losses = model(
+    compute = model.build_schedule_plan if return_schedule_plan else model
+    losses = compute(
         batch["tokens"],
         batch["position_ids"],
         batch["attention_mask"],

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import threading
+import warnings
 from collections import deque
 from pathlib import Path
 
@@ -110,7 +111,11 @@ class QuietStreams:
     def __init__(self) -> None:
         self.log = Log()
         self._screens = sys.stdout, sys.stderr
-        self.is_quiet = not (is_verbose() or HELP & set(sys.argv))
+        helps = bool(HELP & set(sys.argv))
+        self.is_quiet = not (is_verbose() or helps)
+        if helps:  # no warning of a missing package stands above the help
+            warnings.simplefilter("ignore")
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         if self.is_quiet:
             sys.stdout, sys.stderr = (QuietStream(screen, self.log) for screen in self._screens)
             # PyTorch made its handler when it was imported, with the stream of that time.

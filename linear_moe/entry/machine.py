@@ -11,7 +11,7 @@ from importlib.metadata import version
 
 import torch
 
-from linear_moe.entry import run_checks
+from linear_moe.entry import chunked_loss, run_checks
 from linear_moe.entry.launch import use_loopback_store
 from megatron_patches import (
     bucket_types,
@@ -53,6 +53,7 @@ def training_patches() -> tuple[Patch, ...]:
         *checkpoints.patches(),
         first_checkpoint.PATCH,
         run_checks.PATCH,
+        chunked_loss.PATCH,
     )
 
 
@@ -100,8 +101,8 @@ def lone_process(backend: str) -> Iterator[None]:
         parallel_state.initialize_model_parallel()
         tensor_parallel.model_parallel_cuda_manual_seed(0)
         yield
-        parallel_state.destroy_model_parallel()
     finally:
+        parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
 

@@ -134,6 +134,8 @@ def _check_load(args) -> None:
 
 def _check_values(validate_args, args, *positional, **keywords):
     check_values(args)
+    if args.eval_interval is None and (args.eval_iters or 0) <= 0:
+        args.eval_interval = args.train_iters or 1  # Megatron divides by the interval where there is no validation, too
     return validate_args(args, *positional, **keywords)
 
 

@@ -25,13 +25,15 @@ from megatron.core.transformer.utils import (
     sharded_state_dict_default,
 )
 
-from linear_moe.config import MomTransformerConfig, splits_memories
+from linear_moe.config import MomTransformerConfig, expert_exchange, splits_memories
 from linear_moe.layer.checkpoint import split_for_checkpoint
 from linear_moe.layer.router import MemoryRouter
 from linear_moe.layer.sharded_parameters import store_shard, whole_parameters
+from linear_moe.parallel.choices import Choices
 from linear_moe.parallel.context import ContextSlice
 from linear_moe.parallel.document_order import DocumentOrder
 from linear_moe.parallel.expert import mix_memories_over_ranks
+from linear_moe.parallel.sequence_counts import most_sequences
 from linear_moe.parallel.sequence_order import SequenceOrder
 from megatron_patches.torch_fsdp2 import APART
 from mom_layers.mixing import MemoryParameters, mix_routed
@@ -235,22 +237,10 @@ class MomTokenMixer(MegatronModule):
         routed = self.memory_parameters(self.memory_proj)
         if self.splits_memories:
             y = mix_memories_over_ranks(
-                x.flatten(0, 1),
-                q,
-                output_gate,
-                weights.flatten(0, 1),
-                ids,
-                borders,
-                routed,
-                self._shared_parameters(),
-                num_memories=self.config.mom_num_memories,
-                group=self.ep_group,
-                ragged=packed_seq_params is not None,
-                time_major=batch > 1,
-                context_size=self.cp_group.size(),
-                sequence_slice=sequence_slice,
-                kernels=self.config.mom_kernels,
-            )
+                x.flatten(0, 1), q, output_gate, weights.flatten(0, 1),
+                self._choices(ids, borders, packed_seq_params, batch > 1), routed, self._shared_parameters(),
+                exchange=expert_exchange(self.config), sequence_slice=sequence_slice,
+            )  # fmt: skip
         else:
             y, _ = mix_routed(
                 x.flatten(0, 1), q, output_gate, weights.flatten(0, 1), ids, borders, routed,
@@ -267,6 +257,23 @@ class MomTokenMixer(MegatronModule):
         borders = packed_seq_params.cu_seqlens_q_padded
         borders = packed_seq_params.cu_seqlens_q if borders is None else borders
         return DocumentOrder(self.order.group, self.cp_group.size(), borders, hidden_states.shape[0])
+
+    def _choices(self, ids, borders, packed_seq_params, time_major: bool) -> Choices:
+        """The choices of this rank's tokens, for the exchange over the expert-parallel ranks."""
+        sequences, ragged = borders.shape[0] - 1, packed_seq_params is not None
+        return Choices(
+            ids,
+            borders,
+            num_memories=self.config.mom_num_memories,
+            group=self.ep_group,
+            most_sequences=most_sequences(packed_seq_params.cu_seqlens_q, sequences, self.ep_group)
+            if ragged
+            else sequences,
+            ragged=ragged,
+            time_major=time_major,
+            context_size=self.cp_group.size(),
+            kernels=self.config.mom_kernels,
+        )
 
     def _all_tokens(self, hidden_states, weights, ids):
         """Every token on every tensor-parallel rank; backward sums what the ranks' heads contribute."""

@@ -67,6 +67,8 @@ def run(words: Sequence[str], number: int, clone: Path, folder: Path, log: Path,
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
+    if "--use-torch-fsdp2" in words:  # Megatron refuses one connection there, and asks for one elsewhere
+        world["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
     outputs = [log.with_suffix(f".{rank}") for rank in range(number)]
     processes = []
     try:

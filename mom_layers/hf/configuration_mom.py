@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from transformers.configuration_utils import PretrainedConfig
 
-from mom_layers.hf.attention_config import AttentionSpec, parse_attention
+from mom_layers.hf.attention_config import AttentionSpec, LatentSpec, parse_attention
 from mom_layers.hf.fields import FIELDS, LARGEST, TRUTH, shown, whole
+from mom_layers.hf.moe_config import MoeSpec, parse_moe
 from mom_layers.settings import MixerSettings
 
 INTERMEDIATE_MULTIPLE = 256
@@ -44,6 +45,7 @@ class MomConfig(PretrainedConfig):
         for field in FIELDS:
             field.check(getattr(self, field.name))
         self.attention_specs()
+        self.moe_spec()
         if self.mlp_size > LARGEST:
             raise ValueError(
                 f"hidden_size * hidden_ratio must be at most {LARGEST}, got {self.hidden_size} * {self.hidden_ratio}"
@@ -53,9 +55,28 @@ class MomConfig(PretrainedConfig):
         """Sizes and choices of a MoM layer."""
         return MixerSettings(**{field.setting: getattr(self, field.name) for field in FIELDS if field.setting})
 
-    def attention_specs(self) -> list[AttentionSpec]:
+    def attention_specs(self) -> list[AttentionSpec | LatentSpec]:
         """The softmax attention that `attn` describes, one specification an entry; empty without softmax layers."""
-        return parse_attention(self.attn, self.hidden_size, self.num_hidden_layers)
+        return parse_attention(self.attn, self.hidden_size, self.num_all_layers)
+
+    def attention_of(self, layer: int) -> AttentionSpec | LatentSpec | None:
+        """The softmax attention of a layer; None for a MoM layer."""
+        return next((spec for spec in self.attention_specs() if layer in spec.layers), None)
+
+    def moe_spec(self) -> MoeSpec | None:
+        """The experts that `moe` describes; None in a model without experts."""
+        return parse_moe(self.moe, self.num_all_layers)
+
+    @property
+    def num_all_layers(self) -> int:
+        """The layers of the model, and those of multi-token prediction, which are numbered after them."""
+        return self.num_hidden_layers + self.num_nextn_predict_layers
+
+    @property
+    def num_mom_layers(self) -> int:
+        """The layers of the model whose token mixer is MoM."""
+        softmax = {layer for spec in self.attention_specs() for layer in spec.layers if layer < self.num_hidden_layers}
+        return self.num_hidden_layers - len(softmax)
 
     @property
     def mlp_size(self) -> int:

@@ -135,6 +135,10 @@ FIELDS = (
           setting="rule"),
     Field("attn", ANY, None, "None, or which layers are softmax attention instead: {\"layers\": [indices], "
           "\"num_heads\", \"num_kv_heads\", \"qkv_bias\", \"window_size\", \"rope_theta\"}, or a list of such entries"),
+    Field("moe", ANY, None, "None, or which layers have experts in the place of the MLP: {\"layers\": [indices], "
+          "\"num_experts\", \"num_experts_per_tok\", \"intermediate_size\", ...}, the keys of MoeSpec"),
+    Field("num_nextn_predict_layers", whole(0, 64), 0, "layers of multi-token prediction, which are kept and never "
+          "computed; attn and moe number them after the others"),
     Field("hidden_ratio", number(0, 1e6, above=True).or_none(), 4, "width of the MLP over D, times 3 / 2",
           exported=None),
     Field("intermediate_size", SIZE.or_none(), None, "width of the MLP; without it the multiple of 256 at or above D * "

@@ -6,10 +6,11 @@ Shape legend: sequences B, tokens T, hidden size D, routed memories M, routed me
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn as nn
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
     MoeModelOutputWithPast,
@@ -18,9 +19,11 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from mom_layers.hf.attention_and_mlp import Attention, GatedMLP, RMSNorm
+from mom_layers.hf.attention_and_mlp import RMSNorm
+from mom_layers.hf.blocks import MomBlock, PredictionLayer
 from mom_layers.hf.cache import CACHE_NAME, MomCache, one_cache
 from mom_layers.hf.configuration_mom import MomConfig
+from mom_layers.hf.experts import ExpertRouter
 from mom_layers.hf.mixer import MomAttention
 from mom_layers.hf.projections import MemoryLinear, MemoryProjections, ShortConvolution
 from mom_layers.hf.sequence import TokenSequence, described_documents
@@ -28,26 +31,11 @@ from mom_layers.recur.rules import get_rule
 from mom_layers.route.router import load_balancing_loss
 
 
-class MomBlock(GradientCheckpointingLayer):
-    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``; the mixer is a MoM layer or softmax attention."""
+@dataclass
+class MomModelOutput(MoeModelOutputWithPast):
+    """The output of :class:`MomModel`; ``expert_logits`` are those of the experts' routers, [B * T, E] a layer."""
 
-    def __init__(self, config: MomConfig, layer_idx: int):
-        super().__init__()
-        specs = [spec for spec in config.attention_specs() if layer_idx in spec.layers]
-        self.layer_idx = layer_idx
-        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attn = Attention(config.hidden_size, specs[0]) if specs else MomAttention(config)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = GatedMLP(config.hidden_size, config.mlp_size)
-
-    def forward(
-        self, hidden_states: torch.Tensor, sequence: TokenSequence, cache: MomCache | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states [B, T, D]. Returns the layer's hidden states, and a MoM layer's router logits [B * T, M]."""
-        past = None if cache is None else cache.layers[self.layer_idx]
-        mixed, router_logits = self.attn(self.attn_norm(hidden_states), sequence, past)
-        hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states)), router_logits
+    expert_logits: tuple[torch.Tensor, ...] | None = None
 
 
 class MomPreTrainedModel(PreTrainedModel):
@@ -65,8 +53,11 @@ class MomPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         # transformers 4 refuses names of parameters that the model does not have: those of other rules.
         attention = {layer for spec in config.attention_specs() for layer in spec.layers}
-        if len(attention) < config.num_hidden_layers:
-            self._keep_in_fp32_modules_strict = sorted(get_rule(config.mom_backend).parameter_names)
+        exact = set(get_rule(config.mom_backend).parameter_names) if len(attention) < config.num_all_layers else set()
+        moe = config.moe_spec()
+        exact |= {"e_score_correction_bias"} if moe is not None and moe.expert_bias else set()
+        if exact:
+            self._keep_in_fp32_modules_strict = sorted(exact)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         """The memories have one implementation, and the softmax layers PyTorch's. Raises ValueError for a request of
@@ -84,7 +75,7 @@ class MomPreTrainedModel(PreTrainedModel):
         """Normal projections and embeddings, uniform convolutions, and the memory rule's own parameters."""
         if isinstance(module, MemoryProjections):
             return  # the linear maps of the memories are modules of their own
-        if isinstance(module, (nn.Linear, MemoryLinear, nn.Embedding)):
+        if isinstance(module, (nn.Linear, MemoryLinear, nn.Embedding, ExpertRouter)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
@@ -104,6 +95,9 @@ class MomModel(MomPreTrainedModel):
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([MomBlock(config, index) for index in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        if config.num_nextn_predict_layers:
+            further = range(config.num_hidden_layers, config.num_all_layers)
+            self.mtp = nn.ModuleList([PredictionLayer(config, index) for index in further])
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -128,7 +122,7 @@ class MomModel(MomPreTrainedModel):
         cu_seqlens: torch.Tensor | None = None,
         cache: MomCache | None = None,
         **kwargs,
-    ) -> MoeModelOutputWithPast:
+    ) -> MomModelOutput:
         """
         Args:
             input_ids: [B, T], or ``inputs_embeds`` [B, T, D] instead.
@@ -138,7 +132,8 @@ class MomModel(MomPreTrainedModel):
                 the cache in place. Also taken as ``cache``, the argument's name from transformers 5.24 on.
             use_cache: return a cache. When absent, the configuration decides in evaluation; training returns none.
             output_hidden_states: return the hidden states between the layers.
-            output_router_logits: return the router's logits of every MoM layer; when absent, while training only.
+            output_router_logits: return the router's logits of every MoM layer, and those of the experts' routers; when
+                absent, while training only.
             cu_seqlens: [documents + 1], borders of documents packed into the rows: nothing crosses a border. Also taken
                 under transformers' name, ``cu_seq_lens_q``. ``seq_idx`` [B, T], the number of every token's document,
                 and ``position_ids`` that restart describe borders as well. Packed rows leave no cache.
@@ -171,18 +166,21 @@ class MomModel(MomPreTrainedModel):
         if use_cache and cache is None and not sequence.packed:
             cache = MomCache(self.config)
         hidden_states = inputs_embeds
-        all_hidden_states, all_router_logits = [], []
+        all_hidden_states, all_router_logits, all_expert_logits = [], [], []
         for layer in self.layers:
             all_hidden_states.append(hidden_states)
-            hidden_states, router_logits = layer(hidden_states, sequence=sequence, cache=cache)
+            hidden_states, router_logits, expert_logits = layer(hidden_states, sequence=sequence, cache=cache)
             if router_logits is not None:
                 all_router_logits.append(router_logits)
+            if expert_logits is not None:
+                all_expert_logits.append(expert_logits)
         hidden_states = self.norm(hidden_states)
         all_hidden_states.append(hidden_states)
-        return MoeModelOutputWithPast(
+        return MomModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             router_logits=tuple(all_router_logits) if output_router_logits else None,
+            expert_logits=tuple(all_expert_logits) if output_router_logits else None,
             **{CACHE_NAME: cache},
         )
 
@@ -210,6 +208,15 @@ class MomForCausalLM(MomPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
+        """The arguments of the next forward pass of ``generate()``, as transformers makes them."""
+        positions, columns = kwargs.get("position_ids"), kwargs.get("cache_position")
+        if positions is not None and columns is not None and positions.data_ptr() == columns.data_ptr():
+            # With prefill_chunk_size, transformers 4.57 takes a token's column for its position, on the left of which
+            # there may be padding. Without positions, they are counted from the mask.
+            kwargs["position_ids"] = None
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -236,7 +243,7 @@ class MomForCausalLM(MomPreTrainedModel, GenerationMixin):
 
         The other arguments are :meth:`MomModel.forward`'s. With ``output_router_logits`` (by default while training)
         the output has an ``aux_loss``, which is k when the memories are balanced, and ``loss`` contains
-        ``aux_loss_scale`` times ``aux_loss``.
+        ``aux_loss_scale`` times ``aux_loss``, and the balancing loss of the experts with the weight in ``moe``.
 
         Raises:
             ValueError: arguments that exclude each other, or shapes that do not fit.
@@ -265,12 +272,16 @@ class MomForCausalLM(MomPreTrainedModel, GenerationMixin):
         loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        mask = None if attention_mask is None else attention_mask[:, -outputs.last_hidden_state.shape[1] :]
         if outputs.router_logits:
-            mask = None if attention_mask is None else attention_mask[:, -outputs.last_hidden_state.shape[1] :]
             aux_loss = self._balancing_loss(outputs.router_logits, mask)
             if loss is not None:
                 share = share_of_batch(labels, kwargs)
                 loss = loss + share * self.config.aux_loss_scale * aux_loss.to(loss.device)
+        moe = self.config.moe_spec() if outputs.expert_logits and loss is not None else None
+        if moe is not None and moe.aux_loss_scale:
+            balancing = self._expert_balancing_loss(outputs.expert_logits, mask).to(loss.device)
+            loss = loss + share_of_batch(labels, kwargs) * moe.aux_loss_scale * balancing
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -279,6 +290,17 @@ class MomForCausalLM(MomPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
+
+    def _expert_balancing_loss(
+        self, expert_logits: tuple[torch.Tensor, ...], mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The sum over the layers with experts of a loss that is 1 when a layer's experts are balanced."""
+        routers = [layer.mlp.gate for layer in self.model.layers if hasattr(layer.mlp, "experts")]
+        losses = []
+        for router, logits in zip(routers, expert_logits, strict=True):
+            kept = logits if mask is None else logits[mask.flatten().bool().to(logits.device)]
+            losses.append(router.balancing_loss(kept))
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
 
     def _balancing_loss(self, router_logits: tuple[torch.Tensor, ...], mask: torch.Tensor | None) -> torch.Tensor:
         """Switch Transformer's loss with all k choices of a token counted: its value is k, not 1, when balanced.

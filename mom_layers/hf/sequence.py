@@ -7,6 +7,7 @@ import copy
 import torch
 
 from mom_layers.common.checks import check_borders, checks_values
+from mom_layers.hf.rotary import RopeScaling, frequencies
 
 UNKNOWN_DOCUMENTS = (
     "segment_ids", "document_ids", "sequence_ids", "doc_ids", "cu_seqlens_q", "cu_seqlens_k", "seqlens",
@@ -149,7 +150,7 @@ class TokenSequence:
         self.cu_seqlens = borders.to(device)
         self._position_ids = position_ids
         self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
-        self._rotations: dict[tuple[float, int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._rotations: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> TokenSequence:
         """The same on another device, for models whose layers lie on several devices (accelerate calls this)."""
@@ -175,13 +176,16 @@ class TokenSequence:
             return (self.key_mask.long().cumsum(1) - 1).clamp(min=0)[:, self.past :]
         return torch.arange(self.past, self.past + self.length, device=self.device)[None]
 
-    def rotation(self, theta: float, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotation(
+        self, theta: float, width: int, dtype: torch.dtype, scaling: RopeScaling | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [B or 1, 1, T, width / 2] of the rotary embedding (arXiv 2104.09864)."""
-        key = (theta, width, dtype)
+        key = (theta, width, dtype, scaling)
         if key not in self._rotations:
-            exponents = torch.arange(0, width, 2, device=self.device, dtype=dtype) / width
-            angles = self.positions()[:, None, :, None].to(dtype) * theta**-exponents
-            self._rotations[key] = angles.cos(), angles.sin()
+            turns = frequencies(theta, width, scaling, self.device, dtype)
+            angles = self.positions()[:, None, :, None].to(dtype) * turns
+            factor = 1.0 if scaling is None else scaling.rotation_factor
+            self._rotations[key] = angles.cos() * factor, angles.sin() * factor
         return self._rotations[key]
 
     def attention_mask(self, num_keys: int, window: int | None) -> torch.Tensor | None:

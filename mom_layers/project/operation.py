@@ -13,7 +13,8 @@ from mom_layers.common.checks import FLOATING, check_instance, check_tensors
 from mom_layers.common.kernel_choice import resolve_kernels
 from mom_layers.common.supported import FLOAT_TYPES
 from mom_layers.route.plan import RoutingPlan
-from mom_layers.route.rows import gather_rows, sum_rows
+from mom_layers.route.rows import gather_rows, select_rows, sum_rows_of_plan
+from mom_layers.route.spare_rows import zero_spare_rows_
 
 ALIGNMENT = 8  # numbers of 16 bits: PyTorch's grouped product takes matrices whose rows are multiples of 16 bytes
 
@@ -61,9 +62,10 @@ class _GroupedProduct(torch.autograd.Function):
         weight = F.pad(weight, (0, 0, 0, -ctx.columns % ALIGNMENT)) if ctx.columns % ALIGNMENT else weight
         ctx.save_for_backward(x, weight)
         ctx.plan, ctx.kernels = plan, kernels
-        rows = x.index_select(0, plan.token_of_row)
-        # memory_offsets stays on the device: the host waits for nothing.
-        return F.grouped_mm(rows, weight.transpose(1, 2), offs=plan.memory_offsets)
+        rows = select_rows(x, plan)
+        # memory_offsets stays on the device: the host waits for nothing. The product leaves spare rows unwritten.
+        out = F.grouped_mm(rows, weight.transpose(1, 2), offs=plan.memory_offsets)
+        return zero_spare_rows_(out, plan, kernels=kernels)
 
     @staticmethod
     @once_differentiable
@@ -72,13 +74,13 @@ class _GroupedProduct(torch.autograd.Function):
         dx = dweight = None
         # dweight[m] = sum over the rows r of memory m of dy[r] x[token of r]^T
         if ctx.needs_input_grad[1]:
-            rows = x.index_select(0, plan.token_of_row)
+            rows = select_rows(x, plan)
             dweight = F.grouped_mm(dy.t(), rows, offs=plan.memory_offsets)[:, : ctx.columns]
             del rows
         # dx[t] = sum over the rows r of token t of weight[memory of r]^T dy[r]
         if ctx.needs_input_grad[0]:
             drows = F.grouped_mm(dy, weight, offs=plan.memory_offsets)
-            dx = sum_rows(drows, plan.row_of_choice, ctx.kernels)
+            dx = sum_rows_of_plan(drows, plan, ctx.kernels)
         return dx, dweight, None, None
 
 
@@ -89,7 +91,7 @@ class _TritonProjection(torch.autograd.Function):
 
         ctx.save_for_backward(x, weight)
         ctx.plan = plan
-        return project(x, weight, plan, plan.token_of_row)
+        return zero_spare_rows_(project(x, weight, plan, plan.token_of_row), plan, kernels="triton")
 
     @staticmethod
     @once_differentiable
@@ -103,7 +105,7 @@ class _TritonProjection(torch.autograd.Function):
         dx = dweight = None
         if ctx.needs_input_grad[0]:
             drows = project(dy, weight.transpose(1, 2), plan, None)
-            dx = sum_rows(drows, plan.row_of_choice, "triton")
+            dx = sum_rows_of_plan(drows, plan, "triton")
         if ctx.needs_input_grad[1]:
             dweight = weight_gradient(dy, x, weight, plan)
         return dx, dweight, None
@@ -113,7 +115,10 @@ def _projection_torch(x, weight, plan):
     rows = gather_rows(x, plan, kernels="torch")
     ends = plan.memory_offsets.tolist()  # the host reads the sizes: this path is for the CPU and for comparison
     sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    return torch.cat([F.linear(part, w) for part, w in zip(rows.split(sizes), weight, strict=True)])
+    spare = rows.shape[0] - sum(sizes)
+    *parts, _ = rows.split([*sizes, spare])
+    out = torch.cat([F.linear(part, w) for part, w in zip(parts, weight, strict=True)])
+    return F.pad(out, (0, 0, 0, spare)) if spare else out
 
 
 def grouped_projection(
@@ -135,8 +140,9 @@ def grouped_projection(
             rows of every memory on the host.
 
     Returns:
-        rows [R, O] in x's type. PyTorch's grouped product appends columns of zeros where O is no multiple of 8. Sums
-        are in float32 (float64 for float64 inputs); Triton multiplies float32 inputs in full precision.
+        rows [R, O] in x's type, zeros in spare rows. PyTorch's grouped product appends columns of zeros where O is no
+        multiple of 8. Sums are in float32 (float64 for float64 inputs); Triton multiplies float32 inputs in full
+        precision.
 
     Raises:
         ValueError: shapes, types or strides that do not fit.

@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mom_layers.common.chips import chip_of
+
 
 class Tile(NamedTuple):
     BM: int
@@ -36,6 +38,7 @@ TILES = {
     torch.float32: Tile(BM=64, BN=64, BK=16, num_warps=8, num_stages=2),
 }
 INDEX_STAGES = 2  # more stages for the weight's gradient, whose token numbers are loaded ahead too; not tuned
+INDEX_STAGES_FIT = 97 * 1024  # bytes of shared memory that the gradient takes with these stages; without them 64 KiB do
 ROW_TILES_TOGETHER = 8  # row tiles that run over all columns before the next row tiles, so that L2 holds both operands
 
 
@@ -162,6 +165,8 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, pla
     """dy [R, O] and x [N, D] with adjacent columns. Returns the weight's gradient [A, O, D] in the weight's type."""
     all_memories, outputs, inputs = weight.shape
     tile = TILES[x.dtype]
+    if chip_of(x.device).shared_memory >= INDEX_STAGES_FIT:
+        tile = tile._replace(num_stages=tile.num_stages + INDEX_STAGES)
     dweight = torch.empty(all_memories, outputs, inputs, dtype=weight.dtype, device=weight.device)
     _weight_gradient_kernel[(triton.cdiv(outputs, tile.BM) * triton.cdiv(inputs, tile.BN), all_memories)](
         dy=dy,
@@ -173,6 +178,6 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, pla
         stride_x=x.stride(0),
         OUT=outputs,
         D=inputs,
-        **tile._replace(num_stages=tile.num_stages + INDEX_STAGES)._asdict(),
+        **tile._asdict(),
     )
     return dweight

@@ -48,14 +48,16 @@ def check_for_triton(
     gates: dict[str, torch.Tensor],
     cu_seqlens: torch.Tensor,
     initial_state: torch.Tensor | None,
+    sizes: tuple[int, ...] = HEAD_SIZES,
 ) -> None:
     """Raises ValueError where the Triton kernels do not take the inputs' head sizes, types or devices.
 
-    Call :func:`check_shapes` first. ``gates``: by name, as the message should show them.
+    Call :func:`check_shapes` first. ``gates``: by name, as the message should show them. ``sizes``: K and V that the
+    family's kernels take.
     """
     for name, size in (("K", q.shape[2]), ("V", v.shape[2])):
-        if size not in HEAD_SIZES:
-            raise ValueError(f"head size {name} = {size} is not supported: choose one of {HEAD_SIZES}")
+        if size not in sizes:
+            raise ValueError(f"head size {name} = {size} is not supported: choose one of {sizes}")
     if q.dtype not in FLOAT_TYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"q, k and v must share one type of {FLOAT_TYPES}, got {q.dtype}, {k.dtype} and {v.dtype}")
     for name, gate in gates.items():

@@ -75,3 +75,16 @@ class ChunkRows:
         where = torch.empty(self.num_rows + 1, dtype=torch.long, device=o.device)
         where[self.place.flatten()] = torch.arange(self.place.numel(), device=o.device)
         return o.index_select(0, where[: self.num_rows]), torch.cat([state, *reversed(finished)])[order.argsort()]
+
+
+def sums_until(g: torch.Tensor) -> torch.Tensor:
+    """g [..., C, K] to the sum over the rows up to each row, that row included."""
+    return g.cumsum(-2)
+
+
+def sums_after(g: torch.Tensor) -> torch.Tensor:
+    """g [..., C, K] to the sum over the rows after each row.
+
+    Summed from the end. The total minus the sum up to the row would lose a small sum beside a large total.
+    """
+    return F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)

@@ -72,3 +72,17 @@ def tile_of_chunk(chunk_segment, H: tl.constexpr, TILES: tl.constexpr):
     The segment is the number of segments where the slot is past the last chunk: the program must return.
     """
     return span_of_program(chunk_segment, H, TILES)
+
+
+@triton.jit
+def part_of_program(part_segment, H: tl.constexpr, TILES: tl.constexpr):
+    """Tile, head, part slot and the part's segment, of a program along a part of a segment.
+
+    The last segments start first, as in `segment_of_program`. The segment is the number of segments where the slot is
+    past the last part: the program must return.
+    """
+    i_tile = tl.program_id(0) % TILES
+    i_h = tl.program_id(0) // TILES % H
+    i_part = (tl.num_programs(0) - 1 - tl.program_id(0)) // TILES // H
+    i_s = tl.load(part_segment + i_part)
+    return i_tile, i_h, i_part, i_s

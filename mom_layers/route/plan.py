@@ -8,7 +8,7 @@ S segments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -32,10 +32,14 @@ class RoutingPlan:
 
     With a token mask the last segment holds the rows of the masked tokens. Every operation computes these rows as it
     does all others, so that no row is left unwritten, and the segment's state is dropped.
+
+    A plan whose number of rows is known on the device alone has more rows than it uses (``has_spare_rows``): the spare
+    rows come last, in a segment of their own, and belong to no memory. No operation that sums over rows counts spare
+    rows, and a choice whose row is on another rank has row -1.
     """
 
     token_of_row: torch.Tensor  # [R] int32
-    row_of_choice: torch.Tensor  # [N, k + 1] int32, rows of a token's choices
+    row_of_choice: torch.Tensor  # [N, k + 1] int32, rows of a token's choices; -1 for a row that is not here
     segment_of_row: torch.Tensor  # [R] int32
     position_of_row: torch.Tensor  # [R] int32, a row's index inside its segment
     cu_seqlens: torch.Tensor  # [S + 1] int32, the first row of every segment, then R
@@ -43,6 +47,8 @@ class RoutingPlan:
     num_sequences: int  # B
     num_all_memories: int  # A
     has_masked_segment: bool
+    has_spare_rows: bool = False
+    rows_are_tokens: bool = False  # row r is token r, so that nothing needs to be gathered
 
     @property
     def num_rows(self) -> int:
@@ -51,8 +57,17 @@ class RoutingPlan:
 
     @property
     def num_segments(self) -> int:
-        """S = A B, and one more with a token mask."""
+        """S = A B, and one more with a token mask or spare rows."""
         return self.cu_seqlens.shape[0] - 1
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors of the plan."""
+        return [value for field in fields(self) if isinstance(value := getattr(self, field.name), torch.Tensor)]
+
+    @property
+    def num_rows_in_use(self) -> torch.Tensor:
+        """[1] int32 on the device: the rows before the spare rows."""
+        return self.memory_offsets[-1:]
 
     def time_major(self) -> RoutingPlan:
         """The same rows for tokens that are stored time first, so that a layer reads [T, B, D] without transposing it.
@@ -69,9 +84,9 @@ class RoutingPlan:
         )
 
     def to_segments(self, state: torch.Tensor) -> torch.Tensor:
-        """State [B, A, ...] of sequences to [S, ...] of segments; zeros for the masked tokens' segment."""
+        """State [B, A, ...] of sequences to [S, ...] of segments; zeros for masked tokens and spare rows."""
         segments = state.transpose(0, 1).flatten(0, 1)
-        if self.has_masked_segment:
+        if self.num_segments > segments.shape[0]:
             # Masked tokens start from an empty state, which from_segments drops again.
             segments = torch.cat([segments, segments.new_zeros(1, *segments.shape[1:])])
         return segments

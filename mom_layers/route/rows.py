@@ -16,7 +16,7 @@ def sum_rows(rows: torch.Tensor, row_of_choice: torch.Tensor, kernels: str) -> t
 
     Args:
         rows: [R, C].
-        row_of_choice: [N, k + 1] int32, every token's rows.
+        row_of_choice: [N, k + 1] int32, every token's rows; -1 where a choice has no row.
         kernels: "torch" or "triton". PyTorch adds up float64 rows whatever ``kernels`` says.
 
     Returns:
@@ -26,8 +26,20 @@ def sum_rows(rows: torch.Tensor, row_of_choice: torch.Tensor, kernels: str) -> t
         from mom_layers.route.rows_triton import sum_rows_triton
 
         return sum_rows_triton(rows.contiguous(), row_of_choice)
-    # A gather and a sum: the number of a token's rows is the same for all tokens.
-    return rows.index_select(0, row_of_choice.flatten()).unflatten(0, row_of_choice.shape).sum(1)
+    # A gather and a sum: the number of a token's choices is the same for all tokens.
+    present = row_of_choice >= 0
+    chosen = rows.index_select(0, row_of_choice.clamp(min=0).flatten()).unflatten(0, row_of_choice.shape)
+    return torch.where(present[..., None], chosen, 0).sum(1)
+
+
+def select_rows(x: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+    """x [N, C] of tokens to rows [R, C], without a gradient; x itself where rows are tokens."""
+    return x if plan.rows_are_tokens else x.index_select(0, plan.token_of_row)
+
+
+def sum_rows_of_plan(rows: torch.Tensor, plan: RoutingPlan, kernels: str) -> torch.Tensor:
+    """The gradient of :func:`select_rows`; ``rows`` itself where rows are tokens."""
+    return rows if plan.rows_are_tokens else sum_rows(rows, plan.row_of_choice, kernels)
 
 
 class _GatherRows(torch.autograd.Function):

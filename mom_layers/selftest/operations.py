@@ -18,8 +18,10 @@ from mom_layers.convolve.qkv import convolve_qkv
 from mom_layers.convolve.reference import segment_convolution_reference
 from mom_layers.project.operation import grouped_projection
 from mom_layers.route.plan import RoutingPlan, build_routing_plan
+from mom_layers.route.plan_part import plan_of_memories
 from mom_layers.route.router import route
 from mom_layers.route.rows import gather_rows
+from mom_layers.route.spare_rows import zero_spare_gradients, zero_spare_rows_
 from mom_layers.selftest.cases import Case, Setting, Task, Work
 
 WIDTH = 4
@@ -192,6 +194,29 @@ def gathering(setting: Setting, tokens: Tokens, channels: int, timed: Tokens | N
     yield Task(
         "gather rows", f"{tokens}, {channels} channels, {type_name(setting.dtype)}", (lambda: case(tokens),),
         setting.dtype, work=(lambda: work_of(case(timed))) if timed else None,
+    )  # fmt: skip
+
+
+def spare(setting: Setting, tokens: Tokens, channels: int) -> Iterator[Task]:
+    """Zeros in the spare rows of two memories' part of a plan, and in these rows' gradients."""
+
+    def case():
+        part, row_here = plan_of_memories(tokens.plan(setting), 0, 2)
+        used = (row_here >= 0)[:, None]
+
+        def run(leaves):
+            (rows,) = zero_spare_gradients((leaves["rows"],), part, kernels="triton")
+            return {"rows": rows, "zeroed": zero_spare_rows_(rows.detach().clone(), part, kernels="triton")}
+
+        def reference(leaves):
+            rows = leaves["rows"]
+            kept = torch.where(used, rows, rows.detach())  # spare rows receive no gradient
+            return {"rows": kept, "zeroed": torch.where(used, rows.detach(), 0)}
+
+        return Case({"rows": setting.draw(part.num_rows, channels, seed=1)}, run, reference)
+
+    yield Task(
+        "spare rows", f"{tokens}, {channels} channels, {type_name(setting.dtype)}", (case,), setting.dtype
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def _leaves(rule: MemoryRule, setting: Setting, rows: int, heads: int, k_dim: in
         "v": setting.draw(rows, heads, v_dim, seed=3, dtype=dtype),
     }
     for number, gate in enumerate(rule.raw_gates):
-        leaves[gate.name] = setting.draw(rows, heads * gate.columns, seed=4 + number, dtype=dtype)
+        leaves[gate.name] = setting.draw(rows, heads * gate.width(k_dim, v_dim), seed=4 + number, dtype=dtype)
     return leaves
 
 

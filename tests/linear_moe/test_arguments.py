@@ -283,3 +283,12 @@ def test_a_command_for_gpus_gets_its_counterparts_on_a_machine_without(gpu, mixe
         "no GPU: --moe-grouped-gemm is left out",
     ]
     assert (args.spec is None) == (len(caplog.messages) == 6) == (mixer == "mom")
+
+
+def test_what_needs_an_option_that_is_left_out_is_left_out_too(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    parser = add_mom_arguments(add_megatron_arguments(argparse.ArgumentParser()))
+    words = "--moe-grouped-gemm --recompute-modules moe_act mlp --use-megatron-fsdp --fsdp-manual-registration"
+    args = parser.parse_args([*words.split(), "--token-mixer", "mom"])
+    use_counterparts(args)
+    assert args.recompute_modules == ["mlp"] and not args.fsdp_manual_registration

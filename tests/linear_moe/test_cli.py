@@ -12,7 +12,7 @@ from linear_moe import __version__, cli
 # The experiments' own commands may take longer.
 QUICK_HELP = [
     "demo", "pretrain", "preprocess", "convert-to-hf", "convert-from-hf", "generate", "perplexity", "plot", "recall",
-    "demo-corpus",
+    "demo-corpus", "evaluate",
 ]  # fmt: skip
 TOOLS = Path(__file__).parents[2] / "tools"
 

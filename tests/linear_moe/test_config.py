@@ -48,6 +48,10 @@ SPLIT = {"expert_model_parallel_size": 2, "mom_expert_parallel": "on"}
         ({"mom_num_heads": 3, "tensor_model_parallel_size": 2}, "--mom-num-heads 3 does not divide over"),
         ({"mom_aux_loss_coeff": -1.0}, "--mom-aux-loss-coeff must be a number that is not negative, got -1.0"),
         ({"mom_expert_parallel": "yes"}, "--mom-expert-parallel must be one of auto, on, off, got 'yes'"),
+        (
+            {"mom_expert_exchange": "mail"},
+            "--mom-expert-exchange must be one of auto, all-to-all, all-gather, peer-memory, got 'mail'",
+        ),
         ({"mom_kernels": "cuda"}, "--mom-kernels must be one of auto, torch, triton, got 'cuda'"),
         ({"linear_attention_freq": 1}, "--linear-attention-freq 1 leaves no MoM layer"),
         ({"linear_attention_freq": 0}, "--linear-attention-freq 0 leaves no MoM layer"),
@@ -90,7 +94,10 @@ EXPERTS = {"num_moe_experts": 8, "expert_model_parallel_size": 8, "moe_ffn_hidde
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"mom_num_memories": 16}, "memories: 2 of 16 on each of 8 expert-parallel ranks"),
+        (
+            {"mom_num_memories": 16},
+            "memories: 2 of 16 on each of 8 expert-parallel ranks, which exchange tokens by all-to-all",
+        ),
         (
             {},
             "memories: all 4 on each of 8 expert-parallel ranks, because --mom-num-memories 4 does not divide over "
@@ -114,7 +121,16 @@ EXPERTS = {"num_moe_experts": 8, "expert_model_parallel_size": 8, "moe_ffn_hidde
         (
             {"expert_model_parallel_size": 2, "cuda_graph_impl": "full_iteration"},
             "memories: all 4 on each of 2 expert-parallel ranks, because --cuda-graph-impl full_iteration lets no "
-            "layer wait for the host, which reads how many rows the ranks exchange",
+            "layer wait for the host, which reads how many rows the ranks exchange (--mom-expert-exchange all-gather "
+            "and peer-memory read nothing)",
+        ),
+        (
+            {
+                "expert_model_parallel_size": 2,
+                "cuda_graph_impl": "full_iteration",
+                "mom_expert_exchange": "peer-memory",
+            },
+            "memories: 2 of 4 on each of 2 expert-parallel ranks, which exchange tokens by peer-memory",
         ),
         (
             {"mom_num_memories": 16, "mom_expert_parallel": "off"},

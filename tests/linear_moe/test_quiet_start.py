@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+import subprocess
 import sys
 
 from pretraining_runs import MOM, TINY, pretrain
@@ -36,6 +37,24 @@ def test_a_run_starts_with_a_banner(tmp_path):
     for text in ("end of arguments", "patch console applied", "UserWarning", "step  2/2"):
         assert text in kept
     assert "UserWarning" not in run.stdout and "DEPRECATED" not in run.stdout
+
+
+def test_nothing_of_megatron_is_imported_before_the_screen_is_quiet():
+    """Megatron warns, while it is imported, of every package that is missing."""
+    program = "import sys, linear_moe.pretrain; print([name for name in sys.modules if name.startswith('megatron.')])"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0 and run.stdout.strip() == "[]", run.stdout + run.stderr
+
+
+def test_a_run_without_validation_needs_no_interval():
+    """As in the first example of `linear-moe pretrain --help`."""
+    words = list(TINY)
+    first = words.index("--eval-iters")
+    assert words[first : first + 4] == ["--eval-iters", "1", "--eval-interval", "100"]
+    words[first : first + 4] = ["--eval-iters", "0"]
+    run = pretrain(*words, *MOM, "--mock-data", "--train-iters", 1)
+    assert run.returncode == 0 and STEP.search(run.stdout), run.stdout[-3000:]
+    assert "validation" not in run.stdout
 
 
 def test_verbose_brings_everything_to_the_screen():

@@ -15,7 +15,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megatron_patches import trusted_checkpoints
 from megatron_patches.trusted_checkpoints import UnsafeCheckpoint, load_entry, load_metadata, trusting
@@ -188,8 +189,19 @@ def test_metadata_cannot_change_classes():
     ids=["empty", "cut", "None", "persistent", "extension", "text"],
 )  # fmt: skip
 def test_damaged_metadata(data):
-    with pytest.raises(pickle.UnpicklingError, match="is damaged: "):
+    with pytest.raises(pickle.UnpicklingError, match="is damaged, or of a newer PyTorch: "):
         load_metadata(io.BytesIO(data))
+
+
+def test_plans_in_the_metadata():
+    """Megatron adds to the metadata what each process saves, which newer releases of PyTorch write."""
+    place, sizes = MetadataIndex("x", torch.Size([0])), torch.Size([4])
+    data = TensorWriteData(ChunkStorageMetadata(torch.Size([0]), sizes), TensorProperties(), sizes)
+    metadata = Metadata({}, storage_data={place: _StorageInfo("__0_0.distcp", 0, 1)})
+    metadata.all_local_plans = [
+        SavePlan([WriteItem(place, WriteItemType.SHARD, tensor_data=data), WriteItem(place, WriteItemType.BYTE_IO)])
+    ]
+    assert vars(load_metadata(io.BytesIO(pickle.dumps(metadata)))) == vars(metadata)
 
 
 @pytest.mark.parametrize("shard", ["/etc/passwd", "../other/__0_0.distcp", "a/../../b"])

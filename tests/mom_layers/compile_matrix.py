@@ -28,7 +28,7 @@ from compile_only import (  # noqa: E402
 from mom_layers.common import checks  # noqa: E402
 from mom_layers.common.chips import CHIPS  # noqa: E402
 from mom_layers.layer import MixtureOfMemories  # noqa: E402
-from mom_layers.recur.rules import RuleInputs, get_rule  # noqa: E402
+from mom_layers.recur.rules import get_rule  # noqa: E402
 from mom_layers.route import plan  # noqa: E402
 from mom_layers.state import MemoryState  # noqa: E402
 
@@ -36,7 +36,7 @@ COLUMNS = (
     "triton", "chip", "dtype", "key_size", "value_size", "rule", "kernel", "result",
     "shared_bytes", "registers", "local_bytes", "warps", "tensor_cores",
 )  # fmt: skip
-RULES = ("gated_deltanet", "gla")
+RULES = ("gated_deltanet", "gla", "hgrn2", "kda", "gated_deltanet2")
 SIZES = (256, 128, 64, 32, 16)
 HEADS, TOKENS, WIDTH = 4, 128, 4
 
@@ -74,11 +74,10 @@ def compile_layer(rule: str, dtype: torch.dtype, key_size: int, value_size: int,
     rule = get_rule(rule)
     q, k, v = (torch.zeros(TOKENS, HEADS, n, dtype=dtype) for n in (key_size, key_size, value_size))
     borders = torch.tensor([0, TOKENS], dtype=torch.int32)
-    gates = (
-        {"g": torch.zeros(TOKENS, HEADS, key_size)} if rule.diagonal_transition
-        else {name: torch.zeros(TOKENS, HEADS) for name in ("g", "beta")}
-    )  # fmt: skip
-    inputs = RuleInputs(q, k, v, gates)
+    raw = {
+        gate.name: torch.zeros(TOKENS, HEADS * gate.width(key_size, value_size), dtype=dtype) for gate in rule.raw_gates
+    }
+    inputs = rule.prepare(q, k, v, raw, rule.init_parameters(HEADS, key_size), "triton")
     rule.transition(inputs, borders, "triton")
     rule.gradient_of_initial_state(inputs, v, borders, torch.zeros(1, HEADS, key_size, value_size), "triton")
 

@@ -92,7 +92,7 @@ def test_a_rules_parts_fit_together(name):
     assert len({gate.hf for gate in rule.raw_gates} | {"k", "v", "q", "g", "o"}) == len(rule.raw_gates) + 5
     torch.manual_seed(0)
     q, k, v = (torch.randn(7, HEADS, 16, dtype=torch.float64) for _ in range(3))
-    raw = {gate.name: torch.randn(7, HEADS * gate.columns, dtype=torch.float64) for gate in rule.raw_gates}
+    raw = {gate.name: torch.randn(7, HEADS * gate.width(16, 16), dtype=torch.float64) for gate in rule.raw_gates}
     parameters = {p: value.double() for p, value in rule.init_parameters(HEADS, 16).items()}
     ends = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
     expected = rule.reference(q, k, v, raw, parameters, ends)

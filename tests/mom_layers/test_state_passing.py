@@ -42,7 +42,7 @@ def rule_inputs(rule, rows, segments):
     q, k, v = (random(rows, HEADS, size, seed=seed) for seed, size in enumerate((K, K, V)))
     if rule.unit_length_keys:
         q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
-    raw = {name: random(rows, HEADS * width, seed=3) for name, width in rule.gate_widths.items()}
+    raw = {gate.name: random(rows, HEADS * gate.width(K, V), seed=3) for gate in rule.raw_gates}
     parameters = {name: 0.1 + 0.3 * random(HEADS, *shape, seed=4) for name, shape in rule.parameter_shapes(K).items()}
     gates = rule.prepare(q, k, v, raw, parameters, "torch").gates
     state, final_gradient = (random(segments, HEADS, K, V, seed=seed) for seed in (5, 6))

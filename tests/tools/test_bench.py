@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import bench_layers
+import bench_rules
 import benchmark
 import matplotlib.pyplot as plt
 import pytest
@@ -20,6 +21,7 @@ from timed_rows import PNG, rows_of
         ("bench_layers.py", "layer", {"mom", "softmax"}),
         ("bench_kernels.py", "kernel", {"gated_deltanet", "gla"}),
         ("bench_models.py", "model", {"mom"}),
+        ("bench_rules.py", "rule", set(bench_rules.OPERATIONS)),
     ],
 )
 def test_a_timing_tool_times_one_case(tool, column, names, tmp_path):

@@ -68,15 +68,18 @@ def test_tables_and_picture_of_runs(tmp_path, monkeypatch, capsys):
             raise bench_layouts.subprocess.CalledProcessError(1, "pretrain")
         losses = [6.0, 5.0, 4.0, 3.0, 99.0]
         write_run(folder, [loss * (1.0 if layout == "one" else 1.01) for loss in losses],
-                  1000.0 if layout == "one" else 1900.0, {"GLOBAL_BATCH": 4, "MICRO_BATCH": 2})  # fmt: skip
+                  1000.0 if layout == "one" else 1900.0,
+                  {"GLOBAL_BATCH": 4, "MICRO_BATCH": 2, "MODEL": options.model, "SEQ_LENGTH": 2048})  # fmt: skip
         write_trace(folder, [kernel("allreduce", 100, dtype="Float", group="DP")])
 
     monkeypatch.setattr(bench_layouts, "train", train)
-    status = bench_layouts.main(["--output", str(tmp_path), "--layouts", "one", "DP2", "PP2", "--steps", "4"])
+    words = ["--output", str(tmp_path), "--layouts", "one", "DP2", "PP2", "--steps", "4", "--model", "1.3b"]
+    status = bench_layouts.main(words)
     told = capsys.readouterr()
     assert status == 1 and "failed: PP2" in told.err and "error: no such stage" in told.out
     with (tmp_path / "layouts.csv").open(newline="") as file:
         one, two = csv.DictReader(file)
+    assert (one["model"], one["sequence"]) == ("1.3b", "2048")
     assert (one["layout"], one["of_one"], one["steps"], one["last_loss"]) == ("one", "1.00", "4", "3.0000")
     assert (two["layout"], two["of_one"], two["largest_difference"]) == ("DP2", "1.90", "0.0100")
     assert float(two["peak_gib"]) == 5
@@ -89,3 +92,42 @@ def test_too_few_steps_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench_layouts.main(["--output", str(tmp_path), "--steps", "2"])
     assert "--steps 2: the first 2 are not timed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "model,layout,words,expected,argument",
+    [
+        ("380m", "EP4 peer-memory", [], {"EP": "4", "TP": "1", "MICRO_BATCH": "16", "GPUS": "4"}, "peer-memory"),
+        ("1.3b", "TP2+SP x EP2", [], {"TP": "2", "EP": "2", "MODEL": "1.3b"}, "auto"),
+        ("7b", "PP2 x DP2", ["--micro-batch", "1"], {"PP": "2", "MICRO_BATCH": "1"}, "auto"),
+        ("380m", "CP4", ["--long", "--tokens", "1048576"], {"CP": "4", "SEQ_LENGTH": "1048576"}, "auto"),
+    ],
+)
+def test_settings_reach_the_script(tmp_path, monkeypatch, model, layout, words, expected, argument):
+    """The script is a stand-in that writes down its settings and arguments."""
+    script = tmp_path / "examples" / "pretrain_mom_a100.sh"
+    script.parent.mkdir()
+    names = "TP EP PP CP GPUS MODEL MICRO_BATCH SEQ_LENGTH"
+    script.write_text(
+        f'for name in {names}; do echo "given $name=${{!name:-}}"; done; echo "arguments $*"\n'
+        "printf '  SEQ_LENGTH=4096\\n  MICRO_BATCH=2\\n'\n"
+    )
+    monkeypatch.setattr(bench_layouts, "ROOT", tmp_path)
+    monkeypatch.delenv("MICRO_BATCH", raising=False)
+    options = bench_layouts.parse(["--output", str(tmp_path), "--model", model, *words])
+    bench_layouts.train(layout, tmp_path / "run", 5, "cuda", options)
+    shown = (tmp_path / "run" / "output.txt").read_text()
+    assert all(f"given {name}={value}\n" in shown for name, value in expected.items()), shown
+    assert f"--mom-expert-exchange {argument}" in shown
+    if model == "1.3b":
+        assert "given MICRO_BATCH=\n" in shown  # the script chooses
+    kept = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert (kept["SEQ_LENGTH"], kept["MICRO_BATCH"], kept["MODEL"]) == (4096, 2, model)
+
+
+def test_layouts_are_those_that_the_machine_has_gpus_for(monkeypatch):
+    monkeypatch.setattr(bench_layouts.torch.cuda, "device_count", lambda: 2)
+    assert bench_layouts.possible_layouts("cuda", False)[-1] == "CP2"
+    assert "EP2 peer-memory" not in bench_layouts.possible_layouts("cpu", False)
+    monkeypatch.setattr(bench_layouts.torch.cuda, "device_count", lambda: 4)
+    assert bench_layouts.possible_layouts("cuda", True) == ("one", "CP2", "CP4")

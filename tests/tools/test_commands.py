@@ -21,8 +21,8 @@ COMMANDS = sorted(
 
 def test_every_tool_is_a_command():
     assert COMMANDS == [
-        "convert_from_hf", "convert_to_hf", "demo_corpus", "evaluate", "generate", "language_models", "perplexity",
-        "plot_run", "preprocess_data", "recall", "results", "try_megatron_commands",
+        "align_mixers", "convert_from_hf", "convert_to_hf", "demo_corpus", "evaluate", "generate", "language_models",
+        "perplexity", "plot_run", "preprocess_data", "recall", "results", "try_megatron_commands",
     ]  # fmt: skip
 
 

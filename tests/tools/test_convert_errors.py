@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_convert_names import TINY, random_model, read_weights
+from test_convert_names import EXPERTS, LATENT, TINY, random_model, read_weights
 
 from linear_moe.commands import convert_from_hf, convert_to_hf
 from linear_moe.conversion import checkpoint as hf_checkpoint
@@ -106,7 +106,6 @@ def test_a_model_that_is_not_mom(refused, tmp_path, model):
         ({"normalization": "LayerNorm"}, "--normalization LayerNorm"),
         ({"mom_rule": "titans"}, "--mom-rule titans: it needs " + " or ".join(rule_names())),
         ({"mom_rule": "gla"}, "memory_proj.decay"),
-        ({"num_experts": 8}, "--num-experts 8"),
         ({"mom_num_memories": 3}, "router.weight"),
         ({"ffn_hidden_size": 64}, "linear_fc1.weight"),
         ({"mom_shared_memory": False}, "memory_proj"),
@@ -121,9 +120,58 @@ def test_arguments_that_do_not_fit(refused, tmp_path, changed, words):
 
 def test_attention_that_the_format_lacks(refused, tmp_path):
     hybrid = {"attn": {"layers": [1], "num_heads": 2}}
-    for changed in ({"rotary_percent": 0.5}, {"qk_layernorm": True}, {"kv_channels": 8}, {"window_size": (4, 4)}):
+    for changed, words in (
+        ({"rotary_percent": 0.5}, "rotary-percent"),
+        ({"qk_layernorm": True}, "has no decoder.layers.1.self_attention.q_layernorm.weight"),
+        ({"kv_channels": 8}, "linear_qkv.weight is [96, 32]"),
+        ({"window_size": (4, 4)}, "window-size"),
+    ):
         checkpoint = write_with_arguments(tmp_path / f"{changed}", shape=hybrid, **changed)
-        assert next(iter(changed)).replace("_", "-") in refused(convert_to_hf, checkpoint)
+        assert words in refused(convert_to_hf, checkpoint)
+
+
+def test_experts_that_do_not_fit(refused, tmp_path):
+    moe = {"moe": EXPERTS | {"layers": [0, 1]}}
+    for changed, words in (
+        ({"num_experts": 8}, "has 4 experts, and the arguments stored with it say --num-experts 8"),
+        ({"num_experts": 2}, "has 4 experts, and the arguments stored with it say --num-experts 2"),
+        ({"num_experts": None}, "the arguments stored with it have no --num-experts"),
+        ({"moe_ffn_hidden_size": 16}, "linear_fc1.weight is [48, 32]"),
+        ({"moe_router_num_groups": 3, "moe_router_group_topk": 1}, "n_group must divide num_experts, got 3 and 4"),
+        ({"moe_shared_expert_intermediate_size": 8}, "has no decoder.layers.0.mlp.shared_experts.linear_fc1.weight"),
+        ({"moe_latent_size": 8}, "--moe-latent-size 8: it needs None"),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, "--moe-router-load-balancing-type sinkhorn"),
+    ):
+        checkpoint = write_with_arguments(tmp_path / f"{list(changed.items())}", shape=moe, **changed)
+        assert words in refused(convert_to_hf, checkpoint)
+
+
+def test_experts_that_are_missing(refused, tmp_path):
+    random_model(tmp_path / "model", moe=EXPERTS | {"layers": [1]})
+    weights = read_weights(tmp_path / "model")
+    fewer = {name: tensor for name, tensor in weights.items() if ".experts.3." not in name}
+    save_file(fewer, tmp_path / "model" / "model.safetensors")
+    assert "lack model.layers.1.mlp.experts.3.down_proj.weight" in refused(convert_from_hf, tmp_path / "model")
+
+
+@pytest.mark.parametrize("pattern", ["RR--", "R-M-", "RD", "R-GE", "R-R", "R-R-/R", "R-|/R-R-"])
+def test_patterns_that_the_format_lacks(refused, tmp_path, pattern):
+    checkpoint = write_with_arguments(tmp_path / "checkpoint", hybrid_layer_pattern=pattern, mtp_num_layers=1)
+    line = refused(convert_to_hf, checkpoint)
+    assert f"cannot hold --hybrid-layer-pattern {pattern}: its layers are pairs" in line
+
+
+def test_softmax_layers_of_both_kinds_in_one_stage(refused, tmp_path):
+    """Megatron builds such a model over several pipeline stages only."""
+    attn = [{"layers": [0], "num_heads": 4, "rope_theta": None, "qk_norm": True}, LATENT | {"layers": [1]}]
+    random_model(tmp_path / "model", attn=attn)
+    assert convert_from_hf.main(["--load", str(tmp_path / "model"), "--save", str(tmp_path / "checkpoint")]) == 0
+    assert hf_checkpoint.MegatronCheckpoint(tmp_path / "checkpoint" / "release").args.hybrid_layer_pattern == "*-|+-"
+    assert "over several pipeline stages only" in refused(convert_to_hf, tmp_path / "checkpoint", "--verify")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["attn"][0]["rope_theta"] = 500.0
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert "attn's rope_theta must be null, got 500" in refused(convert_from_hf, tmp_path / "model")
 
 
 def test_an_incomplete_checkpoint(refused, checkpoint):

@@ -11,12 +11,15 @@ from test_convert_names import random_model
 from linear_moe.commands import convert_from_hf, generate
 from linear_moe.conversion import loading
 from linear_moe.conversion.files import load_tokenizer
+from mom_layers.hf import moe_config
 from mom_layers.hf.fields import FIELDS
 
 HYBRID = {"layers": [1], "num_heads": 2, "num_kv_heads": 1, "qkv_bias": False, "window_size": 8, "rope_theta": 500.0}
+HYBRID |= {"head_dim": 16, "qk_norm": True, "rope_scaling": None}
+MOE = {"layers": [0], "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 KEYS = [field.name for field in FIELDS] + [*TOKENS, "tie_word_embeddings", "dtype", "architectures", "model_type"]
-KEYS += [f"attn.{key}" for key in HYBRID]
+KEYS += [f"attn.{key}" for key in HYBRID] + [f"moe.{key}" for key in moe_config.KEYS]
 VALUES = {
     "string": "x", "empty string": "", "negative": -1, "zero": 0, "huge": 10**12, "beyond floats": 10**400,
     "null": None, "nested": {"a": [1]},
@@ -28,7 +31,7 @@ SECONDS = 10
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tokenizer_folder):
     folder = tmp_path_factory.mktemp("hostile") / "model"
-    random_model(folder, vocab_size=400, attn=HYBRID)
+    random_model(folder, vocab_size=400, attn=HYBRID, moe=MOE)
     load_tokenizer(tokenizer_folder).save_pretrained(folder)
     return folder
 
@@ -40,10 +43,8 @@ def content(model):
 
 def write(model, content, key, value):
     changed = json.loads(json.dumps(content))
-    if key.startswith("attn."):
-        changed["attn"][key.removeprefix("attn.")] = value
-    else:
-        changed[key] = value
+    section, dot, name = key.partition(".")
+    (changed[section] if dot else changed)[name or section] = value
     (model / "config.json").write_text(json.dumps(changed))
 
 

@@ -7,8 +7,10 @@ import torch
 from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func
 from safetensors.torch import load_file, save_file
 
+from linear_moe.conversion import attention_arguments
 from linear_moe.conversion.config import arguments_from_config, config_from_arguments, layout_of, parse_config
 from linear_moe.conversion.files import ConversionError
+from linear_moe.conversion.layers import kinds_of_config
 from linear_moe.conversion.loading import load_model
 from linear_moe.conversion.names import QKV, entries
 from mom_layers.hf import MomConfig, MomForCausalLM
@@ -17,6 +19,14 @@ TINY = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "intermediate_size": 48,
     "vocab_size": 40, "num_memories": 2, "topk": 1, "max_position_embeddings": 64,
 }  # fmt: skip
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0} | attention_arguments.LLAMA3
+YARN = {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.7} | attention_arguments.YARN
+LATENT = {
+    "num_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 12, "qk_norm": True,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24, "aux_loss_scale": 0.01}
 
 VARIANTS = {
     "plain": {},
@@ -28,6 +38,43 @@ VARIANTS = {
     "one projection, no shared memory": {"single_kv_proj": True, "shared_mem": False, "conv_size": 3},
     "gated linear attention": {"mom_backend": "gla"},
     "hybrid": {"attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2}},
+    "softmax alone": {
+        "attn": {
+            "layers": [0, 1], "num_heads": 2, "num_kv_heads": 1, "head_dim": 24, "qk_norm": True, "qkv_bias": True,
+        },
+    },
+    "scaled positions": {
+        "attn": {"layers": [1], "num_heads": 2, "rope_scaling": LLAMA3},
+    },
+    "multi-latent attention": {"attn": LATENT | {"layers": [1]}},
+    "multi-latent attention without norms": {
+        "attn": LATENT | {"layers": [0], "qk_norm": False, "q_lora_rank": None, "rope_scaling": YARN},
+    },
+    "experts": {"moe": EXPERTS | {"layers": [0, 1]}},
+    "shared expert and bias": {
+        "moe": EXPERTS | {
+            "layers": [1], "shared_expert_intermediate_size": 20, "shared_expert_gate": True, "expert_bias": True,
+            "score_function": "sigmoid", "routed_scaling_factor": 2.5,
+        },
+    },
+    "groups of experts": {
+        "moe": EXPERTS | {"layers": [0, 1], "n_group": 2, "topk_group": 1, "norm_topk_prob": False},
+        "tie_word_embeddings": True,
+    },
+    "every kind of layer": {
+        "num_hidden_layers": 4,
+        "attn": [
+            {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "rope_theta": None},
+            LATENT | {"layers": [2]},
+        ],
+        "moe": EXPERTS | {"layers": [0, 3], "shared_expert_intermediate_size": 20},
+    },
+    "multi-token prediction": {
+        "num_nextn_predict_layers": 2,
+        "attn": {"layers": [2, 3], "num_heads": 4, "num_kv_heads": 2},
+        "moe": EXPERTS | {"layers": [1, 2, 3]},
+    },
+    "multi-token prediction with memories": {"num_nextn_predict_layers": 1},
     "hybrid with windows": {
         "attn": {"layers": [0], "num_heads": 2, "window_size": 8, "rope_theta": 500.0}, "tie_word_embeddings": True,
     },
@@ -39,8 +86,8 @@ def random_model(folder, dtype=torch.float32, **settings) -> MomForCausalLM:
     torch.manual_seed(0)
     model = MomForCausalLM(MomConfig(**(TINY | settings)))
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.add_(torch.randn_like(tensor) * 0.1)
     model.to(dtype).save_pretrained(folder)
     return model
 
@@ -174,7 +221,7 @@ def test_configurations_of_other_models_are_refused(settings, word):
 def test_the_balancing_loss_weighs_the_same_in_both_formats(settings):
     config = MomConfig(**(TINY | settings), aux_loss_scale=0.03)
     args = arguments_from_config(config)
-    layers = config.num_hidden_layers - sum(len(spec.layers) for spec in config.attention_specs())
+    layers = config.num_mom_layers
     logits = [torch.randn(50, config.num_memories, generator=torch.Generator().manual_seed(i)) for i in range(layers)]
     theirs = config.aux_loss_scale * MomForCausalLM(config)._balancing_loss(tuple(logits), None)
     ours = 0.0
@@ -184,8 +231,7 @@ def test_the_balancing_loss_weighs_the_same_in_both_formats(settings):
             one.softmax(1), chosen.sum(0), len(one), config.topk, config.num_memories, args.mom_aux_loss_coeff
         )
     torch.testing.assert_close(ours, theirs)
-    attention = [layer for spec in config.attention_specs() for layer in spec.layers]
-    assert config_from_arguments(args, attention, config.vocab_size, {})["aux_loss_scale"] == 0.03
+    assert config_from_arguments(args, kinds_of_config(config), config.vocab_size, {})["aux_loss_scale"] == 0.03
 
 
 def test_configurations_of_the_older_repository(tmp_path):

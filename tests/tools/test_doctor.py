@@ -11,6 +11,7 @@ import torch
 
 from linear_moe.cli import main as cli
 from linear_moe.commands import doctor
+from mom_layers import kernel_problems
 from mom_layers.common.chips import forced
 from mom_layers.recur.scalar_delta import hopper
 
@@ -47,6 +48,11 @@ def test_an_interpreter_without_packages_gets_an_answer(quiet):
         assert done.stdout.endswith(
             "training cannot work: torch is missing, NumPy is missing, PyYAML is missing, megatron-core is missing\n"
         )
+
+
+def test_the_least_triton_is_that_of_the_kernels():
+    (triton,) = (package for package in doctor.PACKAGES if package.name == "Triton")
+    assert triton.least == kernel_problems.OLDEST_TRITON
 
 
 def test_the_script_tells_an_interpreter_without_packages_before_any_work(tmp_path):
@@ -134,6 +140,13 @@ def test_versions_of_megatron(clone, version, state, stops):
 def test_megatron_without_its_training(clone):
     finding = clone("0.19.0", training=False)
     assert (finding.state, finding.stops) == ("broken", True) and "has no megatron.training" in finding.about
+
+
+def test_a_machine_without_megatron_needs_a_clone(monkeypatch, capsys):
+    find = doctor.find_spec
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == "megatron" else find(name))
+    assert cli(["doctor"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("training can work with a clone of Megatron-LM alone: ")
 
 
 def test_a_torch_that_cannot_be_imported(monkeypatch):

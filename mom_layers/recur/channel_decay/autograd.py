@@ -51,10 +51,9 @@ class GatedLinearAttention(torch.autograd.Function):
             d_final_state=None if d_final_state is None else d_final_state.contiguous(),
             store_d_initial_state=ctx.needs_input_grad[5],
         )
-        gradients = kernels.state_gradients(
+        parts = kernels.state_gradients(
             inputs=inputs, do=do, local=local, chunks=chunks, span_states=span_states, d_span_states=d_span_states
         )
-        del local, d_span_states  # freed before the next tensors are allocated
-        kernels.local_gradients(inputs=inputs, do=do, chunks=chunks, so_far=gradients)
-        dg = gradients.dg.to(g.dtype)
-        return gradients.dq, gradients.dk, dv, dg, None, d_initial_state, None, None, None
+        del local, span_states, d_span_states  # freed before the next tensors are allocated
+        dq, dk, dg = kernels.local_gradients(inputs=inputs, do=do, chunks=chunks, parts=parts)
+        return dq, dk, dv, dg, None, d_initial_state, None, None, None

@@ -61,14 +61,14 @@ class ChunkLocal:
 
 
 @dataclass(frozen=True)
-class Gradients:
-    """The parts of the gradients that the states give, until ``local_gradients`` adds the rest in place.
+class StateParts:
+    """What the states give to the gradients of q, k and g.
 
     Attributes:
-        dq, dk: [R, H, K], in q's type.
-        dg: [R, H, K] float32.
+        u, w: [R, H, K], in q's type: the gradients of q exp(g(start, row]) and of k exp(g(row, end]).
+        d_decays: [N, H, K] float32, the gradient of a chunk's sum of g through the decay of the state.
     """
 
-    dq: torch.Tensor
-    dk: torch.Tensor
-    dg: torch.Tensor
+    u: torch.Tensor
+    w: torch.Tensor
+    d_decays: torch.Tensor

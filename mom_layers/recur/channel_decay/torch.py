@@ -6,24 +6,10 @@ Shape legend: rows R, segments S, heads H, key size K, value size V, chunk lengt
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from mom_layers.common.kernel_choice import compute_dtype
 from mom_layers.recur.chunk_table import CHUNK
-from mom_layers.recur.chunks_torch import ChunkRows
-
-
-def _until(g: torch.Tensor) -> torch.Tensor:
-    """g [..., C, K] to the sum over the rows up to each row, that row included."""
-    return g.cumsum(-2)
-
-
-def _after(g: torch.Tensor) -> torch.Tensor:
-    """g [..., C, K] to the sum over the rows after each row.
-
-    Summed from the end. The total minus the sum up to the row would lose a small sum beside a large total.
-    """
-    return F.pad(g[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
+from mom_layers.recur.chunks_torch import ChunkRows, sums_after, sums_until
 
 
 def _inside_chunks(q, k, v, g):
@@ -39,7 +25,7 @@ def _inside_chunks(q, k, v, g):
             x.unflatten(2, (-1, 2, half)).select(3, part) for x, part in ((q, 1), (k, 0), (v, 0))
         )
         g_early, g_late = g.unflatten(2, (-1, 2, half)).unbind(3)
-        scores = (q_late * _until(g_late).exp()) @ (k_early * _after(g_early).exp()).transpose(-1, -2)
+        scores = (q_late * sums_until(g_late).exp()) @ (k_early * sums_after(g_early).exp()).transpose(-1, -2)
         read = scores @ v_early  # [N, H, blocks, half, V]
         o = o + torch.stack([torch.zeros_like(read), read], 3).flatten(2, 4)
         half //= 2
@@ -70,8 +56,8 @@ def gated_linear_attention_torch(
     chunks = ChunkRows(cu_seqlens, rows, CHUNK, power_of_two=True)
     q, k, v, g = (chunks.gather(x, dtype) for x in (q * scale, k, v, g))
     inside = _inside_chunks(q, k, v, g)
-    q_from_start = q * _until(g).exp()
-    k_to_end = (k * _after(g).exp()).transpose(-1, -2)
+    q_from_start = q * sums_until(g).exp()
+    k_to_end = (k * sums_after(g).exp()).transpose(-1, -2)
     decays = g.sum(-2).exp()[..., None]  # [N, H, K, 1]
 
     def step(state, inside, q_from_start, k_to_end, decay, v):

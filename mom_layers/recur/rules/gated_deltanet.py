@@ -136,4 +136,5 @@ RULE = MemoryRule(
     head_sizes=HEAD_SIZES,
     initial_state_gradient=initial_state_gradient,
     decode_step=decode_step,
+    family="scalar_delta",
 )

@@ -23,13 +23,17 @@ class RawGate:
 
     Attributes:
         name: the name by which the rule reads the columns.
-        columns: columns of one head.
+        columns: columns of one head; "key" for as many as a key has, "value" for as many as a value has.
         hf: the projection's letter in Hugging Face names: ``{hf}_proj.{memory}.weight`` and ``shared_{hf}.weight``.
     """
 
     name: str
-    columns: int
+    columns: int | str
     hf: str
+
+    def width(self, k_dim: int, v_dim: int) -> int:
+        """Columns of one head with keys of size K and values of size V."""
+        return {"key": k_dim, "value": v_dim}.get(self.columns, self.columns)
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class MemoryRule:
             ``linear_in_state``. None differentiates ``recur``.
         decode_step: the arguments and the result of :func:`mom_layers.decode.operation.decode_step`; None where a
             step of one token takes the general path.
+        family: the kernel family that computes the recurrence, a folder of `mom_layers.recur`. The self-test checks
+            the kernels of a family with one of its rules. Empty for a rule that shares its kernels with no other.
     """
 
     name: str
@@ -103,10 +109,11 @@ class MemoryRule:
     linear_in_state: bool = True
     initial_state_gradient: Callable[..., torch.Tensor] | None = None
     decode_step: Callable[..., torch.Tensor] | None = None
+    family: str = ""
 
     @property
-    def gate_widths(self) -> dict[str, int]:
-        """Columns of a head, by the name of the raw gate."""
+    def gate_widths(self) -> dict[str, int | str]:
+        """Columns of a head as the rule declares them, by the name of the raw gate."""
         return {gate.name: gate.columns for gate in self.raw_gates}
 
     @property
@@ -121,7 +128,8 @@ class MemoryRule:
     def projection_sizes(self, num_heads: int, head_dim: int, value_dim: int) -> list[int]:
         """Widths of the pieces of a memory's fused projection: keys, values, then every raw gate."""
         keys = self.num_key_heads(num_heads) * head_dim
-        return [keys, num_heads * value_dim, *(num_heads * gate.columns for gate in self.raw_gates)]
+        widths = (gate.width(head_dim, value_dim) for gate in self.raw_gates)
+        return [keys, num_heads * value_dim, *(num_heads * width for width in widths)]
 
     def gradient_of_initial_state(self, inputs, do, cu_seqlens, initial_state, kernels) -> torch.Tensor:
         """The initial state's gradient [S, H, *state shape] through the outputs, whose gradient is ``do`` [R, H, V].

@@ -2,22 +2,26 @@
 
 import os
 import traceback
-from types import SimpleNamespace
 
 import pytest
 import torch
 import warm_python
+from split_layer import Layer
 from training import EP2, launch
 
 from linear_moe.config import MomTransformerConfig
-from linear_moe.parallel.expert import plan_arrivals
-from mom_layers.mixing import MemoryParameters, mix_memories
-from mom_layers.recur.rules import get_rule
-from mom_layers.route.plan import build_routing_plan
-from mom_layers.settings import MixerSettings
+from linear_moe.parallel.all_to_all import plan_arrivals
 
-MEMORIES, HEADS, K, V, HIDDEN = 4, 2, 16, 8, 32
-WEIGHTS = ("projection", "q_conv", "k_conv", "v_conv", "norm_weight")
+WORLDS = (2, 3, 4)
+CASES = {
+    "ragged documents": {},
+    "ragged documents, routed memories only": {"shared": False},
+    "two memories take all tokens": {"kind": "crowded"},
+    "one memory takes all tokens": {"kind": "one", "shared": False},
+    "sequences of one length, stored time first": {"kind": "regular"},
+    "one projection for all memories": {"single": True},
+}
+"""What the ranks hold, by the name of the case."""
 
 
 def test_arriving_rows_are_sorted_by_memory_source_sequence_and_time():
@@ -36,47 +40,7 @@ def test_arriving_rows_are_sorted_by_memory_source_sequence_and_time():
     assert [sorted(arrived)[i][3] for i in range(len(arrived))] == plan.position_of_row.tolist()
 
 
-def weights(shared):
-    rule, random = get_rule("gated_deltanet"), torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return (0.3 * torch.randn(*shape, generator=random)).requires_grad_()
-
-    parameters = MemoryParameters(
-        settings=MixerSettings(HEADS, K, V / K),
-        projection=draw(MEMORIES + shared, sum(rule.projection_sizes(HEADS, K, V)), HIDDEN),
-        q_conv=draw(HEADS * K, 4),
-        k_conv=draw(HEADS * K, 4),
-        v_conv=draw(HEADS * V, 4),
-        rule_parameters={name: draw(HEADS) for name in rule.parameter_names},
-        norm_weight=draw(V),
-    )
-    return parameters
-
-
-def inputs(rank, crowded):
-    """Ragged sequences, of another number on every rank. crowded: every token chooses memories 0 and 1."""
-    random = torch.Generator().manual_seed(1 + rank)
-    borders = torch.tensor([[0, 5, 5, 12], [0, 7, 8, 8, 10, 17]][rank] if not crowded else [0, 6, 9], dtype=torch.int32)
-    tokens = int(borders[-1])
-    x, q, gate = (torch.randn(tokens, width, generator=random) for width in (HIDDEN, HEADS * K, HEADS * V))
-    ids = torch.rand(tokens, 2 if crowded else MEMORIES, generator=random).argsort(1)[:, :2]
-    mix = torch.rand(tokens, 2, generator=random).softmax(1)
-    return SimpleNamespace(x=x.requires_grad_(), q=q.requires_grad_(), gate=gate, mix=mix, ids=ids, borders=borders)
-
-
-def gradients(y, data, parameters):
-    tensors = [data.x, data.q, *(getattr(parameters, name) for name in WEIGHTS), *parameters.rule_parameters.values()]
-    return [y.detach(), *torch.autograd.grad(y.square().sum(), tensors)]
-
-
-def on_one_rank(data, shared):
-    parameters = weights(shared)
-    plan = build_routing_plan(data.ids, data.borders, num_memories=MEMORIES, shared=shared)
-    return gradients(mix_memories(data.x, data.q, data.gate, data.mix, plan, parameters)[0], data, parameters)
-
-
-def on_two_ranks(rank, place, cases, sender):
+def on_ranks(rank, place, exchange, cases, sender):
     from megatron_patches import cpu
 
     cpu.apply()
@@ -85,18 +49,17 @@ def on_two_ranks(rank, place, cases, sender):
     torch.set_num_threads(1)
     os.environ |= place
     torch.distributed.init_process_group("gloo")
+    group = torch.distributed.group.WORLD
     try:
-        for shared, crowded in cases:
-            parameters, data = weights(shared), inputs(rank, crowded)
-            here = slice(2 * rank, 2 * rank + 2)
-            routed = MemoryParameters(**{**vars(parameters), "projection": parameters.projection[here]})
-            all_tokens = MemoryParameters(**{**vars(parameters), "projection": parameters.projection[-1:]})
+        for case in cases.values():
+            layer = Layer(group.size(), exchange, **case)
+            data = layer.inputs(rank)
             y = mix_memories_over_ranks(
-                data.x, data.q, data.gate, data.mix, data.ids, data.borders, routed, all_tokens if shared else None,
-                num_memories=MEMORIES, group=torch.distributed.group.WORLD, ragged=not crowded,
+                data.x, data.q, data.gate, data.mix, layer.choices(data, group), layer.routed(rank),
+                layer.shared_parameters(), exchange=exchange,
             )  # fmt: skip
-            result = gradients(y, data, parameters)
-            for total in result[3:]:
+            result = layer.gradients(y, data)
+            for total in result[layer.OWN :]:
                 torch.distributed.all_reduce(total)
             sender.send([tensor.numpy() for tensor in result])
     except BaseException:
@@ -104,39 +67,36 @@ def on_two_ranks(rank, place, cases, sender):
         raise
 
 
-@pytest.fixture(scope="module")
-def exchanged():
-    """Output and gradients of two ranks: {(shared, crowded): [rank 0's, rank 1's]}."""
-    cases = [(shared, crowded) for shared in (True, False) for crowded in (False, True)]
-    store, places = warm_python.meeting_place(2)
+def exchanged(ranks, exchange):
+    """Outputs and gradients: {case: [of every rank]}."""
+    store, places = warm_python.meeting_place(ranks)
     context = warm_python.server()
-    pipes = [context.Pipe(duplex=False) for _ in range(2)]
-    ranks = [
-        context.Process(target=on_two_ranks, args=(rank, places[rank], cases, pipes[rank][1])) for rank in range(2)
+    pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
+    processes = [
+        context.Process(target=on_ranks, args=(rank, places[rank], exchange, CASES, pipes[rank][1]))
+        for rank in range(ranks)
     ]
-    for rank in ranks:
-        rank.start()
+    for process in processes:
+        process.start()
     results = {}
     try:
-        for case in cases:
+        for case in CASES:
             assert all(receiver.poll(60) for receiver, _ in pipes), f"no result for {case}"
             results[case] = [receiver.recv() for receiver, _ in pipes]
             assert not any(isinstance(result, str) for result in results[case]), results[case]
     finally:
-        for rank in ranks:
-            rank.kill()
+        for process in processes:
+            process.kill()
         del store
     return results
 
 
-@pytest.mark.parametrize("crowded", [False, True], ids=["ragged", "a rank receives no row"])
-@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "routed only"])
-def test_two_ranks_compute_what_one_computes(exchanged, shared, crowded):
-    expected = [on_one_rank(inputs(rank, crowded), shared) for rank in range(2)]
-    for rank, got in enumerate(exchanged[shared, crowded]):
-        for i, tensor in enumerate(got):
-            whole = expected[rank][i] if i < 3 else expected[0][i] + expected[1][i]
-            torch.testing.assert_close(torch.from_numpy(tensor), whole, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("exchange", ["all-to-all", "all-gather"])
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_ranks_compute_what_one_computes(ranks, exchange):
+    for name, results in exchanged(ranks, exchange).items():
+        layer = Layer(ranks, exchange, **CASES[name])
+        layer.compare([[torch.from_numpy(tensor) for tensor in result] for result in results], name)
 
 
 def test_a_moe_mlp_shares_the_expert_parallel_group(documents, tmp_path):

@@ -36,6 +36,9 @@ def test_keys_and_defaults_are_those_of_the_format():
     assert config["model_type"] == "mom"
 
 
+MOE = {"layers": [0, 1], "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -63,7 +66,8 @@ def test_parameter_names_follow_the_rule(rule):
     layer, update = model.model.layers[0].attn, get_rule(rule)
     for gate in update.raw_gates:
         for linear in (*getattr(layer, f"{gate.hf}_proj"), getattr(layer, f"shared_{gate.hf}")):
-            assert linear.weight.shape == (HEADS * gate.columns, HIDDEN) and linear.weight.dtype == torch.bfloat16
+            assert linear.weight.shape == (HEADS * gate.width(KEYS // HEADS, VALUES // HEADS), HIDDEN)
+            assert linear.weight.dtype == torch.bfloat16
     for name, shape in update.parameter_shapes(KEYS // HEADS).items():
         assert getattr(layer, name).shape == (HEADS, *shape) and getattr(layer, name).dtype == torch.float32
 
@@ -102,7 +106,19 @@ def test_width_of_the_mlp(changes, width):
         ({"conv_size": 1}, "between 2 and 8, got 1"),
         ({"attn": "flash"}, "must be None, a dictionary"),
         ({"attn": {"layers": [0]}}, "lacks num_heads"),
-        ({"attn": {"layers": [0], "num_heads": 2, "qk_norm": True}}, "not supported: qk_norm; known are"),
+        ({"attn": {"layers": [0], "num_heads": 2, "sinks": True}}, "not supported: sinks; known are"),
+        ({"attn": {"layers": [0], "num_heads": 2, "head_dim": 7}}, "head_dim must be even, got 7"),
+        ({"attn": {"layers": [0], "num_heads": 2, "rope_scaling": {"rope_type": "ntk"}}}, "llama3 or yarn, got 'ntk'"),
+        ({"attn": {"layers": [0], "num_heads": 2, "kv_lora_rank": 8}}, "attn lacks qk_nope_head_dim"),
+        ({"moe": {"layers": [0]}}, "moe lacks num_experts and num_experts_per_tok and intermediate_size"),
+        ({"moe": MOE | {"shared": 1}}, "moe has entries that are not supported: shared; known are layers"),
+        ({"moe": MOE | {"layers": [2]}}, r"moe's layers must be a list of numbers from 0 to 1, got \[2\]"),
+        ({"moe": MOE | {"num_experts_per_tok": 5}}, "at most num_experts, got 5 of 4"),
+        ({"moe": MOE | {"n_group": 3, "topk_group": 1}}, "n_group must divide num_experts, got 3 and 4"),
+        ({"moe": MOE | {"n_group": 2}}, "give both or neither"),
+        ({"moe": MOE | {"score_function": "relu"}}, "one of softmax, sigmoid, sqrtsoftplus, got 'relu'"),
+        ({"moe": MOE | {"expert_bias": True}}, "needs the score_function sigmoid"),
+        ({"moe": MOE | {"shared_expert_gate": True}}, "needs a shared_expert_intermediate_size"),
         ({"attn": {"layers": [2], "num_heads": 2}}, r"from 0 to 1, got \[2\]"),
         ({"attn": {"layers": [0], "num_heads": 3}}, "must divide hidden_size"),
         ({"attn": {"layers": [0], "num_heads": 4, "num_kv_heads": 3}}, "must divide num_heads, got 3 and 4"),

@@ -15,8 +15,8 @@ blocks of BC = 16 rows. For a row i and the rows j of the blocks before i's bloc
 
     (5)  P_ij = scale * sum_K (q_i exp(g[f, i])) (k_j exp(g(j, f)))
 
-is a matrix product. Pairs inside a block are summed channel by channel. Every sum of g is taken over its own rows and
-never as a difference of two longer sums: no exponent is positive, and a small sum after strong decay keeps its digits.
+is a matrix product. `blocks` has the pairs inside a block. Every sum of g is taken over its own rows and never as a
+difference of two longer sums: no exponent is positive, and a small sum after strong decay keeps its digits.
 
 Every large matrix product takes its left operand from memory as it was stored, never from registers: ptxas of CUDA 12.8
 and 12.9 miscompiles Hopper's asynchronous products with a left operand in registers (Triton pull request 11781). So q~,
@@ -31,29 +31,21 @@ import triton.language as tl
 
 from mom_layers.common.activations_triton import exp
 from mom_layers.recur.channel_decay.tensors import ChunkLocal, Inputs
+from mom_layers.recur.channel_decay.triton.blocks import (
+    BLOCK,
+    PRECISION,
+    at_least,
+    late_rows,
+    meet,
+    rows_after,
+    rows_to_border,
+    rows_until,
+    sums_of_rows,
+)
 from mom_layers.recur.channel_decay.triton.launches import Launch, launches_for
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
 from mom_layers.recur.program_place_triton import tile_of_chunk
-
-# Rows of a block: the least side of a tensor core's product.
-BLOCK = 16
-# Products of float32 inputs are exact in float32: no tf32. Other types ignore it.
-PRECISION = tl.constexpr("ieee")
-
-
-@triton.jit
-def keys_until(k, g, rows, o_t, o_k, first, last, H: tl.constexpr, K: tl.constexpr):
-    """k_j exp(g(j, first)) of the chunk's rows j < first, zero after them; ``last`` rows exist. float32 [BT, BK].
-
-    k, g: pointers to the head's first row of the chunk and column.
-    """
-    m_t = (o_t < first) & (o_t < last)
-    m_next = (o_t + 1 < first) & (o_t + 1 < last)
-    o_tk = o_t[:, None] * (H * K) + o_k[None, :]
-    b_k = tl.load(k + rows * K + o_tk, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BK]
-    b_next = tl.load(g + rows * K + H * K + o_tk, mask=m_next[:, None], other=0.0).to(tl.float32)  # [BT, BK]
-    return b_k * exp(tl.cumsum(b_next, 0, reverse=True))
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -72,6 +64,7 @@ def _decayed_rows_kernel(
     H: tl.constexpr,
     K: tl.constexpr,
     BT: tl.constexpr,
+    BC: tl.constexpr,
     BK: tl.constexpr,
 ):
     """BK channels of q~ (2), k~ (3) and the decays (4) of one chunk and head."""
@@ -80,19 +73,32 @@ def _decayed_rows_kernel(
         return
     i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
     last = tl.load(cu_seqlens + i_s + 1) - i_row
-    rows = i_row.to(tl.int64) * H + i_h
-    o_t = tl.arange(0, BT)
+    o_r = tl.arange(0, BC)
     o_k = i_k * BK + tl.arange(0, BK)
-    m_tk = (o_t < last)[:, None]
-    p_tk = rows * K + o_t[:, None] * (H * K) + o_k[None, :]
+    p_chunk = (i_row.to(tl.int64) * H + i_h) * K + o_r[:, None] * (H * K) + o_k[None, :]
+    all_rows = tl.full([BC, BC], 1.0, tl.float32)
+    EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
 
-    b_q = tl.load(q + p_tk, mask=m_tk, other=0.0).to(tl.float32)  # [BT, BK]
-    b_g = tl.load(g + p_tk, mask=m_tk, other=0.0).to(tl.float32)  # [BT, BK]
-    b_q = scale * b_q * exp(tl.cumsum(b_g, 0))
-    b_k = keys_until(k, g, rows, o_t, o_k, BT, last, H, K)
-    tl.store(q_decayed + p_tk, b_q.to(q_decayed.dtype.element_ty), mask=m_tk)
-    tl.store(k_decayed + p_tk, b_k.to(k_decayed.dtype.element_ty), mask=m_tk)
-    tl.store(decays + (i_c.to(tl.int64) * H + i_h) * K + o_k, exp(tl.sum(b_g, 0)))
+    b_sum = tl.zeros([BC, BK], tl.float32)  # g from the chunk's start to the block, in every row
+    for i in range(0, BT, BC):
+        m_r = (i + o_r < last)[:, None]
+        p_rk = p_chunk + i * H * K
+        b_g = at_least(tl.load(g + p_rk, mask=m_r, other=0.0))  # [BC, BK]
+        b_q = tl.load(q + p_rk, mask=m_r, other=0.0)  # [BC, BK]
+        b_q = scale * (b_q * exp(sums_of_rows(rows_until(BC), b_g, EXACT) + b_sum))
+        tl.store(q_decayed + p_rk, b_q.to(q_decayed.dtype.element_ty), mask=m_r)
+        b_sum += sums_of_rows(all_rows, b_g, EXACT)
+    tl.store(decays + (i_c.to(tl.int64) * H + i_h) * K + o_k, exp(tl.max(b_sum, 0)))
+
+    b_sum = tl.zeros([BC, BK], tl.float32)  # g from the block to the chunk's end
+    for i_back in range(BC, BT + BC, BC):
+        m_r = (BT - i_back + o_r < last)[:, None]
+        p_rk = p_chunk + (BT - i_back) * H * K
+        b_g = at_least(tl.load(g + p_rk, mask=m_r, other=0.0))  # [BC, BK]
+        b_k = tl.load(k + p_rk, mask=m_r, other=0.0)  # [BC, BK]
+        b_k = b_k * exp(sums_of_rows(rows_after(BC), b_g, EXACT) + b_sum)
+        tl.store(k_decayed + p_rk, b_k.to(k_decayed.dtype.element_ty), mask=m_r)
+        b_sum += sums_of_rows(all_rows, b_g, EXACT)
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -120,39 +126,68 @@ def _scores_kernel(
     last = tl.load(cu_seqlens + i_s + 1) - i_row
     rows = i_row.to(tl.int64) * H + i_h
     first = i_b * BC
-    o_t = tl.arange(0, BT)
+    num_earlier = tl.where(first < last, i_b, 0)  # blocks to read; none from an empty block
     o_r = tl.arange(0, BC)
-    m_r = (first + o_r < last)[:, None]
-    num_rows = tl.minimum(last - first, BC)
     low = q.dtype.element_ty
+    EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
 
-    b_P = tl.zeros([BC, BT], tl.float32)
     b_D = tl.zeros([BC, BC], tl.float32)
+    b_P1 = tl.zeros([BC, BC], tl.float32)  # columns of the block before this one
+    b_P2 = tl.zeros([BC, BC], tl.float32)  # columns two blocks before
+    b_P3 = tl.zeros([BC, BC], tl.float32)
     for i_k in range(0, K, BK):
-        # Equation (5): the columns of the blocks before this one, one matrix product.
         o_k = i_k + tl.arange(0, BK)
         p_rk = rows * K + (first + o_r)[:, None] * (H * K) + o_k[None, :]
-        b_q = tl.load(q + p_rk, mask=m_r, other=0.0).to(tl.float32)  # [BC, BK]
-        b_g = tl.load(g + p_rk, mask=m_r, other=0.0).to(tl.float32)  # [BC, BK]
-        b_k = keys_until(k, g, rows, o_t, o_k, first, last, H, K).to(low)  # [BT, BK]
-        b_q_low = (b_q * exp(tl.cumsum(b_g, 0))).to(low)
-        b_P += tl.dot(b_q_low, tl.trans(b_k), input_precision=PRECISION)
+        m_r = (first + o_r < last)[:, None]
+        b_q = tl.load(q + p_rk, mask=m_r, other=0.0)  # [BC, BK]
+        b_k = tl.load(k + p_rk, mask=m_r, other=0.0)  # [BC, BK]
+        b_g = at_least(tl.load(g + p_rk, mask=m_r, other=0.0))  # [BC, BK]
 
-        # Equation (1): the columns of this block, the last column first. b_A is g(j, i] of the rows i.
-        b_A = tl.zeros([BC, BK], tl.float32)
-        for i in range(0, num_rows):
-            j = num_rows - 1 - i
-            p_j = rows * K + (first + j) * (H * K) + o_k
-            b_kj = tl.load(k + p_j).to(tl.float32)  # [BK]
-            b_gj = tl.load(g + p_j).to(tl.float32)  # [BK]
-            b_column = tl.sum(b_q * b_kj[None, :] * exp(b_A), 1)  # [BC]
-            b_D += tl.where((o_r[None, :] == j) & (o_r[:, None] >= j), b_column[:, None], 0.0)
-            b_A += tl.where(o_r[:, None] >= j, b_gj[None, :], 0.0)
+        # The columns of this block.
+        b_pairs = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_D += tl.where(o_r[:, None] == o_r[None, :], b_pairs, 0.0)
+        for i in tl.static_range(4):
+            b_decay = exp(sums_of_rows(rows_to_border(BC, 8 >> i), b_g, EXACT))
+            b_x = tl.where(late_rows(BC, 8 >> i)[:, None], b_q * b_decay, b_k * b_decay).to(low)
+            b_pairs = tl.dot(b_x, tl.trans(b_x), input_precision=PRECISION)
+            b_D += tl.where(meet(BC, 8 >> i) & (o_r[:, None] > o_r[None, :]), b_pairs, 0.0)
 
-    # b_P is zero in the columns of the blocks after this one.
-    p_P = scores + (i_c.to(tl.int64) * H + i_h) * BT * BT + (first + o_r)[:, None] * BT
-    tl.store(p_P + o_t[None, :], (scale * b_P).to(low), mask=(o_t // BC != i_b)[None, :])
-    tl.store(p_P + first + o_r[None, :], (scale * b_D).to(low))
+        # Equation (5): the columns of the blocks before this one, the nearest first. Their rows all exist.
+        if num_earlier >= 1:
+            b_from = (b_q * exp(sums_of_rows(rows_until(BC), b_g, EXACT))).to(low)
+            b_sum = tl.zeros([BC, BK], tl.float32)  # g from a block's end to this block, in every row
+            b_P1, b_sum = _add_earlier(b_P1, b_from, b_sum, k, g, p_rk - BC * H * K, BC, EXACT)
+            if num_earlier >= 2:
+                b_P2, b_sum = _add_earlier(b_P2, b_from, b_sum, k, g, p_rk - 2 * BC * H * K, BC, EXACT)
+                if num_earlier >= 3:
+                    b_P3, b_sum = _add_earlier(b_P3, b_from, b_sum, k, g, p_rk - 3 * BC * H * K, BC, EXACT)
+
+    p_P = scores + (i_c.to(tl.int64) * H + i_h) * BT * BT + (first + o_r)[:, None] * BT + o_r[None, :]
+    tl.store(p_P + first, (scale * b_D).to(low))
+    # Zero in the columns of later blocks.
+    zero = tl.zeros([BC, BC], low)
+    for i in tl.static_range(BT // BC):
+        if i > i_b:
+            tl.store(p_P + i * BC, zero)
+    if i_b >= 1:
+        tl.store(p_P + first - BC, (scale * b_P1).to(low))
+    if i_b >= 2:
+        tl.store(p_P + first - 2 * BC, (scale * b_P2).to(low))
+    if i_b >= 3:
+        tl.store(p_P + first - 3 * BC, (scale * b_P3).to(low))
+
+
+@triton.jit
+def _add_earlier(b_P, b_q, b_sum, k, g, p_rk, BC: tl.constexpr, EXACT: tl.constexpr):
+    """Adds to b_P [BC, BC] the products of queries with an earlier block's keys, and to b_sum [BC, BK] the block's g.
+
+    p_rk: where the earlier block's rows are.
+    """
+    b_k = tl.load(k + p_rk)  # [BC, BK]
+    b_g = at_least(tl.load(g + p_rk))  # [BC, BK]
+    b_k = (b_k * exp(sums_of_rows(rows_after(BC), b_g, EXACT) + b_sum)).to(b_q.dtype)
+    all_rows = tl.full([BC, BC], 1.0, tl.float32)
+    return tl.dot(b_q, tl.trans(b_k), b_P, input_precision=PRECISION), b_sum + sums_of_rows(all_rows, b_g, EXACT)
 
 
 def chunk_local(
@@ -191,6 +226,7 @@ def _decayed_rows(inputs: Inputs, chunks: Chunks, launch: Launch) -> tuple[torch
         H=heads,
         K=k_dim,
         BT=CHUNK,
+        BC=BLOCK,
         BK=launch.tile,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

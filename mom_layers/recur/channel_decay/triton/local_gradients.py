@@ -1,22 +1,27 @@
-"""Gated linear attention: the parts of dq, dk and dg that a chunk's own rows give.
+"""Gated linear attention: dq, dk and dg, from a chunk's own rows and from what the states gave.
 
 Shape legend: rows R, segments S, heads H, key size K, value size V, chunk length BT, block length BC, chunk slots N.
 
-Sums of g are written as in `chunk_local`. To the parts that the states give, these are added:
+Sums of g are written as in `chunk_local`; u, w and d_decays are those of `state_gradients`:
 
     (15)  dP = scale * lower(do v^T)
-    (16)  dq_i = sum_{j <= i} dP_ij k_j exp(g(j, i])
-    (17)  dk_j = sum_{i >= j} dP_ij q_i exp(g(j, i])
-    (18)  dg_t = sum_{i >= t} (q_i * dq_i - k_i * dk_i)    dq and dk without the terms i = j
+    (16)  dq_i = sum_{j <= i} dP_ij k_j exp(g(j, i]) + exp(g(start, i]) u_i
+    (17)  dk_j = sum_{i >= j} dP_ij q_i exp(g(j, i]) + exp(g(j, end]) w_j
 
-in blocks of BC = 16 rows, as P is. For a block with first row f and last row l, the pairs with rows of other blocks are
-matrix products,
+The pairs j < i are matrix products of blocks of BC = 16 rows, level by level. As the blocks of `blocks` do, a block of
+32 rows, or of 64, has a later and an earlier half. With a_r of (20), and x = exp(a) q of late rows and exp(a) k of
+early rows, every row has at every level the sum over the other half's rows s
 
-    (19)  dq_i = exp(g[f, i]) * sum_{j < f} dP_ij k_j exp(g(j, f))
-    (20)  dk_j = exp(g(j, l]) * sum_{i > l} dP_ij q_i exp(g(l, i])
+    (18)  y_r = exp(a_r) * sum_s dP_rs x_s of a late row r,  exp(a_r) * sum_s dP_sr x_s of an early row r
 
-and the pairs inside the block are summed channel by channel. The terms i = j have no decay: in (18) they would have to
-cancel, and under strong decay their rounding errors would be larger than dg.
+which is the level's part of dq of a late row, and of dk of an early row. The gradient of a_r is q_r * y_r, or
+k_r * y_r, and that of g follows from it, as from those of the exponents of u and w:
+
+    (19)  dg_t = d_decays + sum over levels and rows r whose a_r has g_t of da_r
+                 + sum_{i >= t} q_i exp(g(start, i]) u_i + sum_{j < t} k_j exp(g(j, end]) w_j
+
+No two of these terms have to cancel, which after strong decay would leave rounding errors larger than dg. For the same
+reason, the terms i = j of (16) and (17) are left out.
 """
 
 from __future__ import annotations
@@ -26,8 +31,19 @@ import triton
 import triton.language as tl
 
 from mom_layers.common.activations_triton import exp
-from mom_layers.recur.channel_decay.tensors import Gradients, Inputs
-from mom_layers.recur.channel_decay.triton.chunk_local import BLOCK, PRECISION, keys_until
+from mom_layers.recur.channel_decay.tensors import Inputs, StateParts
+from mom_layers.recur.channel_decay.triton.blocks import (
+    BLOCK,
+    PRECISION,
+    add_sums_of_columns,
+    at_least,
+    late_rows,
+    meet,
+    rows_after,
+    rows_to_border,
+    rows_until,
+    sums_of_columns,
+)
 from mom_layers.recur.channel_decay.triton.launches import Launch, launches_for
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
@@ -69,13 +85,46 @@ def _score_gradients_kernel(
 
 
 @triton.jit
-def _queries_from(q, g, rows, o_t, o_k, first, last, H: tl.constexpr, K: tl.constexpr):
-    """q_i exp(g[first, i]) of the chunk's rows i >= first, zero before them; ``last`` rows exist. float32 [BT, BK]."""
-    m_t = ((o_t >= first) & (o_t < last))[:, None]
-    o_tk = o_t[:, None] * (H * K) + o_k[None, :]
-    b_q = tl.load(q + rows * K + o_tk, mask=m_t, other=0.0).to(tl.float32)  # [BT, BK]
-    b_g = tl.load(g + rows * K + o_tk, mask=m_t, other=0.0).to(tl.float32)  # [BT, BK]
-    return b_q * exp(tl.cumsum(b_g, 0))
+def _block(x, p_k, first, last, H: tl.constexpr, K: tl.constexpr, BC: tl.constexpr):
+    """The rows from ``first`` on of x, zero from ``last`` on. [BK, BC]. p_k: the chunk's first row, columns."""
+    o_r = first + tl.arange(0, BC)
+    return tl.load(x + p_k[:, None] + o_r[None, :] * (H * K), mask=(o_r < last)[None, :], other=0.0)
+
+
+@triton.jit
+def _decayed_block(
+    q, k, g, u, w, p_k, first, last, H: tl.constexpr, K: tl.constexpr, BC: tl.constexpr, EXACT: tl.constexpr
+):  # fmt: skip
+    """Of a block of rows: q exp(g[first, i]) and k exp(g(j, end of the block]) [BK, BC]; the exponential of the block's
+    sum of g, and the sums of both times u and w [BK]."""
+    b_g = at_least(_block(g, p_k, first, last, H, K, BC))
+    b_until = sums_of_columns(rows_until(BC), b_g, EXACT)
+    b_q = _block(q, p_k, first, last, H, K, BC) * exp(b_until)
+    b_k = _block(k, p_k, first, last, H, K, BC) * exp(sums_of_columns(rows_after(BC), b_g, EXACT))
+    b_u = _row_sums(b_q * _block(u, p_k, first, last, H, K, BC), BC, EXACT)
+    b_w = _row_sums(b_k * _block(w, p_k, first, last, H, K, BC), BC, EXACT)
+    return b_q, b_k, exp(_last_column(b_until, BC)), b_u, b_w
+
+
+@triton.jit
+def _last_column(b_x, BC: tl.constexpr):
+    """[BK, BC] to [BK]."""
+    return tl.sum(tl.where(tl.arange(0, BC)[None, :] == BC - 1, b_x, 0.0), 1)
+
+
+@triton.jit
+def _row_sums(b_x, BC: tl.constexpr, EXACT: tl.constexpr):
+    """The sum over the block's rows [BK], by a product: its result is where a warp sums in few instructions."""
+    b_all = tl.full([BC, BC], 1.0, tl.float32) > 0.0
+    return _last_column(add_sums_of_columns(tl.zeros(b_x.shape, tl.float32), b_all, b_x, EXACT), BC)
+
+
+@triton.jit
+def _pairs(p_dP, i_b, other, late, BT: tl.constexpr, BC: tl.constexpr):
+    """dP of the rows of block i_b, columns here, with those of the other block. [BC, BC]. late: block i_b is later."""
+    o_r = tl.arange(0, BC)
+    mine, others = tl.where(late, BT, 1), tl.where(late, 1, BT)
+    return tl.load(p_dP + (i_b * BC + o_r)[None, :] * mine + (other * BC + o_r)[:, None] * others)
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -83,6 +132,9 @@ def _query_key_gradients_kernel(
     q,
     k,
     g,
+    u,
+    w,
+    d_decays,
     d_scores,
     cu_seqlens,
     chunk_segment,
@@ -97,103 +149,141 @@ def _query_key_gradients_kernel(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """BK channels of dq, dk and dg of one chunk and head, added to what the states gave."""
+    """BK channels of dq, dk and dg of one chunk and head. Written for chunks of four blocks."""
     i_kb, i_h, i_c, i_s = tile_of_chunk(chunk_segment, H, K // BK)
     if i_s >= num_segments:
         return
+    tl.static_assert(BT == 4 * BC)
     i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
     last = tl.load(cu_seqlens + i_s + 1) - i_row
-    rows = i_row.to(tl.int64) * H + i_h
-    p_dP = d_scores + (i_c.to(tl.int64) * H + i_h) * BT * BT
-    o_t = tl.arange(0, BT)
-    o_r = tl.arange(0, BC)
+    i_chunk = i_c.to(tl.int64) * H + i_h
+    p_dP = d_scores + i_chunk * BT * BT
     o_k = i_kb * BK + tl.arange(0, BK)
+    p_k = (i_row.to(tl.int64) * H + i_h) * K + o_k
+    o_r = tl.arange(0, BC)
     low = q.dtype.element_ty
+    EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
 
-    b_later = tl.zeros([BK], tl.float32)  # q * dq - k * dk, summed over the blocks after this one
-    num_blocks = tl.cdiv(tl.minimum(last, BT), BC)
-    for i_back in range(0, num_blocks):
-        first = (num_blocks - 1 - i_back) * BC
-        num_rows = tl.minimum(last - first, BC)
-        m_r = first + o_r < last
-        m_next = (o_r + 1 < BC) & (first + o_r + 1 < last)
-        p_rk = rows * K + (first + o_r)[:, None] * (H * K) + o_k[None, :]
-        b_q = tl.load(q + p_rk, mask=m_r[:, None], other=0.0).to(tl.float32)  # [BC, BK]
-        b_k = tl.load(k + p_rk, mask=m_r[:, None], other=0.0).to(tl.float32)  # [BC, BK]
-        b_g = tl.load(g + p_rk, mask=m_r[:, None], other=0.0).to(tl.float32)  # [BC, BK]
-        b_next = tl.load(g + p_rk + H * K, mask=m_next[:, None], other=0.0).to(tl.float32)  # [BC, BK]
+    # x of every block at the levels of 32 and 64 rows, each block's decay, and the sums over u and w.
+    b_q0, b_k0, b_decay0, b_u0, b_w0 = _decayed_block(q, k, g, u, w, p_k, 0, last, H, K, BC, EXACT)
+    b_q1, b_k1, b_decay1, b_u1, b_w1 = _decayed_block(q, k, g, u, w, p_k, BC, last, H, K, BC, EXACT)
+    b_q2, b_k2, b_decay2, b_u2, b_w2 = _decayed_block(q, k, g, u, w, p_k, 2 * BC, last, H, K, BC, EXACT)
+    b_q3, b_k3, b_decay3, b_u3, b_w3 = _decayed_block(q, k, g, u, w, p_k, 3 * BC, last, H, K, BC, EXACT)
+    b_far0, b_far1 = (b_k0 * b_decay1[:, None]).to(low), b_k1.to(low)
+    b_far2, b_far3 = b_q2.to(low), (b_q3 * b_decay2[:, None]).to(low)
+    b_next0, b_next1, b_next2, b_next3 = b_k0.to(low), b_q1.to(low), b_k2.to(low), b_q3.to(low)
+    # The decays from the chunk's start to a block, and from a block to the chunk's end; and the terms of (19) that all
+    # rows of a block have: those of u in later blocks, of w in earlier ones.
+    b_start2 = b_decay0 * b_decay1
+    b_start3 = b_start2 * b_decay2
+    b_end1 = b_decay2 * b_decay3
+    b_end0 = b_decay1 * b_end1
+    b_u3 = b_start3 * b_u3
+    b_u2 = b_start2 * b_u2 + b_u3
+    b_u1 = b_decay0 * b_u1 + b_u2
+    b_d_decays = tl.load(d_decays + i_chunk * K + o_k)
+    b_w0 = b_end0 * b_w0 + b_d_decays
+    b_w1 = b_end1 * b_w1 + b_w0
+    b_w2 = b_decay3 * b_w2 + b_w1
 
-        # Equations (19) and (20): the pairs with rows of other blocks.
-        b_dP = tl.load(p_dP + (first + o_r)[:, None] * BT + o_t[None, :])  # [BC, BT]
-        b_earlier = keys_until(k, g, rows, o_t, o_k, first, last, H, K).to(low)  # [BT, BK]
-        b_dq = exp(tl.cumsum(b_g, 0)) * tl.dot(b_dP, b_earlier, input_precision=PRECISION)
-        b_dP = tl.load(p_dP + (first + o_r)[:, None] + o_t[None, :] * BT)  # [BC, BT], transposed
-        b_later_q = _queries_from(q, g, rows, o_t, o_k, first + BC, last, H, K).to(low)  # [BT, BK]
-        b_dk = tl.dot(b_dP, b_later_q, input_precision=PRECISION)
-        b_dk = exp(tl.cumsum(b_next, 0, reverse=True)) * b_dk
+    # The blocks 3, 2, 0 and 1: at the level of 64 rows, all rows of block 3 decay over all of block 2, and all of
+    # block 0 over all of block 1.
+    b_far_da = tl.zeros([BK], tl.float32)
+    for i in range(0, 4):
+        i_b = tl.where(i < 2, 3 - i, i - 2)
+        late, late_half = i_b % 2 == 1, i_b >= 2
+        b_q = _block(q, p_k, i_b * BC, last, H, K, BC)
+        b_k = _block(k, p_k, i_b * BC, last, H, K, BC)
+        b_g = at_least(_block(g, p_k, i_b * BC, last, H, K, BC))
+        b_others = _of_block(i_b, b_d_decays + b_u1, b_w0 + b_u2, b_w1 + b_u3, b_w2)
+        b_dg = tl.zeros([BK, BC], tl.float32) + tl.where(i % 2 == 1, b_others + b_far_da, b_others)[:, None]
 
-        # Equation (16) for the pairs j < i of this block, the last key first: b_A is g(j, i] of the queries i after j.
-        b_A = tl.zeros([BC, BK], tl.float32)
-        for i in range(0, num_rows):
-            j = num_rows - 1 - i
-            p_j = rows * K + (first + j) * (H * K) + o_k
-            b_kj = tl.load(k + p_j).to(tl.float32)  # [BK]
-            b_gj = tl.load(g + p_j).to(tl.float32)  # [BK]
-            b_column = tl.load(p_dP + (first + o_r) * BT + first + j).to(tl.float32)  # [BC]
-            b_dq += tl.where((o_r > j)[:, None], b_column[:, None] * b_kj[None, :] * exp(b_A), 0.0)
-            b_A += tl.where((o_r >= j)[:, None], b_gj[None, :], 0.0)
+        # Equation (18) for the levels of 32 and of 64 rows, and what the states gave.
+        b_until = exp(sums_of_columns(rows_until(BC), b_g, EXACT))
+        b_after = exp(sums_of_columns(rows_after(BC), b_g, EXACT))
+        b_next = _of_block(i_b, b_next1, b_next0, b_next3, b_next2)
+        b_y = tl.dot(b_next, _pairs(p_dP, i_b, i_b ^ 1, late, BT, BC), input_precision=PRECISION)
+        far = tl.where(late_half, 0, 2)
+        b_x = tl.where(late_half, b_far0, b_far2)
+        b_y_far = tl.dot(b_x, _pairs(p_dP, i_b, far, late_half, BT, BC), input_precision=PRECISION)
+        b_x = tl.where(late_half, b_far1, b_far3)
+        b_y_far = tl.dot(b_x, _pairs(p_dP, i_b, far + 1, late_half, BT, BC), b_y_far, input_precision=PRECISION)
+        b_one = tl.full([BK], 1.0, tl.float32)
+        b_y_far *= _of_block(i_b, b_decay1, b_one, b_one, b_decay2)[:, None]
+        b_dq = _block(u, p_k, i_b * BC, last, H, K, BC) * _of_block(i_b, b_one, b_decay0, b_start2, b_start3)[:, None]
+        b_dk = _block(w, p_k, i_b * BC, last, H, K, BC) * _of_block(i_b, b_end0, b_end1, b_decay3, b_one)[:, None]
+        b_dq += tl.where(late, b_y, 0.0) + tl.where(late_half, b_y_far, 0.0)
+        b_dk += tl.where(late, 0.0, b_y) + tl.where(late_half, 0.0, b_y_far)
+        b_dq *= b_until
+        b_dk *= b_after
+        b_far_da = _row_sums(tl.where(late_half, b_q * b_until, b_k * b_after) * b_y_far, BC, EXACT)
+        b_dg = add_sums_of_columns(b_dg, tl.trans(rows_until(BC)), b_q * b_dq, EXACT)
+        b_dg = add_sums_of_columns(b_dg, tl.trans(rows_after(BC)), b_k * b_dk, EXACT)
 
-        # Equation (17) for the same pairs, the first query first: b_A is g(j, i] of the keys j before i.
-        b_A = tl.zeros([BC, BK], tl.float32)
-        for i in range(0, num_rows):
-            p_i = rows * K + (first + i) * (H * K) + o_k
-            b_qi = tl.load(q + p_i).to(tl.float32)  # [BK]
-            b_gi = tl.load(g + p_i).to(tl.float32)  # [BK]
-            b_row = tl.load(p_dP + (first + i) * BT + first + o_r).to(tl.float32)  # [BC]
-            b_A += tl.where((o_r < i)[:, None], b_gi[None, :], 0.0)
-            b_dk += tl.where((o_r < i)[:, None], b_row[:, None] * b_qi[None, :] * exp(b_A), 0.0)
+        # Equation (18) for the levels inside the block.
+        p_block = p_dP + i_b * BC * (BT + 1)
+        o_rc = o_r[:, None] * BT + o_r[None, :]
+        o_cr = o_r[None, :] * BT + o_r[:, None]
+        b_dP = tl.load(p_block + tl.where(o_r[:, None] >= o_r[None, :], o_rc, o_cr))  # [BC, BC]
+        for j in tl.static_range(4):
+            b_late = late_rows(BC, 8 >> j)[None, :]
+            b_which = rows_to_border(BC, 8 >> j)
+            b_decay = exp(sums_of_columns(b_which, b_g, EXACT))
+            b_x = tl.where(b_late, b_q * b_decay, b_k * b_decay)
+            b_y = tl.dot(b_x.to(low), tl.where(meet(BC, 8 >> j), b_dP, 0.0), input_precision=PRECISION)
+            b_dg = add_sums_of_columns(b_dg, tl.trans(b_which), b_x * b_y, EXACT)
+            b_y *= b_decay
+            b_dq += tl.where(b_late, b_y, 0.0)
+            b_dk += tl.where(b_late, 0.0, b_y)
 
-        # Equation (18), before the terms i = j join dq and dk.
-        b_exponent = b_q * b_dq - b_k * b_dk
-        b_dg = tl.cumsum(b_exponent, 0, reverse=True) + b_later[None, :]
-        b_later += tl.sum(b_exponent, 0)
-        b_dg += tl.load(dg + p_rk, mask=m_r[:, None], other=0.0)
-        tl.store(dg + p_rk, b_dg, mask=m_r[:, None])
+        # The terms i = j of (16) and (17).
+        b_diagonal = tl.load(p_block + o_r * (BT + 1)).to(tl.float32)[None, :]  # [1, BC]
+        m_r = (i_b * BC + o_r < last)[None, :]
+        p_kr = p_k[:, None] + (i_b * BC + o_r)[None, :] * (H * K)
+        tl.store(dq + p_kr, (b_dq + b_diagonal * b_k).to(low), mask=m_r)
+        tl.store(dk + p_kr, (b_dk + b_diagonal * b_q).to(low), mask=m_r)
+        tl.store(dg + p_kr, b_dg.to(dg.dtype.element_ty), mask=m_r)
 
-        # Equations (16) and (17) for i = j, and the sums with what the states gave.
-        b_diagonal = tl.load(p_dP + (first + o_r) * (BT + 1)).to(tl.float32)[:, None]  # [BC, 1]
-        b_dq += b_diagonal * b_k + tl.load(dq + p_rk, mask=m_r[:, None], other=0.0).to(tl.float32)
-        b_dk += b_diagonal * b_q + tl.load(dk + p_rk, mask=m_r[:, None], other=0.0).to(tl.float32)
-        tl.store(dq + p_rk, b_dq.to(low), mask=m_r[:, None])
-        tl.store(dk + p_rk, b_dk.to(low), mask=m_r[:, None])
+
+@triton.jit
+def _of_block(i_b, b_0, b_1, b_2, b_3):
+    """What belongs to block i_b of four."""
+    return tl.where(i_b < 2, tl.where(i_b == 0, b_0, b_1), tl.where(i_b == 2, b_2, b_3))
 
 
 def local_gradients(
-    *, inputs: Inputs, do: torch.Tensor, chunks: Chunks, so_far: Gradients, launches_for=launches_for
-) -> None:
-    """Equations (15) to (20) of every chunk, added to the gradients in place.
+    *, inputs: Inputs, do: torch.Tensor, chunks: Chunks, parts: StateParts, launches_for=launches_for
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Equations (15) to (19) of every chunk.
 
     Args:
         inputs, chunks: of the same rows.
         do: [R, H, V], the gradient of o, contiguous.
-        so_far: the parts that the states give, from ``state_gradients``; becomes the gradients.
+        parts: from ``state_gradients``.
         launches_for: a kernel set's, with fields as the general set's.
+
+    Returns:
+        dq, dk, dg [R, H, K], in the types of q, k and g.
     """
     q, heads, k_dim = inputs.q, inputs.num_heads, inputs.k_dim
     launches = launches_for(q.device, q.dtype, k_dim, inputs.v_dim)
     d_scores = _score_gradients(inputs, do, chunks, launches.score_gradients)
+    dq, dk, dg = torch.empty_like(q), torch.empty_like(inputs.k), torch.empty_like(inputs.g)
     launch = launches.query_key_gradients
     _query_key_gradients_kernel[(chunks.num_slots * heads * (k_dim // launch.tile),)](
         q=q,
         k=inputs.k,
         g=inputs.g,
+        u=parts.u,
+        w=parts.w,
+        d_decays=parts.d_decays,
         d_scores=d_scores,
         cu_seqlens=chunks.cu_seqlens,
         chunk_segment=chunks.table.segment,
         chunk_index=chunks.table.index,
-        dq=so_far.dq,
-        dk=so_far.dk,
-        dg=so_far.dg,
+        dq=dq,
+        dk=dk,
+        dg=dg,
         num_segments=chunks.num_segments,
         H=heads,
         K=k_dim,
@@ -203,6 +293,7 @@ def local_gradients(
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
+    return dq, dk, dg
 
 
 def _score_gradients(inputs: Inputs, do: torch.Tensor, chunks: Chunks, launch: Launch) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Gated linear attention: the parts of dq, dk and dg that the states give.
+"""Gated linear attention: what the states give to dq, dk and dg.
 
 Shape legend: rows R, heads H, key size K, value size V, chunk length BT, span slots M.
 
@@ -6,10 +6,12 @@ Sums of g and the decays are written as in `chunk_local`. S is the state at the 
 state at its end:
 
     (10)  S of the next chunk = diag(decays) S + k~^T v
-    (11)  dq_i = scale * exp(g(start, i]) * (do S^T)_i
-    (12)  dk_j = exp(g(j, end]) * (v dS^T)_j
-    (13)  dg_t = sum_{i >= t} q_i * dq_i + sum_{j < t} k_j * dk_j + decays * sum_V S * dS
+    (11)  u = scale * do S^T
+    (12)  w = v dS^T
+    (13)  d_decays = decays * sum_V S * dS
     (14)  dS of the chunk before = diag(decays) dS + q~^T do
+
+`local_gradients` makes gradients of u, w and d_decays: here nothing is summed over rows.
 
 Memory holds S at the start and dS at the end of every span only. From these, the programs of a span compute the S and
 dS of its chunks again, each program for BK of the K rows: the rows of a state do not depend on each other.
@@ -21,8 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mom_layers.common.activations_triton import exp
-from mom_layers.recur.channel_decay.tensors import SPAN, ChunkLocal, Gradients, Inputs
+from mom_layers.recur.channel_decay.tensors import SPAN, ChunkLocal, Inputs, StateParts
 from mom_layers.recur.channel_decay.triton.chunk_local import PRECISION
 from mom_layers.recur.channel_decay.triton.launches import launches_for
 from mom_layers.recur.chunk_table import CHUNK
@@ -32,10 +33,7 @@ from mom_layers.recur.program_place_triton import rows_of_span, span_of_program
 
 @triton.jit(do_not_specialize=["num_segments"])
 def _state_gradients_kernel(
-    q,
-    k,
     v,
-    g,
     q_decayed,
     k_decayed,
     decays,
@@ -46,9 +44,9 @@ def _state_gradients_kernel(
     chunk_offsets,
     span_segment,
     span_index,
-    dq,
-    dk,
-    dg,
+    u,
+    w,
+    d_decays,
     scale,
     num_segments,
     H: tl.constexpr,
@@ -72,8 +70,6 @@ def _state_gradients_kernel(
     o_tv = o_t[:, None] * (H * V) + o_v[None, :]
     i_state = (i_span.to(tl.int64) * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
     low = v.dtype.element_ty
-    i_previous = tl.broadcast_to(tl.maximum(o_t - 1, 0)[:, None], [BT, BK])
-
     b_dS = tl.load(d_span_states + i_state).to(tl.float32)  # [BK, V]
     for i_back in range(0, num_chunks):
         # Equation (10), from the span's start for every chunk anew: 1.5 products more for each chunk of a span of four,
@@ -87,41 +83,28 @@ def _state_gradients_kernel(
             b_S = tl.load(decays + ((i_slot + i).to(tl.int64) * H + i_h) * K + o_k)[:, None] * b_S
             b_S += tl.dot(tl.trans(b_k_earlier), b_v_earlier, input_precision=PRECISION)
 
-        # Equations (11) and (12).
+        # Equations (11) to (13).
         rows = (i_first + i_t * BT).to(tl.int64) * H + i_h
-        m_t = i_t * BT + o_t < num_rows
-        m_next = (o_t + 1 < BT) & (i_t * BT + o_t + 1 < num_rows)
+        m_t = (i_t * BT + o_t < num_rows)[:, None]
         p_tk = rows * K + o_tk
-        b_decay = tl.load(decays + ((i_slot + i_t).to(tl.int64) * H + i_h) * K + o_k)  # [BK]
-        b_g = tl.load(g + p_tk, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BK]
-        b_next = tl.load(g + p_tk + H * K, mask=m_next[:, None], other=0.0).to(tl.float32)  # [BT, BK]
-        b_do = tl.load(do + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
+        i_decay = ((i_slot + i_t).to(tl.int64) * H + i_h) * K + o_k
+        b_decay = tl.load(decays + i_decay)  # [BK]
+        b_do = tl.load(do + rows * V + o_tv, mask=m_t, other=0.0)  # [BT, V]
         if not LATE:
-            b_v = tl.load(v + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
-        b_dq = tl.dot(b_do, tl.trans(b_S.to(low)), input_precision=PRECISION)
-        b_dq = scale * exp(tl.cumsum(b_g, 0)) * b_dq
+            b_v = tl.load(v + rows * V + o_tv, mask=m_t, other=0.0)  # [BT, V]
+        b_u = scale * tl.dot(b_do, tl.trans(b_S.to(low)), input_precision=PRECISION)
+        tl.store(u + p_tk, b_u.to(low), mask=m_t)
         if LATE:
-            tl.store(dq + p_tk, b_dq.to(low), mask=m_t[:, None])
-            b_v = tl.load(v + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V]
-        b_dk = tl.dot(b_v, tl.trans(b_dS.to(low)), input_precision=PRECISION)
-        b_dk = exp(tl.cumsum(b_next, 0, reverse=True)) * b_dk
-        if not LATE:
-            tl.store(dq + p_tk, b_dq.to(low), mask=m_t[:, None])
-        tl.store(dk + p_tk, b_dk.to(low), mask=m_t[:, None])
-
-        # Equation (13). The last row's key has no decay to the end: its term enters no sum. Adding the term and
-        # subtracting it again would bury dg under strong decay, so the terms move down by a row before they are summed.
-        b_dg = tl.cumsum(tl.load(q + p_tk, mask=m_t[:, None], other=0.0).to(tl.float32) * b_dq, 0, reverse=True)
-        b_to_end = tl.load(k + p_tk, mask=m_t[:, None], other=0.0).to(tl.float32) * b_dk
-        b_to_end = tl.where(o_t[:, None] > 0, tl.gather(b_to_end, i_previous, 0), 0.0)
-        b_dg += tl.cumsum(b_to_end, 0) + (b_decay * tl.sum(b_S * b_dS, 1))[None, :]
-        tl.store(dg + p_tk, b_dg, mask=m_t[:, None])
+            b_v = tl.load(v + rows * V + o_tv, mask=m_t, other=0.0)  # [BT, V]
+        b_w = tl.dot(b_v, tl.trans(b_dS.to(low)), input_precision=PRECISION)
+        tl.store(w + p_tk, b_w.to(low), mask=m_t)
+        tl.store(d_decays + i_decay, b_decay * tl.sum(b_S * b_dS, 1))
 
         # Equation (14).
         b_dS = b_decay[:, None] * b_dS
-        b_q = tl.load(q_decayed + p_tk, mask=m_t[:, None], other=0.0)  # [BT, BK]
+        b_q = tl.load(q_decayed + p_tk, mask=m_t, other=0.0)  # [BT, BK]
         if LATE:
-            b_do = tl.load(do + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, V], which v has displaced
+            b_do = tl.load(do + rows * V + o_tv, mask=m_t, other=0.0)  # [BT, V], which v has displaced
         b_dS += tl.dot(tl.trans(b_q), b_do, input_precision=PRECISION)
 
 
@@ -134,7 +117,7 @@ def state_gradients(
     span_states: torch.Tensor,
     d_span_states: torch.Tensor,
     launches_for=launches_for,
-) -> Gradients:
+) -> StateParts:
     """Equations (10) to (14) of every span.
 
     Args:
@@ -144,15 +127,11 @@ def state_gradients(
         d_span_states: [M, H, K, V], from ``reverse_recurrence``.
         launches_for: a kernel set's, with fields as the general set's.
     """
-    q, v, heads, k_dim, v_dim = inputs.q, inputs.v, inputs.num_heads, inputs.k_dim, inputs.v_dim
-    dq, dk = torch.empty_like(q), torch.empty_like(inputs.k)
-    dg = torch.empty_like(inputs.g, dtype=torch.float32)
+    v, heads, k_dim, v_dim = inputs.v, inputs.num_heads, inputs.k_dim, inputs.v_dim
+    u, w, d_decays = torch.empty_like(inputs.q), torch.empty_like(inputs.k), torch.empty_like(local.decays)
     launch = launches_for(v.device, v.dtype, k_dim, v_dim).state_gradients
     _state_gradients_kernel[(chunks.num_span_slots * heads * (k_dim // launch.tile),)](
-        q=q,
-        k=inputs.k,
         v=v,
-        g=inputs.g,
         q_decayed=local.q_decayed,
         k_decayed=local.k_decayed,
         decays=local.decays,
@@ -163,9 +142,9 @@ def state_gradients(
         chunk_offsets=chunks.table.offsets,
         span_segment=chunks.spans.segment,
         span_index=chunks.spans.index,
-        dq=dq,
-        dk=dk,
-        dg=dg,
+        u=u,
+        w=w,
+        d_decays=d_decays,
         scale=inputs.scale,
         num_segments=chunks.num_segments,
         H=heads,
@@ -178,4 +157,4 @@ def state_gradients(
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
-    return Gradients(dq, dk, dg)
+    return StateParts(u, w, d_decays)

@@ -10,10 +10,6 @@ import torch
 from mom_layers.common.chips import Chip, cached_choice, chip_of
 from mom_layers.recur.kernel_sets import widest_that_fits
 
-# Warps of the triangular solve, which is float32 for every type of input: one spills a little, and was still the
-# fastest on an H200.
-SOLVE_WARPS = 1
-
 
 class Launch(NamedTuple):
     """The tile, warps and pipeline stages of a kernel.
@@ -118,6 +114,16 @@ TABLES = (
         name="narrowest tiles",
         shared_memory=92928,
         recurrence={256: Launch(16, 8, 2), 128: Launch(32, 4, 2), 64: Launch(32, 4, 2)},
+        state_gradients={256: Launch(16, 4, 1, True), 128: Launch(32, 8, 1, True), 64: Launch(32, 8, 1, True)},
+        chunk_scores=Launch(64, 4, 3),
+        score_gradients=Launch(64, 8, 1),
+        query_key_gradients=Launch(32, 4, 2),
+    ),
+    # For the 64 KB of an MI300X. Chosen from what the compiler reports for gfx942; not tuned.
+    Table(
+        name="tiles for 64 KB",
+        shared_memory=65536,
+        recurrence={256: Launch(16, 8, 1, True), 128: Launch(32, 4, 2), 64: Launch(32, 4, 2)},
         state_gradients={256: Launch(16, 4, 1, True), 128: Launch(32, 8, 1, True), 64: Launch(32, 8, 1, True)},
         chunk_scores=Launch(64, 4, 3),
         score_gradients=Launch(64, 8, 1),

@@ -25,9 +25,10 @@ import triton.language as tl
 
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import SPAN, Chunks
+from mom_layers.recur.decays_triton import decay_between, decay_through_chunk
 from mom_layers.recur.program_place_triton import chunk_of_program
 from mom_layers.recur.scalar_delta.tensors import ErrorRows, Inputs, StateGradients
-from mom_layers.recur.scalar_delta.triton.chunk_local import PRECISION, decay_between
+from mom_layers.recur.scalar_delta.triton.chunk_local import PRECISION
 from mom_layers.recur.scalar_delta.triton.launches import launches_for
 
 
@@ -95,44 +96,6 @@ def _score_gradients_kernel(
     tl.store(d_key_scores + i_chunk * BT * BT + o_tt, b_dN.to(d_key_scores.dtype.element_ty))
     tl.store(d_decay + i_chunk * BT + o_t, b_d_decay)
     tl.store(dbeta + rows + o_t * H, b_dbeta.to(dbeta.dtype.element_ty), mask=m_t)
-
-
-@triton.jit
-def _decay_gradient(
-    totals, boundary, chunk_offsets, span_offsets, i_c, i_s, i_h, i_index, num_slots,
-    H: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr, BOUNDARY_PARTS: tl.constexpr, FROM_ZERO: tl.constexpr,
-):  # fmt: skip
-    """exp(G_last) <S, dS> of a chunk, from <S, dS> where its span ends and where its span starts.
-
-    Every step away from an end adds rounding errors, so the two answers are weighted by the steps that they take. At
-    the start of a segment <S, dS> is zero, or not known where there is an initial state: then the answer is the end's.
-    """
-    # Where the chunk stands in its span, and the weight of the answer from the span's start.
-    i_place = i_index % SPAN
-    i_span = (tl.load(span_offsets + i_s) + i_index // SPAN).to(tl.int64) * H + i_h
-    i_left = tl.load(chunk_offsets + i_s + 1) - i_c
-    num_later = tl.minimum(SPAN - i_place, i_left)
-    known = FROM_ZERO | (i_index >= SPAN)
-    from_start = tl.where(known, (2.0 * num_later - 1.0) / (2.0 * num_later + 2.0 * i_place), 0.0)
-    # The sums (15) of the span's chunks, this chunk at offset 0. The answer from the end is <S, dS> there, plus `from`
-    # less `to` of every later chunk, less `to` of this one. The answer from the start is <S, dS> there, plus the same
-    # sums, plus `to` less `from` of all chunks. A segment's last chunk has no `to`: its <S, dS> is the decayed part's.
-    o_chunk = tl.arange(0, SPAN) - i_place
-    p_totals = totals + ((i_c + o_chunk).to(tl.int64) * H + i_h) * PARTS
-    to_state = num_slots.to(tl.int64) * H * PARTS
-    b_sum = tl.zeros([SPAN], tl.float32)
-    for i_part in tl.static_range(PARTS):
-        b_from = tl.load(p_totals + i_part, mask=o_chunk < i_left, other=0.0)
-        b_to = tl.load(p_totals + to_state + i_part, mask=o_chunk < i_left - 1, other=0.0)
-        b_sum += tl.where(o_chunk > 0, b_from, 0.0) - tl.where(o_chunk >= 0, b_to, 0.0)
-        b_sum += from_start * (b_to - b_from)
-    d_chunk_decay = tl.sum(b_sum, 0)
-    # <S, dS> where the span ends, and where the span before ends.
-    p_boundary = boundary + i_span * BOUNDARY_PARTS
-    for i_part in tl.static_range(BOUNDARY_PARTS):
-        d_chunk_decay += (1.0 - from_start) * tl.load(p_boundary + i_part)
-        d_chunk_decay += from_start * tl.load(p_boundary - H * BOUNDARY_PARTS + i_part, mask=i_index >= SPAN, other=0.0)
-    return d_chunk_decay
 
 
 @triton.jit(do_not_specialize=["num_segments", "num_slots"])
@@ -208,7 +171,7 @@ def _query_key_gradients_kernel(
         tl.store(dk + rows * K + o_tk, b_dk.to(dk.dtype.element_ty), mask=m_t[:, None])
 
     # (22): from the exponents to g, whose row t is part of G from t on, and of G_last - G before t.
-    d_chunk_decay = _decay_gradient(
+    d_chunk_decay = decay_through_chunk(
         totals, boundary, chunk_offsets, span_offsets, i_c, i_s, i_h, i_index, num_slots,
         H, SPAN, PARTS, BOUNDARY_PARTS, FROM_ZERO,
     )  # fmt: skip

@@ -1,0 +1,75 @@
+"""The exchange by collectives of one size: all ranks receive all tokens, and sum what the memories answer.
+
+An all-gather brings every token with its query to every rank, where each memory's rows are read by index, as a layer on
+one GPU reads them. The answers go home in a reduce-scatter: each rank sends, for every token, the weighted sum over its
+own memories. Both move E / k times as much as the rows that are needed, so that this exchange is for groups that are
+not much larger than k, and for groups whose ranks cannot read each other's memory.
+
+Shape legend: N tokens of a rank, E ranks, R' rows of the memories here, k memories of a token, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from linear_moe.parallel.all_ranks import gather, plan_all_ranks
+from linear_moe.parallel.choices import Choices, Returned
+from linear_moe.parallel.weighted_rows import weighted_sum
+
+
+def _scatter_sum(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    """This rank's part [N, C] of the sum of all ranks' x [E N, C]."""
+    own = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+    torch.distributed.reduce_scatter_tensor(own, x.contiguous(), group=group)
+    return own
+
+
+class _ToAllRanks(torch.autograd.Function):
+    """An all-gather, whose gradient is a reduce-scatter."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return gather(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _scatter_sum(grad, ctx.group), None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """A reduce-scatter, whose gradient is an all-gather."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _scatter_sum(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return gather(grad, ctx.group), None
+
+
+class AllGather:
+    """Implements :class:`linear_moe.parallel.expert.Exchange` by an all-gather and a reduce-scatter."""
+
+    def __init__(self, choices: Choices):
+        self.choices = choices
+        self.all_ranks = plan_all_ranks(choices)
+        self.plan = self.all_ranks.plan
+
+    def bring(self, x: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _ToAllRanks.apply(x, self.choices.group), _ToAllRanks.apply(q, self.choices.group)
+
+    def take_home(self, o: torch.Tensor, weights: torch.Tensor) -> Returned:
+        group = self.choices.group
+        sums = weighted_sum(
+            o.flatten(1), _ToAllRanks.apply(weights, group), self.plan, self.all_ranks.choice_of_row,
+            kernels=self.choices.kernels,
+        )  # fmt: skip
+        own = _SumOverRanks.apply(sums, group).unflatten(1, o.shape[1:])
+        row = torch.arange(own.shape[0], dtype=torch.int32, device=own.device)[:, None]
+        return Returned(own, torch.ones_like(weights[:, :1]).detach(), row)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.all_ranks.choice_of_row, *self.plan.tensors()]

@@ -1,0 +1,36 @@
+"""The kernel sets of the delta rule with a decay a channel.
+
+A set is a module (a file or a folder) with NAME and ``takes``, as `mom_layers.recur.kernel_sets` describes, and with
+the host functions below, which are called by keyword and launch the kernels. A set may take a function of another set,
+or bind that function to launches of its own: ``functools.partial(triton.recurrence, launches_for=launches_for)``.
+
+    chunk_local(inputs, chunks, known=None) -> ChunkLocal
+    recurrence(inputs, values, local, chunks, initial_state, output_final_state, for_backward) -> RecurrenceResults
+    reverse_recurrence(inputs, do, local, chunks, d_final_state, store_d_initial_state, store_d_states)
+        -> (d_errors, d_states, d_initial_state)
+    chunk_states(local, errors, chunks, span_states) -> states
+    score_gradients(inputs, values, rows, chunks) -> ScoreGradients
+    row_gradients(inputs, rows, decays, whole_chunks, chunks, states, d_states, score_gradients)
+        -> (dq, dk, dg, d_erase)
+
+The functions of the general set, `mom_layers.recur.channel_delta.triton`, say what each argument and result is.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from mom_layers.common.chips import cached_choice, chip_of
+from mom_layers.recur.channel_delta import triton
+from mom_layers.recur.kernel_sets import choose
+
+# The first set that takes a chip runs there; the general one takes every chip and stands last.
+KERNEL_SETS = (triton,)
+
+
+@cached_choice
+def kernel_set(device: torch.device, dtype: torch.dtype, k_dim: int, v_dim: int) -> ModuleType:
+    """The kernel set that runs on a device, for inputs of a type and head sizes K and V."""
+    return choose("channel delta rule", KERNEL_SETS, chip_of(device), dtype, k_dim, v_dim)
