@@ -198,6 +198,7 @@ class MomTransformerConfig(TransformerConfig):
 
     contiguous_context_slices: bool = False
     """Whether a context-parallel rank holds one contiguous slice of a sequence; Megatron's batches have two."""
+    sft: bool = False
     use_megatron_fsdp: bool = False
     use_torch_fsdp2: bool = False
     """Megatron's arguments of these names, which its own configuration does not have."""

@@ -167,6 +167,11 @@ def _checkpoint_worker(*args, **kwargs) -> None:
     PersistentAsyncCaller.async_loop(*args, **kwargs)
 
 
+def _without_fp8(init, checkpoint, *args, **kwargs) -> None:
+    init(checkpoint, *args, **kwargs)
+    checkpoint.fp8 = False
+
+
 def _type_name_on_cuda(original, tensor, *args, **kwargs):
     name = original(tensor, *args, **kwargs)
     if name in ("torch.FloatTensor", "torch.HalfTensor", "torch.BFloat16Tensor"):
@@ -297,6 +302,13 @@ PATCHES = (
             replace("megatron.core.transformer.moe.moe_utils", "te_general_gemm", None),
             Target("megatron.core.transformer.transformer_block", "LayerNormImpl", _torch_norm),
         ),
+    ),
+    Patch(
+        name="cpu-recompute",
+        reason="--recompute-modules layernorm and its like ask Transformer Engine whether a run is in fp8, by a name "
+        "that is not defined where it is not installed",
+        removed_when="CheckpointWithoutOutput asks for fp8 only where Transformer Engine is installed",
+        targets=(wrap("megatron.core.tensor_parallel.random", "CheckpointWithoutOutput.__init__", _without_fp8),),
     ),
     _STREAMS,
     _WORKER,

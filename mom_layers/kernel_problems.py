@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from importlib import import_module
+from pathlib import Path
 
 import torch
 
 from mom_layers.common.chips import Chip, chip_of
-from mom_layers.recur.rules import get_rule
+from mom_layers.recur.rules import MemoryRule, get_rule
 from mom_layers.settings import MixerSettings
 
 OLDEST_TRITON = (3, 5)
@@ -28,22 +30,21 @@ def kernel_problem(settings: MixerSettings, dtype: torch.dtype, device: torch.de
     from mom_layers.common.triton_versions import VERSION
 
     rule, chip = get_rule(settings.rule), chip_of(device)
-    for name, size in (("head_dim", settings.head_dim), ("head_dim * expand_v", settings.value_dim)):
-        if size not in rule.head_sizes:
-            sizes = ", ".join(map(str, rule.head_sizes))
+    for name, size, key in (("head_dim", settings.head_dim, True), ("head_dim * expand_v", settings.value_dim, False)):
+        if size not in rule.kernel_sizes(of_keys=key):
+            sizes = ", ".join(map(str, rule.kernel_sizes(of_keys=key)))
             return f"{name} = {size} is not supported by the {rule.name} kernels: use one of {sizes}, or {help_}"
     shown = ".".join(map(str, VERSION))
     if VERSION < OLDEST_TRITON:
         return f"Triton {shown} is installed, and the kernels need {'.'.join(map(str, OLDEST_TRITON))} or newer"
-    return _memory_problem(chip, dtype, max(settings.head_dim, settings.value_dim), help_)
+    return _memory_problem(rule, chip, dtype, max(settings.head_dim, settings.value_dim), help_)
 
 
-def _memory_problem(chip: Chip, dtype: torch.dtype, size: int, help_: str) -> str | None:
-    from mom_layers.recur.channel_decay.triton.launches import table_for as channel_decay
-    from mom_layers.recur.channel_delta.triton.launches import table_for as channel_delta
-    from mom_layers.recur.scalar_delta.triton.launches import table_for as scalar_delta
-
-    needed = max(table_for(chip, dtype).shared_memory for table_for in (scalar_delta, channel_decay, channel_delta))
+def _memory_problem(rule: MemoryRule, chip: Chip, dtype: torch.dtype, size: int, help_: str) -> str | None:
+    if chip.vendor == "amd" and dtype != torch.float32:
+        return None  # the tables' numbers are of NVIDIA's compiler, and AMD's makes kernels that take less
+    tables = [import_module(f"mom_layers.recur.{family}.triton.launches") for family in _families(rule)]
+    needed = max((table.table_for(chip, dtype).shared_memory for table in tables), default=0)
     # The tables' numbers are for heads of 256; what smaller heads take shrinks with their size.
     needed = needed * size // 256
     if needed > chip.shared_memory:
@@ -52,3 +53,10 @@ def _memory_problem(chip: Chip, dtype: torch.dtype, size: int, help_: str) -> st
             f"take about {needed}: choose smaller heads, or {help_}"
         )
     return None
+
+
+def _families(rule: MemoryRule) -> set[str]:
+    """The kernel families whose functions the file of the rule's recurrence imports."""
+    modules = (getattr(value, "__module__", None) or "" for value in rule.recur.__globals__.values())
+    rooms = {module.split(".")[2] for module in modules if module.startswith("mom_layers.recur.")}
+    return {room for room in rooms if (Path(__file__).parent / "recur" / room / "triton").is_dir()}

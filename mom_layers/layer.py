@@ -22,7 +22,8 @@ class MixtureOfMemories(nn.Module):
         hidden_size: D.
         sizes: the fields of :class:`mom_layers.settings.MixerSettings`, in their order or by name: ``num_heads``,
             ``head_dim``, ``expand_v``, ``num_memories``, ``topk``, ``shared_memory``, ``conv_kernel``, ``rule``,
-            ``single_kv_proj``, ``norm_eps``, ``kernels`` (in version 0.1 ``backend``). Every field has a default.
+            ``single_kv_proj``, ``norm_eps``, ``kernels`` (in version 0.1 ``backend``), ``layer``, ``num_layers``. Every
+            field has a default.
 
     Raises:
         ValueError, TypeError: a size or name that is not supported.
@@ -51,7 +52,9 @@ class MixtureOfMemories(nn.Module):
         self.v_conv = nn.Parameter(torch.empty(values, settings.conv_kernel))
         self.rule_parameters = nn.ParameterDict(
             {
-                name: nn.Parameter(torch.empty(settings.num_heads, *shape))
+                name: nn.Parameter(
+                    torch.empty(settings.num_heads, *shape), requires_grad=name not in self.rule.fixed_parameters
+                )
                 for name, shape in self.rule.parameter_shapes(settings.head_dim).items()
             }
         )
@@ -66,7 +69,7 @@ class MixtureOfMemories(nn.Module):
         for conv in (self.q_conv, self.k_conv, self.v_conv):
             bound = conv.shape[1] ** -0.5
             nn.init.uniform_(conv, -bound, bound)
-        for name, value in self.rule.init_parameters(self.num_heads, self.head_dim).items():
+        for name, value in self.settings.initial_parameters().items():
             self.rule_parameters[name].copy_(value)
         nn.init.ones_(self.norm_weight)
 

@@ -52,13 +52,28 @@ def _draw(shape: Shape, *more: int) -> torch.Tensor:
     return torch.randn(shape.rows, shape.heads, *more, device=shape.device)
 
 
+def _model_type(shape: Shape) -> torch.dtype:
+    return torch.bfloat16 if shape.device == "cuda" else torch.float32
+
+
 # Gates by their kind, as a typical layer makes them. The functions take a Shape.
 GATES: dict[str, Callable[[Shape], torch.Tensor]] = {
     "head decay": lambda shape: F.logsigmoid(_draw(shape) + 3),
     "channel decay": lambda shape: F.logsigmoid(_draw(shape, shape.size)) / 16,
+    "forget gate": lambda shape: F.logsigmoid(_draw(shape, shape.size)),
     "write strength": lambda shape: _draw(shape).sigmoid(),
-    "channel strength": lambda shape: _draw(shape, shape.size).sigmoid(),
+    "channel strength": lambda shape: _draw(shape, shape.size).sigmoid().to(_model_type(shape)),
 }
+
+
+def retention_decay(shape: Shape) -> torch.Tensor:
+    """The fixed log decay of every head."""
+    return torch.log1p(-torch.exp2(-5.0 - torch.arange(shape.heads, device=shape.device)))
+
+
+def no_decay(shape: Shape) -> torch.Tensor:
+    """A log decay of zero for every row."""
+    return torch.zeros(shape.rows, shape.heads, device=shape.device)
 
 
 class Operation(NamedTuple):
@@ -82,13 +97,33 @@ class Operation(NamedTuple):
 _DELTA = {"g": "head decay", "beta": "write strength"}
 OPERATIONS = {
     "gated_deltanet": Operation("scalar_delta.gated_delta_rule", "gated_delta_rule.chunk_gated_delta_rule", _DELTA),
+    "linear_attention": Operation(
+        "scalar_decay.scalar_decay",
+        "linear_attn.chunk_linear_attn",
+        extra={"g": lambda shape: None},
+        peer_extra={"normalize": False},
+    ),
+    "retention": Operation("scalar_decay.scalar_decay", "retention.chunk_retention", extra={"g": retention_decay}),
+    "mamba2": Operation("scalar_decay.scalar_decay", "simple_gla.chunk_simple_gla", {"g": "head decay"}),
+    "deltanet": Operation(
+        "scalar_delta.gated_delta_rule", "delta_rule.chunk_delta_rule", {"beta": "write strength"}, {"g": no_decay}
+    ),
     "gla": Operation("channel_decay.gated_linear_attention", "gla.chunk_gla", {"g": "channel decay"}),
+    "kda": Operation(
+        "channel_delta.kimi_delta_attention", "kda.chunk_kda", {"g": "channel decay", "beta": "write strength"}
+    ),
+    "gated_deltanet2": Operation(
+        "channel_delta.gated_delta_rule_2",
+        "gdn2.chunk_gdn2",
+        {"g": "channel decay", "b": "channel strength", "w": "channel strength"},
+    ),
+    "hgrn2": Operation("channel_decay.gated_linear_attention", "gla.chunk_gla", {"g": "forget gate"}),
 }
 
 
 def leaves_of(operation: Operation, shape: Shape) -> dict[str, torch.Tensor]:
     """q and k of unit length, v and the gates."""
-    dtype = torch.bfloat16 if shape.device == "cuda" else torch.float32
+    dtype = _model_type(shape)
     leaves = {name: F.normalize(_draw(shape, shape.size), dim=-1).to(dtype) for name in ("q", "k")}
     leaves["v"] = _draw(shape, shape.size).to(dtype)
     leaves |= {name: GATES[kind](shape) for name, kind in operation.gates.items()}

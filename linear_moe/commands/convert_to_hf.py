@@ -55,7 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Both models run in float32 on the CPU. Megatron runs on the CPU only in a process that sees no GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.execv(sys.executable, sys.orig_argv)
-    return run_command("convert_to_hf.py", lambda: convert(args), ConversionError)
+
+    def work():
+        convert(args)
+        print(f"next:  linear-moe generate --load {args.save} --prompt 'def forward(self'")
+
+    return run_command("convert_to_hf.py", work, ConversionError)
 
 
 def convert(args: argparse.Namespace) -> None:

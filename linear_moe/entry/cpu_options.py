@@ -43,6 +43,7 @@ WITHOUT_COUNTERPART = {
     "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
     "use_megatron_fsdp": "--use-megatron-fsdp",
     "fsdp_manual_registration": "--fsdp-manual-registration",
+    "init_model_with_meta_device": "--init-model-with-meta-device",
     "nccl_ub": "--use-nccl-ub",
     "nccl_communicator_config_path": "--nccl-communicator-config-path",
 }

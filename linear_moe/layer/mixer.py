@@ -31,6 +31,7 @@ from linear_moe.layer.router import MemoryRouter
 from linear_moe.layer.sharded_parameters import store_shard, whole_parameters
 from linear_moe.parallel.choices import Choices
 from linear_moe.parallel.context import ContextSlice
+from linear_moe.parallel.document_order import DocumentOrder
 from linear_moe.parallel.expert import mix_memories_over_ranks
 from linear_moe.parallel.sequence_counts import most_sequences
 from linear_moe.parallel.sequence_order import SequenceOrder
@@ -81,7 +82,9 @@ class MomTokenMixer(MegatronModule):
         if self.cp_group.size() > 1 and not config.contiguous_context_slices:
             group = pg_collection.tp_cp if config.sequence_parallel else self.cp_group
             self.order = SequenceOrder(group, self.cp_group.size())
-        self.settings = config.mixer_settings()
+        # Multi-token prediction numbers its layers on from the last one of the model.
+        layers = max(config.num_layers, layer_number)
+        self.settings = replace(config.mixer_settings(), layer=layer_number - 1, num_layers=layers)
         self.rule = self.settings.update_rule
 
         heads, tp_size = config.mom_num_heads, pg_collection.tp.size()
@@ -147,7 +150,8 @@ class MomTokenMixer(MegatronModule):
         self.norm_weight = parameter(config.mom_value_dim)
         for own, shape in self.rule.parameter_shapes(config.mom_head_dim).items():
             # float32 whatever the model's type
-            self.register_parameter(own, parameter(self.num_heads, *shape, dtype=torch.float32, sharded_dim=0))
+            weight = parameter(self.num_heads, *shape, dtype=torch.float32, sharded_dim=0)
+            self.register_parameter(own, weight.requires_grad_(own not in self.rule.fixed_parameters))
         if config.perform_initialization:
             self.reset_parameters()
 
@@ -197,7 +201,7 @@ class MomTokenMixer(MegatronModule):
         bound = config.mom_conv_kernel**-0.5
         for conv in (self.q_conv, self.k_conv, self.v_conv):
             drawn(lambda weight: weight.uniform_(-bound, bound), conv, 0, [conv.shape[0]])
-        for name, whole in self.rule.init_parameters(config.mom_num_heads, config.mom_head_dim).items():
+        for name, whole in self.settings.initial_parameters().items():
             getattr(self, name).copy_(whole.chunk(tp_size)[rank])
         torch.nn.init.ones_(self.norm_weight)
 
@@ -214,16 +218,17 @@ class MomTokenMixer(MegatronModule):
         A recurrence reads neither an attention mask nor rotary embeddings. ``packed_seq_params`` has the borders of
         packed documents. Under context parallelism rank r of P holds s tokens of each sequence: chunks r and
         2 P - 1 - r of 2 P. With packed documents the row of all documents is cut so, and the borders count the tokens
-        of that whole row, as ``get_batch_on_this_cp_rank`` makes it with ``use_per_sequence_balancing``. A zigzag
-        within every document is not supported.
+        of that whole row, as ``get_batch_on_this_cp_rank`` makes it with ``use_per_sequence_balancing``. With --sft
+        every document is cut so by itself.
         """
         if inference_context is not None:
             raise NotImplementedError(
                 "Megatron's inference engines do not keep the memories' states: convert the checkpoint with "
                 "tools/convert_to_hf.py and generate text from the export"
             )
-        if self.order is not None:
-            hidden_states = self.order.to_contiguous(hidden_states)
+        order = self._order(hidden_states, packed_seq_params)
+        if order is not None:
+            hidden_states = order.to_contiguous(hidden_states)
         weights, ids = self.router(hidden_states)
         projected, _ = self.in_proj(hidden_states)
         x, weights, ids = self._all_tokens(hidden_states, weights, ids)
@@ -246,7 +251,15 @@ class MomTokenMixer(MegatronModule):
             )  # fmt: skip
         y = y.unflatten(0, (length, batch))
         out, bias = self.out_proj(y)
-        return (out if self.order is None else self.order.to_zigzag(out)), bias
+        return (out if order is None else order.to_zigzag(out)), bias
+
+    def _order(self, hidden_states, packed_seq_params) -> SequenceOrder | DocumentOrder | None:
+        """The order of the tokens over the context-parallel ranks; None for the order of time."""
+        if self.order is None or packed_seq_params is None or not self.config.sft:
+            return self.order
+        borders = packed_seq_params.cu_seqlens_q_padded
+        borders = packed_seq_params.cu_seqlens_q if borders is None else borders
+        return DocumentOrder(self.order.group, self.cp_group.size(), borders, hidden_states.shape[0])
 
     def _choices(self, ids, borders, packed_seq_params, time_major: bool) -> Choices:
         """The choices of this rank's tokens, for the exchange over the expert-parallel ranks."""

@@ -1,4 +1,5 @@
-"""exp, sigmoid and tanh in few instructions, for kernels whose speed is limited by the number of their instructions.
+"""exp, sigmoid and tanh in few instructions, for kernels whose speed is limited by the number of their instructions;
+and an exact softplus.
 
 `tl.exp` takes five instructions and `tl.sigmoid` twelve. Most of these treat results below 1e-38, which are zero here,
 and the very large divisors of a division.
@@ -38,3 +39,15 @@ def tanh(x, dtype: tl.constexpr):
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
         return 2.0 * sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e) with e = exp(x), exact to the last bits where e is small.
+
+    ``log(u) e / (u - 1)`` with u = 1 + e as rounded: the quotient cancels the rounding of u. Above 20 the result is x.
+    """
+    b_e = tl.exp(tl.minimum(x, 20.0))
+    b_u = 1.0 + b_e
+    b_log = tl.where(b_u == 1.0, b_e, tl.log(b_u) * (b_e / tl.where(b_u == 1.0, 1.0, b_u - 1.0)))
+    return tl.where(x > 20.0, x, b_log)

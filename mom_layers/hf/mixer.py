@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
@@ -23,9 +24,9 @@ class MomAttention(nn.Module):
     offloading acts on a module, the modules are called instead; see :meth:`memory_projection`.
     """
 
-    def __init__(self, config: MomConfig):
+    def __init__(self, config: MomConfig, layer_idx: int = 0):
         super().__init__()
-        self.settings = config.mixer_settings()
+        self.settings = replace(config.mixer_settings(), layer=layer_idx, num_layers=config.num_hidden_layers)
         self.rule = self.settings.update_rule
         hidden, keys, values = config.hidden_size, self.settings.key_width, self.settings.value_width
 
@@ -40,8 +41,8 @@ class MomAttention(nn.Module):
                 setattr(self, f"shared_{letter}", nn.Linear(hidden, size, bias=False))
         for name, channels in (("q", keys), ("k", keys), ("v", values)):
             setattr(self, f"{name}_conv1d", ShortConvolution(channels, config.conv_size))
-        for name, value in self.rule.init_parameters(config.num_heads, config.head_dim).items():
-            self.register_parameter(name, nn.Parameter(value))
+        for name, value in self.settings.initial_parameters().items():
+            self.register_parameter(name, nn.Parameter(value, requires_grad=name not in self.rule.fixed_parameters))
         self.g_proj = nn.Linear(hidden, values, bias=False)
         self.o_norm = HeadNorm(self.settings.value_dim, config.norm_eps)
         self.o_proj = nn.Linear(values, hidden, bias=False)
@@ -145,7 +146,7 @@ class MomAttention(nn.Module):
     @torch.no_grad()
     def reset_rule_parameters(self) -> None:
         """Draws the rule's parameters (A_log, dt_bias, ...) anew, except parameters that were loaded."""
-        for name, value in self.rule.init_parameters(self.settings.num_heads, self.settings.head_dim).items():
+        for name, value in self.settings.initial_parameters().items():
             parameter = getattr(self, name)
             if not getattr(parameter, "_is_hf_initialized", False):
                 parameter.copy_(value)

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from mom_layers.recur.rules import rule_names
+from mom_layers.recur.rules import get_rule, rule_names
 from mom_layers.selftest import decoding, operations, recurrences
 from mom_layers.selftest.cases import Check, Setting
 from mom_layers.selftest.operations import Tokens
@@ -47,15 +47,24 @@ def all_checks(setting: Setting) -> dict[str, Check]:
             checks[f"combine, {about}"] = partial(
                 operations.combining, tokens=(ragged, alone), heads=heads, v_dim=v_dim, timed=TIMED
             )
-        for rule in rule_names():
+        for rule in by_family():
             checks[f"{rule}, {about}"] = partial(recurrences.recurrence, name=rule, timed=True, **size)
-            checks[f"decode step of {rule}, {about}"] = partial(
-                decoding.decoding, rule=rule, hidden=hidden, batches=(1, 5), timed=16, **size
-            )
+            if get_rule(rule).decode_step is not None:
+                checks[f"decode step of {rule}, {about}"] = partial(
+                    decoding.decoding, rule=rule, hidden=hidden, batches=(1, 5), timed=16, **size
+                )
+    families = by_family()
     for rule in rule_names():
         checks[f"gates of {rule}"] = partial(recurrences.gates, name=rule, rows=300, heads=4, k_dim=128, v_dim=128)
+        small = smallest_size(rule)
+        if rule not in families:
+            checks[f"{rule}, {setting.dtype}".replace("torch.", "")] = partial(
+                recurrences.recurrence, name=rule, heads=2, k_dim=small, v_dim=small, every_set=False,
+                cases=(((0, 1, 63, 64, 65), True),),
+            )  # fmt: skip
+            continue
         checks[f"{rule}, float32"] = partial(
-            recurrences.recurrence, name=rule, heads=2, k_dim=64, v_dim=64, dtype=torch.float32,
+            recurrences.recurrence, name=rule, heads=2, k_dim=small, v_dim=small, dtype=torch.float32,
             cases=(((0, 1, 63, 64, 65), True),),
         )  # fmt: skip
         checks[f"state passing of {rule}"] = partial(
@@ -64,6 +73,20 @@ def all_checks(setting: Setting) -> dict[str, Check]:
     # The longest checks first, so that no process is left with a long check at the end.
     recurrent = tuple(rule_names())
     return dict(sorted(checks.items(), key=lambda item: not item[0].startswith(recurrent)))
+
+
+def by_family() -> tuple[str, ...]:
+    """A rule of every kernel family, which stands for the family's kernels: of those that take the most head sizes,
+    the rule with the most gates."""
+    found: dict[str, str] = {}
+    for name in sorted(rule_names(), key=lambda name: (len(get_rule(name).head_sizes), len(get_rule(name).raw_gates))):
+        found[get_rule(name).family or name] = name
+    return tuple(sorted(found.values()))
+
+
+def smallest_size(rule: str) -> int:
+    """64, or the head size nearest to it that a rule's kernels take."""
+    return min(get_rule(rule).head_sizes, key=lambda size: abs(size - 64))
 
 
 def checks_of_a_run(setting: Setting, settings: MixerSettings, hidden_size: int, sliced: bool) -> dict[str, Check]:

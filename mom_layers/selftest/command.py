@@ -23,8 +23,9 @@ import torch
 from mom_layers.selftest import report
 from mom_layers.selftest.cases import Clock, Line, check_task
 
-GIGABYTES_A_WORKER = 12
+GIGABYTES_A_WORKER = 7
 """Of the card's memory: the plain loop keeps a float64 state for every row."""
+MOST_WORKERS = 12
 CANNOT_RUN = 2
 
 
@@ -106,7 +107,7 @@ def main_type() -> str:
 def default_jobs() -> int:
     """Processes that the card's memory and the machine's cores allow."""
     memory = torch.cuda.get_device_properties(0).total_memory / 1e9
-    return max(1, min(6, int(memory // GIGABYTES_A_WORKER), len(os.sched_getaffinity(0))))
+    return max(1, min(MOST_WORKERS, int(memory // GIGABYTES_A_WORKER), len(os.sched_getaffinity(0))))
 
 
 def _on_the_card(plan, options) -> tuple[list[Line], tuple[float, float] | None]:

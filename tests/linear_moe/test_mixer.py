@@ -18,7 +18,7 @@ CLOSE_GRADIENT = {"rtol": 1e-4, "atol": 1e-5} if EXACT else {"rtol": 2e-2, "atol
 CLOSE_SMALL = {"rtol": 1e-4, "atol": 1e-7} if EXACT else {"rtol": 2e-2, "atol": 5e-6}
 
 
-EVERY_RULE = pytest.mark.parametrize("rule", ["gated_deltanet", "gla"])
+EVERY_RULE = pytest.mark.parametrize("rule", ["gated_deltanet", "gla", "kda", "gated_deltanet2"])
 
 
 def make_config(**settings) -> MomTransformerConfig:

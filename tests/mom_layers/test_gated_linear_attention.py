@@ -10,7 +10,7 @@ from mom_layers.recur.rules.gla import gated_linear_attention_reference
 
 RAGGED = [0, 1, 2, 63, 64, 65, 0, 75, 200]
 NAMES = ("q", "k", "v", "g", "initial_state")
-DECAYS = ("usual", "zero", "strong", "resets")
+DECAYS = ("usual", "zero", "strong", "resets", "extreme")
 
 
 def inputs(lengths, heads=2, key_size=16, value_size=32, dtype=torch.float64, decay="usual"):
@@ -20,7 +20,9 @@ def inputs(lengths, heads=2, key_size=16, value_size=32, dtype=torch.float64, de
     q, k, g = (torch.randn(rows, heads, key_size) for _ in range(3))
     usual, strong = -0.1 * torch.rand(g.shape), -20 - torch.rand(g.shape)
     resets = torch.where(torch.rand(g.shape) < 0.5, strong, usual)
-    g = {"usual": usual, "zero": 0 * g, "strong": strong, "resets": resets}[decay]
+    # Up to -300, with the smallest number of float32 here and there, as a caller may write for "forget everything".
+    extreme = torch.where(torch.rand(g.shape) < 0.1, torch.finfo(g.dtype).min, -300 * torch.rand(g.shape) ** 4)
+    g = {"usual": usual, "zero": 0 * g, "strong": strong, "resets": resets, "extreme": extreme}[decay]
     v, state = torch.randn(rows, heads, value_size), torch.randn(len(lengths), heads, key_size, value_size)
     exact = torch.promote_types(dtype, torch.float32)
     types = (dtype, dtype, dtype, exact, exact)

@@ -59,7 +59,7 @@ def test_gated_linear_attention_triton_over_several_spans(decay, dtype):
     compare([64 * 4, 3, 64 * 4 + 5], 1, 16, 16, dtype, decay)
 
 
-@pytest.mark.parametrize("decay", ["zero", "strong", "resets"])
+@pytest.mark.parametrize("decay", ["zero", "strong", "resets", "extreme"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gated_linear_attention_triton_decays(dtype, decay):
     compare([66], 1, 16, 16, dtype, decay)
@@ -204,7 +204,7 @@ from mom_layers.common.chips import Chip
 from mom_layers.recur.channel_decay import gated_linear_attention
 
 name, kilobytes = sys.argv[1], int(sys.argv[2])
-borders = torch.tensor([0, 1], dtype=torch.int32)
+borders = torch.tensor([0] * 64 + [1], dtype=torch.int32)  # as many segments as need no narrower tiles
 with compiling(name, chip=Chip("made up", (99, 0), kilobytes * 1024)) as compiled:
     for size in (64, 128, 256):
         x = torch.zeros(1, 4, size, dtype=torch.bfloat16, requires_grad=True)

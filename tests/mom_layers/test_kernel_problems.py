@@ -12,8 +12,11 @@ from mom_layers.settings import MixerSettings
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("chip", [name for name, chip in CHIPS.items() if chip.vendor == "nvidia"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("chip", "dtype"),
+    [(chip, dtype) for chip in CHIPS for dtype in (torch.bfloat16, torch.float32)
+     if (chip, dtype) != ("gfx942", torch.float32)],  # 64 KB are too few for float32
+)  # fmt: skip
 def test_every_chip_of_the_table_takes_the_largest_heads(chip, dtype):
     with forced(chip=chip):
         assert kernel_problem(MixerSettings(head_dim=256), dtype, CPU) is None
@@ -26,10 +29,17 @@ def test_a_head_size_that_the_kernels_do_not_take():
 
 
 def test_a_chip_with_too_little_shared_memory():
-    with forced(chip=Chip("a small card", (7, 5), 64 * 1024)):
+    with forced(chip=Chip("a small card", (7, 5), 48 * 1024)):
         problem = kernel_problem(MixerSettings(head_dim=256), torch.bfloat16, CPU)
-        assert "a small card has 65536 bytes" in problem and "heads of 256" in problem and "smaller heads" in problem
+        assert "a small card has 49152 bytes" in problem and "heads of 256" in problem and "smaller heads" in problem
         assert kernel_problem(MixerSettings(head_dim=128), torch.bfloat16, CPU) is None
+
+
+def test_the_kernels_of_another_rule_do_not_count():
+    """In float32 those of kda take more than 99 KB, and those of gated_deltanet do not."""
+    with forced(chip="sm_86"):
+        assert kernel_problem(MixerSettings(rule="gated_deltanet"), torch.float32, CPU) is None
+        assert "heads of 256" in kernel_problem(MixerSettings(rule="kda"), torch.float32, CPU)
 
 
 def test_a_triton_that_is_too_old(monkeypatch):

@@ -10,7 +10,7 @@ from mom_layers.reference import mixture_of_memories_reference
 LENGTHS = [1, 2, 3, 63, 64, 65, 127, 500]
 # The kernels' own tests have the long and ragged cases: in the interpreter a whole layer takes seconds.
 KERNELS = [("torch", torch.float64), ("triton", torch.float32)]
-EVERY_RULE = pytest.mark.parametrize("rule", ["gated_deltanet", "gla"])
+EVERY_RULE = pytest.mark.parametrize("rule", ["gated_deltanet", "gla", "kda", "gated_deltanet2"])
 
 
 def assert_agrees(module, x, dtype, kernels, cu_seqlens=None):

@@ -3,7 +3,7 @@ channel, and a delta rule: a row's transition is a diagonal matrix plus a matrix
 
 `operation` has the public functions and checks the inputs. `torch` is the chunked PyTorch path. `autograd` calls the
 host functions of a kernel set: `triton` on any chip. `kernel_sets` lists the sets, `tensors` has what the host
-functions hand to each other.
+functions hand to each other. `gates_triton` computes the rules' log decay.
 
 The equations are numbered through the family: (1) to (6) in `triton.chunk_local`, (7) to (10) in `triton.recurrence`,
 (11) to (13) in `triton.reverse_recurrence`, (14) to (17) in `triton.score_gradients`, (18) to (24) in

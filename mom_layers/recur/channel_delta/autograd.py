@@ -59,13 +59,14 @@ class ChannelDeltaRule(torch.autograd.Function):
         )
         rows = ErrorRows(errors, d_errors, do)
         states = kernels.chunk_states(local=local, errors=errors, chunks=chunks, span_states=span_states)
-        decays = local.decays
+        decays, whole_chunks = local.decays, local.whole_chunks
         del local, solve, scores, span_states
         score_gradients = kernels.score_gradients(inputs=inputs, values=Values(v, write), rows=rows, chunks=chunks)
         dq, dk, dg, d_erase = kernels.row_gradients(
             inputs=inputs,
             rows=rows,
             decays=decays,
+            whole_chunks=whole_chunks,
             chunks=chunks,
             states=states,
             d_states=d_states,

@@ -10,7 +10,8 @@ or bind that function to launches of its own: ``functools.partial(triton.recurre
         -> (d_errors, d_states, d_initial_state)
     chunk_states(local, errors, chunks, span_states) -> states
     score_gradients(inputs, values, rows, chunks) -> ScoreGradients
-    row_gradients(inputs, rows, decays, chunks, states, d_states, score_gradients) -> (dq, dk, dg, d_erase)
+    row_gradients(inputs, rows, decays, whole_chunks, chunks, states, d_states, score_gradients)
+        -> (dq, dk, dg, d_erase)
 
 The functions of the general set, `mom_layers.recur.channel_delta.triton`, say what each argument and result is.
 """

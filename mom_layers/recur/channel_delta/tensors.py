@@ -66,6 +66,7 @@ class ChunkLocal:
     Attributes:
         q_decayed, k_decayed, erase_decayed: [R, H, K] q~, k~ and E~, in q's type.
         decays: [N, H, K] float32, exp(g(start, end]): what a chunk leaves of each key channel of the state.
+        whole_chunks: [N, H] int32, 1 where all of a chunk's pairs of rows meet on the first level (`triton.levels`).
         solve, scores: [N, H, C, C] X and P, in q's type.
     """
 
@@ -73,6 +74,7 @@ class ChunkLocal:
     k_decayed: torch.Tensor
     erase_decayed: torch.Tensor
     decays: torch.Tensor
+    whole_chunks: torch.Tensor
     solve: torch.Tensor
     scores: torch.Tensor
 

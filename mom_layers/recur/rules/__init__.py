@@ -1,10 +1,26 @@
 """Memory update rules: what a rule is, the registry, and one file a rule."""
 
-from mom_layers.recur.rules import gated_deltanet, gated_deltanet2, gla, kda
+from mom_layers.recur.rules import (
+    based,
+    deltanet,
+    gated_deltanet,
+    gated_deltanet2,
+    gla,
+    hgrn2,
+    kda,
+    lightning,
+    mamba2,
+    rebased,
+    retention,
+)  # fmt: skip
+from mom_layers.recur.rules.linear_attention import RULES as LINEAR_ATTENTION
 from mom_layers.recur.rules.registry import get_rule, register_rule, rule_names
 from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs, kept_exact
 
-for rule in (gated_deltanet.RULE, gla.RULE, kda.RULE, gated_deltanet2.RULE):
+RULES = (
+    gated_deltanet, gated_deltanet2, deltanet, kda, gla, hgrn2, mamba2, retention, lightning, based, rebased,
+)  # fmt: skip
+for rule in (*(module.RULE for module in RULES), *LINEAR_ATTENTION):
     register_rule(rule)
 
 __all__ = ["MemoryRule", "RawGate", "RuleInputs", "get_rule", "kept_exact", "register_rule", "rule_names"]

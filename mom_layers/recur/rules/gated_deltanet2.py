@@ -31,7 +31,7 @@ def strength(raw: torch.Tensor, heads: int) -> torch.Tensor:
 def prepare(q, k, v, raw, parameters, kernels) -> RuleInputs:
     heads = v.shape[1]
     gates = {"b": strength(raw["erase"], heads), "w": strength(raw["write"], heads)}
-    return RuleInputs(q, k, v, {"g": kda.log_decay(raw["decay"], parameters), **gates})
+    return RuleInputs(q, k, v, {"g": kda.log_decay(raw["decay"], parameters, kernels), **gates})
 
 
 def recur(inputs: RuleInputs, cu_seqlens, initial_state, output_final_state, kernels):
@@ -80,4 +80,5 @@ RULE = MemoryRule(
     unit_length_keys=True,
     head_sizes=HEAD_SIZES,
     initial_state_gradient=initial_state_gradient,
+    family="channel_delta",
 )

@@ -17,7 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from mom_layers.common.kernel_choice import compute_dtype
+from mom_layers.common.kernel_choice import compute_dtype, resolve_kernels
 from mom_layers.common.reference import unit_length
 from mom_layers.common.supported import HEAD_SIZES
 from mom_layers.recur.channel_delta import initial_state_gradient as state_gradient
@@ -45,13 +45,18 @@ def init_parameters(num_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
     return {"A_log": rate.log(), "dt_bias": step + torch.log(-torch.expm1(-step)), "decay_up": up}
 
 
-def log_decay(raw: torch.Tensor, parameters) -> torch.Tensor:
+def log_decay(raw: torch.Tensor, parameters, kernels: str) -> torch.Tensor:
     """``g = -exp(A_log) softplus(W2 raw + dt_bias)``, [R, H, K] in float32 or more.
 
     Args:
         raw: [R, H * rank], W1 x.
         parameters: A_log [H], dt_bias [H, K], decay_up [H, rank, K].
+        kernels: "auto", "torch" or "triton".
     """
+    if resolve_kernels(kernels, raw) == "triton":
+        from mom_layers.recur.channel_delta.gates_triton import low_rank_decay_triton
+
+        return low_rank_decay_triton(raw, *(parameters[name] for name in ("A_log", "dt_bias", "decay_up")))
     dtype = compute_dtype(raw.dtype)
     rate, bias, up = (parameters[name].to(dtype) for name in ("A_log", "dt_bias", "decay_up"))
     low_rank = raw.to(dtype).unflatten(1, up.shape[:2])
@@ -60,7 +65,7 @@ def log_decay(raw: torch.Tensor, parameters) -> torch.Tensor:
 
 def prepare(q, k, v, raw, parameters, kernels) -> RuleInputs:
     beta = torch.sigmoid(raw["beta"].to(compute_dtype(raw["beta"].dtype)))
-    return RuleInputs(q, k, v, {"g": log_decay(raw["decay"], parameters), "beta": beta})
+    return RuleInputs(q, k, v, {"g": log_decay(raw["decay"], parameters, kernels), "beta": beta})
 
 
 def recur(inputs: RuleInputs, cu_seqlens, initial_state, output_final_state, kernels):
@@ -110,4 +115,5 @@ RULE = MemoryRule(
     unit_length_keys=True,
     head_sizes=HEAD_SIZES,
     initial_state_gradient=initial_state_gradient,
+    family="channel_delta",
 )

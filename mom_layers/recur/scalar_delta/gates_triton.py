@@ -15,22 +15,11 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from mom_layers.common.activations_triton import softplus
 from mom_layers.common.sums_triton import sum_parts
 
 # Rows a program; not tuned.
 ROWS_TILE = 128
-
-
-@triton.jit
-def _softplus(x):
-    """log(1 + e) with e = exp(x), exact to the last bits where e is small.
-
-    ``log(u) e / (u - 1)`` with u = 1 + e as rounded: the quotient cancels the rounding of u. Above 20 the result is x.
-    """
-    b_e = tl.exp(tl.minimum(x, 20.0))
-    b_u = 1.0 + b_e
-    b_log = tl.where(b_u == 1.0, b_e, tl.log(b_u) * (b_e / tl.where(b_u == 1.0, 1.0, b_u - 1.0)))
-    return tl.where(x > 20.0, x, b_log)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -46,7 +35,7 @@ def _forward_kernel(
     b_a = tl.load(raw_a + b_r * stride_a + b_h, mask=m, other=0.0).to(tl.float32)
     b_rate = tl.exp(tl.load(A_log + b_h, mask=b_h < H, other=0.0).to(tl.float32))
     b_bias = tl.load(dt_bias + b_h, mask=b_h < H, other=0.0).to(tl.float32)
-    tl.store(g + b_r * H + b_h, -b_rate * _softplus(b_a + b_bias), mask=m)
+    tl.store(g + b_r * H + b_h, -b_rate * softplus(b_a + b_bias), mask=m)
     tl.store(beta + b_r * H + b_h, tl.sigmoid(b_beta), mask=m)
 
 

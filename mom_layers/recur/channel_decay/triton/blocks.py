@@ -6,7 +6,7 @@ A pair of rows j < i decays by exp(g(j, i]), another number for every pair and c
 every pair of a level: blocks of 2 HALF rows, whose later half (late rows) reads the earlier half (early rows). Both
 decay to the border between them, over
 
-    (21)  a_r = g(border, r] of a late row r,  g(r, border] of an early row r
+    (20)  a_r = g(border, r] of a late row r,  g(r, border] of an early row r
 
 and with x = exp(a) q of late rows and exp(a) k of early rows, the pair's share of the scores is x_i . x_j. Every pair
 of a block meets at exactly one of the levels HALF = 8, 4, 2, 1. No exponent is positive, however strong the decay is,
@@ -89,7 +89,7 @@ def late_rows(BC: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def rows_to_border(BC: tl.constexpr, HALF: tl.constexpr):
-    """For each row, the rows of the sum (21) at a level. [BC, BC]."""
+    """For each row, the rows of the sum (20) at a level. [BC, BC]."""
     o_r = tl.arange(0, BC)
     b_late = late_rows(BC, HALF)[:, None]
     return (o_r[:, None] // HALF == o_r[None, :] // HALF) & (b_late == rows_until(BC))

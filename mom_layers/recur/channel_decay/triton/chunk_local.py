@@ -64,6 +64,7 @@ def _decayed_rows_kernel(
     H: tl.constexpr,
     K: tl.constexpr,
     BT: tl.constexpr,
+    BC: tl.constexpr,
     BK: tl.constexpr,
 ):
     """BK channels of q~ (2), k~ (3) and the decays (4) of one chunk and head."""
@@ -72,22 +73,32 @@ def _decayed_rows_kernel(
         return
     i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
     last = tl.load(cu_seqlens + i_s + 1) - i_row
-    rows = i_row.to(tl.int64) * H + i_h
-    o_t = tl.arange(0, BT)
+    o_r = tl.arange(0, BC)
     o_k = i_k * BK + tl.arange(0, BK)
-    m_tk = (o_t < last)[:, None]
-    p_tk = rows * K + o_t[:, None] * (H * K) + o_k[None, :]
+    p_chunk = (i_row.to(tl.int64) * H + i_h) * K + o_r[:, None] * (H * K) + o_k[None, :]
+    all_rows = tl.full([BC, BC], 1.0, tl.float32)
+    EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
 
-    b_q = tl.load(q + p_tk, mask=m_tk, other=0.0).to(tl.float32)  # [BT, BK]
-    b_g = tl.load(g + p_tk, mask=m_tk, other=0.0).to(tl.float32)  # [BT, BK]
-    b_q = scale * b_q * exp(tl.cumsum(b_g, 0))
-    # exp(g(j, end]): the row after each row is loaded in the row's place, zero after the last.
-    m_next = ((o_t + 1 < BT) & (o_t + 1 < last))[:, None]
-    b_next = tl.load(g + p_tk + H * K, mask=m_next, other=0.0).to(tl.float32)  # [BT, BK]
-    b_k = tl.load(k + p_tk, mask=m_tk, other=0.0).to(tl.float32) * exp(tl.cumsum(b_next, 0, reverse=True))  # [BT, BK]
-    tl.store(q_decayed + p_tk, b_q.to(q_decayed.dtype.element_ty), mask=m_tk)
-    tl.store(k_decayed + p_tk, b_k.to(k_decayed.dtype.element_ty), mask=m_tk)
-    tl.store(decays + (i_c.to(tl.int64) * H + i_h) * K + o_k, exp(tl.sum(b_g, 0)))
+    b_sum = tl.zeros([BC, BK], tl.float32)  # g from the chunk's start to the block, in every row
+    for i in range(0, BT, BC):
+        m_r = (i + o_r < last)[:, None]
+        p_rk = p_chunk + i * H * K
+        b_g = at_least(tl.load(g + p_rk, mask=m_r, other=0.0))  # [BC, BK]
+        b_q = tl.load(q + p_rk, mask=m_r, other=0.0)  # [BC, BK]
+        b_q = scale * (b_q * exp(sums_of_rows(rows_until(BC), b_g, EXACT) + b_sum))
+        tl.store(q_decayed + p_rk, b_q.to(q_decayed.dtype.element_ty), mask=m_r)
+        b_sum += sums_of_rows(all_rows, b_g, EXACT)
+    tl.store(decays + (i_c.to(tl.int64) * H + i_h) * K + o_k, exp(tl.max(b_sum, 0)))
+
+    b_sum = tl.zeros([BC, BK], tl.float32)  # g from the block to the chunk's end
+    for i_back in range(BC, BT + BC, BC):
+        m_r = (BT - i_back + o_r < last)[:, None]
+        p_rk = p_chunk + (BT - i_back) * H * K
+        b_g = at_least(tl.load(g + p_rk, mask=m_r, other=0.0))  # [BC, BK]
+        b_k = tl.load(k + p_rk, mask=m_r, other=0.0)  # [BC, BK]
+        b_k = b_k * exp(sums_of_rows(rows_after(BC), b_g, EXACT) + b_sum)
+        tl.store(k_decayed + p_rk, b_k.to(k_decayed.dtype.element_ty), mask=m_r)
+        b_sum += sums_of_rows(all_rows, b_g, EXACT)
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -215,6 +226,7 @@ def _decayed_rows(inputs: Inputs, chunks: Chunks, launch: Launch) -> tuple[torch
         H=heads,
         K=k_dim,
         BT=CHUNK,
+        BC=BLOCK,
         BK=launch.tile,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

@@ -49,6 +49,19 @@ class Launches:
     query_key_gradients: Launch
 
 
+# Programs of a recurrence that run at once where each takes a whole multiprocessor of an H100 or H200.
+FEW_PROGRAMS = 132
+
+
+def for_states(launch: Launch, v_dim: int, num_states: int) -> Launch:
+    """The launch of either recurrence for a number of states, one a segment and head: few states get narrower tiles, so
+    that more programs run."""
+    tile = launch.tile
+    while tile > 16 and 2 * num_states * (v_dim // tile) <= FEW_PROGRAMS:
+        tile //= 2
+    return launch._replace(tile=tile)
+
+
 @dataclass(frozen=True)
 class Table:
     """Launches for every K and V.
@@ -96,7 +109,7 @@ TABLES = (
         shared_memory=196 * 1024,
         recurrence={256: Launch(64, 8, 2), 128: Launch(64, 8, 2), 64: Launch(64, 4, 2)},
         state_gradients={256: Launch(64, 8, 1), 128: Launch(32, 4, 1), 64: Launch(32, 4, 1)},
-        decayed_rows=Launch(64, 4, 1),
+        decayed_rows=Launch(32, 1, 1),
         scores=Launch(32, 1, 1),
         score_gradients=Launch(64, 4, 2),
         query_key_gradients=Launch(16, 1, 1),
@@ -108,7 +121,7 @@ TABLES = (
         shared_memory=160 * 1024,
         recurrence={256: Launch(32, 8, 2), 128: Launch(64, 8, 2), 64: Launch(64, 4, 2)},
         state_gradients={256: Launch(64, 8, 1, True), 128: Launch(32, 4, 1, True), 64: Launch(32, 4, 1, True)},
-        decayed_rows=Launch(64, 4, 1),
+        decayed_rows=Launch(32, 1, 1),
         scores=Launch(32, 1, 1),
         score_gradients=Launch(64, 4, 2),
         query_key_gradients=Launch(16, 1, 1),
@@ -120,7 +133,7 @@ TABLES = (
         shared_memory=96 * 1024,
         recurrence={256: Launch(16, 8, 1), 128: Launch(64, 8, 1), 64: Launch(64, 4, 2)},
         state_gradients={256: Launch(64, 8, 1, True), 128: Launch(32, 4, 1, True), 64: Launch(32, 4, 1, True)},
-        decayed_rows=Launch(64, 4, 1),
+        decayed_rows=Launch(32, 1, 1),
         scores=Launch(32, 1, 1),
         score_gradients=Launch(64, 4, 2),
         query_key_gradients=Launch(16, 1, 1),

@@ -9,7 +9,7 @@ Sums of g are written as in `chunk_local`; u, w and d_decays are those of `state
     (17)  dk_j = sum_{i >= j} dP_ij q_i exp(g(j, i]) + exp(g(j, end]) w_j
 
 The pairs j < i are matrix products of blocks of BC = 16 rows, level by level. As the blocks of `blocks` do, a block of
-32 rows, or of 64, has a later and an earlier half. With a_r of (21), and x = exp(a) q of late rows and exp(a) k of
+32 rows, or of 64, has a later and an earlier half. With a_r of (20), and x = exp(a) q of late rows and exp(a) k of
 early rows, every row has at every level the sum over the other half's rows s
 
     (18)  y_r = exp(a_r) * sum_s dP_rs x_s of a late row r,  exp(a_r) * sum_s dP_sr x_s of an early row r

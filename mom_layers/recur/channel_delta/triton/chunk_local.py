@@ -49,14 +49,12 @@ from mom_layers.recur.solve_triton import solve_chunks
 
 
 @triton.jit
-def load_erased(erase, b_k, rows, o_t, o_k, m_t, H: tl.constexpr, K: tl.constexpr, ERASE_CHANNELS: tl.constexpr):
-    """erase [BT, 1] or [BT, BK], and E = erase k [BT, BK], float32."""
+def load_erase(erase, rows, o_t, o_tk, m_t, H: tl.constexpr, K: tl.constexpr, ERASE_CHANNELS: tl.constexpr):
+    """erase of the chunk's rows, [BT, 1] or [BT, BK], float32."""
     if ERASE_CHANNELS:
-        p_tk = rows * K + o_t[:, None] * (H * K) + o_k[None, :]
-        b_erase = tl.load(erase + p_tk, mask=m_t[:, None], other=0.0).to(tl.float32)
+        return tl.load(erase + rows * K + o_tk, mask=m_t[:, None], other=0.0).to(tl.float32)
     else:
-        b_erase = tl.load(erase + rows + o_t * H, mask=m_t, other=0.0).to(tl.float32)[:, None]
-    return b_erase, b_erase * b_k
+        return tl.load(erase + rows + o_t * H, mask=m_t, other=0.0).to(tl.float32)[:, None]
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -74,6 +72,7 @@ def _chunk_local_kernel(
     decays,
     scores,
     key_scores,
+    whole_chunks,
     scale,
     num_segments,
     H: tl.constexpr,
@@ -82,14 +81,22 @@ def _chunk_local_kernel(
     BK: tl.constexpr,
     ERASE_CHANNELS: tl.constexpr,
     SCORES: tl.constexpr,
+    LEVELS: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Equations (1), (2) and (4) to (6) of one chunk and head; without SCORES (4) to (6)."""
+    """Equations (1), (2) and (4) to (6) of one chunk and head; without SCORES (4) to (6).
+
+    Without LEVELS it takes P and A on the first level alone, and stores whether that level is whole for all channels;
+    with LEVELS it computes the other chunks anew.
+    """
     i_c, i_h, i_s = chunk_of_program(chunk_segment, H)
     if i_s >= num_segments:
         return
-    i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
     i_chunk = i_c.to(tl.int64) * H + i_h
+    if LEVELS:
+        if tl.load(whole_chunks + i_chunk) != 0:
+            return
+    i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
     o_t = tl.arange(0, BT)
     num_rows = tl.load(cu_seqlens + i_s + 1) - i_row
     m_t = o_t < num_rows
@@ -99,16 +106,18 @@ def _chunk_local_kernel(
     k_pair = k_decayed.to(tl.pointer_type(pair))
 
     if SCORES:
+        # Both transposed.
         b_P = tl.zeros([BT, BT], tl.float32)
         b_A = tl.zeros([BT, BT], tl.float32)
         b_diagonal = tl.zeros([BT], tl.float32)
+    all_whole = i_h * 0 + 1
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)
-        p_tk = rows * K + o_t[:, None] * (H * K) + o_k[None, :]
-        b_q = tl.load(q + p_tk, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BK]
-        b_k = tl.load(k + p_tk, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BK]
-        b_g = tl.load(g + p_tk, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BK]
-        _, b_E = load_erased(erase, b_k, rows, o_t, o_k, m_t, H, K, ERASE_CHANNELS)
+        o_tk = o_t[:, None] * (H * K) + o_k[None, :]
+        b_q = tl.load(q + rows * K + o_tk, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BK]
+        b_k = tl.load(k + rows * K + o_tk, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BK]
+        b_g = tl.load(g + rows * K + o_tk, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BK]
+        b_E = b_k * load_erase(erase, rows, o_t, o_tk, m_t, H, K, ERASE_CHANNELS)  # [BT, BK]
 
         b_G = tl.cumsum(b_g, 0)
         b_total = tl.sum(b_g, 0)
@@ -116,43 +125,54 @@ def _chunk_local_kernel(
         whole = largest(tl.abs(b_c)) <= (EXACT_LIMIT if EXACT else LIMIT)
         b_after = b_total[None, :] - b_G
         if not whole:
-            b_after = sums_after(g, p_tk, o_t, num_rows, H * K)
+            all_whole = all_whole * 0
+            b_after = sums_after(g + rows * K, o_tk, o_t, num_rows, H * K)
 
+        # (1) and (2). k exp(-c) goes through the memory of k~.
         if SCORES:
-            # (1) and (2), level by level. k exp(-c) goes through the memory of k~.
             b_diagonal += tl.sum(b_q * b_k, 1)
+        if SCORES and not LEVELS:
+            if whole:
+                b_from, b_to = exp(b_c), exp(-b_c)
+                tl.store(k_pair + rows * K + o_tk, (b_k * b_to).to(pair), mask=m_t[:, None])
+                tl.debug_barrier()
+                b_k_pair = tl.load(k_pair + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, BK]
+                b_P += tl.dot(b_k_pair, tl.trans((b_q * b_from).to(pair)), input_precision=PRECISION)
+                b_A += tl.dot(b_k_pair, tl.trans((b_E * b_from).to(pair)), input_precision=PRECISION)
+                tl.debug_barrier()
+        if SCORES and LEVELS:
             g_max = largest(tl.abs(b_g))
             level = FIRST_LEVEL + i_k * 0
-            known = whole
             while level > 0:
-                if not known:
-                    b_c = border_sums(b_g, level, EXACT)
+                b_c = border_sums(b_g, level)
                 b_from, b_to = level_factors(b_c, o_t, level, whole)
-                tl.store(k_pair + p_tk, (b_k * b_to).to(pair), mask=m_t[:, None])
+                tl.store(k_pair + rows * K + o_tk, (b_k * b_to).to(pair), mask=m_t[:, None])
                 tl.debug_barrier()
-                b_k_pair = tl.load(k_pair + p_tk, mask=m_t[:, None], other=0.0)  # [BT, BK]
+                b_k_pair = tl.load(k_pair + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, BK]
                 b_new_P = tl.dot(b_k_pair, tl.trans((b_q * b_from).to(pair)), input_precision=PRECISION)
                 b_new_A = tl.dot(b_k_pair, tl.trans((b_E * b_from).to(pair)), input_precision=PRECISION)
-                m_tt = level_pairs(o_t, level)
-                b_P += tl.where(m_tt, tl.trans(b_new_P), 0.0)
-                b_A += tl.where(m_tt, tl.trans(b_new_A), 0.0)
+                _, m_tt = level_pairs(o_t, level)
+                b_P += tl.where(m_tt, b_new_P, 0.0)
+                b_A += tl.where(m_tt, b_new_A, 0.0)
                 level = tl.where(whole, 0, level - 1)
-                known = whole & (level < 0)
                 whole = level_is_whole(tl.maximum(level, 1), g_max, EXACT)
                 tl.debug_barrier()
 
         # (4) to (6).
         b_from_start = exp(b_G)
-        tl.store(q_decayed + p_tk, (scale * b_q * b_from_start).to(low), mask=m_t[:, None])
-        tl.store(erase_decayed + p_tk, (b_E * b_from_start).to(low), mask=m_t[:, None])
-        tl.store(k_decayed + p_tk, (b_k * exp(b_after)).to(low), mask=m_t[:, None])
+        tl.store(q_decayed + rows * K + o_tk, (scale * b_q * b_from_start).to(low), mask=m_t[:, None])
+        tl.store(erase_decayed + rows * K + o_tk, (b_E * b_from_start).to(low), mask=m_t[:, None])
+        tl.store(k_decayed + rows * K + o_tk, (b_k * exp(b_after)).to(low), mask=m_t[:, None])
         tl.store(decays + i_chunk * K + o_k, exp(b_total))
 
+    if not LEVELS:
+        tl.store(whole_chunks + i_chunk, all_whole)
     if SCORES:
-        p_tt = i_chunk * BT * BT + o_t[:, None] * BT + o_t[None, :]
-        b_P = scale * tl.where(o_t[:, None] == o_t[None, :], b_diagonal[:, None], b_P)
-        tl.store(scores + p_tt, b_P.to(low))
-        tl.store(key_scores + p_tt, b_A)
+        o_tt = o_t[:, None] + o_t[None, :] * BT
+        later = o_t[:, None] < o_t[None, :]
+        b_P = tl.where(later, b_P, tl.where(o_t[:, None] == o_t[None, :], b_diagonal[None, :], 0.0))
+        tl.store(scores + i_chunk * BT * BT + o_tt, (scale * b_P).to(low))
+        tl.store(key_scores + i_chunk * BT * BT + o_tt, tl.where(later, b_A, 0.0))
 
 
 def chunk_local(
@@ -176,34 +196,39 @@ def chunk_local(
     if known is None:
         scores = torch.empty(slots, heads, CHUNK, CHUNK, dtype=q.dtype, device=q.device)
         key_scores = torch.empty_like(scores, dtype=torch.float32)
-    # The tile does not depend on V: K stands for V.
-    launch = launches_for(q.device, q.dtype, k_dim, k_dim).chunk_local
-    _chunk_local_kernel[(slots * heads,)](
-        q=q,
-        k=inputs.k,
-        g=inputs.g,
-        erase=inputs.erase,
-        cu_seqlens=chunks.cu_seqlens,
-        chunk_segment=chunks.table.segment,
-        chunk_index=chunks.table.index,
-        q_decayed=decayed[0],
-        k_decayed=decayed[1],
-        erase_decayed=decayed[2],
-        decays=decays,
-        scores=scores,
-        key_scores=key_scores,
-        scale=inputs.scale,
-        num_segments=chunks.num_segments,
-        H=heads,
-        K=k_dim,
-        BT=CHUNK,
-        BK=launch.tile,
-        ERASE_CHANNELS=inputs.erases_channels,
-        SCORES=known is None,
-        EXACT=q.dtype == torch.float32,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
+    whole_chunks = torch.empty(slots, heads, dtype=torch.int32, device=q.device)
+    # The tiles do not depend on V: K stands for V.
+    launches = launches_for(q.device, q.dtype, k_dim, k_dim)
+    for levels in (False, True) if known is None else (False,):
+        launch = launches.levels if levels else launches.chunk_local
+        _chunk_local_kernel[(slots * heads,)](
+            q=q,
+            k=inputs.k,
+            g=inputs.g,
+            erase=inputs.erase,
+            cu_seqlens=chunks.cu_seqlens,
+            chunk_segment=chunks.table.segment,
+            chunk_index=chunks.table.index,
+            q_decayed=decayed[0],
+            k_decayed=decayed[1],
+            erase_decayed=decayed[2],
+            decays=decays,
+            scores=scores,
+            key_scores=key_scores,
+            whole_chunks=whole_chunks,
+            scale=inputs.scale,
+            num_segments=chunks.num_segments,
+            H=heads,
+            K=k_dim,
+            BT=CHUNK,
+            BK=launch.tile,
+            ERASE_CHANNELS=inputs.erases_channels,
+            SCORES=known is None,
+            LEVELS=levels,
+            EXACT=q.dtype == torch.float32,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
     if known is None:
         known = solve_chunks(key_scores, None, chunks, q.dtype), scores
-    return ChunkLocal(*decayed, decays, *known)
+    return ChunkLocal(*decayed, decays, whole_chunks, *known)

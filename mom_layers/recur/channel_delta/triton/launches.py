@@ -10,6 +10,9 @@ import torch
 from mom_layers.common.chips import Chip, cached_choice, chip_of
 from mom_layers.recur.kernel_sets import widest_that_fits
 
+# About the number of multiprocessors of an H100.
+ENOUGH_PROGRAMS = 128
+
 
 class Launch(NamedTuple):
     """The tile, warps and pipeline stages of a kernel.
@@ -29,6 +32,13 @@ class Launch(NamedTuple):
     late: bool = False
     loop_tile: int = 64
 
+    def for_columns(self, heads: int, v_dim: int) -> Launch:
+        """A recurrence's launch with a narrower tile where ``heads`` states, of all segments, make too few programs."""
+        tile = self.tile
+        while tile > 32 and heads * (v_dim // tile) < ENOUGH_PROGRAMS:
+            tile //= 2
+        return self._replace(tile=tile)
+
 
 @dataclass(frozen=True)
 class Launches:
@@ -36,6 +46,7 @@ class Launches:
 
     Attributes:
         chunk_local: columns of K that the loop takes at a time.
+        levels: of the kernels that compute the chunks anew that are not whole on the first level.
         recurrence: columns of the state that a program of either recurrence holds.
         chunk_states: rows and columns of the state that a program holds.
         score_gradients: columns of V that the loop takes at a time.
@@ -43,6 +54,7 @@ class Launches:
     """
 
     chunk_local: Launch
+    levels: Launch
     recurrence: Launch
     chunk_states: Launch
     score_gradients: Launch
@@ -57,13 +69,14 @@ class Table:
         name: for the log.
         shared_memory: bytes that its largest kernel takes, as compiled for the chips that run the table.
         recurrence: by K, which decides how large the state [K, tile] is; K below 64 runs as 64 does.
-        chunk_local, chunk_states, score_gradients, row_gradients: for every size.
+        chunk_local, levels, chunk_states, score_gradients, row_gradients: for every size.
     """
 
     name: str
     shared_memory: int
     recurrence: dict[int, Launch]
     chunk_local: Launch
+    levels: Launch
     chunk_states: Launch
     score_gradients: Launch
     row_gradients: Launch
@@ -76,6 +89,7 @@ class Table:
 
         return Launches(
             chunk_local=fit(self.chunk_local, k_dim),
+            levels=fit(self.levels, k_dim),
             recurrence=fit(self.recurrence[max(64, k_dim)], v_dim),
             chunk_states=self.chunk_states,
             score_gradients=fit(self.score_gradients, v_dim),
@@ -85,20 +99,25 @@ class Table:
 
 # For 16-bit inputs, from the widest tiles to the narrowest: a chip runs the first table that its shared memory holds.
 TABLES = (
+    # For Hopper and Blackwell. Chosen from what the compiler reports for sm_90 (registers, spills, shared memory); not
+    # tuned. 256 columns of q~, k~ and E~ take 96 KB, so that a recurrence over them has one stage.
     Table(
         name="wide tiles",
-        shared_memory=196 * 1024,
-        recurrence={256: Launch(32, 8, 2), 128: Launch(64, 4, 2), 64: Launch(64, 4, 2)},
+        shared_memory=176 * 1024,
+        recurrence={256: Launch(64, 8, 1), 128: Launch(64, 8, 2), 64: Launch(64, 4, 2)},
         chunk_local=Launch(32, 4, 1),
+        levels=Launch(64, 8, 1),
         chunk_states=Launch(64, 4, 2),
         score_gradients=Launch(64, 4, 2),
-        row_gradients=Launch(32, 4, 2),
+        row_gradients=Launch(64, 8, 2),
     ),
+    # For less shared memory. Chosen from what the compiler reports for sm_80 and sm_86; not tuned.
     Table(
         name="narrow tiles",
-        shared_memory=96 * 1024,
+        shared_memory=48 * 1024,
         recurrence={256: Launch(16, 8, 1, True), 128: Launch(32, 4, 1), 64: Launch(32, 4, 1)},
         chunk_local=Launch(32, 4, 1),
+        levels=Launch(32, 8, 1, loop_tile=32),
         chunk_states=Launch(64, 4, 1),
         score_gradients=Launch(64, 4, 1),
         row_gradients=Launch(32, 4, 1, loop_tile=32),
@@ -108,9 +127,10 @@ TABLES = (
 FLOAT32_TABLES = (
     Table(
         name="float32",
-        shared_memory=148 * 1024,
-        recurrence={256: Launch(16, 8, 1, True), 128: Launch(16, 8, 1), 64: Launch(16, 8, 1)},
+        shared_memory=86016,
+        recurrence={256: Launch(16, 16, 1, True), 128: Launch(16, 8, 1), 64: Launch(16, 8, 1)},
         chunk_local=Launch(32, 8, 1),
+        levels=Launch(32, 8, 1, loop_tile=32),
         chunk_states=Launch(32, 8, 1),
         score_gradients=Launch(32, 8, 1),
         row_gradients=Launch(32, 8, 1, loop_tile=32),

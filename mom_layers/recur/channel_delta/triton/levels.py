@@ -16,6 +16,9 @@ middle, in one of two ways:
 The first level has a block of all 64 rows. Few channels decay by e^-60 in 32 rows, so that one level is the usual
 case. After six levels, h = 1, all pairs have met. A level below the first takes its c as sums of its own rows, never as
 a difference of two longer sums: a small sum beside a strong decay keeps its digits.
+
+A kernel without any other level needs fewer registers. So every kernel that takes levels runs twice: for the chunks
+that are whole on the first level, and then for the others, whose programs alone do not return at once.
 """
 
 from __future__ import annotations
@@ -35,46 +38,34 @@ PRECISION = tl.constexpr("ieee")
 
 
 @triton.jit
-def signed_sums(b_M, b_g, EXACT: tl.constexpr):
-    """M g for a matrix M [BT, BT] of 1, 0 and -1: sums of chosen rows of g [BT, BK], float32.
-
-    Unless EXACT, g is taken in three bfloat16 parts, which together have all digits of a float32.
-    """
-    b_M_t = tl.trans(b_M)
-    if EXACT:
-        return tl.trans(tl.dot(tl.trans(b_g), b_M_t, input_precision=PRECISION))
-    else:
-        b_M_t = b_M_t.to(tl.bfloat16)
-        b_high = b_g.to(tl.bfloat16)
-        b_rest = b_g - b_high.to(tl.float32)
-        b_middle = b_rest.to(tl.bfloat16)
-        b_last = (b_rest - b_middle.to(tl.float32)).to(tl.bfloat16)
-        b_sum = tl.dot(tl.trans(b_last), b_M_t)
-        b_sum += tl.dot(tl.trans(b_middle), b_M_t)
-        b_sum += tl.dot(tl.trans(b_high), b_M_t)
-        return tl.trans(b_sum)
-
-
-@triton.jit
-def sums_after(g, p_tk, o_t, num_rows, STRIDE: tl.constexpr):
+def sums_after(g, o_tk, o_t, num_rows, STRIDE: tl.constexpr):
     """The sums of g over the rows after each row, as sums of those rows, float32 [BT, BK].
 
-    g, p_tk: g's pointer and the offsets of the chunk's rows, STRIDE apart; ``num_rows`` of the rows exist.
+    g: pointer to the chunk's first row, whose rows are STRIDE apart; ``num_rows`` of the rows exist.
     """
     m_next = (o_t + 1 < o_t.shape[0]) & (o_t + 1 < num_rows)
-    b_next = tl.load(g + p_tk + STRIDE, mask=m_next[:, None], other=0.0).to(tl.float32)
+    b_next = tl.load(g + STRIDE + o_tk, mask=m_next[:, None], other=0.0).to(tl.float32)
     return tl.cumsum(b_next, 0, reverse=True)
 
 
 @triton.jit
-def border_sums(b_g, level, EXACT: tl.constexpr):
-    """c [BT, BK] of a level, float32."""
-    o_t = tl.arange(0, b_g.shape[0])
-    same_half = (o_t[:, None] >> (level - 1)) == (o_t[None, :] >> (level - 1))
-    late = is_late(o_t, level)[:, None]
-    until = same_half & late & (o_t[None, :] <= o_t[:, None])
-    after = same_half & (late == 0) & (o_t[None, :] > o_t[:, None])
-    return signed_sums(until.to(tl.float32) - after.to(tl.float32), b_g, EXACT)
+def border_sums(b_g, level):
+    """c [BT, BK] of a level, float32: a row of a later half sums from the border up to itself, a row of an earlier half
+    from the next row up to the border. Sums of 1, 2, 4, ... rows are put together by doubling."""
+    BT: tl.constexpr = b_g.shape[0]
+    o_t = tl.broadcast_to(tl.arange(0, BT)[:, None], [BT, b_g.shape[1]])
+    half = 1 << (level - 1)
+    place = o_t & (half - 1)
+    late = is_late(o_t, level)
+    b_sum = tl.gather(b_g, tl.where(late, o_t, tl.minimum(o_t + 1, BT - 1)), 0)
+    b_sum = tl.where(late | (place + 1 < half), b_sum, 0.0)
+    length = half * 0 + 1
+    while length < half:
+        inside = (late & (place >= length)) | ((late == 0) & (place + length < half))
+        other = tl.where(inside, tl.where(late, o_t - length, o_t + length), o_t)
+        b_sum += tl.where(inside, tl.gather(b_sum, other, 0), 0.0)
+        length = 2 * length
+    return tl.where(late, b_sum, -b_sum)
 
 
 @triton.jit
@@ -113,8 +104,9 @@ def level_factors(b_c, o_t, level, whole):
 
 @triton.jit
 def level_pairs(o_t, level):
-    """[BT, BT], whether row i meets the earlier row j on this level."""
-    return ((o_t[:, None] >> level) == (o_t[None, :] >> level)) & (o_t[:, None] > o_t[None, :])
+    """[BT, BT], whether row i meets the earlier row j on this level, and the same transposed."""
+    same_block = (o_t[:, None] >> level) == (o_t[None, :] >> level)
+    return same_block & (o_t[:, None] > o_t[None, :]), same_block & (o_t[:, None] < o_t[None, :])
 
 
 @triton.jit

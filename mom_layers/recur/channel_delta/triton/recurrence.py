@@ -78,9 +78,11 @@ def _recurrence_kernel(
         b_S = tl.load(initial_state + i_state + o_kv).to(tl.float32)  # [K, BV]
     else:
         b_S = tl.zeros([K, BV], tl.float32)
+    # The rows that a chunk's first product reads are loaded while the chunk before ends.
+    m_t = o_t < num_rows
+    b_E = tl.load(erase_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
     for i_t in range(0, tl.cdiv(num_rows, BT)):
         m_t = i_t * BT + o_t < num_rows
-        b_E = tl.load(erase_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
         b_v = tl.load(v + rows * V + o_tv, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BV]
         if WRITE_CHANNELS:
             b_write = tl.load(write + rows * V + o_tv, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BV]
@@ -108,6 +110,8 @@ def _recurrence_kernel(
         b_o = tl.dot(b_q, b_S_low, input_precision=PRECISION)
         b_o += tl.dot(b_P, b_e, input_precision=PRECISION)
         tl.store(o + rows * V + o_tv, b_o.to(low), mask=m_t[:, None])
+        m_next = (i_t + 1) * BT + o_t < num_rows
+        b_E = tl.load(erase_decayed + (rows + BT * H) * K + o_tk, mask=m_next[:, None], other=0.0)  # [BT, K]
         # (10): the state after the chunk.
         b_S = b_decay * b_S
         if LATE:
@@ -149,6 +153,7 @@ def recurrence(
         span_states = v.new_empty(chunks.num_span_slots, heads, k_dim, v_dim)
     results = RecurrenceResults(torch.empty_like(v), final_state, errors, span_states)
     launch = launches_for(v.device, v.dtype, k_dim, v_dim).recurrence
+    launch = launch.for_columns(chunks.num_segments * heads, v_dim)
     _recurrence_kernel[(chunks.num_segments * heads * (v_dim // launch.tile),)](
         q_decayed=local.q_decayed,
         k_decayed=local.k_decayed,

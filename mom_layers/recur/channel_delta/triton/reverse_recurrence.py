@@ -72,9 +72,9 @@ def _reverse_recurrence_kernel(
         m_t = (num_chunks - 1 - i_back) * BT + o_t < num_rows
         b_do = tl.load(do + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, BV]
         b_P = tl.load(scores + i_chunk * BT * BT + o_tt)  # [BT, BT]
-        b_k = tl.load(k_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
         b_decay = tl.load(decays + i_chunk * K + o_k)[:, None]  # [K, 1]
         if not LATE:
+            b_k = tl.load(k_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
             b_q = tl.load(q_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
             b_E = tl.load(erase_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
 
@@ -83,6 +83,8 @@ def _reverse_recurrence_kernel(
         if STORE_D_STATES:
             tl.store(d_states + i_chunk * K * V + o_kv, b_dS_low)
         b_z = tl.dot(tl.trans(b_P), b_do, input_precision=PRECISION)
+        if LATE:
+            b_k = tl.load(k_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
         b_z += tl.dot(b_k, b_dS_low, input_precision=PRECISION)
         b_X = tl.load(solve + i_chunk * BT * BT + o_tt)  # [BT, BT]
         b_y = b_z - tl.dot(tl.trans(b_X), b_z.to(low), input_precision=PRECISION)
@@ -131,6 +133,7 @@ def reverse_recurrence(
     """
     heads, k_dim, v_dim = inputs.num_heads, inputs.k_dim, do.shape[2]
     launch = launches_for(do.device, do.dtype, k_dim, v_dim).recurrence
+    launch = launch.for_columns(chunks.num_segments * heads, v_dim)
     d_errors = d_states = d_initial_state = None
     if store_d_initial_state:
         d_initial_state = do.new_empty(chunks.num_segments, heads, k_dim, v_dim, dtype=torch.float32)

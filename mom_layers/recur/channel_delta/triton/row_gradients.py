@@ -29,7 +29,7 @@ import triton.language as tl
 
 from mom_layers.common.activations_triton import exp
 from mom_layers.recur.channel_delta.tensors import ErrorRows, Inputs, ScoreGradients
-from mom_layers.recur.channel_delta.triton.chunk_local import load_erased
+from mom_layers.recur.channel_delta.triton.chunk_local import load_erase
 from mom_layers.recur.channel_delta.triton.launches import launches_for
 from mom_layers.recur.channel_delta.triton.levels import (
     EXACT_LIMIT,
@@ -63,6 +63,7 @@ def _row_gradients_kernel(
     d_states,
     d_scores,
     d_key_scores,
+    whole_chunks,
     cu_seqlens,
     chunk_segment,
     chunk_index,
@@ -79,24 +80,28 @@ def _row_gradients_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     ERASE_CHANNELS: tl.constexpr,
+    LEVELS: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Equations (18) to (24) for BK channels of one chunk and head."""
+    """Equations (18) to (24) for BK channels of one chunk and head: with LEVELS of the chunks that are not whole on the
+    first level, without of the others."""
     i_kb, i_h, i_c, i_s = tile_of_chunk(chunk_segment, H, K // BK)
     if i_s >= num_segments:
         return
-    i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
     i_chunk = i_c.to(tl.int64) * H + i_h
+    if (tl.load(whole_chunks + i_chunk) == 0) != LEVELS:
+        return
+    i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
     rows = i_row.to(tl.int64) * H + i_h
     o_t = tl.arange(0, BT)
     o_k = i_kb * BK + tl.arange(0, BK)
     num_rows = tl.load(cu_seqlens + i_s + 1) - i_row
     m_t = o_t < num_rows
     m_tk = m_t[:, None]
-    p_tk = rows * K + o_t[:, None] * (H * K) + o_k[None, :]
+    o_tk = o_t[:, None] * (H * K) + o_k[None, :]
     p_dP = d_scores + i_chunk * BT * BT
     p_dA = d_key_scores + i_chunk * BT * BT
-    p_tt = o_t[:, None] * BT + o_t[None, :]
+    o_tt = o_t[:, None] * BT + o_t[None, :]
     low = q.dtype.element_ty
     pair = d_scores.dtype.element_ty
 
@@ -107,13 +112,13 @@ def _row_gradients_kernel(
     b_S_dS = tl.zeros([BK], tl.float32)
     for i_v in range(0, V, BV):
         o_v = i_v + tl.arange(0, BV)
-        p_tv = rows * V + o_t[:, None] * (H * V) + o_v[None, :]
-        p_kv = i_chunk * K * V + o_k[:, None] * V + o_v[None, :]
-        b_do = tl.load(do + p_tv, mask=m_tk, other=0.0)  # [BT, BV]
-        b_y = tl.load(d_errors + p_tv, mask=m_tk, other=0.0)  # [BT, BV]
-        b_e = tl.load(errors + p_tv, mask=m_tk, other=0.0)  # [BT, BV]
-        b_S = tl.load(states + p_kv)  # [BK, BV]
-        b_dS = tl.load(d_states + p_kv)  # [BK, BV]
+        o_tv = o_t[:, None] * (H * V) + o_v[None, :]
+        o_kv = o_k[:, None] * V + o_v[None, :]
+        b_do = tl.load(do + rows * V + o_tv, mask=m_tk, other=0.0)  # [BT, BV]
+        b_y = tl.load(d_errors + rows * V + o_tv, mask=m_tk, other=0.0)  # [BT, BV]
+        b_e = tl.load(errors + rows * V + o_tv, mask=m_tk, other=0.0)  # [BT, BV]
+        b_S = tl.load(states + i_chunk * K * V + o_kv)  # [BK, BV]
+        b_dS = tl.load(d_states + i_chunk * K * V + o_kv)  # [BK, BV]
         b_dq += tl.dot(b_do, tl.trans(b_S), input_precision=PRECISION)
         b_dE += tl.dot(b_y, tl.trans(b_S), input_precision=PRECISION)
         b_dk_state += tl.dot(b_e, tl.trans(b_dS), input_precision=PRECISION)
@@ -121,16 +126,18 @@ def _row_gradients_kernel(
 
     # (18), (19), and their part of (22), whose sum over earlier rows leaves the row itself out: the terms move down by
     # a row before they are summed.
-    b_q = tl.load(q + p_tk, mask=m_tk, other=0.0).to(tl.float32)  # [BT, BK]
-    b_k = tl.load(k + p_tk, mask=m_tk, other=0.0).to(tl.float32)  # [BT, BK]
-    b_g = tl.load(g + p_tk, mask=m_tk, other=0.0).to(tl.float32)  # [BT, BK]
-    b_erase, b_E = load_erased(erase, b_k, rows, o_t, o_k, m_t, H, K, ERASE_CHANNELS)
+    b_q = tl.load(q + rows * K + o_tk, mask=m_tk, other=0.0).to(tl.float32)  # [BT, BK]
+    b_k = tl.load(k + rows * K + o_tk, mask=m_tk, other=0.0).to(tl.float32)  # [BT, BK]
+    b_g = tl.load(g + rows * K + o_tk, mask=m_tk, other=0.0).to(tl.float32)  # [BT, BK]
+    b_erase = load_erase(erase, rows, o_t, o_tk, m_t, H, K, ERASE_CHANNELS)
+    b_E = b_erase * b_k
     b_G = tl.cumsum(b_g, 0)
     b_c = first_sums(b_g, b_G)
-    whole = largest(tl.abs(b_c)) <= (EXACT_LIMIT if EXACT else LIMIT)
-    b_after = tl.sum(b_g, 0)[None, :] - b_G
-    if not whole:
-        b_after = sums_after(g, p_tk, o_t, num_rows, H * K)
+    if LEVELS:
+        whole = largest(tl.abs(b_c)) <= (EXACT_LIMIT if EXACT else LIMIT)
+        b_after = sums_after(g + rows * K, o_tk, o_t, num_rows, H * K)
+    else:
+        b_after = tl.sum(b_g, 0)[None, :] - b_G
     b_from_start = exp(b_G)
     b_dq = scale * b_from_start * b_dq
     b_dE = -b_from_start * b_dE
@@ -146,14 +153,16 @@ def _row_gradients_kernel(
     b_dk = tl.zeros([BT, BK], tl.float32)
     g_max = largest(tl.abs(b_g))
     level = FIRST_LEVEL + i_kb * 0
-    known = whole
     while level > 0:
-        if not known:
-            b_c = border_sums(b_g, level, EXACT)
-        b_from, b_to = level_factors(b_c, o_t, level, whole)
-        m_tt = level_pairs(o_t, level)
-        b_dP = tl.load(p_dP + p_tt, mask=m_tt, other=0.0)  # [BT, BT]
-        b_dA = tl.load(p_dA + p_tt, mask=m_tt, other=0.0)  # [BT, BT]
+        if LEVELS:
+            b_c = border_sums(b_g, level)
+            b_from, b_to = level_factors(b_c, o_t, level, whole)
+            m_tt, _ = level_pairs(o_t, level)
+        else:
+            b_from, b_to = exp(b_c), exp(-b_c)
+            m_tt = o_t[:, None] > o_t[None, :]
+        b_dP = tl.load(p_dP + o_tt, mask=m_tt, other=0.0)  # [BT, BT]
+        b_dA = tl.load(p_dA + o_tt, mask=m_tt, other=0.0)  # [BT, BT]
         b_q_pair, b_E_pair = (b_q * b_from).to(pair), (b_E * b_from).to(pair)
         b_k_pair = (b_k * b_to).to(pair)
         b_new = tl.dot(b_dP, b_k_pair, input_precision=PRECISION)
@@ -166,20 +175,22 @@ def _row_gradients_kernel(
         b_new += tl.dot(tl.trans(b_dA), b_E_pair, input_precision=PRECISION)
         b_dk += b_to * b_new
         b_exponent -= b_k_pair.to(tl.float32) * b_new
-        level = tl.where(whole, 0, level - 1)
-        known = whole & (level < 0)
-        whole = level_is_whole(tl.maximum(level, 1), g_max, EXACT)
+        if LEVELS:
+            level = tl.where(whole, 0, level - 1)
+            whole = level_is_whole(tl.maximum(level, 1), g_max, EXACT)
+        else:
+            level = level * 0
 
     # (22) to (24).
     b_dg += tl.cumsum(b_exponent, 0, reverse=True)
-    tl.store(dg + p_tk, b_dg, mask=m_tk)
+    tl.store(dg + rows * K + o_tk, b_dg, mask=m_tk)
     b_diagonal = tl.load(p_dP + o_t * (BT + 1)).to(tl.float32)[:, None]  # [BT, 1]
     b_dq += b_diagonal * b_k
     b_dk += b_dk_state + b_diagonal * b_q + b_erase * b_dE
-    tl.store(dq + p_tk, b_dq.to(low), mask=m_tk)
-    tl.store(dk + p_tk, b_dk.to(low), mask=m_tk)
+    tl.store(dq + rows * K + o_tk, b_dq.to(low), mask=m_tk)
+    tl.store(dk + rows * K + o_tk, b_dk.to(low), mask=m_tk)
     if ERASE_CHANNELS:
-        tl.store(d_erase + p_tk, (b_k * b_dE).to(d_erase.dtype.element_ty), mask=m_tk)
+        tl.store(d_erase + rows * K + o_tk, (b_k * b_dE).to(d_erase.dtype.element_ty), mask=m_tk)
     else:
         tl.store(d_erase + (rows + o_t * H) * (K // BK) + i_kb, tl.sum(b_k * b_dE, 1), mask=m_t)
 
@@ -189,6 +200,7 @@ def row_gradients(
     inputs: Inputs,
     rows: ErrorRows,
     decays: torch.Tensor,
+    whole_chunks: torch.Tensor,
     chunks: Chunks,
     states: torch.Tensor,
     d_states: torch.Tensor,
@@ -198,7 +210,7 @@ def row_gradients(
     """Equations (18) to (24) of every chunk.
 
     Args:
-        inputs, rows, decays, chunks: of the same rows.
+        inputs, rows, decays, whole_chunks, chunks: of the same rows.
         states: [N, H, K, V], from ``chunk_states``.
         d_states: [N, H, K, V], from ``reverse_recurrence``.
         score_gradients: from ``score_gradients``.
@@ -208,48 +220,52 @@ def row_gradients(
         dq and dk [R, H, K] in q's type, dg [R, H, K] float32, and d_erase in erase's shape and type.
     """
     q, heads, k_dim, v_dim = inputs.q, inputs.num_heads, inputs.k_dim, states.shape[3]
-    launch = launches_for(q.device, q.dtype, k_dim, v_dim).row_gradients
-    tile_v = min(launch.loop_tile, v_dim)
-    parts = k_dim // launch.tile
+    launches = launches_for(q.device, q.dtype, k_dim, v_dim)
+    tile = launches.row_gradients.tile
     dq, dk = torch.empty_like(q), torch.empty_like(inputs.k)
     dg = torch.empty_like(inputs.g, dtype=torch.float32)
     if inputs.erases_channels:
         d_erase = torch.empty_like(inputs.erase)
     else:
-        d_erase = torch.empty(*inputs.erase.shape, parts, dtype=torch.float32, device=q.device)
-    _row_gradients_kernel[(chunks.num_slots * heads * parts,)](
-        q=q,
-        k=inputs.k,
-        g=inputs.g,
-        erase=inputs.erase,
-        errors=rows.errors,
-        d_errors=rows.d_errors,
-        do=rows.do,
-        decays=decays,
-        states=states,
-        d_states=d_states,
-        d_scores=score_gradients.d_scores,
-        d_key_scores=score_gradients.d_key_scores,
-        cu_seqlens=chunks.cu_seqlens,
-        chunk_segment=chunks.table.segment,
-        chunk_index=chunks.table.index,
-        dq=dq,
-        dk=dk,
-        dg=dg,
-        d_erase=d_erase,
-        scale=inputs.scale,
-        num_segments=chunks.num_segments,
-        H=heads,
-        K=k_dim,
-        V=v_dim,
-        BT=CHUNK,
-        BK=launch.tile,
-        BV=tile_v,
-        ERASE_CHANNELS=inputs.erases_channels,
-        EXACT=q.dtype == torch.float32,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
+        d_erase = torch.empty(*inputs.erase.shape, k_dim // tile, dtype=torch.float32, device=q.device)
+    for levels in (False, True):
+        # The number of parts of d_erase is the same for both.
+        launch = (launches.levels if levels else launches.row_gradients)._replace(tile=tile)
+        _row_gradients_kernel[(chunks.num_slots * heads * (k_dim // tile),)](
+            q=q,
+            k=inputs.k,
+            g=inputs.g,
+            erase=inputs.erase,
+            errors=rows.errors,
+            d_errors=rows.d_errors,
+            do=rows.do,
+            decays=decays,
+            states=states,
+            d_states=d_states,
+            d_scores=score_gradients.d_scores,
+            d_key_scores=score_gradients.d_key_scores,
+            whole_chunks=whole_chunks,
+            cu_seqlens=chunks.cu_seqlens,
+            chunk_segment=chunks.table.segment,
+            chunk_index=chunks.table.index,
+            dq=dq,
+            dk=dk,
+            dg=dg,
+            d_erase=d_erase,
+            scale=inputs.scale,
+            num_segments=chunks.num_segments,
+            H=heads,
+            K=k_dim,
+            V=v_dim,
+            BT=CHUNK,
+            BK=tile,
+            BV=min(launch.loop_tile, v_dim),
+            ERASE_CHANNELS=inputs.erases_channels,
+            LEVELS=levels,
+            EXACT=q.dtype == torch.float32,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
     if not inputs.erases_channels:
         d_erase = d_erase.sum(-1).to(inputs.erase.dtype)
     return dq, dk, dg, d_erase
