@@ -30,9 +30,9 @@ def kernel_problem(settings: MixerSettings, dtype: torch.dtype, device: torch.de
     from mom_layers.common.triton_versions import VERSION
 
     rule, chip = get_rule(settings.rule), chip_of(device)
-    for name, size in (("head_dim", settings.head_dim), ("head_dim * expand_v", settings.value_dim)):
-        if size not in rule.head_sizes:
-            sizes = ", ".join(map(str, rule.head_sizes))
+    for name, size, key in (("head_dim", settings.head_dim, True), ("head_dim * expand_v", settings.value_dim, False)):
+        if size not in rule.kernel_sizes(of_keys=key):
+            sizes = ", ".join(map(str, rule.kernel_sizes(of_keys=key)))
             return f"{name} = {size} is not supported by the {rule.name} kernels: use one of {sizes}, or {help_}"
     shown = ".".join(map(str, VERSION))
     if VERSION < OLDEST_TRITON:

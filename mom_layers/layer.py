@@ -44,7 +44,9 @@ class _TokenMixer(nn.Module):
                 self.register_buffer(name, torch.ones(channels, 1), persistent=False)
         self.rule_parameters = nn.ParameterDict(
             {
-                name: nn.Parameter(torch.empty(settings.num_heads, *shape))
+                name: nn.Parameter(
+                    torch.empty(settings.num_heads, *shape), requires_grad=name not in self.rule.fixed_parameters
+                )
                 for name, shape in self.rule.parameter_shapes(settings.head_dim).items()
             }
         )
@@ -64,7 +66,7 @@ class _TokenMixer(nn.Module):
             for conv in (self.q_conv, self.k_conv, self.v_conv):
                 bound = conv.shape[1] ** -0.5
                 nn.init.uniform_(conv, -bound, bound)
-        for name, value in self.rule.init_parameters(self.num_heads, self.head_dim).items():
+        for name, value in self.settings.initial_parameters().items():
             self.rule_parameters[name].copy_(value)
         nn.init.ones_(self.norm_weight)
 
@@ -186,7 +188,8 @@ class MixtureOfMemories(_TokenMixer):
         hidden_size: D.
         sizes: the fields of :class:`mom_layers.settings.MixerSettings`, in their order or by name: ``num_heads``,
             ``head_dim``, ``expand_v``, ``num_memories``, ``topk``, ``shared_memory``, ``conv_kernel``, ``rule``,
-            ``single_kv_proj``, ``norm_eps``, ``kernels`` (in version 0.1 ``backend``). Every field has a default.
+            ``single_kv_proj``, ``norm_eps``, ``kernels`` (in version 0.1 ``backend``), ``layer``, ``num_layers``. Every
+            field has a default.
 
     Raises:
         ValueError, TypeError: a size or name that is not supported.
@@ -237,8 +240,8 @@ class LinearAttentionLayer(_TokenMixer):
     Args:
         hidden_size: D.
         rule: name of the update rule.
-        sizes: ``num_heads``, ``head_dim``, ``expand_v``, ``conv_kernel``, ``norm_eps`` and ``kernels``, by name, as of
-            :class:`mom_layers.settings.MixerSettings`.
+        sizes: ``num_heads``, ``head_dim``, ``expand_v``, ``conv_kernel``, ``norm_eps``, ``kernels``, ``layer`` and
+            ``num_layers``, by name, as of :class:`mom_layers.settings.MixerSettings`.
 
     Raises:
         ValueError, TypeError: a size or name that is not supported.

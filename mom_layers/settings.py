@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from mom_layers.common.checks import LARGEST_SIZE, check_number, check_truth, check_whole
 from mom_layers.common.kernel_choice import check_kernels
 from mom_layers.recur.rules import MemoryRule, get_rule
@@ -30,6 +32,8 @@ class MixerSettings:
         single_kv_proj: one projection of keys, values and raw gates for all memories, instead of one a memory.
         norm_eps: of the output norm.
         kernels: "auto" (Triton on CUDA, PyTorch elsewhere), "torch" or "triton".
+        layer, num_layers: number of the layer, from 0, and of all layers of the model: rules whose initial parameters
+            depend on the layer read these.
 
     Raises:
         ValueError, TypeError: a size or a name that no layer can have. The message has the value.
@@ -46,6 +50,8 @@ class MixerSettings:
     single_kv_proj: bool = False
     norm_eps: float = 1e-6
     kernels: str = "auto"
+    layer: int = 0
+    num_layers: int = 1
 
     def __post_init__(self) -> None:
         get_rule(self.rule)
@@ -55,6 +61,8 @@ class MixerSettings:
         for name in ("topk", "conv_kernel"):
             check_whole(-LARGEST_SIZE, **{name: getattr(self, name)})
         check_number(expand_v=self.expand_v, norm_eps=self.norm_eps)
+        check_whole(0, layer=self.layer)
+        check_whole(self.layer + 1, num_layers=self.num_layers)
         check_truth(shared_memory=self.shared_memory, single_kv_proj=self.single_kv_proj)
         if not 0 <= self.norm_eps < 1:
             raise ValueError(f"norm_eps must be a number from 0 up to, but not including, 1, got {self.norm_eps}")
@@ -138,13 +146,18 @@ class MixerSettings:
 
     def has_kernels(self) -> bool:
         """Whether the rule's Triton kernels take the head sizes."""
-        return {self.head_dim, self.value_dim} <= set(self.update_rule.head_sizes)
+        return self.update_rule.has_kernels(self.head_dim, self.value_dim)
+
+    def initial_parameters(self) -> dict[str, torch.Tensor]:
+        """The rule's own parameters of this layer, float32 [H, ...] each, drawn with torch's global generator."""
+        return self.update_rule.parameters_of_layer(self.num_heads, self.head_dim, self.layer, self.num_layers)
 
     def check_head_sizes(self) -> None:
         """Raises ValueError where the rule's Triton kernels do not take the head sizes."""
-        for name, value in [("head_dim", self.head_dim), ("head_dim * expand_v", self.value_dim)]:
-            if value not in self.update_rule.head_sizes:
+        for name, value, key in [("head_dim", self.head_dim, True), ("head_dim * expand_v", self.value_dim, False)]:
+            sizes = self.update_rule.kernel_sizes(of_keys=key)
+            if value not in sizes:
                 raise ValueError(
                     f"{name} = {value} is not supported by the {self.rule} kernels: "
-                    f"use one of {', '.join(map(str, self.update_rule.head_sizes))}, or kernels='torch'"
+                    f"use one of {', '.join(map(str, sizes))}, or kernels='torch'"
                 )

@@ -66,6 +66,16 @@ GATES: dict[str, Callable[[Shape], torch.Tensor]] = {
 }
 
 
+def retention_decay(shape: Shape) -> torch.Tensor:
+    """The fixed log decay of every head."""
+    return torch.log1p(-torch.exp2(-5.0 - torch.arange(shape.heads, device=shape.device)))
+
+
+def no_decay(shape: Shape) -> torch.Tensor:
+    """A log decay of zero for every row."""
+    return torch.zeros(shape.rows, shape.heads, device=shape.device)
+
+
 class Operation(NamedTuple):
     """How a rule's recurrence is called. Both operations take q, k and v, then what is named here by keyword.
 
@@ -87,6 +97,17 @@ class Operation(NamedTuple):
 _DELTA = {"g": "head decay", "beta": "write strength"}
 OPERATIONS = {
     "gated_deltanet": Operation("scalar_delta.gated_delta_rule", "gated_delta_rule.chunk_gated_delta_rule", _DELTA),
+    "linear_attention": Operation(
+        "scalar_decay.scalar_decay",
+        "linear_attn.chunk_linear_attn",
+        extra={"g": lambda shape: None},
+        peer_extra={"normalize": False},
+    ),
+    "retention": Operation("scalar_decay.scalar_decay", "retention.chunk_retention", extra={"g": retention_decay}),
+    "mamba2": Operation("scalar_decay.scalar_decay", "simple_gla.chunk_simple_gla", {"g": "head decay"}),
+    "deltanet": Operation(
+        "scalar_delta.gated_delta_rule", "delta_rule.chunk_delta_rule", {"beta": "write strength"}, {"g": no_decay}
+    ),
     "gla": Operation("channel_decay.gated_linear_attention", "gla.chunk_gla", {"g": "channel decay"}),
     "kda": Operation(
         "channel_delta.kimi_delta_attention", "kda.chunk_kda", {"g": "channel decay", "beta": "write strength"}

@@ -75,8 +75,11 @@ def arguments() -> str:
 
 def head_sizes() -> str:
     """Head sizes of every rule's Triton kernels."""
-    rows = ((f"`{name}`", ", ".join(map(str, get_rule(name).head_sizes))) for name in rule_names())
-    return table(("rule", "key sizes and value sizes of the Triton kernels"), rows)
+    rows = (
+        (f"`{name}`", *(", ".join(map(str, get_rule(name).kernel_sizes(of_keys=keys))) for keys in (True, False)))
+        for name in rule_names()
+    )
+    return table(("rule", "key sizes of the Triton kernels", "value sizes"), rows)
 
 
 def patches(cpu: bool) -> str:
@@ -203,7 +206,7 @@ def rules() -> str:
     rows = []
     for name in rule_names():
         rule = get_rule(name)
-        k_dim = v_dim = 128 if 128 in rule.head_sizes else max(rule.head_sizes)
+        k_dim = v_dim = 128 if rule.has_kernels(128, 128) else max(rule.kernel_sizes(of_keys=True))
         state = rule.state_shape(k_dim, v_dim)
         kind = "a number for each channel" if rule.diagonal_transition else "a matrix"
         size = "" if k_dim == 128 else f" (K = V = {k_dim})"

@@ -67,7 +67,9 @@ class RecurrentTokenMixer(MegatronModule):
         if self.cp_group.size() > 1 and not config.contiguous_context_slices:
             group = pg_collection.tp_cp if config.sequence_parallel else self.cp_group
             self.order = SequenceOrder(group, self.cp_group.size())
-        self.settings = config.mixer_settings()
+        # Multi-token prediction numbers its layers on from the last one of the model.
+        layers = max(config.num_layers, layer_number)
+        self.settings = replace(config.mixer_settings(), layer=layer_number - 1, num_layers=layers)
         self.rule = self.settings.update_rule
         warn_without_kernels(self.rule)
         self.num_heads = config.mom_num_heads // pg_collection.tp.size()
@@ -133,7 +135,7 @@ class RecurrentTokenMixer(MegatronModule):
         for own, shape in self.rule.parameter_shapes(config.mom_head_dim).items():
             # float32 whatever the model's type
             weight = self.new_parameter(self.num_heads, *shape, dtype=torch.float32, sharded_dim=0)
-            self.register_parameter(own, weight)
+            self.register_parameter(own, weight.requires_grad_(own not in self.rule.fixed_parameters))
 
     @torch.no_grad()
     def draw(self, init, weight: torch.Tensor, dim: int, sizes: list[int]) -> None:
@@ -159,7 +161,7 @@ class RecurrentTokenMixer(MegatronModule):
             for conv in (self.q_conv, self.k_conv, self.v_conv):
                 self.draw(lambda weight: weight.uniform_(-bound, bound), conv, 0, [conv.shape[0]])
         rank, tp_size = self.tp_group.rank(), self.tp_group.size()
-        for name, whole in self.rule.init_parameters(config.mom_num_heads, config.mom_head_dim).items():
+        for name, whole in self.settings.initial_parameters().items():
             getattr(self, name).copy_(whole.chunk(tp_size)[rank])
         torch.nn.init.ones_(self.norm_weight)
 

@@ -87,8 +87,8 @@ def compare(
         PARAMETERS: match_parameters(mom, alone, shape, vocabulary),
         ATTENTION: Mixer(SOFTMAX, max(1, shape.hidden // SOFTMAX_HEAD), SOFTMAX_HEAD, SOFTMAX_HEAD),
     }
-    sizes = sorted(get_rule(mom.rule).head_sizes)
     for name, field in ((STATE_BY_KEYS, "key_size"), (STATE_BY_VALUES, "value_size")):
+        sizes = sorted(get_rule(mom.rule).kernel_sizes(of_keys=field == "key_size"))
         enough = [size for size in sizes if size >= getattr(alone, field) * mom.all_memories]
         if enough:
             baselines[name] = replace(alone, **{field: enough[0]})

@@ -24,7 +24,7 @@ class MomBlock(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         if attention is None:
-            self.attn = token_mixer(config)
+            self.attn = token_mixer(config, layer_idx)
         else:
             self.attn = softmax_attention(config.hidden_size, attention, config.norm_eps)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)

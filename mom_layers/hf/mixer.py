@@ -5,6 +5,7 @@ and a layer of one memory, whose names are those of FLA's GatedDeltaNet.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
@@ -33,9 +34,9 @@ class RecurrentAttention(nn.Module):
     A layer adds its projections, ``projection``, ``_mix`` and ``_step``.
     """
 
-    def __init__(self, config: MomConfig):
+    def __init__(self, config: MomConfig, layer_idx: int = 0):
         super().__init__()
-        self.settings = config.mixer_settings()
+        self.settings = replace(config.mixer_settings(), layer=layer_idx, num_layers=config.num_hidden_layers)
         self.rule = self.settings.update_rule
         warn_without_kernels(self.rule)
         self.hidden_size = config.hidden_size
@@ -51,8 +52,8 @@ class RecurrentAttention(nn.Module):
                 setattr(self, f"{name}_conv1d", ShortConvolution(channels, self.settings.conv_kernel))
             else:  # no convolution: one fixed tap
                 setattr(self, f"{name}_conv1d", NoConvolution(channels))
-        for name, value in self.rule.init_parameters(self.settings.num_heads, self.settings.head_dim).items():
-            self.register_parameter(name, nn.Parameter(value))
+        for name, value in self.settings.initial_parameters().items():
+            self.register_parameter(name, nn.Parameter(value, requires_grad=name not in self.rule.fixed_parameters))
         self.g_proj = nn.Linear(hidden, values, bias=False)
         self.o_norm = HeadNorm(self.settings.value_dim, self.settings.norm_eps)
         self.o_proj = nn.Linear(values, hidden, bias=False)
@@ -123,7 +124,7 @@ class RecurrentAttention(nn.Module):
     @torch.no_grad()
     def reset_rule_parameters(self) -> None:
         """Draws the rule's parameters (A_log, dt_bias, ...) anew, except parameters that were loaded."""
-        for name, value in self.rule.init_parameters(self.settings.num_heads, self.settings.head_dim).items():
+        for name, value in self.settings.initial_parameters().items():
             parameter = getattr(self, name)
             if not getattr(parameter, "_is_hf_initialized", False):
                 parameter.copy_(value)
@@ -140,8 +141,8 @@ class MomAttention(RecurrentAttention):
     offloading acts on a module, the modules are called instead; see :meth:`projection`.
     """
 
-    def __init__(self, config: MomConfig):
-        super().__init__(config)
+    def __init__(self, config: MomConfig, layer_idx: int = 0):
+        super().__init__(config, layer_idx)
         hidden = config.hidden_size
         self.q_proj = nn.Linear(hidden, self.settings.key_width, bias=False)
         self.gate = nn.Linear(hidden, config.num_memories, bias=False)
@@ -204,8 +205,8 @@ class OneMemoryAttention(RecurrentAttention):
     One product projects all pieces. Where an adapter, a hook or offloading acts on a module, the modules are called.
     """
 
-    def __init__(self, config: MomConfig):
-        super().__init__(config)
+    def __init__(self, config: MomConfig, layer_idx: int = 0):
+        super().__init__(config, layer_idx)
         sizes = self.settings.fused_sizes[:-1]
         for letter, size in zip(["q", *self.letters], sizes, strict=True):
             setattr(self, f"{letter}_proj", nn.Linear(config.hidden_size, size, bias=False))
@@ -233,6 +234,7 @@ class OneMemoryAttention(RecurrentAttention):
 CONVOLUTIONS = (ShortConvolution, NoConvolution)
 
 
-def token_mixer(config: MomConfig) -> RecurrentAttention:
-    """The layer that a configuration describes."""
-    return OneMemoryAttention(config) if config.mixer_settings().alone else MomAttention(config)
+def token_mixer(config: MomConfig, layer_idx: int) -> RecurrentAttention:
+    """The layer of that index that a configuration describes."""
+    kind = OneMemoryAttention if config.mixer_settings().alone else MomAttention
+    return kind(config, layer_idx)

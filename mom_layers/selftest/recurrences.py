@@ -156,7 +156,7 @@ def recurrence(
         every_set: False for the chip's own set alone.
     """
     rule, dtype = get_rule(name), dtype or setting.dtype
-    if not {k_dim, v_dim} <= set(rule.head_sizes):
+    if not rule.has_kernels(k_dim, v_dim):
         return
     families = kernel_families()
     for family in families:
@@ -246,7 +246,7 @@ def state_passing(
     cuts: [P][S], rows that each slice holds of each segment.
     """
     rule = get_rule(name)
-    if not {k_dim, v_dim} <= set(rule.head_sizes):
+    if not rule.has_kernels(k_dim, v_dim):
         return
 
     def case():

@@ -38,7 +38,7 @@ COLUMNS = (
     "triton", "chip", "dtype", "key_size", "value_size", "rule", "kernel", "result",
     "shared_bytes", "registers", "local_bytes", "warps", "tensor_cores",
 )  # fmt: skip
-RULES = ("gated_deltanet", "gla", "hgrn2", "kda", "gated_deltanet2")
+RULES = ("gated_deltanet", "gla", "hgrn2", "kda", "gated_deltanet2", "mamba2", "retention")
 SIZES = (256, 128, 64, 32, 16)
 HEADS, TOKENS, WIDTH = 4, 128, 4
 
@@ -55,7 +55,7 @@ def compile_layer(rule: str, dtype: torch.dtype, key_size: int, value_size: int,
         return
     keys, values, memories = HEADS * key_size, HEADS * value_size, layer.settings.num_all_memories
     state = MemoryState(
-        torch.zeros(1, memories, HEADS, key_size, value_size, requires_grad=True),
+        torch.zeros(1, memories, HEADS, *layer.rule.state_shape(key_size, value_size), requires_grad=True),
         *(torch.zeros(1, memories, WIDTH - 1, n, dtype=dtype, requires_grad=True) for n in (keys, keys, values)),
     )
     out, after = layer(x, state=state, output_state=True)
@@ -81,8 +81,9 @@ def compile_layer(rule: str, dtype: torch.dtype, key_size: int, value_size: int,
         gate.name: torch.zeros(TOKENS, HEADS * gate.width(key_size, value_size), dtype=dtype) for gate in rule.raw_gates
     }
     inputs = rule.prepare(q, k, v, raw, rule.init_parameters(HEADS, key_size), "triton")
+    state = torch.zeros(1, HEADS, *rule.state_shape(inputs.k.shape[2], value_size))
     rule.transition(inputs, borders, "triton")
-    rule.gradient_of_initial_state(inputs, v, borders, torch.zeros(1, HEADS, key_size, value_size), "triton")
+    rule.gradient_of_initial_state(inputs, v, borders, state, "triton")
 
 
 def compile_alone(rule: str, dtype: torch.dtype, key_size: int, value_size: int) -> None:

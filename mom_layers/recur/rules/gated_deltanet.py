@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -16,12 +15,9 @@ from mom_layers.common.kernel_choice import compute_dtype, resolve_kernels
 from mom_layers.common.reference import bounds, unit_length
 from mom_layers.common.supported import HEAD_SIZES
 from mom_layers.recur.chunk_table import CHUNK
+from mom_layers.recur.rules.decay_rates import decay_rates
 from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs, dense_transition
 from mom_layers.recur.scalar_delta import gated_delta_rule
-
-# The range of time steps that Mamba2 and Gated DeltaNet start from.
-DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
-A_MAX = 16.0
 
 
 def parameter_shapes(head_dim: int) -> dict[str, tuple[int, ...]]:
@@ -31,10 +27,7 @@ def parameter_shapes(head_dim: int) -> dict[str, tuple[int, ...]]:
 
 def init_parameters(num_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
     """As Gated DeltaNet: decay rates exp(A_log) uniform in (0, 16), time steps log-uniform in [1e-3, 1e-1]."""
-    rate = torch.empty(num_heads).uniform_(1e-6, A_MAX)
-    step = torch.exp(torch.empty(num_heads).uniform_(math.log(DT_MIN), math.log(DT_MAX))).clamp(min=DT_FLOOR)
-    inverse_softplus = step + torch.log(-torch.expm1(-step))
-    return {"A_log": rate.log(), "dt_bias": inverse_softplus}
+    return decay_rates(num_heads, lowest=1e-6)
 
 
 def gates(raw, parameters, kernels):

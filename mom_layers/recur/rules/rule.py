@@ -80,7 +80,11 @@ class MemoryRule:
         recurrence_flops: (rows, H, K, V) -> floating-point operations of a forward pass, for the utilisation (MFU).
         diagonal_transition: the transition is a diagonal matrix.
         unit_length_keys: the convolutions bring q and k to unit length per head.
-        head_sizes: key and value sizes that the Triton kernels take.
+        head_sizes: value sizes that the Triton kernels take, and key sizes too where ``key_sizes`` is None.
+        key_sizes: key sizes that the Triton kernels take, where a feature map makes keys longer.
+        fixed_parameters: names of parameters that are set and not trained.
+        layer_parameters: (H, K, number of the layer from 0, number of layers) -> as ``init_parameters``, where the
+            parameters depend on the layer; None elsewhere.
         key_heads: heads of q and k, where the value heads share keys; None where every value head has its own key.
         state_shape: (K, V) -> shape of a head's state. A rule with several state tensors lays them side by side.
         linear_in_state: the outputs are linear in the initial state; then the initial state's gradient needs no values.
@@ -114,6 +118,23 @@ class MemoryRule:
     cost_without_kernels: str | None = None
     decode_step: Callable[..., torch.Tensor] | None = None
     family: str = ""
+    key_sizes: tuple[int, ...] | None = None
+    fixed_parameters: tuple[str, ...] = ()
+    layer_parameters: Callable[[int, int, int, int], dict[str, torch.Tensor]] | None = None
+
+    def kernel_sizes(self, of_keys: bool) -> tuple[int, ...]:
+        """Key sizes, or value sizes, that the Triton kernels take."""
+        return self.key_sizes if of_keys and self.key_sizes is not None else self.head_sizes
+
+    def has_kernels(self, k_dim: int, v_dim: int) -> bool:
+        """Whether the Triton kernels take a key size and a value size."""
+        return k_dim in self.kernel_sizes(True) and v_dim in self.kernel_sizes(False)
+
+    def parameters_of_layer(self, num_heads: int, head_dim: int, layer: int, num_layers: int):
+        """Initial parameters of layer number ``layer`` of ``num_layers``, as ``init_parameters`` returns them."""
+        if self.layer_parameters is None:
+            return self.init_parameters(num_heads, head_dim)
+        return self.layer_parameters(num_heads, head_dim, layer, num_layers)
 
     @property
     def gate_widths(self) -> dict[str, int | str]:

@@ -22,10 +22,10 @@ import torch
 
 from mom_layers.common.chips import cached_choice, chip_of
 from mom_layers.recur.kernel_sets import choose
-from mom_layers.recur.scalar_decay import triton
+from mom_layers.recur.scalar_decay import blackwell, triton
 
 # The first set that takes a chip runs there; the general one takes every chip and stands last.
-KERNEL_SETS = (triton,)
+KERNEL_SETS = (blackwell, triton)
 
 
 @cached_choice

@@ -81,7 +81,7 @@ class Table:
 # Chosen from what the compiler reports (registers, spills, shared memory, and that copies run beside products); not
 # tuned.
 TABLES = (
-    # For Hopper and Blackwell, where products read their operands from shared memory.
+    # For Hopper, where products read their operands from shared memory.
     Table(
         name="wide tiles",
         shared_memory=186 * 1024,
