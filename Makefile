@@ -17,11 +17,12 @@ test:
 	"$(PYTHON)" -m pytest -n 2 --dist loadfile --ignore tests/linear_moe/parallel
 
 # Every test at full length: each layout's checkpoint in each other layout, every way to kill a run, every bad input,
-# every type and head size compiled for every chip.
+# every type and head size compiled for every chip, every recipe trained at its tiny size.
 test-all: export MOM_ALL_LAYOUTS = 1
 test-all: export MOM_ALL_KILLS = 1
 test-all: export MOM_ALL_BAD_INPUTS = 1
 test-all: export MOM_ALL_CHIPS = 1
+test-all: export MOM_ALL_RECIPES = 1
 test-all: test
 
 # The kernels' and layers' tests, one after the other, on a machine with a GPU.

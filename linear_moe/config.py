@@ -238,6 +238,7 @@ class MomTransformerConfig(TransformerConfig):
 
     contiguous_context_slices: bool = False
     """Whether a context-parallel rank holds one contiguous slice of a sequence; Megatron's batches have two."""
+    sft: bool = False
     use_megatron_fsdp: bool = False
     use_torch_fsdp2: bool = False
     """Megatron's arguments of these names, which its own configuration does not have."""
@@ -318,8 +319,10 @@ class MomTransformerConfig(TransformerConfig):
                 "--mom-num-memories must be at least 1, got 0: "
                 f"--token-mixer {self.mom_rule} trains one memory alone, without a router"
             )
-        if self.mom_loss_chunk < 0:
-            raise ValueError(f"--mom-loss-chunk must be a number of tokens, or 0 for all, got {self.mom_loss_chunk}")
+        if not 0 <= self.mom_loss_chunk < 2**31:
+            raise ValueError(
+                f"--mom-loss-chunk must be a number of tokens below {2**31}, or 0 for all, got {self.mom_loss_chunk}"
+            )
         settings = self.mixer_settings()
         if self.mom_kernels != "torch":
             settings.check_head_sizes()

@@ -19,7 +19,7 @@ def mom_layer_spec(model_config, vp_stage: int | None = None) -> TransformerBloc
     """
     if not isinstance(model_config.transformer, MomTransformerConfig):
         settings, args = read_settings(), get_args()
-        sharding = {name: getattr(args, name) for name in ("use_megatron_fsdp", "use_torch_fsdp2")}
+        sharding = {name: getattr(args, name) for name in ("sft", "use_megatron_fsdp", "use_torch_fsdp2")}
         MomTransformerConfig.adopt(model_config.transformer, **settings, **sharding)
         join_running_script(settings)
     return mom_block_spec(model_config.transformer, vp_stage=vp_stage)

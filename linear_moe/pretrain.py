@@ -77,7 +77,6 @@ def check_entry(args) -> None:
     launcher = "run Megatron-LM's own script: python -m linear_moe path/to/"
     refuse("linear_moe.pretrain does not take", [
         (spec and spec != OUR_SPEC, f"--spec {spec}", "leave it out"),
-        (args.sft, "--sft", launcher + "pretrain_gpt.py"),
         (args.fim_data, "--fim-data", launcher + "pretrain_gpt.py"),
         (variant, f"--experimental-attention-variant {variant}", launcher + "pretrain_gpt.py"),
     ])  # fmt: skip

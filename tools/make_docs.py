@@ -19,8 +19,9 @@ import compatibility
 import torch
 from measured_rows import MEASURED, Row, read_rows, rows_of_last_commit, source
 
-from linear_moe import plugin
+from linear_moe import plugin, recipes
 from linear_moe.entry.arguments import DEFAULTS, FIELDS, OLD_NAMES, OURS, add_mom_arguments, is_switch, option
+from linear_moe.recipes.size import memory_a_gpu, size_of
 from linear_moe.trials.runs import MOM, RESUMED
 from linear_moe.trials.table import Rows, exceptions, groups, markdown
 from linear_moe.trials.verdict import TRAINS
@@ -176,6 +177,27 @@ def layouts() -> str:
     return table(head, lines)
 
 
+def recipe_sizes() -> str:
+    """Every recipe of examples/recipes: its model's size, its layout, and its speed where that was measured."""
+    measured = {row["recipe"]: row for row in read_rows("recipes.csv")}  # the newest row of a recipe comes last
+    lines = []
+    for name in recipes.names():
+        recipe = recipes.read(name)
+        size, row = size_of(recipe), measured.get(name)
+        layout = ", ".join(f"{axis} {value}" for axis, value in recipe.layout.items() if axis != "GPUS" and value > 1)
+        speed = "not measured"
+        if row is not None:
+            where = f"{row['gpus']} x {row['device']}, {row['layout']} ({row['commit']})"
+            speed = f"{int(row['tokens_per_second']):,} on {where}"
+        lines.append((
+            f"`{name}`", f"{size.all / 1e9:.2f}B", f"{size.at_work / 1e9:.2f}B",
+            f"{recipe.layout['GPUS']} GPUs" + (f": {layout}" if layout else ""), f"{memory_a_gpu(recipe):.0f} GiB",
+            speed,
+        ))  # fmt: skip
+    head = ("recipe", "parameters", "at work for a token", "layout", "memory of a GPU, computed", "tokens/s")
+    return table(head, lines)
+
+
 def megatron_commands() -> str:
     """What became of the commands of Megatron-LM's users: a summary, and what does not train or resume exactly."""
     rows, names = command_rows()
@@ -281,6 +303,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lengths": lengths,
     "decoding": decoding,
     "layouts": layouts,
+    "recipes": recipe_sizes,
     "megatron-commands": megatron_commands,
     "all-megatron-commands": all_megatron_commands,
     "chips": lambda: table(("architecture", "devices", "Triton", "what was tried"), compatibility.chips()),

@@ -19,6 +19,7 @@ from torch import Tensor
 from linear_moe.conversion.beginnings import Beginning, Start, begin
 from linear_moe.conversion.digests import digest, write_digests
 from linear_moe.conversion.files import ConversionError, write_weights
+from linear_moe.conversion.loading import TIED_WEIGHT
 from mom_layers.hf import MomForCausalLM
 from mom_layers.hf.mixer import MomAttention
 from mom_layers.hf.remote_code import save_remote_code
@@ -53,7 +54,8 @@ class Alignment:
         before = begin(folder, Start(softmax_layers="all"))
         self.transformer = MomForCausalLM(before.config).eval().requires_grad_(False)
         own = {name: before.tensors.read(name) for entry in before.table for name in entry.hf_names}
-        self.transformer.load_state_dict(own, strict=False)
+        missing, unknown = self.transformer.load_state_dict(own, strict=False)
+        assert not unknown and set(missing) <= {TIED_WEIGHT}, (missing, unknown)
         self.transformer.tie_weights()
         self.transformer.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         self.mixers = {layer: self._mixer(layer) for layer in self.layers}

@@ -12,7 +12,6 @@ from linear_moe.conversion.config import OLDER_TYPE, layout_of, parse_config
 from linear_moe.conversion.digests import listed
 from linear_moe.conversion.files import ConversionError, read_json
 from linear_moe.conversion.fla_types import FlaWeights, content_from_fla, is_fla_type
-from linear_moe.conversion.layers import kinds_of_config
 from linear_moe.conversion.names import Entry, Layout, entries
 from linear_moe.conversion.weights import Weights, check_finite
 from mom_layers.hf import MomForCausalLM
@@ -24,10 +23,9 @@ UNUSED_WEIGHT = ".attn.D"
 """A parameter of OpenSparseLLMs' layers that computes nothing."""
 
 
-def read_model(folder: Path, *, hybrid: bool = False) -> tuple[MomConfig, Weights, list[Entry]]:
-    """A folder's configuration, its weights, and the table of the tensors that the configuration describes: in Megatron
-    those of a GPT model where possible, and with ``hybrid`` those of a HybridModel; all as of a "mom" model where the
-    folder is of one of FLA's types.
+def read_model(folder: Path) -> tuple[MomConfig, Weights, list[Entry]]:
+    """A folder's configuration, its weights, and the table of the tensors that the configuration describes; all as of
+    a "mom" model where the folder is of one of FLA's types.
 
     The sizes in the configuration are compared with the tensors' shapes here. No tensor is read, and none is made.
 
@@ -44,7 +42,7 @@ def read_model(folder: Path, *, hybrid: bool = False) -> tuple[MomConfig, Weight
         weights = FlaWeights(weights, theirs, content["num_heads"])
     config = parse_config(content, weights.names())
     check_counts(_counts(config), weights)
-    layout = layout_of(config, kinds_of_config(config, hybrid=hybrid))
+    layout = layout_of(config)
     table = list(entries(layout))
     check_complete(weights, table, layout)
     return config, weights, table

@@ -249,9 +249,18 @@ def _no_parameters(num_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
 
 
 def _slow_decay(num_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
-    """Log decays -step with steps from FASTEST to SLOWEST over the heads."""
-    step = torch.exp(torch.linspace(math.log(FASTEST), math.log(SLOWEST), num_heads))
-    return {"A_log": torch.zeros(num_heads), "dt_bias": torch.log(torch.expm1(step))}
+    """Log decays -softplus(dt_bias) from FASTEST to SLOWEST over the heads."""
+    return {"A_log": torch.zeros(num_heads), "dt_bias": _steps(num_heads)}
+
+
+def _slow_key_channels(num_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
+    """The same over the key channels of every head."""
+    return {"A_log": torch.zeros(num_heads), "dt_bias": _steps(head_dim).expand(num_heads, -1).clone()}
+
+
+def _steps(count: int) -> torch.Tensor:
+    step = torch.exp(torch.linspace(math.log(FASTEST), math.log(SLOWEST), count))
+    return torch.log(torch.expm1(step))
 
 
 def _slow_channels(num_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
@@ -261,6 +270,8 @@ def _slow_channels(num_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
 
 STARTS: dict[str, Callable[[int, int], dict[str, torch.Tensor]]] = {
     "gated_deltanet": _slow_decay,
+    "kda": _slow_key_channels,
+    "gated_deltanet2": _slow_key_channels,
     "gla": _slow_channels,
     "deltanet": _no_parameters,
 }

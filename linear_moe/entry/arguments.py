@@ -143,9 +143,6 @@ def check_model(args: argparse.Namespace) -> None:
         ((args.reset_attention_mask or args.reset_position_ids) and not packed,
          "--reset-attention-mask" if args.reset_attention_mask else "--reset-position-ids",
          "use --dataloader-inter-document-masking, which tells the memories where documents end"),
-        (packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size not in (None, 1),
-         f"packed documents, --pipeline-model-parallel-size {args.pipeline_model_parallel_size} and "
-         f"--micro-batch-size {args.micro_batch_size}", "stages take packed rows one by one: --micro-batch-size 1"),
         (pattern and args.mom_loss_chunk, f"--hybrid-layer-pattern and --mom-loss-chunk {args.mom_loss_chunk}",
          "Megatron's hybrid models compute all logits at once: leave out --mom-loss-chunk"),
         *releases.running().refusals(args),
@@ -156,10 +153,29 @@ def check_model(args: argparse.Namespace) -> None:
     attention_options.check_attention(args)
 
 
+def send_shapes(args: argparse.Namespace) -> None:
+    """Lets pipeline stages send the shapes of hidden states, where Megatron flattens the packed rows of a micro-batch
+    into one row and its stages would expect the rows apart.
+    """
+    packed = args.sft or releases.argument(args, "dataloader_inter_document_masking")
+    if packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1:
+        if args.moe_token_dispatcher_type == "allgather":
+            refuse_beside_mixer(args, [(
+                args.num_experts,
+                f"packed documents, --pipeline-model-parallel-size {args.pipeline_model_parallel_size}, "
+                f"--micro-batch-size {args.micro_batch_size} and --moe-token-dispatcher-type allgather",
+                "Megatron's TransformerConfig refuses rows of another length there (transformer_config.py:2644): "
+                "use --moe-token-dispatcher-type alltoall, or --micro-batch-size 1",
+            )])  # fmt: skip
+            args.moe_token_dispatcher_type = "alltoall"  # of experts, which are none
+        args.variable_seq_lengths = True
+        logger.info("pipeline stages send shapes: a micro-batch of packed rows is one row of hidden states")
+
+
 def check_context_parallel(args: argparse.Namespace) -> None:
-    """Raises ValueError for softmax attention that cannot cut sequences, and for packed documents that Megatron would
-    cut in another way than the layers: MoM layers cut a row of documents as a whole, softmax attention (multi-token
-    prediction's too, and ``--sft``) cuts every document.
+    """Raises ValueError for softmax attention that cannot cut sequences, and for packed documents that softmax
+    attention (multi-token prediction's too) cannot cut: it cuts every document into equal chunks, for which only the
+    rows of ``--sft`` are padded.
     """
     if not has_memories(args) or args.context_parallel_size == 1:
         return
@@ -171,10 +187,11 @@ def check_context_parallel(args: argparse.Namespace) -> None:
          f"softmax attention layers, --transformer-impl local and {split}",
          "local attention cannot split a sequence: make every layer MoM, or use --transformer-impl "
          "transformer_engine"),
-        (args.sft, f"--sft and {split}", "--sft cuts every document by itself: use another layout"),
-        (packed and softmax, f"--dataloader-inter-document-masking, {split} and softmax attention layers",
-         "softmax attention cuts every document by itself: make every layer MoM, without --mtp-num-layers, or leave "
-         "out one of the two"),
+        (packed and not args.sft and softmax,
+         f"--dataloader-inter-document-masking, {split} and softmax attention layers",
+         "softmax attention cuts every document into equal chunks, and Megatron pads documents for that with --sft "
+         "alone (pretrain_gpt.py, use_per_sequence_balancing): make every layer MoM, without --mtp-num-layers, or "
+         "leave out one of the two"),
     ])  # fmt: skip
 
 
@@ -306,6 +323,7 @@ def _validate(validate_args, args, *positional, **keywords):
         args.expert_model_parallel_size = 1
     result = validate_args(args, *positional, **keywords)
     args.expert_model_parallel_size = size
+    send_shapes(args)
     place_memories(args)
     check_run(args)
     check_kernels(args)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from linear_moe.config import has_memories, has_router
+from linear_moe.config import describe_memories, has_memories, has_router
 from linear_moe.entry.log import QuietStreams, found_parts
 from megatron_patches.patch import applied
 
@@ -63,6 +63,8 @@ def facts(args, parameters: int, tokens: dict[str, int], log: Path | None) -> di
         "CP": args.context_parallel_size, "EP": args.expert_model_parallel_size, "DP": args.data_parallel_size,
     }  # fmt: skip
     layout = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    if has_memories(args) and (memories := describe_memories(args)):
+        layout += f"; {memories}"
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     step = args.global_batch_size * args.seq_length
     return {

@@ -49,9 +49,7 @@ def _compute_in_chunks(postprocess, model, *positional, labels=None, output_proc
     chunk = getattr(model.config, "mom_loss_chunk", 0)
     if chunk and labels is not None and output_processor is None:
         output_processor = loss_in_chunks
-    if output_processor is not None:  # a release without the hook takes no such argument
-        keywords["output_processor"] = output_processor
-    return postprocess(model, *positional, labels=labels, **keywords)
+    return postprocess(model, *positional, labels=labels, output_processor=output_processor, **keywords)
 
 
 PATCH = Patch(

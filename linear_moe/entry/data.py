@@ -22,11 +22,13 @@ from megatron.core.utils import (
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_timers, get_tokenizer
+from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from linear_moe.config import MomTransformerConfig, has_memories
 from linear_moe.entry.hybrid_pattern import all_mixers_are_memories
+from linear_moe.parallel.document_order import tokens_of_rank
 from linear_moe.tokens import vocabulary_size
 
 logger = logging.getLogger(__name__)
@@ -61,12 +63,17 @@ def check_data_paths(args) -> dict[str, int]:
     """Checks every data path of the command line, and returns their numbers of tokens. Raises ValueError for a broken
     data path, and for none.
     """
-    if args.mock_data or args.sft:
+    if args.mock_data and not args.sft:
         return {}
     blend, per_split = get_blend_and_blend_per_split(args)
     blends = [b for b in [blend, *(per_split or [])] if b is not None]
     if not blends:
         raise ValueError("no data: give --data-path, --train-data-path with --valid-data-path, or --mock-data")
+    if args.sft:
+        for file in (file for files, _ in blends for file in files):
+            if not Path(file).is_file():
+                raise ValueError(f"data path {file!r}: there is no such file; --sft reads JSON lines with 'messages'")
+        return {}
     return {prefix: check_dataset_files(prefix) for prefixes, _ in blends for prefix in prefixes}
 
 
@@ -104,11 +111,16 @@ def keep_end_of_document(args) -> None:
         )
 
 
+def packs_documents(args) -> bool:
+    """Whether a row of tokens has borders of documents."""
+    return args.dataloader_inter_document_masking or args.sft
+
+
 def _builds_datasets(vp_stage=None) -> bool:
     args = get_args()
     if mpu.get_tensor_model_parallel_rank() != 0:
         return False
-    return args.dataloader_inter_document_masking or _needs_batch(args, vp_stage)
+    return packs_documents(args) or _needs_batch(args, vp_stage)
 
 
 def _needs_batch(args, vp_stage) -> bool:
@@ -151,7 +163,7 @@ def provide_datasets(train_valid_test_num_samples, vp_stage=None):
         inter_document_masking=args.dataloader_inter_document_masking,
     )
     return BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
+        SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset,
         train_valid_test_num_samples,
         partial(_builds_datasets, vp_stage=vp_stage),
         config,
@@ -180,7 +192,7 @@ def cuts_contiguously(args) -> bool:
 def get_batch(data_iterator, vp_stage=None) -> dict[str, torch.Tensor | None]:
     """This rank's part of the next batch: every name of FIELDS, None for tensors that the pipeline stage ignores."""
     args = get_args()
-    packed = args.dataloader_inter_document_masking
+    packed = packs_documents(args)
     if not packed and not _needs_batch(args, vp_stage):
         return dict.fromkeys(FIELDS)
     batch = {}
@@ -211,12 +223,23 @@ def get_batch(data_iterator, vp_stage=None) -> dict[str, torch.Tensor | None]:
         ranks, rank = args.context_parallel_size, mpu.get_context_parallel_rank()
         cut = ("tokens", "labels", "loss_mask", "position_ids")
         return batch | {name: batch[name].chunk(ranks, 1)[rank] for name in cut if batch[name] is not None}
+    if args.sft and args.context_parallel_size > 1:
+        return batch | _cut_every_document(batch)
     return get_batch_on_this_cp_rank(
         batch,
         is_hybrid_cp=False,
         cp_group=mpu.get_context_parallel_group(),
         use_per_sequence_balancing=packed,
     )
+
+
+def _cut_every_document(batch) -> dict[str, torch.Tensor | None]:
+    """This rank's chunks of each document, for a row [1, T] of documents whose lengths are multiples of 2 P."""
+    ranks, rank = mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank()
+    cut = {name: batch[name] for name in ("tokens", "labels", "loss_mask", "position_ids") if batch[name] is not None}
+    length = next(iter(cut.values())).shape[1]
+    here = tokens_of_rank(batch["cu_seqlens"].squeeze(0), length, ranks, rank)
+    return {name: value[:, here] for name, value in cut.items()}
 
 
 def _packed_seq_params(batch, seq_length) -> PackedSeqParams | None:

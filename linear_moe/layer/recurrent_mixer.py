@@ -28,6 +28,7 @@ from linear_moe.config import MomTransformerConfig
 from linear_moe.layer.checkpoint import split_for_checkpoint
 from linear_moe.layer.sharded_parameters import store_shard, whole_parameters
 from linear_moe.parallel.context import ContextSlice
+from linear_moe.parallel.document_order import DocumentOrder
 from linear_moe.parallel.sequence_order import SequenceOrder
 from megatron_patches.torch_fsdp2 import APART
 from mom_layers.mixing import MemoryParameters
@@ -181,19 +182,28 @@ class RecurrentTokenMixer(MegatronModule):
         A recurrence reads neither an attention mask nor rotary embeddings. ``packed_seq_params`` has the borders of
         packed documents. Under context parallelism rank r of P holds s tokens of each sequence: chunks r and
         2 P - 1 - r of 2 P. With packed documents the row of all documents is cut so, and the borders count the tokens
-        of that whole row, as ``get_batch_on_this_cp_rank`` makes it with ``use_per_sequence_balancing``. A zigzag
-        within every document is not supported.
+        of that whole row, as ``get_batch_on_this_cp_rank`` makes it with ``use_per_sequence_balancing``. With --sft
+        every document is cut so by itself.
         """
         if inference_context is not None:
             raise NotImplementedError(
                 "Megatron's inference engines do not keep the memories' states: convert the checkpoint with "
                 "tools/convert_to_hf.py and generate text from the export"
             )
-        if self.order is not None:
-            hidden_states = self.order.to_contiguous(hidden_states)
+        order = self._order(hidden_states, packed_seq_params)
+        if order is not None:
+            hidden_states = order.to_contiguous(hidden_states)
         y, length, batch = self.mix(hidden_states, packed_seq_params)
         out, bias = self.out_proj(y.unflatten(0, (length, batch)))
-        return (out if self.order is None else self.order.to_zigzag(out)), bias
+        return (out if order is None else order.to_zigzag(out)), bias
+
+    def _order(self, hidden_states, packed_seq_params) -> SequenceOrder | DocumentOrder | None:
+        """The order of the tokens over the context-parallel ranks; None for the order of time."""
+        if self.order is None or packed_seq_params is None or not self.config.sft:
+            return self.order
+        borders = packed_seq_params.cu_seqlens_q_padded
+        borders = packed_seq_params.cu_seqlens_q if borders is None else borders
+        return DocumentOrder(self.order.group, self.cp_group.size(), borders, hidden_states.shape[0])
 
     def mix(self, hidden_states: torch.Tensor, packed_seq_params) -> tuple[torch.Tensor, int, int]:
         """The outputs before the output projection [s b, H V] of all tokens, time first; s and b."""

@@ -17,11 +17,6 @@ def _refusals(args: Namespace) -> tuple[tuple[object, str, str], ...]:
             "--moe-router-enable-expert-bias in core_v0.18",
             "that release counts the memories among the experts: leave the option out, or use core_v0.19",
         ),
-        (
-            getattr(args, "mom_loss_chunk", 0),
-            "--mom-loss-chunk in core_v0.18",
-            "that release computes all logits at once: leave the option out, or use core_v0.19",
-        ),
     )
 
 

@@ -134,7 +134,8 @@ FIELDS = (
     Field("mom_backend", TEXT, "gated_deltanet", "name of the memory update rule", megatron="mom_rule",
           setting="rule"),
     Field("attn", ANY, None, "None, or which layers are softmax attention instead: {\"layers\": [indices], "
-          "\"num_heads\", \"num_kv_heads\", \"qkv_bias\", \"window_size\", \"rope_theta\"}, or a list of such entries"),
+          "\"num_heads\", \"num_kv_heads\", \"qkv_bias\", \"window_size\", \"rope_theta\", ...}, the "
+          "keys of AttentionSpec or LatentSpec; or a list of such entries"),
     Field("moe", ANY, None, "None, or which layers have experts in the place of the MLP: {\"layers\": [indices], "
           "\"num_experts\", \"num_experts_per_tok\", \"intermediate_size\", ...}, the keys of MoeSpec"),
     Field("num_nextn_predict_layers", whole(0, 64), 0, "layers of multi-token prediction, which are kept and never "

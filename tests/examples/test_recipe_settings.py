@@ -71,6 +71,25 @@ def test_what_cannot_be_is_refused(tmp_path, given, message):
     assert message in settings(tmp_path, **given)[1]
 
 
+@pytest.mark.parametrize(
+    "model,gpu_gb,chosen",
+    [
+        ("1.3b", 151, {1: (1, 16, False), 2: (1, 16, False), 4: (1, 16, False)}),
+        ("1.3b", 85, {1: (1, 8, False), 2: (1, 8, False), 4: (1, 8, False)}),
+        ("1.3b", 42, {1: (1, 1, False), 2: (1, 2, False), 4: (1, 4, False)}),
+        ("7b", 151, {1: None, 2: (1, 1, False), 4: (1, 2, False)}),
+        ("7b", 85, {1: None, 2: (2, 2, True), 4: (2, 2, False)}),
+        ("7b", 42, {1: None, 2: None, 4: (4, 2, True)}),
+    ],
+)
+def test_choices_are_those_of_the_documentation(model, gpu_gb, chosen):
+    """The table in docs/parallelism.md."""
+    sizes = {"1.3b": (24, 2048, 5632, 4, 256, 4, 2, 2048), "7b": (32, 4096, 11008, 8, 256, 4, 2, 4096)}[model]
+    for gpus, expected in chosen.items():
+        common = {"gpu_bytes": 1e9 * gpu_gb, "global_batch": 1024, "largest_tensor": gpus}
+        assert choose(Model(*sizes, 32000), gpus=gpus, **common) == expected
+
+
 def test_computed_bytes_are_those_that_were_measured():
     with (ROOT / "tools" / "measured" / "h200x2_layouts.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["layout"] in MEASURED and row["sequence"] == "2048"]

@@ -14,6 +14,7 @@ from linear_moe.entry.arguments import (
     compare_with_checkpoint,
     fill_mom_arguments,
     restore_from_checkpoint,
+    send_shapes,
 )
 from linear_moe.entry.attention_options import drop_unused_attention
 from linear_moe.entry.cpu_options import use_counterparts
@@ -85,10 +86,9 @@ def check(*arguments):
             "does not work with --experimental-attention-variant dsa and softmax attention layers: a GPT model has",
         ),
         (["--heterogeneous-layers-config-path", "x.json"], "leave the option out, and use --linear-attention-freq"),
-        (["--context-parallel-size", 2, "--sft"], "does not work with --sft and --context-parallel-size 2"),
         (
             ["--context-parallel-size", 2, "--dataloader-inter-document-masking", "--linear-attention-freq", 2],
-            "--context-parallel-size 2 and softmax attention layers: softmax attention cuts every document by itself",
+            "--context-parallel-size 2 and softmax attention layers: softmax attention cuts every document into equal",
         ),
         (
             ["--context-parallel-size", 2, "--dataloader-inter-document-masking", "--mtp-num-layers", 1],
@@ -98,10 +98,6 @@ def check(*arguments):
         (
             ["--reset-attention-mask"],
             "does not work with --reset-attention-mask: use --dataloader-inter-document",
-        ),
-        (
-            ["--dataloader-inter-document-masking", "--pipeline-model-parallel-size", 2, "--micro-batch-size", 2],
-            "stages take packed rows one by one: --micro-batch-size 1",
         ),
         (
             ["--cuda-graph-impl", "local", "--dataloader-inter-document-masking"],
@@ -134,7 +130,9 @@ def test_refused_combinations(arguments, message):
         ["--hybrid-layer-pattern", "G-*-", "--context-parallel-size", 2],
         ["--hybrid-layer-pattern", "GM-"],
         ["--reset-position-ids", "--dataloader-inter-document-masking"],
-        ["--dataloader-inter-document-masking", "--pipeline-model-parallel-size", 2, "--micro-batch-size", 1],
+        ["--dataloader-inter-document-masking", "--pipeline-model-parallel-size", 2, "--micro-batch-size", 2],
+        ["--context-parallel-size", 2, "--sft"],
+        ["--context-parallel-size", 2, "--sft", "--linear-attention-freq", 2],
     ],
 )
 def test_accepted_combinations(arguments):
@@ -161,6 +159,19 @@ def test_a_pattern_with_r_needs_no_token_mixer():
             choose_token_mixer(args)
             assert args.token_mixer == mixer
             assert asks_for_memories(words) == (mixer == "mom")
+
+
+@pytest.mark.parametrize("packed", ["--sft", "--dataloader-inter-document-masking"])
+def test_micro_batches_of_packed_rows_over_stages_send_their_shapes(packed):
+    several = [packed, "--pipeline-model-parallel-size", 2, "--micro-batch-size", 2]
+    args = check(*several)
+    send_shapes(args)
+    assert args.variable_seq_lengths and args.moe_token_dispatcher_type == "alltoall"
+    one = check(packed, "--pipeline-model-parallel-size", 2, "--micro-batch-size", 1)
+    send_shapes(one)
+    assert not getattr(one, "variable_seq_lengths", False) and one.moe_token_dispatcher_type == "allgather"
+    with pytest.raises(ValueError, match="transformer_config.py:2644.*use --moe-token-dispatcher-type alltoall"):
+        send_shapes(check(*several, "--num-experts", 4))
 
 
 @pytest.mark.parametrize("name", ["--mom-kernels", "--mom-backend"])

@@ -52,6 +52,8 @@ SPLIT = {"expert_model_parallel_size": 2, "mom_expert_parallel": "on"}
             {"mom_expert_exchange": "mail"},
             "--mom-expert-exchange must be one of auto, all-to-all, all-gather, peer-memory, got 'mail'",
         ),
+        ({"mom_loss_chunk": -1}, "--mom-loss-chunk must be a number of tokens below 2147483648, or 0 for all, got -1"),
+        ({"mom_loss_chunk": 2**40}, "--mom-loss-chunk must be a number of tokens below 2147483648"),
         ({"mom_kernels": "cuda"}, "--mom-kernels must be one of auto, torch, triton, got 'cuda'"),
         ({"linear_attention_freq": 1}, "--linear-attention-freq 1 leaves no MoM layer"),
         ({"linear_attention_freq": 0}, "--linear-attention-freq 0 leaves no MoM layer"),

@@ -1,5 +1,10 @@
 """The kernels of the exchange between expert-parallel ranks: rows by index out of several buffers; weighted sums."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -53,3 +58,30 @@ def test_a_weighted_sum_counts_the_rows_that_are_here(kernels, channels, poisone
     expected_gradients = torch.autograd.grad(expected, exact, dy.double())
     for got, wanted in zip((y, drows, dweights), (expected, *expected_gradients), strict=True):
         assert (got.cpu().double() - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+COMPILE = """
+import sys
+sys.path[:0] = [{tests!r}]
+import torch
+from compile_only import compiling
+from linear_moe.parallel.peer_memory_triton import pull_rows
+
+pointers = torch.zeros(4, dtype=torch.int64)
+with compiling("sm_90") as kernels:
+    for choices, first in ((1, 0), (2, 1024)):
+        wanted = torch.zeros(10, choices, dtype=torch.int32)
+        pull_rows(pointers, wanted, torch.empty(64, 2048, dtype=torch.bfloat16), first, 1024)
+for _, kernel in kernels:
+    code = kernel.asm["ptx"]
+    print("vectors" if "ld.global.v4.b32" in code and "ld.global.b16" not in code else "single")
+"""
+
+
+def test_rows_of_a_peer_are_read_in_vectors():
+    """Nothing tells the compiler that an address is aligned but a hint, and loads of 2 bytes would waste NVLink."""
+    tests = Path(__file__).parents[1] / "mom_layers"
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", COMPILE.format(tests=str(tests))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["vectors", "vectors"], done.stderr[-2000:]

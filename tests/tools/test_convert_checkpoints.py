@@ -3,6 +3,7 @@
 import filecmp
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,11 @@ def to_hf(load: Path, save: Path, *options: str) -> Path:
 def from_hf(load: Path, save: Path, *options: str) -> Path:
     assert convert_from_hf.main(["--load", str(load), "--save", str(save), *options]) == 0
     return save
+
+
+def printed_options(release: Path) -> list[str]:
+    """What convert_from_hf prints for the model of its release."""
+    return shlex.split(convert_from_hf.command_line(release, MegatronCheckpoint(release / "release").args))
 
 
 @pytest.fixture(scope="session")
@@ -204,14 +210,44 @@ def test_experts_over_two_ranks_export_and_train_further(tmp_path):
             "model.mtp.0.layer.attn.q_norm.weight", "model.layers.0.mlp.up_proj.weight"} <= names.keys()  # fmt: skip
     release = from_hf(export, tmp_path / "release")
     resaved = pretrain(
-        tmp_path / "resaved", "--load", str(release), "--use-checkpoint-args", "--lr", "0", "--weight-decay", "0",
-        "--qk-layernorm", "--moe-router-bias-update-rate", "0", "--vocab-size", "127", "--tokenizer-type",
-        "NullTokenizer", "--no-save-optim",
+        tmp_path / "resaved", *printed_options(release), *NULL_TOKENIZER, "--lr", "0", "--weight-decay", "0",
+        "--moe-router-bias-update-rate", "0", "--no-save-optim",
     )  # fmt: skip
     again = to_hf(resaved, tmp_path / "again")
     assert same(read_weights(again), names)
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (export, again))
     assert {key: value for key, value in before.items() if value != after[key]} == {}
+
+
+EXPERTS = (
+    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 24 --moe-token-dispatcher-type alltoall --qk-layernorm"
+).split()
+LATENT = (
+    "--multi-latent-attention --rope-type rope --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 16"
+    " --qk-pos-emb-head-dim 8 --v-head-dim 12"
+).split()
+HYBRIDS = {
+    "R-+ERE": LATENT,
+    "R-*ERE/*E": ["--group-query-attention", "--num-query-groups", "2"],
+}
+
+
+@pytest.mark.parametrize("pattern", HYBRIDS if "MOM_ALL_LAYOUTS" in os.environ else ["R-+ERE"])
+def test_hybrid_models_export_and_train_further(pattern, tmp_path):
+    """A HybridModel with MoM, softmax and expert layers: equal logits, and the same weights on the way back."""
+    shape = MODEL[2:]  # without --num-layers, which follows from the pattern
+    options = [*NULL_TOKENIZER, "--no-save-optim"]
+    trained = pretrain(
+        tmp_path / "trained", *shape, *options, *EXPERTS, *HYBRIDS[pattern], "--hybrid-layer-pattern", pattern,
+        "--lr", "1e-2",
+    )  # fmt: skip
+    export = to_hf(trained, tmp_path / "export", "--verify", "--verify-tokens", "16")
+    release = from_hf(export, tmp_path / "release", "--hybrid")
+    assert MegatronCheckpoint(release / "release").args.hybrid_layer_pattern == pattern
+    resaved = pretrain(
+        tmp_path / "resaved", *printed_options(release), "--lr", "0", "--weight-decay", "0", *options,
+    )  # fmt: skip
+    assert same(read_weights(to_hf(resaved, tmp_path / "again")), read_weights(export))
 
 
 def test_export_is_complete(hybrid_export, tokenizer_folder):

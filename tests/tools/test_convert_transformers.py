@@ -21,8 +21,9 @@ from transformers import (
 from linear_moe.commands import convert_from_hf, convert_to_hf
 from linear_moe.conversion.checkpoint import MegatronCheckpoint
 from linear_moe.conversion.files import ConversionError
-from linear_moe.conversion.memories_from_softmax import chosen_layers
+from linear_moe.conversion.memories_from_softmax import STARTS, chosen_layers
 from mom_layers.hf import MomForCausalLM
+from mom_layers.recur.rules import get_rule, rule_names
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -143,12 +144,15 @@ def test_every_part_of_a_new_layer_learns(tmp_path):
     assert all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in mixer.parameters())
 
 
-@pytest.mark.parametrize("rule", ["gla"])
+@pytest.mark.parametrize("rule", [name for name in rule_names() if get_rule(name).key_heads is None])
 def test_other_rules_start_too(rule, tmp_path):
     save(TRANSFORMERS["llama"], tmp_path / "transformer", torch.bfloat16)
     assert convert(tmp_path / "transformer", tmp_path / "megatron", "--softmax-layers", "none", "--mom-rule", rule) == 0
     export(tmp_path / "megatron", tmp_path / "export", "--verify", "--verify-tokens", "24")
     assert json.loads((tmp_path / "export" / "config.json").read_text())["mom_backend"] == rule
+    gates = [f".attn.{gate.hf}_proj." for gate in get_rule(rule).raw_gates]
+    drawn = [t for name, t in read_weights(tmp_path / "export").items() if any(gate in name for gate in gates)]
+    assert not any(tensor.any() for tensor in drawn) or rule not in STARTS
 
 
 @pytest.mark.parametrize(

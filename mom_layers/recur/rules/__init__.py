@@ -12,17 +12,16 @@ from mom_layers.recur.rules import (
     mamba2,
     rebased,
     retention,
-)
+)  # fmt: skip
 from mom_layers.recur.rules.equation import rule_from_equation
 from mom_layers.recur.rules.linear_attention import RULES as LINEAR_ATTENTION
 from mom_layers.recur.rules.registry import get_rule, register_rule, rule_names
 from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs, kept_exact, warn_without_kernels
 
-for rule in (gated_deltanet.RULE, gla.RULE, hgrn2.RULE, kda.RULE, gated_deltanet2.RULE):
-    register_rule(rule)
-for module in (based, deltanet, lightning, mamba2, rebased, retention):
-    register_rule(module.RULE)
-for rule in LINEAR_ATTENTION:
+RULES = (
+    gated_deltanet, gated_deltanet2, deltanet, kda, gla, hgrn2, mamba2, retention, lightning, based, rebased,
+)  # fmt: skip
+for rule in (*(module.RULE for module in RULES), *LINEAR_ATTENTION):
     register_rule(rule)
 
 __all__ = [

@@ -69,4 +69,5 @@ RULE = MemoryRule(
     diagonal_transition=True,
     unit_length_keys=False,
     head_sizes=HEAD_SIZES,
+    family="channel_decay",
 )

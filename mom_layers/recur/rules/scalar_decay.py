@@ -163,6 +163,7 @@ def scalar_decay_rule(
         diagonal_transition=True,
         unit_length_keys=False,
         head_sizes=HEAD_SIZES,
+        family="scalar_decay",
         linear_in_state=eps is None,
         state_shape=key_by_value if eps is None else lambda k_dim, v_dim: (k_dim, v_dim + 1),
         initial_state_gradient=initial_state_gradient if eps is None else None,

@@ -36,7 +36,7 @@ def test_chunks_compute_what_all_tokens_compute(trained, documents, tmp_path, la
     assert_same(parameters(tmp_path, STEPS), parameters(expected_folder, STEPS))
 
 
-def test_the_hook_of_a_caller_stays(monkeypatch):
+def test_the_hook_of_a_caller_stays():
     """A model that is given an output_processor of its own keeps it, and a model without labels computes logits."""
 
     class Config:

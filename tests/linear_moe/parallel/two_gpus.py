@@ -49,6 +49,7 @@ def words(text: str) -> list[str]:
 
 
 VIRTUAL = words("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1")
+GRAPHS = words("--cuda-graph-impl local --no-check-for-nan-in-loss-and-grad")
 DISTRIBUTED = words("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather")
 EP2 = words("--expert-model-parallel-size 2")
 TP2 = words("--tensor-model-parallel-size 2 --sequence-parallel")
@@ -109,6 +110,14 @@ CASES = [
     Case(
         "memories over ranks, peer memory", [*EP2, *DISTRIBUTED, "--mom-expert-exchange", "peer-memory"],
         gpu="GPUs read each other's memory",
+    ),
+    *(
+        Case(
+            f"memories over ranks, {exchange}, CUDA graphs of layers",
+            [*EP2, "--use-distributed-optimizer", *GRAPHS, "--mom-expert-exchange", exchange],
+            gpu="CUDA graphs",
+        )
+        for exchange in ("all-gather", "peer-memory")
     ),
     Case("experts, expert parallel", [*EP2, *DISTRIBUTED], base="experts"),
     Case(
