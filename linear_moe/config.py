@@ -314,14 +314,14 @@ class MomTransformerConfig(TransformerConfig):
     def _check_mom(self) -> None:
         if self.mom_kernels not in KERNELS:
             raise ValueError(f"--mom-kernels must be one of {', '.join(KERNELS)}, got {self.mom_kernels!r}")
-        if not 0 <= self.mom_loss_chunk < 2**31:
-            raise ValueError(
-                f"--mom-loss-chunk must be a number of tokens below {2**31}, or 0 for all, got {self.mom_loss_chunk}"
-            )
         if has_router(self) and self.mom_num_memories == 0:
             raise ValueError(
                 "--mom-num-memories must be at least 1, got 0: "
                 f"--token-mixer {self.mom_rule} trains one memory alone, without a router"
+            )
+        if not 0 <= self.mom_loss_chunk < 2**31:
+            raise ValueError(
+                f"--mom-loss-chunk must be a number of tokens below {2**31}, or 0 for all, got {self.mom_loss_chunk}"
             )
         settings = self.mixer_settings()
         if self.mom_kernels != "torch":

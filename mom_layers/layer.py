@@ -240,8 +240,8 @@ class LinearAttentionLayer(_TokenMixer):
     Args:
         hidden_size: D.
         rule: name of the update rule.
-        sizes: ``num_heads``, ``head_dim``, ``expand_v``, ``conv_kernel``, ``norm_eps`` and ``kernels``, by name, as of
-            :class:`mom_layers.settings.MixerSettings`.
+        sizes: ``num_heads``, ``head_dim``, ``expand_v``, ``conv_kernel``, ``norm_eps``, ``kernels``, ``layer`` and
+            ``num_layers``, by name, as of :class:`mom_layers.settings.MixerSettings`.
 
     Raises:
         ValueError, TypeError: a size or name that is not supported.

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import compatibility
+import torch
 from measured_rows import MEASURED, Row, read_rows, rows_of_last_commit, source
 
 from linear_moe import plugin, recipes
@@ -24,7 +25,7 @@ from linear_moe.recipes.size import memory_a_gpu, size_of
 from linear_moe.trials.runs import MOM, RESUMED
 from linear_moe.trials.table import Rows, exceptions, groups, markdown
 from linear_moe.trials.verdict import TRAINS
-from mom_layers import get_rule, rule_names
+from mom_layers import MemoryRule, get_rule, rule_names
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = (*sorted(DOCS.glob("*.md")), MEASURED / "megatron_commands.md")
@@ -228,13 +229,22 @@ def rules() -> str:
     rows = []
     for name in rule_names():
         rule = get_rule(name)
-        k_dim = v_dim = 128 if 128 in rule.head_sizes else max(rule.head_sizes)
-        state = rule.state_shape(k_dim, v_dim)
+        k_dim = v_dim = 128 if rule.has_kernels(128, 128) else max(rule.kernel_sizes(of_keys=True))
+        state = rule.state_shape(_key_size(rule, k_dim, v_dim), v_dim)
         kind = "a number for each channel" if rule.diagonal_transition else "a matrix"
         size = "" if k_dim == 128 else f" (K = V = {k_dim})"
         flops = rule.recurrence_flops(1000, 1, k_dim, v_dim) / 1e6
         rows.append((f"`{name}`", f"{flops:.0f} thousand{size}", " x ".join(map(str, state)), kind))
     return table(("rule", "operations, forward", "numbers of a state", "what a token multiplies the state by"), rows)
+
+
+def _key_size(rule: MemoryRule, k_dim: int, v_dim: int) -> int:
+    """Numbers of a key as the recurrence reads it, which a feature map may have made longer."""
+    heads = 4
+    keys = torch.zeros(1, rule.num_key_heads(heads), k_dim)
+    raw = {gate.name: torch.zeros(1, heads * gate.width(k_dim, v_dim)) for gate in rule.raw_gates}
+    parameters = rule.init_parameters(heads, k_dim)
+    return rule.prepare(keys, keys, torch.zeros(1, heads, v_dim), raw, parameters, "torch").k.shape[2]
 
 
 def rule_times() -> str:

@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work():
         convert(args)
-        print(f"next:  linear-moe generate --load {args.save} --prompt 'def forward(self'")
+        if args.model_type == "mom":  # flash-linear-attention runs the other types
+            print(f"next:  linear-moe generate --load {args.save} --prompt 'def forward(self'")
 
     return run_command("convert_to_hf.py", work, ConversionError)
 

@@ -24,8 +24,8 @@ UNUSED_WEIGHT = ".attn.D"
 
 
 def read_model(folder: Path) -> tuple[MomConfig, Weights, list[Entry]]:
-    """A folder's configuration, its weights, and the table of the tensors that the configuration describes; all as of a
-    "mom" model where the folder is of one of FLA's types.
+    """A folder's configuration, its weights, and the table of the tensors that the configuration describes; all as of
+    a "mom" model where the folder is of one of FLA's types.
 
     The sizes in the configuration are compared with the tensors' shapes here. No tensor is read, and none is made.
 

@@ -11,6 +11,7 @@ import torch
 from linear_moe.config import describe_memories, has_memories, has_router
 from linear_moe.entry.log import QuietStreams, found_parts
 from megatron_patches.patch import applied
+from mom_layers.recur.rules import get_rule
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -80,7 +81,14 @@ def facts(args, parameters: int, tokens: dict[str, int], log: Path | None) -> di
         "machine": found_parts(),
         "patches": f"{len(applied())} changes to Megatron, named in the log",
         "log": str(log) if log else "in memory, and shown if the run fails: give --log-file or --save",
+        **_cost(args),
     }
+
+
+def _cost(args) -> dict[str, str]:
+    """A line about a rule whose recurrence has no kernels."""
+    cost = get_rule(args.mom_rule).cost_without_kernels if has_memories(args) else None
+    return {} if cost is None else {"slow": f"the update rule {args.mom_rule} has no kernels: {cost}"}
 
 
 def _mixer(args) -> str:

@@ -235,6 +235,6 @@ CONVOLUTIONS = (ShortConvolution, NoConvolution)
 
 
 def token_mixer(config: MomConfig, layer_idx: int) -> RecurrentAttention:
-    """The layer that a configuration describes."""
+    """The layer of that index that a configuration describes."""
     kind = OneMemoryAttention if config.mixer_settings().alone else MomAttention
     return kind(config, layer_idx)

@@ -38,7 +38,7 @@ COLUMNS = (
     "triton", "chip", "dtype", "key_size", "value_size", "rule", "kernel", "result",
     "shared_bytes", "registers", "local_bytes", "warps", "tensor_cores",
 )  # fmt: skip
-RULES = ("gated_deltanet", "gla", "kda", "gated_deltanet2", "mamba2", "retention")
+RULES = ("gated_deltanet", "gla", "hgrn2", "kda", "gated_deltanet2", "mamba2", "retention")
 SIZES = (256, 128, 64, 32, 16)
 HEADS, TOKENS, WIDTH = 4, 128, 4
 

@@ -144,7 +144,7 @@ def test_tokens_may_lie_time_first(kernels):
 @pytest.mark.parametrize("conv_kernel", [4, 1])
 @pytest.mark.parametrize("rule", rule_names())
 def test_decoding_equals_the_whole(rule, conv_kernel, kernels):
-    if kernels == "triton" and K not in get_rule(rule).head_sizes:
+    if kernels == "triton" and not get_rule(rule).has_kernels(K, K):
         kernels = "torch"
     module = layer(rule, torch.float32, kernels, conv_kernel=conv_kernel)
     x = torch.randn(3, 9, HIDDEN)
