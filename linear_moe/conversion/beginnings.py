@@ -7,6 +7,7 @@ from pathlib import Path
 
 from linear_moe.conversion.config import OLDER_TYPE, layout_of
 from linear_moe.conversion.files import ConversionError, read_json
+from linear_moe.conversion.fla_types import is_fla_type
 from linear_moe.conversion.layers import LayerKinds, kinds_of_config
 from linear_moe.conversion.loading import check_complete, read_model
 from linear_moe.conversion.memories_from_softmax import Memories, chosen_layers, with_memories
@@ -66,7 +67,7 @@ def begin(folder: Path, start: Start, *, hybrid: bool = False) -> Beginning:
     notes: list[str] = []
     if is_transformer(content):
         config, tensors = softmax_model(content, Weights(folder))
-    elif content.get("model_type") not in ("mom", OLDER_TYPE):
+    elif content.get("model_type") not in ("mom", OLDER_TYPE) and not is_fla_type(content.get("model_type")):
         raise ConversionError(
             f"config.json has model_type {shown(content.get('model_type'))}: expected mom, or a Transformer to start "
             f"from: {', '.join(ARCHITECTURES)}"

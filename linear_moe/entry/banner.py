@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from linear_moe.config import describe_memories, has_memories
+from linear_moe.config import describe_memories, has_memories, has_router
 from linear_moe.entry.log import QuietStreams, found_parts
 from megatron_patches.patch import applied
 
@@ -86,11 +86,11 @@ def facts(args, parameters: int, tokens: dict[str, int], log: Path | None) -> di
 def _mixer(args) -> str:
     if not has_memories(args):
         return "softmax attention"
+    heads = f"{args.mom_num_heads} heads of {args.mom_head_dim}"
+    if not has_router(args):
+        return f"{args.token_mixer}, one memory, {heads}"
     shared = " and a shared one" if args.mom_shared_memory else ""
-    return (
-        f"MoM ({args.mom_rule}), {args.mom_num_memories} memories{shared}, top-{args.mom_topk}, {args.mom_num_heads} "
-        f"heads of {args.mom_head_dim}"
-    )
+    return f"MoM ({args.mom_rule}), {args.mom_num_memories} memories{shared}, top-{args.mom_topk}, {heads}"
 
 
 def _layers(args) -> str:
