@@ -21,11 +21,11 @@ def asks_for_mom(arguments: list[str]) -> bool:
     """Whether the command line chooses memories, by --token-mixer or by a pattern of layers with an R, or takes its
     arguments from a checkpoint that may choose memories.
     """
-    if "--use-checkpoint-args" in arguments or "--token-mixer=mom" in arguments:
+    if "--use-checkpoint-args" in arguments:
         return True
-    if ("--token-mixer", "mom") in zip(arguments, arguments[1:], strict=False):
-        return True
-    return asks_for_memories(arguments)
+    given = [word.partition("=")[2] for word in arguments if word.startswith("--token-mixer=")]
+    given += [after for word, after in zip(arguments, arguments[1:], strict=False) if word == "--token-mixer"]
+    return any(mixer != "attention" for mixer in given) or asks_for_memories(arguments)
 
 
 def main() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -12,15 +12,23 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from mom_layers.common.kernel_choice import KERNELS
 from mom_layers.recur.rules import rule_names
-from mom_layers.settings import MixerSettings
+from mom_layers.settings import ONE_MEMORY, MixerSettings
 
-TOKEN_MIXERS = ("attention", "mom")
-MOM_REFUSES = "--token-mixer mom does not work with"
 OUR_SPEC = "linear_moe.layer_specs mom_layer_spec"
 """The value of --spec that is this project's."""
 EXPERT_PARALLEL = ("auto", "on", "off")
 EXPERT_EXCHANGES = ("auto", "all-to-all", "all-gather", "peer-memory")
 LOSS_SCALE_HOOK = "experimental_attention_variant_loss_scale_func"
+
+
+def token_mixers() -> tuple[str, ...]:
+    """What --token-mixer takes: Megatron's attention, Mixture-of-Memories, and every update rule alone."""
+    return ("attention", "mom", *rule_names())
+
+
+def refuse_beside_mixer(settings: object, cases: Iterable[tuple[object, str, str]]) -> None:
+    """:func:`refuse` for what a model with one of our token mixers does not work with."""
+    refuse(f"--token-mixer {settings.token_mixer} does not work with", cases)
 
 
 def refuse(refusal: str, cases: Iterable[tuple[object, str, str]]) -> None:
@@ -89,7 +97,7 @@ def why_memories_are_whole(settings: object) -> str | None:
 
 def splits_memories(settings: object) -> bool:
     """Whether a model's memories are split over the expert-parallel ranks, from its arguments or configuration."""
-    if settings.expert_model_parallel_size == 1 or settings.mom_expert_parallel == "off":
+    if settings.expert_model_parallel_size == 1 or settings.mom_expert_parallel == "off" or not has_router(settings):
         return False
     return why_memories_are_whole(settings) is None
 
@@ -105,6 +113,8 @@ def check_expert_parallel(settings: object) -> None:
     choice = settings.mom_expert_parallel
     if choice not in EXPERT_PARALLEL:
         raise ValueError(f"--mom-expert-parallel must be one of {', '.join(EXPERT_PARALLEL)}, got {choice!r}")
+    if choice == "on" and not has_router(settings):
+        raise ValueError(f"--mom-expert-parallel on: --token-mixer {settings.token_mixer} has one memory: leave it out")
     if choice == "on" and settings.expert_model_parallel_size > 1 and (reason := why_memories_are_whole(settings)):
         raise ValueError(
             f"--mom-expert-parallel on: {reason}: change that, or give --mom-expert-parallel auto, which then keeps "
@@ -117,6 +127,8 @@ def describe_memories(settings: object) -> str | None:
     experts, memories = settings.expert_model_parallel_size, settings.mom_num_memories
     if experts == 1:
         return None
+    if not has_router(settings):
+        return f"--token-mixer {settings.token_mixer} has one memory, whole on each of {experts} expert-parallel ranks"
     if splits_memories(settings):
         return (
             f"memories: {memories // experts} of {memories} on each of {experts} expert-parallel ranks, which exchange "
@@ -127,8 +139,36 @@ def describe_memories(settings: object) -> str | None:
 
 
 def has_memories(settings: object) -> bool:
-    """Whether a model's arguments or configuration choose memories. Megatron's own have no token_mixer."""
+    """Whether a model's arguments or configuration choose one of our token mixers: Mixture-of-Memories, or an update
+    rule alone. Megatron's own have no token_mixer."""
+    return getattr(settings, "token_mixer", "attention") != "attention"
+
+
+def has_router(settings: object) -> bool:
+    """Whether a model's arguments or configuration choose Mixture-of-Memories, and not an update rule alone."""
     return getattr(settings, "token_mixer", "attention") == "mom"
+
+
+def settle_token_mixer(settings: object, unset: Mapping[str, object]) -> None:
+    """Where --token-mixer names an update rule, sets --mom-rule and the router's settings to what a layer of one memory
+    has, so that all that reads them needs to know nothing of such layers.
+
+    Args:
+        settings: a model's arguments or configuration, changed in place.
+        unset: the value that a setting has where the user gave none.
+
+    Raises:
+        ValueError: a setting that a layer of one memory does not have.
+    """
+    rule = settings.token_mixer
+    if rule not in rule_names():
+        return
+    for name, only in {"rule": rule, **ONE_MEMORY}.items():
+        given = getattr(settings, f"mom_{name}", only)
+        if given not in (only, unset.get(f"mom_{name}")):
+            option = f"--mom-{name.replace('_', '-')} {given}"
+            raise ValueError(f"{option}: --token-mixer {rule} is one memory of that rule alone: leave the option out")
+        setattr(settings, f"mom_{name}", only)
 
 
 def argument(default, help: str, *, choices=None, fixed: bool = False, kind: type | None = None):
@@ -146,7 +186,7 @@ def argument(default, help: str, *, choices=None, fixed: bool = False, kind: typ
 
 @dataclass
 class MomTransformerConfig(TransformerConfig):
-    """TransformerConfig for a model whose token mixers may be Mixture-of-Memories layers.
+    """TransformerConfig for a model whose token mixers may be Mixture-of-Memories layers, or layers of one memory.
 
     ``linear_attention_freq`` has Megatron's meaning, with MoM as the linear attention: an integer N makes every N-th
     layer softmax attention, a list names every layer's mixer (1 = MoM, 0 = softmax attention), None makes every layer
@@ -156,8 +196,8 @@ class MomTransformerConfig(TransformerConfig):
     """
 
     token_mixer: str = argument(
-        "attention", "Token mixer of the decoder's layers: Megatron's attention, or memories.",
-        choices=TOKEN_MIXERS, fixed=True,
+        "attention", "Token mixer of the decoder's layers: Megatron's attention, Mixture-of-Memories (mom), or one "
+        "memory of an update rule alone.", choices=token_mixers, fixed=True,
     )  # fmt: skip
     mom_rule: str = argument("gated_deltanet", "Memory update rule.", choices=rule_names, fixed=True)
     mom_num_memories: int = argument(4, "Memories of a layer, without the shared memory.", fixed=True)
@@ -167,7 +207,7 @@ class MomTransformerConfig(TransformerConfig):
     mom_head_dim: int = argument(256, "Key size of a head.", fixed=True)
     mom_expand_v: float = argument(1.0, "Value size of a head over its key size.", fixed=True)
     mom_conv_kernel: int = argument(
-        4, "Width of the causal convolutions on queries, keys and values.", fixed=True
+        4, "Width of the causal convolutions on queries, keys and values; 1 for no convolution.", fixed=True
     )  # fmt: skip
     mom_single_kv_proj: bool = argument(
         False, "One projection of keys, values and raw gates for all memories.", fixed=True
@@ -205,7 +245,7 @@ class MomTransformerConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         size = self.expert_model_parallel_size
-        if self.token_mixer == "mom" and self.num_moe_experts is None:
+        if has_memories(self) and self.num_moe_experts is None:
             self.expert_model_parallel_size = 1  # in a model without experts Megatron accepts only 1
         super().__post_init__()
         self.expert_model_parallel_size = size
@@ -226,11 +266,12 @@ class MomTransformerConfig(TransformerConfig):
         config._check_token_mixer()
 
     def _check_token_mixer(self) -> None:
-        if self.token_mixer not in TOKEN_MIXERS:
-            raise ValueError(f"--token-mixer must be one of {', '.join(TOKEN_MIXERS)}, got {self.token_mixer!r}")
-        if self.token_mixer == "mom":
+        if self.token_mixer not in token_mixers():
+            raise ValueError(f"--token-mixer must be one of {', '.join(token_mixers())}, got {self.token_mixer!r}")
+        settle_token_mixer(self, {f.name: f.default for f in fields(self)})
+        if has_memories(self):
             self._check_mom()
-            if self.num_moe_experts is None and getattr(self, LOSS_SCALE_HOOK, None) is None:
+            if has_router(self) and self.num_moe_experts is None and getattr(self, LOSS_SCALE_HOOK, None) is None:
                 # Megatron passes the scale of the main loss to the router losses of models with experts, and to this
                 # hook in every model. A release without the hook ignores the attribute, and says in
                 # megatron_patches.releases what takes its place.
@@ -254,15 +295,15 @@ class MomTransformerConfig(TransformerConfig):
         return int(self.mom_head_dim * self.mom_expand_v)
 
     def mixer_settings(self) -> MixerSettings:
-        """Sizes and choices of a MoM layer, of all tensor-parallel ranks together."""
+        """Sizes and choices of a layer of memories, of all tensor-parallel ranks together."""
         names = {f.name for f in fields(self)}
         settings = {f.name: getattr(self, f"mom_{f.name}") for f in fields(MixerSettings) if f"mom_{f.name}" in names}
         return MixerSettings(norm_eps=self.layernorm_epsilon, **settings)
 
     def mom_layer_pattern(self) -> list[bool]:
-        """For each of the model's layers, whether its token mixer is Mixture-of-Memories."""
+        """For each of the model's layers, whether its token mixer is ``token_mixer``, and not softmax attention."""
         freq = self.linear_attention_freq
-        if self.token_mixer != "mom":
+        if not has_memories(self):
             return [False] * self.num_layers
         if freq is None:
             return [True] * self.num_layers
@@ -273,6 +314,11 @@ class MomTransformerConfig(TransformerConfig):
     def _check_mom(self) -> None:
         if self.mom_kernels not in KERNELS:
             raise ValueError(f"--mom-kernels must be one of {', '.join(KERNELS)}, got {self.mom_kernels!r}")
+        if has_router(self) and self.mom_num_memories == 0:
+            raise ValueError(
+                "--mom-num-memories must be at least 1, got 0: "
+                f"--token-mixer {self.mom_rule} trains one memory alone, without a router"
+            )
         if not 0 <= self.mom_loss_chunk < 2**31:
             raise ValueError(
                 f"--mom-loss-chunk must be a number of tokens below {2**31}, or 0 for all, got {self.mom_loss_chunk}"
@@ -299,7 +345,7 @@ class MomTransformerConfig(TransformerConfig):
                 raise ValueError(f"--mom-{name}-loss-coeff must be a number that is not negative, got {coefficient}")
         variant = self.experimental_attention_variant
         inference = self.transformer_impl == "inference_optimized"
-        refuse(MOM_REFUSES, [
+        refuse_beside_mixer(self, [
             (self.hybrid_context_parallel, "--hybrid-context-parallel", "use --context-parallel-size alone"),
             (
                 variant is not None and not (variant == "dsa" and self.is_hybrid_model),

@@ -1,4 +1,6 @@
-"""Mixture-of-Memories as a PyTorch module (arXiv 2502.13685), for any program; nothing of Megatron."""
+"""Token mixers as PyTorch modules, for any program; nothing of Megatron: Mixture-of-Memories (arXiv 2502.13685), and
+one memory of the same rules alone.
+"""
 
 from __future__ import annotations
 
@@ -7,49 +9,39 @@ import torch.nn as nn
 
 from mom_layers.common.checks import FLOATING, TRUTH, WHOLE, check_borders, check_instance, check_tensors, check_whole
 from mom_layers.mixing import MemoryParameters, TokenMaps, has_step, mix_tokens, step_tokens
-from mom_layers.recur.rules import kept_exact
-from mom_layers.settings import MixerSettings
+from mom_layers.one_memory import mix_alone, step_alone
+from mom_layers.recur.rules import kept_exact, warn_without_kernels
+from mom_layers.settings import ONE_MEMORY, MixerSettings
 from mom_layers.state import MemoryState
 
 
-class MixtureOfMemories(nn.Module):
-    """A token mixer with several memory states, a router over them and a shared memory.
+class _TokenMixer(nn.Module):
+    """What both layers have: convolutions, the rule's parameters, norm and output projection; checks of the arguments.
 
-    ``p = softmax(x Wr)``, top-k kept and renormalised; every chosen memory runs its update rule over the tokens that
-    chose it; ``y = sum_m w^m o^m + o^shared``; ``out = Wo (RMSNorm_head(y) * SiLU(x Wg))``.
-
-    Args:
-        hidden_size: D.
-        sizes: the fields of :class:`mom_layers.settings.MixerSettings`, in their order or by name: ``num_heads``,
-            ``head_dim``, ``expand_v``, ``num_memories``, ``topk``, ``shared_memory``, ``conv_kernel``, ``rule``,
-            ``single_kv_proj``, ``norm_eps``, ``kernels`` (in version 0.1 ``backend``), ``layer``, ``num_layers``. Every
-            field has a default.
-
-    Raises:
-        ValueError, TypeError: a size or name that is not supported.
+    A layer adds its input projections as attributes, ``_weights``, ``memory_parameters``, ``_mix`` and ``_step``.
     """
 
-    def __init__(self, hidden_size: int, *sizes, **named_sizes):
+    def __init__(self, hidden_size: int, settings: MixerSettings):
         super().__init__()
-        if "backend" in named_sizes:
-            named_sizes["kernels"] = named_sizes.pop("backend")
-        self.settings = settings = MixerSettings(*sizes, **named_sizes)
+        self.settings = settings
         check_whole(1, hidden_size=hidden_size)
         if settings.kernels == "triton":
             settings.check_head_sizes()
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, settings.num_heads, settings.head_dim
         self.value_dim = settings.value_dim
-        self.num_memories, self.topk, self.shared_memory = settings.num_memories, settings.topk, settings.shared_memory
         self.rule, self.kernels = settings.update_rule, settings.kernels
-        keys, values, width = settings.key_width, settings.value_width, sum(settings.projection_sizes)
-        self.router = nn.Linear(hidden_size, settings.num_memories, bias=False)
-        self.q_proj = nn.Linear(hidden_size, keys, bias=False)
-        self.gate_proj = nn.Linear(hidden_size, values, bias=False)
-        self.out_proj = nn.Linear(values, hidden_size, bias=False)
-        self.memory_proj = nn.Parameter(torch.empty(settings.num_projections, width, hidden_size))
-        self.q_conv = nn.Parameter(torch.empty(keys, settings.conv_kernel))
-        self.k_conv = nn.Parameter(torch.empty(keys, settings.conv_kernel))
-        self.v_conv = nn.Parameter(torch.empty(values, settings.conv_kernel))
+        warn_without_kernels(self.rule)
+
+    def _make_shared_parameters(self) -> None:
+        """The parameters behind the input projections, and all parameters' values."""
+        settings = self.settings
+        keys, values = settings.key_width, settings.value_width
+        self.out_proj = nn.Linear(values, self.hidden_size, bias=False)
+        for name, channels in (("q_conv", keys), ("k_conv", keys), ("v_conv", values)):
+            if settings.conv_kernel > 1:
+                setattr(self, name, nn.Parameter(torch.empty(channels, settings.conv_kernel)))
+            else:  # no convolution: one fixed tap
+                self.register_buffer(name, torch.ones(channels, 1), persistent=False)
         self.rule_parameters = nn.ParameterDict(
             {
                 name: nn.Parameter(
@@ -61,14 +53,19 @@ class MixtureOfMemories(nn.Module):
         self.norm_weight = nn.Parameter(torch.empty(self.value_dim))
         self.reset_parameters()
 
+    def _weights(self) -> list[torch.Tensor]:
+        """The weights that :meth:`reset_parameters` draws from a normal distribution."""
+        return [m.weight for m in self.children() if isinstance(m, nn.Linear)]
+
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02) -> None:
         """Normal projections, uniform convolutions (PyTorch's for a depthwise filter), the rule's own parameters."""
-        for weight in (*(m.weight for m in self.children() if isinstance(m, nn.Linear)), self.memory_proj):
+        for weight in self._weights():
             nn.init.normal_(weight, std=std)
-        for conv in (self.q_conv, self.k_conv, self.v_conv):
-            bound = conv.shape[1] ** -0.5
-            nn.init.uniform_(conv, -bound, bound)
+        if self.settings.conv_kernel > 1:
+            for conv in (self.q_conv, self.k_conv, self.v_conv):
+                bound = conv.shape[1] ** -0.5
+                nn.init.uniform_(conv, -bound, bound)
         for name, value in self.settings.initial_parameters().items():
             self.rule_parameters[name].copy_(value)
         nn.init.ones_(self.norm_weight)
@@ -76,6 +73,17 @@ class MixtureOfMemories(nn.Module):
     def _apply(self, fn, recurse=True):
         with kept_exact(self.rule_parameters.values()):
             return super()._apply(fn, recurse)
+
+    def _memory_parameters(self, projection: torch.Tensor | None) -> MemoryParameters:
+        return MemoryParameters(
+            settings=self.settings,
+            projection=projection,
+            q_conv=self.q_conv,
+            k_conv=self.k_conv,
+            v_conv=self.v_conv,
+            rule_parameters=self.rule_parameters,
+            norm_weight=self.norm_weight,
+        )
 
     def forward(
         self,
@@ -124,11 +132,7 @@ class MixtureOfMemories(nn.Module):
         if token_mask is not None and token_mask.shape != x.shape[:2]:
             raise ValueError(f"token_mask must be {[batch, length]}, got {list(token_mask.shape)}")
 
-        out, new_state, _ = mix_tokens(
-            x, self.router, self._token_maps(), self.memory_parameters(), cu_seqlens,
-            token_mask=token_mask, state=state, output_state=output_state, kernels=self.kernels,
-        )  # fmt: skip
-        return out, new_state
+        return self._mix(x, cu_seqlens, token_mask, state, output_state)
 
     @torch.no_grad()
     def step(self, x: torch.Tensor, state: MemoryState) -> torch.Tensor:
@@ -157,14 +161,14 @@ class MixtureOfMemories(nn.Module):
             out, new_state = self(x[:, None], state=state, output_state=True)
             state.copy_(new_state)
             return out[:, 0]
-        return step_tokens(x, self.router, self._token_maps(), self.memory_parameters(), state)[0]
+        return self._step(x, state)
 
     def _check_input(self, x: torch.Tensor, state: MemoryState | None) -> None:
         """Raises an error that names the argument, where PyTorch's would name the operands of a product."""
         check_tensors(FLOATING, x=x)
-        weight = self.router.weight
+        weight = self.out_proj.weight
         # A weight that a hook fetches before use may be of any type and anywhere until then.
-        if type(self.router) is nn.Linear and not hasattr(self.router, "_hf_hook") and weight.device.type != "meta":
+        if type(self.out_proj) is nn.Linear and not hasattr(self.out_proj, "_hf_hook") and weight.device.type != "meta":
             if x.device != weight.device:
                 raise ValueError(f"x must be on {weight.device} as the layer is, got {x.device}")
             if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -173,17 +177,92 @@ class MixtureOfMemories(nn.Module):
             check_instance(MemoryState, state=state)
             check_tensors(FLOATING, x.device, **{"state.recurrent": state.recurrent})
 
+
+class MixtureOfMemories(_TokenMixer):
+    """A token mixer with several memory states, a router over them and a shared memory.
+
+    ``p = softmax(x Wr)``, top-k kept and renormalised; every chosen memory runs its update rule over the tokens that
+    chose it; ``y = sum_m w^m o^m + o^shared``; ``out = Wo (RMSNorm_head(y) * SiLU(x Wg))``.
+
+    Args:
+        hidden_size: D.
+        sizes: the fields of :class:`mom_layers.settings.MixerSettings`, in their order or by name: ``num_heads``,
+            ``head_dim``, ``expand_v``, ``num_memories``, ``topk``, ``shared_memory``, ``conv_kernel``, ``rule``,
+            ``single_kv_proj``, ``norm_eps``, ``kernels`` (in version 0.1 ``backend``), ``layer``, ``num_layers``. Every
+            field has a default.
+
+    Raises:
+        ValueError, TypeError: a size or name that is not supported.
+    """
+
+    def __init__(self, hidden_size: int, *sizes, **named_sizes):
+        if "backend" in named_sizes:
+            named_sizes["kernels"] = named_sizes.pop("backend")
+        super().__init__(hidden_size, MixerSettings(*sizes, **named_sizes))
+        settings = self.settings
+        if settings.alone:
+            raise ValueError("num_memories must be at least 1, got 0: LinearAttentionLayer is the layer of one memory")
+        self.num_memories, self.topk, self.shared_memory = settings.num_memories, settings.topk, settings.shared_memory
+        keys, values, width = settings.key_width, settings.value_width, sum(settings.projection_sizes)
+        self.router = nn.Linear(hidden_size, settings.num_memories, bias=False)
+        self.q_proj = nn.Linear(hidden_size, keys, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, values, bias=False)
+        self.memory_proj = nn.Parameter(torch.empty(settings.num_projections, width, hidden_size))
+        self._make_shared_parameters()
+
+    def _weights(self) -> list[torch.Tensor]:
+        return [*super()._weights(), self.memory_proj]
+
     def _token_maps(self) -> TokenMaps:
         return TokenMaps(query=self.q_proj, output_gate=self.gate_proj, out=self.out_proj)
 
     def memory_parameters(self) -> MemoryParameters:
         """The weights that act on rows."""
-        return MemoryParameters(
-            settings=self.settings,
-            projection=self.memory_proj,
-            q_conv=self.q_conv,
-            k_conv=self.k_conv,
-            v_conv=self.v_conv,
-            rule_parameters=self.rule_parameters,
-            norm_weight=self.norm_weight,
-        )
+        return self._memory_parameters(self.memory_proj)
+
+    def _mix(self, x, cu_seqlens, token_mask, state, output_state):
+        return mix_tokens(
+            x, self.router, self._token_maps(), self.memory_parameters(), cu_seqlens,
+            token_mask=token_mask, state=state, output_state=output_state, kernels=self.kernels,
+        )[:2]  # fmt: skip
+
+    def _step(self, x, state):
+        return step_tokens(x, self.router, self._token_maps(), self.memory_parameters(), state)[0]
+
+
+class LinearAttentionLayer(_TokenMixer):
+    """A token mixer with one memory of any update rule: linear attention, gated DeltaNet, GLA, ...
+
+    ``q, k, v = SiLU(conv(x Wq)), SiLU(conv(x Wk)), SiLU(conv(x Wv))``, the rule's recurrence over every sequence, then
+    ``out = Wo (RMSNorm_head(o) * SiLU(x Wg))``. The layer has no router, no routing plan and no gather: what
+    :class:`MixtureOfMemories` computes with the shared memory alone.
+
+    Args:
+        hidden_size: D.
+        rule: name of the update rule.
+        sizes: ``num_heads``, ``head_dim``, ``expand_v``, ``conv_kernel``, ``norm_eps``, ``kernels``, ``layer`` and
+            ``num_layers``, by name, as of :class:`mom_layers.settings.MixerSettings`.
+
+    Raises:
+        ValueError, TypeError: a size or name that is not supported.
+    """
+
+    def __init__(self, hidden_size: int, rule: str = "gated_deltanet", **sizes):
+        if routers := sorted(sizes.keys() & ONE_MEMORY.keys()):
+            raise TypeError(f"a layer of one memory has no {routers[0]}: MixtureOfMemories has")
+        super().__init__(hidden_size, MixerSettings.of_one_memory(rule=rule, **sizes))
+        self.in_proj = nn.Linear(hidden_size, sum(self.settings.fused_sizes), bias=False)
+        self._make_shared_parameters()
+
+    def memory_parameters(self) -> MemoryParameters:
+        """The weights behind the input projection."""
+        return self._memory_parameters(None)
+
+    def _mix(self, x, cu_seqlens, token_mask, state, output_state):
+        return mix_alone(
+            x, self.in_proj, self.out_proj, self.memory_parameters(), cu_seqlens,
+            token_mask=token_mask, state=state, output_state=output_state, kernels=self.kernels,
+        )  # fmt: skip
+
+    def _step(self, x, state):
+        return step_alone(x, self.in_proj, self.out_proj, self.memory_parameters(), state)

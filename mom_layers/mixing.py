@@ -4,6 +4,7 @@
     step_tokens     a whole layer for one new token of every sequence
     mix_routed      the part after a router of the caller's: plan, memories, mixing (Megatron's layer enters here)
     mix_memories    the part after the routing plan
+    run_rule        the part after the convolutions (a layer of one memory alone enters here)
     read_memories   what every row reads from its memory (expert parallelism enters here)
 
 Shape legend: sequences B, tokens N, rows R, segments S, all memories A (routed and shared), heads H, key size K, value
@@ -58,14 +59,15 @@ class MemoryParameters:
         settings: sizes and choices of the layer, with H the heads of this rank.
         projection: [A, O, D] with O = H K + H V + H * (columns of the raw gates): keys, values and raw gates of each
             memory in one matrix, in this order; [1, O, D] where all memories share one projection. Or a function that
-            projects tokens [N, D] to [A, N, O] (or [1, N, O]), for modules that must be called.
-        q_conv, k_conv: [H K, W]. v_conv: [H V, W].
+            projects tokens [N, D] to [A, N, O] (or [1, N, O]), for modules that must be called. None in a layer of one
+            memory alone, whose caller projects.
+        q_conv, k_conv: [H K, W]. v_conv: [H V, W]. Ones with W = 1 stand for no convolution.
         rule_parameters: the rule's own parameters, [H, ...] each.
         norm_weight: [V].
     """
 
     settings: MixerSettings
-    projection: torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+    projection: torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None
     q_conv: torch.Tensor
     k_conv: torch.Tensor
     v_conv: torch.Tensor
@@ -279,9 +281,7 @@ def read_memories(
     Raises:
         ValueError: ``sequence_slice`` together with ``state`` or ``output_state``.
     """
-    if sequence_slice is not None and (state is not None or output_state):
-        given = "a state" if state is not None else "output_state=True"
-        raise ValueError(f"sequence_slice supplies the states of slices of sequences: {given} cannot be given as well")
+    check_states(sequence_slice, state, output_state)
     rule, heads = parameters.rule, parameters.num_heads
     key_heads = rule.num_key_heads(heads)
     sizes = rule.projection_sizes(heads, q.shape[1] // key_heads, parameters.v_conv.shape[0] // heads)
@@ -290,12 +290,8 @@ def read_memories(
     projected, by_token = _project(x, plan, parameters.projection, kernels)
 
     # What lies before each segment: nothing, what an earlier call left, or what other ranks hold.
-    tails, initial_state = (None, None, None), None
-    if state is not None:
-        tails = tuple(plan.to_segments(tail) for tail in (state.q_tail, state.k_tail, state.v_tail))
-        initial_state = plan.to_segments(state.recurrent)
-    if sequence_slice is not None:
-        width = parameters.q_conv.shape[1]
+    tails, width = tails_before(plan, state), parameters.q_conv.shape[1]
+    if sequence_slice is not None and width > 1:
         (q, projected), (q_tail, tail) = sequence_slice.tails(plan, (q, projected), (True, by_token), width)
         tails = (q_tail, *tail.tensor_split((sizes[0], sizes[0] + sizes[1]), dim=-1)[:2])
 
@@ -309,23 +305,50 @@ def read_memories(
         q, q_tail = segment_convolution(q, parameters.q_conv, plan, initial_tail=tails[0], **unit_length)
         k, k_tail = segment_convolution(k, parameters.k_conv, plan, initial_tail=tails[1], **unit_length)
         v, v_tail = segment_convolution(v, parameters.v_conv, plan, initial_tail=tails[2], **options)
+        tails = (q_tail, k_tail, v_tail)
     else:
-        q, k, v, raw, (q_tail, k_tail, v_tail) = convolve_qkv(
+        q, k, v, raw, tails = convolve_qkv(
             q, projected, parameters.q_conv, parameters.k_conv, parameters.v_conv, plan,
             unit_length_heads=unit, tails=tails, output_tail=output_state, kernels=kernels,
         )  # fmt: skip
+    return run_rule((q, k, v, raw), tails, plan, parameters, state, output_state, sequence_slice, kernels)
 
-    # The rule's gates, and the recurrence along every segment.
-    raw = dict(zip(rule.gate_widths, raw[:, : sum(sizes[2:])].split(sizes[2:], dim=1), strict=True))
-    q, k, v = (rows.unflatten(1, (n, -1)) for rows, n in ((q, key_heads), (k, key_heads), (v, heads)))
+
+def check_states(sequence_slice, state, output_state) -> None:
+    """Raises ValueError for a slice of sequences together with states of whole sequences."""
+    if sequence_slice is not None and (state is not None or output_state):
+        given = "a state" if state is not None else "output_state=True"
+        raise ValueError(f"sequence_slice supplies the states of slices of sequences: {given} cannot be given as well")
+
+
+def tails_before(plan: RoutingPlan, state: MemoryState | None) -> tuple[torch.Tensor | None, ...]:
+    """The convolutions' inputs before every segment that an earlier call left; Nones without a convolution."""
+    if state is None or state.q_tail.shape[2] == 0:
+        return (None, None, None)
+    return tuple(plan.to_segments(tail) for tail in (state.q_tail, state.k_tail, state.v_tail))
+
+
+def run_rule(rows, tails, plan, parameters, state, output_state, sequence_slice, kernels):
+    """The rule's gates, and the recurrence along every segment.
+
+    Args:
+        rows: q, k, v and the raw gates of every row, after the convolutions.
+        tails: the convolutions' last inputs, for the new state.
+    """
+    (q, k, v, raw), rule, heads = rows, parameters.rule, parameters.num_heads
+    key_heads = rule.num_key_heads(heads)
+    widths = rule.projection_sizes(heads, q.shape[1] // key_heads, v.shape[1] // heads)[2:]
+    raw = dict(zip(rule.gate_widths, raw[:, : sum(widths)].split(widths, dim=1), strict=True))
+    q, k, v = (x.unflatten(1, (n, -1)) for x, n in ((q, key_heads), (k, key_heads), (v, heads)))
     inputs = rule.prepare(q, k, v, raw, parameters.rule_parameters, kernels)
     if sequence_slice is not None:
         return sequence_slice.recur(plan, rule, inputs, kernels), None
+    initial_state = None if state is None else plan.to_segments(state.recurrent)
     inputs, cu_seqlens = _skip_spare_rows(inputs, plan, initial_state, kernels)
     o, recurrent = rule.recur(inputs, cu_seqlens, initial_state, output_state, kernels)
     if not output_state:
         return o, None
-    return o, MemoryState(*(plan.from_segments(part) for part in (recurrent, q_tail, k_tail, v_tail)))
+    return o, MemoryState(*(plan.from_segments(part) for part in (recurrent, *tails)))
 
 
 def _skip_spare_rows(inputs: RuleInputs, plan: RoutingPlan, initial_state, kernels: str):
@@ -338,8 +361,8 @@ def _skip_spare_rows(inputs: RuleInputs, plan: RoutingPlan, initial_state, kerne
     if not skips or checks.checks_values(plan.cu_seqlens):  # borders that are checked must end at R
         return inputs, plan.cu_seqlens
     end = (plan.cu_seqlens[-2:-1] + CHUNK).clamp(max=plan.num_rows)
-    of_rows = {"q": inputs.q, "k": inputs.k, "v": inputs.v} | {
-        name: gate for name, gate in inputs.gates.items() if gate.shape[0] == plan.num_rows
+    of_rows = {"q": inputs.q, "k": inputs.k, "v": inputs.v} | {  # a gate [H] is one for all rows
+        name: gate for name, gate in inputs.gates.items() if gate.dim() > 1 and gate.shape[0] == plan.num_rows
     }
     q, k, v, *gates = zero_spare_gradients(tuple(of_rows.values()), plan, kernels=kernels)
     gates = {**inputs.gates, **dict(zip(list(of_rows)[3:], gates, strict=True))}

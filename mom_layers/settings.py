@@ -10,6 +10,9 @@ from mom_layers.common.checks import LARGEST_SIZE, check_number, check_truth, ch
 from mom_layers.common.kernel_choice import check_kernels
 from mom_layers.recur.rules import MemoryRule, get_rule
 
+ONE_MEMORY = {"num_memories": 0, "topk": 0, "shared_memory": True, "single_kv_proj": False}
+"""The settings of a layer of one memory alone, which MoM calls the shared memory."""
+
 
 @dataclass(frozen=True)
 class MixerSettings:
@@ -19,10 +22,12 @@ class MixerSettings:
         num_heads: H.
         head_dim: key size K of a head.
         expand_v: value size V = K * expand_v.
-        num_memories: M, without the shared memory.
-        topk: routed memories that a token goes to.
+        num_memories: M, without the shared memory. 0 for a layer of one memory alone: every token goes to the shared
+            memory, and there is no router.
+        topk: routed memories that a token goes to; 0 for a layer of one memory alone.
         shared_memory: add the memory that every token goes to.
-        conv_kernel: width W of the causal convolutions on q, k and v.
+        conv_kernel: width W of the causal convolutions on q, k and v; 1 for no convolution, so that q, k and v go
+            through SiLU alone.
         rule: name of the memory update rule.
         single_kv_proj: one projection of keys, values and raw gates for all memories, instead of one a memory.
         norm_eps: of the output norm.
@@ -51,7 +56,8 @@ class MixerSettings:
     def __post_init__(self) -> None:
         get_rule(self.rule)
         check_kernels(self.kernels)
-        check_whole(1, num_heads=self.num_heads, head_dim=self.head_dim, num_memories=self.num_memories)
+        check_whole(1, num_heads=self.num_heads, head_dim=self.head_dim)
+        check_whole(0, num_memories=self.num_memories)
         for name in ("topk", "conv_kernel"):
             check_whole(-LARGEST_SIZE, **{name: getattr(self, name)})
         check_number(expand_v=self.expand_v, norm_eps=self.norm_eps)
@@ -60,7 +66,9 @@ class MixerSettings:
         check_truth(shared_memory=self.shared_memory, single_kv_proj=self.single_kv_proj)
         if not 0 <= self.norm_eps < 1:
             raise ValueError(f"norm_eps must be a number from 0 up to, but not including, 1, got {self.norm_eps}")
-        if not 1 <= self.topk <= self.num_memories:
+        if self.alone:
+            self._check_alone()
+        elif not 1 <= self.topk <= self.num_memories:
             raise ValueError(
                 f"topk must be between 1 and the number of memories ({self.num_memories}), got {self.topk}"
             )
@@ -70,8 +78,30 @@ class MixerSettings:
                 "expand_v must be positive and make head_dim * expand_v a whole number, "
                 f"got {self.head_dim} * {self.expand_v}"
             )
-        if not 2 <= self.conv_kernel <= 8:
-            raise ValueError(f"conv_kernel must be between 2 and 8, got {self.conv_kernel}")
+        if not 1 <= self.conv_kernel <= 8:
+            raise ValueError(f"conv_kernel must be between 1 (no convolution) and 8, got {self.conv_kernel}")
+
+    def _check_alone(self) -> None:
+        for name, only in ONE_MEMORY.items():
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"num_memories=0 makes a layer of one memory, which every token goes to: {name} must be {only}, "
+                    f"got {getattr(self, name)}; or give num_memories of at least 1"
+                )
+
+    @classmethod
+    def of_one_memory(cls, **sizes) -> MixerSettings:
+        """The settings of a layer of one memory alone, without a router.
+
+        Raises:
+            TypeError: a setting of the router among ``sizes``.
+        """
+        return cls(**ONE_MEMORY, **sizes)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the layer has one memory and no router."""
+        return self.num_memories == 0
 
     @property
     def update_rule(self) -> MemoryRule:
@@ -102,6 +132,12 @@ class MixerSettings:
     def projection_sizes(self) -> list[int]:
         """Widths of the pieces of one memory's fused projection: keys, values, then each raw gate of the rule."""
         return self.update_rule.projection_sizes(self.num_heads, self.head_dim, self.value_dim)
+
+    @property
+    def fused_sizes(self) -> list[int]:
+        """Widths of the pieces of the one input projection of a layer of one memory alone: queries, keys, values, each
+        raw gate of the rule, output gate."""
+        return [self.key_width, *self.projection_sizes, self.value_width]
 
     @property
     def num_projections(self) -> int:

@@ -1,14 +1,15 @@
 #!/usr/bin/env python
 """Times the Mixture-of-Memories layer beside what a user would pick instead, in one run.
 
-    python tools/bench_layers.py [--cases N] [--csv FILE]
+    python tools/bench_layers.py [--cases N] [--rules] [--csv FILE]
     python tools/bench_layers.py --lengths [--csv FILE] [--plot FILE]
 
-Peers: softmax attention (PyTorch's), and flash-linear-attention's MomAttention and GatedDeltaNet where that package is
-installed. A row is the median time of forward and of forward+backward as the host issues them, of the latter as a CUDA
-graph (NaN for MomAttention, which waits for the GPU; on a CPU both are the former), and the peak memory of
-forward+backward. With --lengths it is one sequence of 16k to 256k tokens (fewer on a CPU) instead, and --plot draws
-both over the tokens. What runs out of memory has a line that says so and no row. Rows are written as they come.
+The layers: Mixture-of-Memories, or with --rules one memory of every update rule. Peers: softmax attention (PyTorch's),
+and flash-linear-attention's MomAttention and GatedDeltaNet where that package is installed. A row is the median time of
+forward and of forward+backward as the host issues them, of the latter as a CUDA graph (NaN for MomAttention, which
+waits for the GPU; on a CPU both are the former), and the peak memory of forward+backward. With --lengths it is one
+sequence of 16k to 256k tokens (fewer on a CPU) instead, and --plot draws both over the tokens. What runs out of memory
+has a line that says so and no row. Rows are written as they come.
 """
 
 import importlib.util
@@ -31,7 +32,7 @@ from benchmark import (
     versions,
 )
 
-from mom_layers import MixtureOfMemories
+from mom_layers import LinearAttentionLayer, MixtureOfMemories, rule_names
 
 # (sequences, tokens, hidden size); 4 heads x 256, 4 memories, top-2, shared memory: the paper's 380M and 1.3B layers
 CASES = {
@@ -60,18 +61,20 @@ class SoftmaxAttention(torch.nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
-def layers(hidden: int, device: str) -> dict[str, torch.nn.Module]:
-    """The layers to time, by name."""
+def layers(hidden: int, device: str, rules: bool) -> dict[str, torch.nn.Module]:
+    """The layers to time, by name; ``rules``: one memory of every update rule in place of Mixture-of-Memories and
+    softmax attention."""
     heads, head_dim = HEADS[device]
-    found = {
-        "mom": MixtureOfMemories(hidden, heads, head_dim),
-        "softmax": SoftmaxAttention(hidden),
-    }
+    if rules:
+        found = {rule: LinearAttentionLayer(hidden, rule, num_heads=heads, head_dim=head_dim) for rule in rule_names()}
+    else:
+        found = {"mom": MixtureOfMemories(hidden, heads, head_dim), "softmax": SoftmaxAttention(hidden)}
     if device == "cuda" and importlib.util.find_spec("fla"):
         from fla.layers import GatedDeltaNet, MomAttention
 
         shape = {"hidden_size": hidden, "head_dim": head_dim, "num_heads": heads, "expand_v": 1, "layer_idx": 0}
-        found["fla-mom"] = MomAttention(num_memories=4, topk=2, shared_mem=True, **shape)
+        if not rules:
+            found["fla-mom"] = MomAttention(num_memories=4, topk=2, shared_mem=True, **shape)
         found["fla-gdn"] = GatedDeltaNet(**shape)
     return found
 
@@ -102,15 +105,18 @@ def measure(layer: torch.nn.Module, case: tuple[int, int, int], device: str, gra
 
 
 def main(argv=None) -> int:
-    flags = {"--lengths": "one sequence of growing length instead of the cases"}
+    flags = {
+        "--lengths": "one sequence of growing length instead of the cases",
+        "--rules": "one memory of every update rule, without a router",
+    }
     options = parse_options(__doc__, argv, plot=True, flags=flags)
     device, about = device_kind(), versions()
     tune_quickly()
     print(f"{about['device']}: milliseconds of forward, of forward+backward, of that as a CUDA graph; peak GiB")
     rows = []
     for case in (LENGTHS if options.lengths else CASES)[device][: options.cases]:
-        for name, layer in layers(case[2], device).items():
-            shape = f"B{case[0]} T{case[1]} d{case[2]}  {name:8s}"
+        for name, layer in layers(case[2], device, options.rules).items():
+            shape = f"B{case[0]} T{case[1]} d{case[2]}  {name:16s}"
             try:
                 times = measure(layer, case, device, graph=name != "fla-mom")
             except torch.OutOfMemoryError:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import compatibility
+import torch
 from measured_rows import MEASURED, Row, read_rows, rows_of_last_commit, source
 
 from linear_moe import plugin, recipes
@@ -24,7 +25,7 @@ from linear_moe.recipes.size import memory_a_gpu, size_of
 from linear_moe.trials.runs import MOM, RESUMED
 from linear_moe.trials.table import Rows, exceptions, groups, markdown
 from linear_moe.trials.verdict import TRAINS
-from mom_layers import get_rule, rule_names
+from mom_layers import MemoryRule, get_rule, rule_names
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = (*sorted(DOCS.glob("*.md")), MEASURED / "megatron_commands.md")
@@ -223,6 +224,65 @@ def command_rows() -> tuple[Rows, list[str]]:
     return Rows(MEASURED / "megatron_commands.csv"), names
 
 
+def rules() -> str:
+    """Operations and state of one token and head, for every rule."""
+    rows = []
+    for name in rule_names():
+        rule = get_rule(name)
+        k_dim = v_dim = 128 if rule.has_kernels(128, 128) else max(rule.kernel_sizes(of_keys=True))
+        state = rule.state_shape(_key_size(rule, k_dim, v_dim), v_dim)
+        kind = "a number for each channel" if rule.diagonal_transition else "a matrix"
+        size = "" if k_dim == 128 else f" (K = V = {k_dim})"
+        flops = rule.recurrence_flops(1000, 1, k_dim, v_dim) / 1e6
+        rows.append((f"`{name}`", f"{flops:.0f} thousand{size}", " x ".join(map(str, state)), kind))
+    return table(("rule", "operations, forward", "numbers of a state", "what a token multiplies the state by"), rows)
+
+
+def _key_size(rule: MemoryRule, k_dim: int, v_dim: int) -> int:
+    """Numbers of a key as the recurrence reads it, which a feature map may have made longer."""
+    heads = 4
+    keys = torch.zeros(1, rule.num_key_heads(heads), k_dim)
+    raw = {gate.name: torch.zeros(1, heads * gate.width(k_dim, v_dim)) for gate in rule.raw_gates}
+    parameters = rule.init_parameters(heads, k_dim)
+    return rule.prepare(keys, keys, torch.zeros(1, heads, v_dim), raw, parameters, "torch").k.shape[2]
+
+
+def rule_times() -> str:
+    """Milliseconds of every rule's layer, from the newest commit, beside FLA's GatedDeltaNet."""
+    if not (MEASURED / "h200_rules.csv").exists():
+        return "Not timed yet.\n"
+    rows = rows_of_last_commit("h200_rules.csv", "layer", {"gated_deltanet"})
+    cases = list(dict.fromkeys((row["batch"], row["tokens"], row["hidden"]) for row in rows))
+    lines = []
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        found = {(row["batch"], row["tokens"], row["hidden"]): row for row in rows if row["layer"] == layer}
+        cells = (
+            f"{float(found[case]['both_ms']):.1f} ({float(found[case]['both_graph_ms']):.1f})" if case in found else ""
+            for case in cases
+        )
+        lines.append((LAYERS.get(layer, f"`{layer}`"), *cells))
+    head = ("layer", *(f"{batch} x {tokens}, {hidden}" for batch, tokens, hidden in cases))
+    return table(head, lines) + caption(rows)
+
+
+def rule_training() -> str:
+    """First and last losses of every rule's hundred steps."""
+    name = "rule_training.csv"
+    rows = read_rows(name) if (MEASURED / name).exists() else []
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        found.setdefault(row["rule"], {}).setdefault(row["layers"], {})[int(row["step"])] = float(row["loss"])
+    lines = []
+    for rule in sorted(found):
+        cells = (
+            f"{losses[min(losses)]:.2f} to {losses[max(losses)]:.2f}"
+            for losses in (found[rule].get(how, {}) for how in ("memories", "alone"))
+            if losses
+        )
+        lines.append((f"`{rule}`", *cells))
+    return table(("rule", "as memories", "alone"), lines) if lines else "Not trained yet.\n"
+
+
 def caption(rows: list[Row]) -> str:
     """Where the figures of a table come from."""
     return f"\n{source(rows)}.\n"
@@ -234,6 +294,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "patches": lambda: patches(cpu=False),
     "cpu-patches": lambda: patches(cpu=True),
     "patch-targets": patch_targets,
+    "rules": rules,
+    "rule-times": rule_times,
+    "rule-training": rule_training,
     "layer-times": lambda: layer_times(("mom", "softmax")),
     "peer-times": lambda: layer_times(("mom", "fla-mom", "fla-gdn")),
     "one-memory": one_memory,

@@ -40,6 +40,7 @@ from linear_moe.conversion.files import (
     write_json,
     write_weights,
 )
+from linear_moe.conversion.fla_types import content_to_fla, tensor_to_fla
 from linear_moe.conversion.names import Entry, entries
 from linear_moe.conversion.verify import verify
 from linear_moe.conversion.weights import check_finite
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work():
         convert(args)
-        print(f"next:  linear-moe generate --load {args.save} --prompt 'def forward(self'")
+        if args.model_type == "mom":  # flash-linear-attention runs the other types
+            print(f"next:  linear-moe generate --load {args.save} --prompt 'def forward(self'")
 
     return run_command("convert_to_hf.py", work, ConversionError)
 
@@ -97,25 +99,34 @@ def export(checkpoint_folder: Path, folder: Path, args: argparse.Namespace) -> N
     table = list(entries(layout))
     types = {name: _dtype(checkpoint, entry, args.dtype) for entry in table for name in entry.hf_names}
     check_complete(checkpoint, table)
-    described = {name: torch.empty(shape, dtype=types[name], device="meta") for e in table for name, shape in e.hf}
+    shape_of = {name: torch.empty(shape, dtype=types[name], device="meta") for e in table for name, shape in e.hf}
+    heads, converted_content = content["num_heads"], content
+    if args.model_type != "mom":
+        converted_content = content_to_fla(content, args.model_type)
+        described = dict(tensor_to_fla(name, tensor, args.model_type, heads) for name, tensor in shape_of.items())
+    else:
+        described = shape_of
     main_type = dtype_name(types["model.embeddings.weight"])
-    content["dtype"] = content["torch_dtype"] = main_type
+    converted_content["dtype"] = converted_content["torch_dtype"] = main_type
     parameters = sum(tensor.numel() for tensor in described.values())
 
-    write_json(folder / "config.json", content)
-    save_remote_code(folder)
+    write_json(folder / "config.json", converted_content)
+    if args.model_type == "mom":
+        save_remote_code(folder)
     write_json(folder / "generation_config.json", generation_config(ids))
     if tokenizer_folder:
         copy_tokenizer(tokenizer_folder, folder, pads=True)
     root = Path(__file__).parents[2]
     commit = commit_of(root) if (root / "pyproject.toml").is_file() else None
     facts = CardFacts(args.name, args.license, args.language, args.datasets, commit)
-    card = model_card(checkpoint.args, checkpoint.iteration, content, parameters, main_type, tokenizer, facts)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    if args.model_type == "mom":  # the card shows how to load this project's model
+        card = model_card(checkpoint.args, checkpoint.iteration, content, parameters, main_type, tokenizer, facts)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     total = sum(tensor.nbytes for tensor in described.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None) as progress:
         digests: dict[str, dict[str, object]] = {}
-        write_weights(folder, described, _converted(checkpoint, table, types, progress, digests), args.max_shard_size)
+        tensors = _converted(checkpoint, table, types, progress, digests, args.model_type, heads)
+        write_weights(folder, described, tensors, args.max_shard_size)
     write_digests(folder, digests)
 
 
@@ -161,6 +172,8 @@ def _converted(
     types: dict[str, torch.dtype],
     progress: tqdm,
     digests: dict[str, dict[str, object]],
+    model_type: str,
+    heads: int,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the export. Adds its digest to ``digests``. Raises ConversionError for one that is not finite."""
     for entry in table:
@@ -172,6 +185,8 @@ def _converted(
                     f"{name} overflows in {dtype_name(tensor.dtype)}, whose largest number is "
                     f"{torch.finfo(tensor.dtype).max:g}: it has {stored.abs().max():g}; give another --dtype"
                 )
+            if model_type != "mom":
+                name, tensor = tensor_to_fla(name, tensor, model_type, heads)
             digests[name] = digest(tensor)
             yield name, tensor
             progress.update(tensor.nbytes)

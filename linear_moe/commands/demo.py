@@ -69,18 +69,9 @@ def demo(args: argparse.Namespace) -> None:
     """Runs the steps in order, each in a process of its own. Raises DemoError where one fails."""
     folder = args.output
     corpus, checkpoints, board = folder / "corpus", folder / "checkpoints", folder / "tensorboard"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not Path(f"{corpus}.json").exists():
-        _step("demo-corpus", "--output", f"{corpus}.jsonl", "--overwrite")
-        _step(
-            "preprocess", "--input", f"{corpus}.jsonl", "--output", corpus, "--train-tokenizer", VOCABULARY,
-            "--validation-fraction", 0.05, "--overwrite",
-        )  # fmt: skip
+    write_corpus(folder)
     batch = ["--micro-batch-size", SEQUENCES // args.processes, "--global-batch-size", SEQUENCES]
-    data = [
-        "--tokenizer-model", f"{corpus}-tokenizer", "--train-data-path", f"{corpus}-train", "--valid-data-path",
-        f"{corpus}-valid", "--data-cache-path", folder / "data-cache",
-    ]  # fmt: skip
+    data = data_options(folder, corpus)
     files = ["--save", checkpoints, "--load", checkpoints, "--tensorboard-dir", board, "--log-file", folder / "log.txt"]
     launch = ["-m", "linear_moe.entry.launch", "--nproc-per-node", args.processes, "--master-port", free_port(), "-m"]
     run_to_end(
@@ -91,6 +82,26 @@ def demo(args: argparse.Namespace) -> None:
     export, load = shlex.quote(str(folder / "hf")), shlex.quote(str(checkpoints))
     print(f"next:  linear-moe convert-to-hf --load {load} --save {export}")
     print(f'       linear-moe generate --load {export} --prompt "def forward(self"')
+
+
+def write_corpus(folder: Path) -> None:
+    """Writes the corpus and its tokens into a folder that does not have them."""
+    corpus = folder / "corpus"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not Path(f"{corpus}.json").exists():
+        _step("demo-corpus", "--output", f"{corpus}.jsonl", "--overwrite")
+        _step(
+            "preprocess", "--input", f"{corpus}.jsonl", "--output", corpus, "--train-tokenizer", VOCABULARY,
+            "--validation-fraction", 0.05, "--overwrite",
+        )  # fmt: skip
+
+
+def data_options(folder: Path, corpus: Path) -> list[object]:
+    """The options of a training on the corpus."""
+    return [
+        "--tokenizer-model", f"{corpus}-tokenizer", "--train-data-path", f"{corpus}-train", "--valid-data-path",
+        f"{corpus}-valid", "--data-cache-path", folder / "data-cache",
+    ]  # fmt: skip
 
 
 def free_port() -> int:

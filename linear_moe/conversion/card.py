@@ -34,16 +34,12 @@ TEMPLATE = """---
 library_name: transformers
 pipeline_tag: text-generation
 {front}tags:
-- mom
-- mixture-of-memories
-- linear-attention
-- arxiv:2502.13685
+{tags}- linear-attention
 ---
 
 # {title}
 
-A causal language model whose token mixer is [Mixture-of-Memories](https://arxiv.org/abs/2502.13685): every layer keeps
-several memory states and a router sends each token to a few of them. Decoding needs constant memory{except_attention}.
+{about} Decoding needs constant memory{except_attention}.
 
 ```python
 {code}
@@ -62,6 +58,9 @@ several memory states and a router sends each token to a few of them. Decoding n
 Written by linear-moe {version}{commit}.
 """
 
+MEMORIES = """A causal language model whose token mixer is [Mixture-of-Memories](https://arxiv.org/abs/2502.13685):
+every layer keeps several memory states and a router sends each token to a few of them."""
+ONE_MEMORY = "A causal language model whose layers keep one memory state each, with the update rule {rule}."
 
 FLA_FORMAT = """The weights are in the format of `fla.models.mom` of
 [flash-linear-attention](https://github.com/fla-org/flash-linear-attention), which loads them too.
@@ -113,14 +112,17 @@ def model_card(
     """
     code = CODE if tokenizer is None else CODE_WITH_TOKENIZER
     end = None if tokenizer is None else end_of_document(tokenizer)
+    routed = config["num_memories"] > 0
     prompt = "Once upon a time" if end is None else f"{tokenizer.convert_ids_to_tokens(end)}Once upon a time"
     return TEMPLATE.format(
         front=facts.front_matter(),
-        title=facts.name or "Mixture-of-Memories language model",
+        tags="- mom\n- mixture-of-memories\n- arxiv:2502.13685\n" if routed else "",
+        title=facts.name or f"{'Mixture-of-Memories' if routed else config['mom_backend']} language model",
+        about=MEMORIES if routed else ONE_MEMORY.format(rule=config["mom_backend"]),
         version=__version__,
         commit=f", commit {facts.commit}" if facts.commit else "",
         except_attention=", but for its softmax layers' cache" if config["attn"] else "",
-        format=FLA_FORMAT if _fla_has(config) else "",
+        format=FLA_FORMAT if routed and _fla_has(config) else "",
         code=code.format(name=json.dumps(facts.name or "."), prompt=json.dumps(prompt)),
         prompts="" if end is None else PROMPTS.format(end=end),
         model=_table(_model_facts(config, parameters, dtype)),
@@ -137,6 +139,7 @@ def _model_facts(config: dict, parameters: int, dtype: str) -> list[tuple[str, o
     attention = _attention_entries(config)
     softmax = sorted(layer for entry in attention for layer in entry["layers"] if layer < config["num_hidden_layers"])
     shared = " and a shared one" if config["shared_mem"] else ""
+    routed = config["num_memories"] > 0
     return [
         ("parameters", f"{parameters:,} ({dtype})"),
         ("layers", config["num_hidden_layers"]),
@@ -145,7 +148,7 @@ def _model_facts(config: dict, parameters: int, dtype: str) -> list[tuple[str, o
         ("MLP size", config["intermediate_size"]),
         ("experts", _experts(config["moe"]) if config["moe"] else None),
         ("layers of multi-token prediction", config["num_nextn_predict_layers"] or None),
-        ("memories", f"{config['num_memories']}{shared}, {config['topk']} chosen by a token"),
+        ("memories", f"{config['num_memories']}{shared}, {config['topk']} chosen by a token" if routed else "1"),
         (
             "memory heads",
             f"{config['num_heads']} of {config['head_dim']} x {config['head_dim'] * config['expand_v']:g}",

@@ -36,6 +36,8 @@ EXPORTABLE = {
     "glu_linear_offset": (0.0,),
     "activation_func_clamp_value": (None,),
 }
+TRANSFORMERS = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
+"""Architectures that `linear_moe.conversion.transformer_folders` turns into models with memories."""
 OLDER_TYPE = "mom_gated_deltanet"
 OLDER_KEYS = {"num_experts": "num_memories", "single_expert": "single_kv_proj", "use_gate": "use_output_gate"}
 """Keys of OpenSparseLLMs/MoM, and what FLA calls them."""
@@ -62,7 +64,7 @@ def config_from_arguments(args: Namespace, kinds: LayerKinds, vocab_size: int, t
         ConversionError: the model has something that the format lacks, or no layers that the format has.
     """
     mixer = getattr(args, "token_mixer", None) or "attention"
-    if (mixer == "mom") != bool(kinds.num_mom_layers):
+    if (mixer != "attention") != bool(kinds.num_mom_layers):
         found = "has MoM layers" if kinds.num_mom_layers else "has no MoM layer"
         raise ConversionError(f"the checkpoint was written with --token-mixer {mixer}, and {found}: it is not whole")
     for name, accepted in EXPORTABLE.items():
@@ -80,7 +82,8 @@ def config_from_arguments(args: Namespace, kinds: LayerKinds, vocab_size: int, t
     config = {"architectures": ["MomForCausalLM"], "model_type": "mom", "vocab_size": vocab_size}
     config |= {ours: getattr(args, theirs) for ours, theirs in KEYS} | FIXED
     config["num_hidden_layers"], config["num_nextn_predict_layers"] = kinds.num_layers, kinds.num_predictions
-    config["aux_loss_scale"] = _short(getattr(args, "mom_aux_loss_coeff", 0.0) * kinds.num_mom_layers / args.mom_topk)
+    coefficient = getattr(args, "mom_aux_loss_coeff", 0.0)
+    config["aux_loss_scale"] = _short(coefficient * kinds.num_mom_layers / max(1, args.mom_topk))
     config["tie_word_embeddings"] = not args.untie_embeddings_and_output_weights
     config["attn"] = attention_from_arguments(args, kinds)
     config["moe"] = experts_from_arguments(args, kinds)
@@ -110,7 +113,8 @@ def arguments_from_config(config: MomConfig, kinds: LayerKinds | None = None) ->
     args = Namespace(**{theirs: getattr(config, ours) for ours, theirs in KEYS})
     args.mom_aux_loss_coeff = _short(config.aux_loss_scale * config.topk / max(1, kinds.num_mom_layers))
     args.ffn_hidden_size = config.mlp_size
-    args.token_mixer = "mom" if kinds.num_mom_layers else "attention"
+    mixer = config.mom_backend if config.mixer_settings().alone else "mom"
+    args.token_mixer = mixer if kinds.num_mom_layers else "attention"
     args.untie_embeddings_and_output_weights = not config.tie_word_embeddings
     args.vocab_size = config.vocab_size
     args.hf_config = {name: getattr(config, name) for name in ("vocab_size", *TOKEN_IDS)}
@@ -143,7 +147,10 @@ def parse_config(content: dict, tensor_names: set[str]) -> MomConfig:
     content = from_older_format(content)
     if content.get("model_type") != "mom":
         found = content.get("model_type")
-        raise ConversionError(f"not a Mixture-of-Memories model: config.json has model_type {shown(found)}")
+        raise ConversionError(
+            f"not a Mixture-of-Memories model: config.json has model_type {shown(found)}; convert_from_hf.py also "
+            f"takes Transformers, {', '.join(TRANSFORMERS)}"
+        )
     for key in ("dtype", "torch_dtype"):
         if content.get(key) not in (None, *DTYPES):
             raise ConversionError(f"config.json: {key} must be {', '.join(DTYPES)} or null, got {shown(content[key])}")

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from linear_moe.conversion.config import OLDER_TYPE, layout_of, parse_config
 from linear_moe.conversion.digests import listed
 from linear_moe.conversion.files import ConversionError, read_json
+from linear_moe.conversion.fla_types import FlaWeights, content_from_fla, is_fla_type
 from linear_moe.conversion.names import Entry, Layout, entries
 from linear_moe.conversion.weights import Weights, check_finite
 from mom_layers.hf import MomForCausalLM
@@ -23,16 +24,22 @@ UNUSED_WEIGHT = ".attn.D"
 
 
 def read_model(folder: Path) -> tuple[MomConfig, Weights, list[Entry]]:
-    """A folder's configuration, its weights, and the table of the tensors that the configuration describes.
+    """A folder's configuration, its weights, and the table of the tensors that the configuration describes; all as of
+    a "mom" model where the folder is of one of FLA's types.
 
     The sizes in the configuration are compared with the tensors' shapes here. No tensor is read, and none is made.
 
     Raises ConversionError for a folder that is not a MoM model's, or whose weights are not what config.json describes.
     """
     content = read_json(folder / "config.json")
-    if content.get("model_type") not in MODEL_TYPES:
+    theirs = content.get("model_type")
+    if is_fla_type(theirs):
+        content = content_from_fla(content)
+    elif theirs not in MODEL_TYPES:
         parse_config(content, set())
     weights = Weights(folder)
+    if is_fla_type(theirs):
+        weights = FlaWeights(weights, theirs, content["num_heads"])
     config = parse_config(content, weights.names())
     check_counts(_counts(config), weights)
     layout = layout_of(config)
@@ -46,7 +53,7 @@ def _counts(config: MomConfig) -> dict[str, int]:
     counts = {"num_hidden_layers": config.num_hidden_layers}
     if (moe := config.moe_spec()) is not None:
         counts["num_experts"] = moe.num_experts * len(moe.layers)
-    if config.num_mom_layers and not config.single_kv_proj:
+    if config.num_mom_layers and config.num_memories and not config.single_kv_proj:
         counts["num_memories"] = config.num_memories
     return counts
 

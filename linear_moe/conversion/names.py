@@ -152,18 +152,27 @@ def _per_memory(letter: str, megatron: str, rows: str) -> WeightRow:
     )
 
 
+def _projection_alone(letter: str, megatron: str, rows: str) -> WeightRow:
+    return _mom(f"in_proj.weight.{megatron}", f"{letter}_proj.weight", f"{rows} hidden")
+
+
 def _mom(megatron: str, hf: str, dims: str, **kwargs) -> WeightRow:
     return WeightRow(f"self_attention.{megatron}", ((f"attn.{hf}", dims),), layers="mom", **kwargs)
 
 
-def weight_rows(rule: MemoryRule) -> tuple[WeightRow, ...]:
-    """The table for models whose memories have this rule: before the layers, in them, after them."""
-    gates = [_per_memory(gate.hf, gate.name, f"gate.{gate.name}") for gate in rule.raw_gates]
+def weight_rows(rule: MemoryRule, *, alone: bool = False) -> tuple[WeightRow, ...]:
+    """The table for models whose memories have this rule: before the layers, in them, after them.
+
+    alone: the layers have one memory and no router.
+    """
+    project = _projection_alone if alone else _per_memory
+    gates = [project(gate.hf, gate.name, f"gate.{gate.name}") for gate in rule.raw_gates]
     parameters = [
         _mom(name, name, " ".join(["heads", *(f"{name}.{i}" for i in range(len(shape)))]), exact=True)
         for name, shape in rule.parameter_shapes(1).items()
     ]
-    layers = (*MIXER, *gates, *parameters, *ATTENTION, *LATENT_ATTENTION, *MLP, *EXPERTS)
+    mixer = MIXER_ALONE if alone else MIXER
+    layers = (*mixer, *gates, *parameters, *ATTENTION, *LATENT_ATTENTION, *MLP, *EXPERTS)
     return (*BEFORE_THE_LAYERS, *PREDICTION, *layers, *AFTER_THE_LAYERS)
 
 
@@ -179,18 +188,29 @@ BEFORE_THE_LAYERS = (
     WeightRow("embedding.word_embeddings.weight", (("model.embeddings.weight", "vocabulary hidden"),),
               layers=None, padded=True),
 )  # fmt: skip
+INNER = (
+    _mom("q_conv", "q_conv1d.weight", "keys one width", transform=CHANNELS),
+    _mom("k_conv", "k_conv1d.weight", "keys one width", transform=CHANNELS),
+    _mom("v_conv", "v_conv1d.weight", "values one width", transform=CHANNELS),
+    _mom("norm_weight", "o_norm.weight", "value"),
+    _mom("out_proj.weight", "o_proj.weight", "hidden values"),
+)
 MIXER = (
     WeightRow("input_layernorm.weight", (("attn_norm.weight", "hidden"),), layers="mom"),
     _mom("router.weight", "gate.weight", "memories hidden"),
     _mom("in_proj.weight.query", "q_proj.weight", "keys hidden"),
     _per_memory("k", "key", "keys"),
     _per_memory("v", "value", "values"),
-    _mom("q_conv", "q_conv1d.weight", "keys one width", transform=CHANNELS),
-    _mom("k_conv", "k_conv1d.weight", "keys one width", transform=CHANNELS),
-    _mom("v_conv", "v_conv1d.weight", "values one width", transform=CHANNELS),
     _mom("in_proj.weight.gate", "g_proj.weight", "values hidden"),
-    _mom("norm_weight", "o_norm.weight", "value"),
-    _mom("out_proj.weight", "o_proj.weight", "hidden values"),
+    *INNER,
+)
+MIXER_ALONE = (
+    WeightRow("self_attention.in_proj.layer_norm_weight", (("attn_norm.weight", "hidden"),), layers="mom"),
+    _projection_alone("q", "query", "keys"),
+    _projection_alone("k", "key", "keys"),
+    _projection_alone("v", "value", "values"),
+    _projection_alone("g", "output_gate", "values"),
+    *INNER,
 )
 INPUT_NORM, MLP_NORM = "input_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
 
@@ -351,7 +371,10 @@ class Entry:
 
 def entries(layout: Layout) -> Iterator[Entry]:
     """Every tensor of a model, in the order of its layers: what comes before them, the layers, what comes after."""
-    rows = [row for row in weight_rows(get_rule(layout.memory_rule)) if row.when in (None, *layout.options)]
+    rows = weight_rows(get_rule(layout.memory_rule), alone=layout.num_memories == 0)
+    rows = [row for row in rows if row.when in (None, *layout.options)]
+    if layout.dims["width"] == 1:  # no convolutions
+        rows = [row for row in rows if "width" not in row.hf[0][1].split()]
     yield from _model_entries(BEFORE_THE_LAYERS, layout)
     for layer, kinds in enumerate(zip(layout.mixers, layout.mlps, strict=True)):
         for row in rows:

@@ -167,7 +167,7 @@ def _config_arguments(args: Namespace, known: set[str]) -> dict:
     if not getattr(args, "group_query_attention", True):
         stored.pop("num_query_groups", None)
     mixer = getattr(args, "token_mixer", None) or "attention"
-    if mixer != "mom":
+    if mixer == "attention":
         stored.pop("linear_attention_freq", None)
     if getattr(args, "multi_latent_attention", False) and getattr(args, "q_lora_rank", None) is None:
         stored["q_lora_rank"] = None

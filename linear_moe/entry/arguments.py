@@ -12,14 +12,14 @@ import os
 from dataclasses import fields
 
 from linear_moe.config import (
-    MOM_REFUSES,
     OUR_SPEC,
     MomTransformerConfig,
     check_expert_parallel,
     describe_memories,
     expert_exchange,
     has_memories,
-    refuse,
+    refuse_beside_mixer,
+    settle_token_mixer,
     splits_memories,
 )
 from linear_moe.entry import attention_options, cpu_options, hybrid_pattern
@@ -118,21 +118,27 @@ def repair_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def fill_mom_arguments(args: argparse.Namespace) -> None:
-    """Sets every argument of ours that neither the command line nor a checkpoint set to its default."""
+    """Sets every argument of ours that neither the command line nor a checkpoint set: to its default, or to what a
+    token mixer of one memory has.
+
+    Raises ValueError for an argument that the chosen token mixer does not have.
+    """
+    args.token_mixer = getattr(args, "token_mixer", None) or DEFAULTS["token_mixer"]
+    settle_token_mixer(args, {})
     for name in OURS:
         if getattr(args, name, None) is None:
             setattr(args, name, DEFAULTS[name])
 
 
 def check_model(args: argparse.Namespace) -> None:
-    """Raises ValueError for arguments that --token-mixer mom does not work with: they would build another model, stop
+    """Raises ValueError for arguments that our token mixers do not work with: they would build another model, stop
     in the middle of start-up, or replay the documents of another batch.
     """
     spec = None if args.spec is None else " ".join(args.spec)
     pattern = args.hybrid_layer_pattern
     packed = args.sft or releases.argument(args, "dataloader_inter_document_masking")
     graphs = args.cuda_graph_impl != "none" or args.enable_cuda_graph or args.external_cuda_graph
-    refuse(MOM_REFUSES, [
+    refuse_beside_mixer(args, [
         (spec and not pattern and spec != OUR_SPEC, f"--spec {spec}", f"leave it out, or {OUR_SPEC}"),
         ((args.reset_attention_mask or args.reset_position_ids) and not packed,
          "--reset-attention-mask" if args.reset_attention_mask else "--reset-position-ids",
@@ -154,7 +160,7 @@ def send_shapes(args: argparse.Namespace) -> None:
     packed = args.sft or releases.argument(args, "dataloader_inter_document_masking")
     if packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1:
         if args.moe_token_dispatcher_type == "allgather":
-            refuse(MOM_REFUSES, [(
+            refuse_beside_mixer(args, [(
                 args.num_experts,
                 f"packed documents, --pipeline-model-parallel-size {args.pipeline_model_parallel_size}, "
                 f"--micro-batch-size {args.micro_batch_size} and --moe-token-dispatcher-type allgather",
@@ -171,12 +177,12 @@ def check_context_parallel(args: argparse.Namespace) -> None:
     attention (multi-token prediction's too) cannot cut: it cuts every document into equal chunks, for which only the
     rows of ``--sft`` are padded.
     """
-    if args.token_mixer != "mom" or args.context_parallel_size == 1:
+    if not has_memories(args) or args.context_parallel_size == 1:
         return
     split = f"--context-parallel-size {args.context_parallel_size}"
     packed = releases.argument(args, "dataloader_inter_document_masking")
     softmax = hybrid_pattern.has_softmax_layers(args)
-    refuse(MOM_REFUSES, [
+    refuse_beside_mixer(args, [
         (softmax and args.transformer_impl == "local",
          f"softmax attention layers, --transformer-impl local and {split}",
          "local attention cannot split a sequence: make every layer MoM, or use --transformer-impl "
@@ -193,7 +199,7 @@ def compare_layers(args: argparse.Namespace, saved: argparse.Namespace) -> None:
     """Raises ValueError where a checkpoint's layers are not those of the command line. A GPT model and a hybrid model
     may have the same layers.
     """
-    if "mom" not in (args.token_mixer, getattr(saved, "token_mixer", None)):
+    if not has_memories(args) and (getattr(saved, "token_mixer", None) or "attention") == "attention":
         return
     if getattr(args, "hybrid_layer_pattern", None) is None and getattr(saved, "hybrid_layer_pattern", None) is None:
         _compare_values(args, saved, "linear_attention_freq", None)
@@ -225,7 +231,7 @@ def compare_with_checkpoint(args: argparse.Namespace, saved: argparse.Namespace)
     for name in SHAPE:
         _compare_values(args, saved, name, DEFAULTS[name])
     theirs, mine = (getattr(holder, "tensor_model_parallel_size", 1) for holder in (saved, args))
-    if args.token_mixer == "mom" and getattr(args, "use_megatron_fsdp", False) and theirs != mine:
+    if has_memories(args) and getattr(args, "use_megatron_fsdp", False) and theirs != mine:
         raise ValueError(
             f"--tensor-model-parallel-size {mine}: the checkpoint was written with {theirs}, and Megatron FSDP's "
             f"checkpoints hold the memories' projections as the ranks had them: give {theirs}"
@@ -289,7 +295,9 @@ def restore_from_checkpoint(args: argparse.Namespace, saved: argparse.Namespace)
             setattr(args, name, theirs)
         elif theirs is not None and mine != theirs and name not in SHAPE:
             logger.info("%s %s, of the command line, wins over the checkpoint's %s", option(name), mine, theirs)
-    if held.get("token_mixer") == "mom":  # every MoM layer has a norm, and the argument's default is a number
+    if (
+        held.get("token_mixer", "attention") != "attention"
+    ):  # every such layer has a norm, and the argument's default is a number
         args.layernorm_epsilon = saved.layernorm_epsilon
 
 
@@ -302,7 +310,7 @@ def _validate(validate_args, args, *positional, **keywords):
     hybrid_pattern.choose_token_mixer(args)
     fill_mom_arguments(args)
     cpu_options.use_counterparts(args)
-    if args.token_mixer != "mom":
+    if not has_memories(args):
         return validate_args(args, *positional, **keywords)
     check_values(args)  # before the checks that compute with the values
     hybrid_pattern.use_present_name(args)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from linear_moe.config import MOM_REFUSES, refuse
+from linear_moe.config import refuse_beside_mixer
 from linear_moe.entry.hybrid_pattern import has_softmax_layers, whole_pattern
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ def check_attention(args: argparse.Namespace) -> None:
     pattern = whole_pattern(args)
     plain_hybrid = pattern is not None and args.multi_latent_attention and "*" in pattern
     mixed = args.heterogeneous_layers_config_path or args.heterogeneous_layers_config_encoded_json
-    refuse(MOM_REFUSES, [
+    refuse_beside_mixer(args, [
         (
             mixed, "--heterogeneous-layers-config-path",
             "that file chooses each layer's attention: leave the option out, and use --linear-attention-freq",

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from linear_moe.config import describe_memories, has_memories
+from linear_moe.config import describe_memories, has_memories, has_router
 from linear_moe.entry.log import QuietStreams, found_parts
 from megatron_patches.patch import applied
+from mom_layers.recur.rules import get_rule
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -80,17 +81,24 @@ def facts(args, parameters: int, tokens: dict[str, int], log: Path | None) -> di
         "machine": found_parts(),
         "patches": f"{len(applied())} changes to Megatron, named in the log",
         "log": str(log) if log else "in memory, and shown if the run fails: give --log-file or --save",
+        **_cost(args),
     }
+
+
+def _cost(args) -> dict[str, str]:
+    """A line about a rule whose recurrence has no kernels."""
+    cost = get_rule(args.mom_rule).cost_without_kernels if has_memories(args) else None
+    return {} if cost is None else {"slow": f"the update rule {args.mom_rule} has no kernels: {cost}"}
 
 
 def _mixer(args) -> str:
     if not has_memories(args):
         return "softmax attention"
+    heads = f"{args.mom_num_heads} heads of {args.mom_head_dim}"
+    if not has_router(args):
+        return f"{args.token_mixer}, one memory, {heads}"
     shared = " and a shared one" if args.mom_shared_memory else ""
-    return (
-        f"MoM ({args.mom_rule}), {args.mom_num_memories} memories{shared}, top-{args.mom_topk}, {args.mom_num_heads} "
-        f"heads of {args.mom_head_dim}"
-    )
+    return f"MoM ({args.mom_rule}), {args.mom_num_memories} memories{shared}, top-{args.mom_topk}, {heads}"
 
 
 def _layers(args) -> str:

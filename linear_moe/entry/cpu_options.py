@@ -8,6 +8,8 @@ import logging
 
 import torch
 
+from linear_moe.config import has_memories
+
 logger = logging.getLogger(__name__)
 
 COUNTERPARTS = (
@@ -82,6 +84,6 @@ def use_counterparts(args: argparse.Namespace) -> None:
         logger.info("nvidia-resiliency-ext is not installed: --async-strategy nvrx becomes mcore")
         args.async_strategy = "mcore"
     spec = " ".join(args.spec or [])
-    if args.token_mixer == "mom" and spec in TRANSFORMER_ENGINE_STACKS:
+    if has_memories(args) and spec in TRANSFORMER_ENGINE_STACKS:
         logger.info("no GPU: --spec %s becomes a stack of the same layers with local modules", spec)
         args.spec = None

@@ -26,7 +26,7 @@ from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from linear_moe.config import MomTransformerConfig
+from linear_moe.config import MomTransformerConfig, has_memories
 from linear_moe.entry.hybrid_pattern import all_mixers_are_memories
 from linear_moe.parallel.document_order import tokens_of_rank
 from linear_moe.tokens import vocabulary_size
@@ -180,7 +180,7 @@ def cuts_contiguously(args) -> bool:
     Softmax attention computes on Megatron's zigzag, which gives every rank the same work. Multi-token prediction has a
     softmax attention layer.
     """
-    if args.context_parallel_size == 1 or args.token_mixer != "mom" or args.mtp_num_layers:
+    if args.context_parallel_size == 1 or not has_memories(args) or args.mtp_num_layers:
         return False
     pattern = args.hybrid_layer_pattern
     memories = (

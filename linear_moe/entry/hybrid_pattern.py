@@ -9,7 +9,7 @@ import logging
 import torch
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
-from linear_moe.config import MOM_REFUSES, MomTransformerConfig, has_memories, refuse
+from linear_moe.config import MomTransformerConfig, has_memories, refuse_beside_mixer
 from linear_moe.pattern import (
     GATED_DELTA_NET,
     MEMORY,
@@ -147,12 +147,13 @@ def check_pattern(args: argparse.Namespace) -> None:
         first, rest = pattern.split(PREDICTION)[0], pattern.partition(PREDICTION)[1:]
         raise ValueError(
             f"{given} has no layer with memories: write {MEMORY} for each layer that is to have memories, for example "
-            f"--hybrid-layer-pattern '{with_a_memory_layer(first)}{''.join(rest)}', or leave out --token-mixer mom"
+            f"--hybrid-layer-pattern '{with_a_memory_layer(first)}{''.join(rest)}', or leave out --token-mixer "
+            f"{args.token_mixer}"
         )
     freq = args.linear_attention_freq
     local = args.transformer_impl == "local" and not args.spec
     with_engine = "use --transformer-impl transformer_engine"
-    refuse(MOM_REFUSES, [
+    refuse_beside_mixer(args, [
         (
             freq is not None, f"--linear-attention-freq {freq} and {given}",
             "the pattern names every layer's mixer: leave out --linear-attention-freq",

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from linear_moe.config import has_memories
 from linear_moe.temporary import replaced_file
 from mom_layers.kernel_problems import kernel_problem
 from mom_layers.selftest.cases import Line
@@ -54,7 +55,7 @@ def check_kernels(args) -> None:
     Args:
         args: Megatron's, validated, with our arguments filled.
     """
-    if args.token_mixer == "mom" and args.mom_kernels != "torch" and torch.cuda.is_available():
+    if has_memories(args) and args.mom_kernels != "torch" and torch.cuda.is_available():
         problem = kernel_problem(settings_of(args), args.params_dtype, torch.device("cuda", _device()))
         if problem is not None:
             raise KernelError(problem)
@@ -81,7 +82,7 @@ def is_wanted(args) -> bool:
     """Whether a run launches Triton kernels, and the user lets them be checked."""
     if getattr(args, "kernel_check", None) is False or os.environ.get(VARIABLE, "1").lower() in ("0", "false"):
         return False
-    return args.token_mixer == "mom" and args.mom_kernels != "torch" and torch.cuda.is_available()
+    return has_memories(args) and args.mom_kernels != "torch" and torch.cuda.is_available()
 
 
 def settings_of(args) -> MixerSettings:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 import megatron_patches
-from linear_moe.config import configure, has_memories
+from linear_moe.config import configure, has_memories, has_router
 from linear_moe.entry import arguments, kernel_check, log, machine
 from megatron_patches import releases
 from megatron_patches.patch import Patch, applied, apply_all, undo_all, wrap
@@ -43,7 +43,7 @@ def _stack(config, chosen):
 
 
 def _routed_memories(config) -> int | None:
-    return config.mom_num_memories if has_memories(config) else None
+    return config.mom_num_memories if has_router(config) else None
 
 
 def _choose_layers(default_layer_spec, model_config, vp_stage):
@@ -65,15 +65,15 @@ def require_memories(model: Iterable[torch.nn.Module]) -> None:
 
     model: the parts of the model that this process holds; a pipeline stage may have no layer with memories.
     """
-    from linear_moe.layer.mixer import MomTokenMixer
+    from linear_moe.layer.recurrent_mixer import RecurrentTokenMixer
 
-    here = any(isinstance(module, MomTokenMixer) for part in model for module in part.modules())
+    here = any(isinstance(module, RecurrentTokenMixer) for part in model for module in part.modules())
     found = torch.tensor([float(here)], device=torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(found)
     if not found.item():
         raise RuntimeError(
-            "--token-mixer mom: no layer of the model that this script built has memories; run a script that builds "
+            "--token-mixer: no layer of the model that this script built has memories; run a script that builds "
             "its model as pretrain_gpt.py and pretrain_hybrid.py do"
         )
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from linear_moe.config import MomTransformerConfig
-from linear_moe.layer.mixer import MomTokenMixer, MomTokenMixerSubmodules
+from linear_moe.config import MomTransformerConfig, has_router
+from linear_moe.layer.mixer import MomTokenMixer
 from linear_moe.layer.norm import TorchNorm
+from linear_moe.layer.one_memory import OneMemoryTokenMixer
+from linear_moe.layer.recurrent_mixer import TokenMixerSubmodules
 
 
 def _backend(config: MomTransformerConfig):
@@ -40,14 +43,40 @@ def _layer_ids(config: MomTransformerConfig, vp_stage: int | None, count: int) -
     return list(range(first, first + count))
 
 
-def mom_mixer_spec(config: MomTransformerConfig) -> ModuleSpec:
-    """The token mixer, with Transformer Engine's or local linear layers."""
+@dataclass(frozen=True)
+class MixerSpec:
+    """The token mixer of a layer, the norm before the mixer, and the norm's names in a checkpoint.
+
+    Attributes:
+        mixer: with Transformer Engine's or local linear layers.
+        norm: a module of its own; nothing where the mixer's input projection holds the norm.
+        keys: prefixes of names in the layer, and what a checkpoint says instead.
+    """
+
+    mixer: ModuleSpec
+    norm: ModuleSpec | type
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+def mixer_spec(config: MomTransformerConfig) -> MixerSpec:
+    """The token mixer that the configuration chooses.
+
+    A router reads the normed tokens too, so that the norm of a MoM layer is a module. In a layer of one memory only the
+    input projection reads them: Transformer Engine has a module for norm and projection together, whose names the
+    checkpoint has with every backend.
+    """
     backend = _backend(config)
-    return ModuleSpec(
-        module=MomTokenMixer,
-        submodules=MomTokenMixerSubmodules(
-            in_proj=backend.column_parallel_linear(), out_proj=backend.row_parallel_linear()
-        ),
+    if has_router(config):
+        linear = TokenMixerSubmodules(in_proj=backend.column_parallel_linear(), out_proj=backend.row_parallel_linear())
+        return MixerSpec(ModuleSpec(module=MomTokenMixer, submodules=linear), input_norm(config))
+    together = backend.column_parallel_layer_norm_linear()
+    linear = TokenMixerSubmodules(
+        in_proj=together or backend.column_parallel_linear(), out_proj=backend.row_parallel_linear()
+    )
+    return MixerSpec(
+        ModuleSpec(module=OneMemoryTokenMixer, submodules=linear),
+        IdentityOp if together else input_norm(config),
+        {} if together else {"input_layernorm.": "self_attention.in_proj.layer_norm_"},
     )
 
 
@@ -59,8 +88,8 @@ def input_norm(config: MomTransformerConfig):
 
 def mom_block_spec(config: MomTransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Decoder layers of this pipeline stage: Megatron's own layers for the configuration (Transformer Engine's or local
-    modules, dense or MoE MLPs), with Mixture-of-Memories as the token mixer of the layers in
-    ``config.mom_layer_pattern``.
+    modules, dense or MoE MLPs), with Mixture-of-Memories, or one memory of an update rule, as the token mixer of the
+    layers in ``config.mom_layer_pattern``.
     """
     block = get_gpt_decoder_block_spec(
         config,
@@ -69,7 +98,7 @@ def mom_block_spec(config: MomTransformerConfig, vp_stage: int | None = None) ->
         qk_l2_norm=config.qk_l2_norm,
         vp_stage=vp_stage,
     )
-    mixer, norm = mom_mixer_spec(config), input_norm(config)
+    ours = mixer_spec(config)
     pattern = config.mom_layer_pattern()
     layers = []
     for layer_id, layer in zip(_layer_ids(config, vp_stage, len(block.layer_specs)), block.layer_specs, strict=True):
@@ -82,10 +111,11 @@ def mom_block_spec(config: MomTransformerConfig, vp_stage: int | None = None) ->
             keys = submodules.sharded_state_dict_keys_map
             submodules = replace(
                 submodules,
-                input_layernorm=norm,
-                self_attention=mixer,
-                # The norm is a module of the layer. In Megatron's attention layers a fused projection holds the norm.
-                sharded_state_dict_keys_map={k: v for k, v in keys.items() if not k.startswith("input_layernorm.")},
+                input_layernorm=ours.norm,
+                self_attention=ours.mixer,
+                # In place of what Megatron calls the norm of its attention layers.
+                sharded_state_dict_keys_map={k: v for k, v in keys.items() if not k.startswith("input_layernorm.")}
+                | ours.keys,
             )
         layers.append(replace(layer, submodules=submodules))
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(block.layer_norm))

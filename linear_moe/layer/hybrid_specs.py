@@ -28,12 +28,12 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from linear_moe.config import MomTransformerConfig
-from linear_moe.layer.decoder_layers import input_norm, mom_mixer_spec
+from linear_moe.layer.decoder_layers import input_norm, mixer_spec
 from linear_moe.layer.memory_symbol import MemoryStackSubmodules
 
 
 def hybrid_stack_spec(config: MomTransformerConfig, chosen: ModuleSpec | None) -> ModuleSpec:
-    """Layers of a hybrid model with MoM for the symbol R.
+    """Layers of a hybrid model with our token mixer for the symbol R.
 
     Args:
         config: configuration of the model.
@@ -43,12 +43,14 @@ def hybrid_stack_spec(config: MomTransformerConfig, chosen: ModuleSpec | None) -
     """
     if chosen is None:
         chosen = _local_stack(config) if config.transformer_impl == "local" else _transformer_engine_stack(config)
+    ours = mixer_spec(config)
     mom_layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=input_norm(config),
-            self_attention=mom_mixer_spec(config),
+            input_layernorm=ours.norm,
+            self_attention=ours.mixer,
             self_attn_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=ours.keys,
         ),
     )
     return replace(chosen, submodules=MemoryStackSubmodules.beside(chosen.submodules, mom_layer))

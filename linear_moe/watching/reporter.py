@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from megatron.training import training
 
-from linear_moe.config import has_memories
+from linear_moe.config import has_router
 from linear_moe.watching.flops import FLOPS_TARGET, device_peak_flops
 from linear_moe.watching.lines import memory_line, other_fields, step_line, validation_line
 from linear_moe.watching.metrics import memory_metrics, scalars, summarize, write, write_layout
@@ -105,7 +105,7 @@ class Reporter:
         if not (prints or plots):
             return report_memory_flag
         now = self.training_seconds(just_read=prints)
-        if has_memories(settings):
+        if has_router(settings):
             layers = settings.num_layers + (settings.mtp_num_layers or 0)
             routing = memory_metrics().collect(layers, settings.mom_num_memories)
             self.since_line.add_routing(routing)
@@ -160,7 +160,7 @@ class AddedLineReporter(Reporter):
         )
 
     def due(self, settings, call: dict) -> tuple[bool, bool]:
-        due = has_memories(settings) and call["iteration"] % settings.log_interval == 0
+        due = has_router(settings) and call["iteration"] % settings.log_interval == 0
         return due, due
 
     def print_line(self, settings, call: dict, now: float) -> None:

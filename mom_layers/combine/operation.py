@@ -17,11 +17,19 @@ from mom_layers.common.supported import FLOAT_TYPES, HEAD_SIZES
 
 def _check(o, weights, row_of_choice, output_gate, norm_weight, eps, kernels) -> None:
     check_tensors(FLOATING, o=o)
-    check_tensors(FLOATING, o.device, weights=weights, output_gate=output_gate, norm_weight=norm_weight)
-    check_tensors(WHOLE, o.device, row_of_choice=row_of_choice)
+    check_tensors(FLOATING, o.device, output_gate=output_gate, norm_weight=norm_weight)
     check_number(eps=eps)
     if eps < 0:
         raise ValueError(f"eps must not be negative, got {eps}")
+    if weights is None and row_of_choice is None:
+        if o.dim() != 3:
+            raise ValueError(f"o must be [N, H, V], got {list(o.shape)}")
+        _check_sizes(o, o.shape[0], output_gate, norm_weight, kernels)
+        return
+    if weights is None:
+        weights = o.new_empty(row_of_choice.shape[0], 0, dtype=torch.float32)
+    check_tensors(FLOATING, o.device, weights=weights)
+    check_tensors(WHOLE, o.device, row_of_choice=row_of_choice)
     if row_of_choice.dim() != 2 or row_of_choice.dtype != torch.int32:
         raise ValueError(
             f"row_of_choice must be int32 [N, k or k + 1], got {row_of_choice.dtype} {list(row_of_choice.shape)}"
@@ -33,12 +41,18 @@ def _check(o, weights, row_of_choice, output_gate, norm_weight, eps, kernels) ->
         raise ValueError(
             f"o must be [{tokens * choices}, H, V] for {tokens} tokens of {choices} choices, got {list(o.shape)}"
         )
+    check_range(0, o.shape[0], row_of_choice=row_of_choice)
+    if kernels == "triton" and weights.dtype != torch.float32:
+        raise ValueError(f"weights must be float32 for kernels='triton', got {weights.dtype}")
+    _check_sizes(o, tokens, output_gate, norm_weight, kernels)
+
+
+def _check_sizes(o, tokens, output_gate, norm_weight, kernels) -> None:
     _, heads, size = o.shape
     if output_gate.shape != (tokens, heads, size):
         raise ValueError(f"output_gate must be {[tokens, heads, size]}, got {list(output_gate.shape)}")
     if norm_weight.shape != (size,):
         raise ValueError(f"norm_weight must be [{size}], got {list(norm_weight.shape)}")
-    check_range(0, o.shape[0], row_of_choice=row_of_choice)
     if kernels == "torch":
         return
     for name, tensor in (("o", o), ("output_gate", output_gate), ("norm_weight", norm_weight)):
@@ -46,8 +60,6 @@ def _check(o, weights, row_of_choice, output_gate, norm_weight, eps, kernels) ->
             raise ValueError(f"{name} must be float32, bfloat16 or float16 for kernels='triton', got {tensor.dtype}")
     if size not in HEAD_SIZES:
         raise ValueError(f"o must have a value size V in {HEAD_SIZES} for kernels='triton', got {size}")
-    if weights.dtype != torch.float32:
-        raise ValueError(f"weights must be float32 for kernels='triton', got {weights.dtype}")
     if output_gate.numel() and output_gate.stride(2) != 1:
         raise ValueError(
             "output_gate must have adjacent values for kernels='triton', "
@@ -76,12 +88,15 @@ class _Combine(torch.autograd.Function):
 
 def _combine_torch(o, weights, row_of_choice, output_gate, norm_weight, eps):
     dtype = compute_dtype(o.dtype)
-    rows = o.index_select(0, row_of_choice.flatten()).unflatten(0, row_of_choice.shape).to(dtype)
-    topk = weights.shape[1]
-    mixed = (rows[:, :topk] * weights.to(dtype)[:, :, None, None]).sum(1)
-    # The shared memory's row is the last choice and has no weight.
-    if row_of_choice.shape[1] > topk:
-        mixed = mixed + rows[:, topk]
+    if row_of_choice is None:
+        mixed = o.to(dtype)
+    else:
+        rows = o.index_select(0, row_of_choice.flatten()).unflatten(0, row_of_choice.shape).to(dtype)
+        topk = 0 if weights is None else weights.shape[1]
+        # The shared memory's row is the last choice and has no weight.
+        mixed = rows[:, topk] if row_of_choice.shape[1] > topk else 0.0
+        if topk:
+            mixed = mixed + (rows[:, :topk] * weights.to(dtype)[:, :, None, None]).sum(1)
     # RMSNorm over the values of a head, then the output gate.
     mixed = mixed * torch.rsqrt((mixed * mixed).mean(-1, keepdim=True) + eps) * norm_weight.to(dtype)
     return (mixed * F.silu(output_gate.to(dtype))).to(o.dtype)
@@ -89,8 +104,8 @@ def _combine_torch(o, weights, row_of_choice, output_gate, norm_weight, eps):
 
 def combine(
     o: torch.Tensor,
-    weights: torch.Tensor,
-    row_of_choice: torch.Tensor,
+    weights: torch.Tensor | None,
+    row_of_choice: torch.Tensor | None,
     output_gate: torch.Tensor,
     norm_weight: torch.Tensor,
     *,
@@ -103,9 +118,9 @@ def combine(
 
     Args:
         o: [R, H, V] outputs of the memories, one of every row.
-        weights: [N, k] the router's weights.
+        weights: [N, k] the router's weights; None without routed memories.
         row_of_choice: [N, k + 1] int32, every token's rows; the last is the shared memory's, whose weight is 1. [N, k]
-            without the shared memory. Every row belongs to one choice.
+            without the shared memory. Every row belongs to one choice. None where row n is token n's only row.
         output_gate: [N, H, V] before SiLU.
         norm_weight: [V].
         eps: added to the mean square.
@@ -122,6 +137,5 @@ def combine(
     _check(o, weights, row_of_choice, output_gate, norm_weight, eps, kernels)
     if kernels == "torch":
         return _combine_torch(o, weights, row_of_choice, output_gate, norm_weight, eps)
-    return _Combine.apply(
-        o.contiguous(), weights.contiguous(), row_of_choice.contiguous(), output_gate, norm_weight.contiguous(), eps
-    )
+    weights, row_of_choice = (None if x is None else x.contiguous() for x in (weights, row_of_choice))
+    return _Combine.apply(o.contiguous(), weights, row_of_choice, output_gate, norm_weight.contiguous(), eps)

@@ -4,7 +4,8 @@
     y = m rstd * norm_weight * SiLU(output gate)
 
 Shape legend: R rows, N tokens, H heads, V values of a head, k routed memories that a token goes to, CHOICES = k + 1 (k
-without the shared memory). Tiles are BN tokens by V values, one head at a time.
+without the shared memory). Tiles are BN tokens by V values, one head at a time. Without weights and
+row_of_choice row n is token n's only row.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ def _rows_and_weights(weights, row_of_choice, b_n, m_n, TOPK: tl.constexpr, CHOI
     b_rows = ()
     b_w = ()
     for i_choice in tl.static_range(CHOICES):
-        b_rows = b_rows + (tl.load(row_of_choice + b_n * CHOICES + i_choice, mask=m_n, other=0).to(tl.int64),)
+        if row_of_choice is None:
+            b_rows = b_rows + (b_n,)
+        else:
+            b_rows = b_rows + (tl.load(row_of_choice + b_n * CHOICES + i_choice, mask=m_n, other=0).to(tl.int64),)
         if i_choice < TOPK:
             b_w = b_w + (tl.load(weights + b_n * TOPK + i_choice, mask=m_n, other=0.0),)
     return b_rows, b_w
@@ -150,21 +154,27 @@ def _backward_kernel(
                 p_do = do + (b_rows[i_choice] * H + i_h)[:, None] * V + b_v[None, :]
                 b_do = _weigh(b_w, b_dmixed, i_choice, TOPK)
                 tl.store(p_do, b_do.to(do.dtype.element_ty), mask=m_n[:, None])
-        p_dw = dweights + b_n[:, None] * TOPK + b_k[None, :]
-        tl.store(p_dw, b_dw, mask=m_n[:, None] & (b_k < TOPK)[None, :])
+        if dweights is not None:
+            p_dw = dweights + b_n[:, None] * TOPK + b_k[None, :]
+            tl.store(p_dw, b_dw, mask=m_n[:, None] & (b_k < TOPK)[None, :])
     tl.store(dnorm_weight + i_program * V + b_v, tl.sum(b_dnorm, axis=0))
+
+
+def _counts(weights, row_of_choice) -> tuple[int, int]:
+    """How many of a token's rows have a weight, and how many rows a token has."""
+    return 0 if weights is None else weights.shape[1], 1 if row_of_choice is None else row_of_choice.shape[1]
 
 
 def combine_forward(
     o: torch.Tensor,
-    weights: torch.Tensor,
-    row_of_choice: torch.Tensor,
+    weights: torch.Tensor | None,
+    row_of_choice: torch.Tensor | None,
     output_gate: torch.Tensor,
     norm_weight: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
     """The y [N, H, V] of :func:`mom_layers.combine.operation.combine`; all tensors but the output gate contiguous."""
-    (_, heads, size), (tokens, topk) = o.shape, weights.shape
+    (tokens, heads, size), topk, choices = output_gate.shape, *_counts(weights, row_of_choice)
     # A program has one head of its tokens.
     block = FORWARD_TILE_ELEMENTS // size
     y = torch.empty(tokens, heads, size, dtype=o.dtype, device=o.device)
@@ -182,7 +192,7 @@ def combine_forward(
         H=heads,
         V=size,
         TOPK=topk,
-        CHOICES=row_of_choice.shape[1],
+        CHOICES=choices,
         BN=block,
         num_warps=4,
     )
@@ -191,22 +201,22 @@ def combine_forward(
 
 def combine_backward(
     o: torch.Tensor,
-    weights: torch.Tensor,
-    row_of_choice: torch.Tensor,
+    weights: torch.Tensor | None,
+    row_of_choice: torch.Tensor | None,
     output_gate: torch.Tensor,
     norm_weight: torch.Tensor,
     dy: torch.Tensor,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """The gradients of o, weights, output_gate and norm_weight, each in its tensor's type; dy [N, H, V]."""
-    (_, heads, size), (tokens, topk) = o.shape, weights.shape
+    (tokens, heads, size), topk, choices = output_gate.shape, *_counts(weights, row_of_choice)
     block = BACKWARD_TILE_ELEMENTS // size
     # A program has all heads of its tokens, because a token's dw is a sum over the heads. A power of two of blocks:
     # Triton compiles a kernel for each number.
     blocks = triton.next_power_of_2(max(1, triton.cdiv(tokens, block * GRADIENT_PROGRAMS)))
     programs = triton.cdiv(tokens, block * blocks)
     do = torch.empty_like(o)
-    dweights = torch.empty_like(weights)
+    dweights = None if topk == 0 else torch.empty_like(weights)
     d_output_gate = torch.empty(output_gate.shape, dtype=output_gate.dtype, device=output_gate.device)
     dnorm_weight = torch.empty(programs, size, dtype=torch.float32, device=o.device)
     _backward_kernel[(programs,)](
@@ -228,9 +238,9 @@ def combine_backward(
         H=heads,
         V=size,
         TOPK=topk,
-        CHOICES=row_of_choice.shape[1],
+        CHOICES=choices,
         BN=block,
-        BK=triton.next_power_of_2(topk),
+        BK=triton.next_power_of_2(max(1, topk)),
         num_warps=4,
     )
     return do, dweights, d_output_gate, sum_parts(dnorm_weight, norm_weight.dtype)

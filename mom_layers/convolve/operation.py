@@ -33,8 +33,8 @@ def check_convolution(x, weight, plan, gather, unit_length_heads, initial_tail, 
         kind = "tokens" if gather else "rows"
         raise ValueError(f"x must be [{inputs}, C] for the {inputs} {kind} of this plan, got {list(x.shape)}")
     channels, heads = x.shape[1], unit_length_heads
-    if weight.dim() != 2 or weight.shape[0] != channels or weight.shape[1] < 2:
-        raise ValueError(f"weight must be [{channels}, W] with W >= 2, got {list(weight.shape)}")
+    if weight.dim() != 2 or weight.shape[0] != channels or weight.shape[1] < 1:
+        raise ValueError(f"weight must be [{channels}, W] with W >= 1, got {list(weight.shape)}")
     if heads is not None and (heads < 1 or channels % heads):
         raise ValueError(f"unit_length_heads must be a divisor of the {channels} channels, got {heads}")
     width = weight.shape[1]

@@ -23,6 +23,7 @@ FORWARD_RUN = 64
 BACKWARD_RUN = 128
 AHEAD = 4  # rows whose loads are under way together; not tuned
 TAIL_TILE = (16, 128)  # BS and BC; not tuned
+COPIED_COLUMNS = 64  # most columns that a program copies, a power of two; not tuned
 
 
 @triton.jit
@@ -119,7 +120,8 @@ def _walks(convolutions, plan, eps, columns):
         first.append(first[-1] + triton.cdiv(channels, block))
     # Triton takes a tuple for each argument, with one item for each convolution.
     xs, weights, tails, gathers, heads = (tuple(part) for part in zip(*convolutions, strict=True))
-    return first[-1] + bool(columns), dict(
+    copied_block = min(COPIED_COLUMNS, triton.next_power_of_2(max(1, columns)))
+    return first[-1] + triton.cdiv(columns, copied_block), dict(
         x=xs,
         weight=weights,
         initial_tail=tails,
@@ -135,7 +137,7 @@ def _walks(convolutions, plan, eps, columns):
         BC=tuple(blocks),
         FIRST=tuple(first),
         COLUMNS=columns,
-        BG=triton.next_power_of_2(max(1, columns)),
+        BG=copied_block,
         AHEAD=AHEAD,
         num_warps=1,
     )
@@ -150,7 +152,12 @@ def _segment_arguments(plan, channels, width):
 
 
 def convolve_forward(
-    convolutions: tuple[Convolution, ...], plan, output_tail: bool, eps: float, copied: torch.Tensor | None = None
+    convolutions: tuple[Convolution, ...],
+    plan,
+    output_tail: bool,
+    eps: float,
+    copied: torch.Tensor | None = None,
+    gather_copied: bool = False,
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...], torch.Tensor | None]:
     """Runs several convolutions in one launch.
 
@@ -159,20 +166,22 @@ def convolve_forward(
         output_tail: also return the last W - 1 inputs of every segment.
         eps: added to the squared length of a head.
         copied: [R, columns] with adjacent columns, which the same launch copies.
+        gather_copied: ``copied`` is [N, columns], and row r of the copy is the row's token.
 
     Returns:
-        the outputs [R, C], the tails [S, W - 1, C] or None, and a contiguous copy of ``copied`` or None.
+        the outputs [R, C], the tails [S, W - 1, C] or None, and a contiguous copy [R, columns] of ``copied`` or None.
     """
     rows = plan.num_rows
     # The outputs are contiguous, whatever tensor the inputs are slices of.
     ys = tuple(x.new_empty(rows, weight.shape[0]) for x, weight, *_ in convolutions)
     columns = 0 if copied is None else copied.shape[1]
-    copy = copied.new_empty(copied.shape) if columns else None
+    copy = copied.new_empty(rows, columns) if columns else None
     blocks, arguments = _walks(convolutions, plan, eps, columns)
     _forward_kernel[(triton.cdiv(rows, FORWARD_RUN), blocks)](
         y=ys,
         copied=copied if columns else None,
         copy=copy,
+        token_of_copy=plan.token_of_row if columns and gather_copied else None,
         STRIDE_COPIED=copied.stride(0) if columns else 0,
         RUN=FORWARD_RUN,
         **arguments,
@@ -185,6 +194,8 @@ def _final_tail(convolution, plan):
     """The last W - 1 inputs of every segment, [S, W - 1, C]."""
     x, (channels, width) = convolution.x, convolution.weight.shape
     tail = x.new_empty(plan.num_segments, width - 1, channels)
+    if width == 1:
+        return tail
     grid, segments = _segment_arguments(plan, channels, width)
     _tail_kernel[grid](
         x=x,
@@ -200,6 +211,8 @@ def _final_tail(convolution, plan):
 def _initial_tail_gradient(convolution, plan, du, dtail):
     """The gradient [S, W - 1, C] of a convolution's initial tail, from du [R, C], the gradient before SiLU."""
     weight, dinitial_tail = convolution.weight, torch.empty_like(convolution.initial_tail)
+    if weight.shape[1] == 1:
+        return dinitial_tail
     grid, segments = _segment_arguments(plan, *weight.shape)
     _backward_initial_tail_kernel[grid](du=du, weight=weight, dtail=dtail, dinitial_tail=dinitial_tail, **segments)
     return dinitial_tail
@@ -215,6 +228,7 @@ def convolve_backward(
     dxs: tuple[torch.Tensor | None, ...],
     copied: torch.Tensor | None = None,
     copy: torch.Tensor | None = None,
+    to_tokens: bool = False,
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
     """The gradients of several convolutions, whose rows are one launch.
 
@@ -224,6 +238,8 @@ def convolve_backward(
         needs_initial: which initial tails need a gradient.
         dxs: where the inputs' gradients are written, [R, C] with adjacent columns; None for a new tensor.
         copied, copy: [R, columns]; the same launch copies ``copied`` to ``copy``, which has adjacent columns.
+        to_tokens: every token has one row, and the inputs' gradients and the copy are written in the order of the
+            tokens, [N, C].
 
     Returns:
         the gradients of the inputs, of the weights, and of the initial tails (None where no gradient is needed).
@@ -258,6 +274,8 @@ def convolve_backward(
         dweight_parts=parts.split(sizes, dim=2),
         copied=copied.contiguous() if columns else None,
         copy=copy if columns else None,
+        token_of_dx=plan.token_of_row if to_tokens else None,
+        token_of_copy=plan.token_of_row if columns and to_tokens else None,
         STRIDE_DY=tuple(dy.stride(0) for dy in dys),
         STRIDE_DX=tuple(dx.stride(0) for dx in dxs),
         STRIDE_PARTS=parts.stride(1),
@@ -272,7 +290,7 @@ def convolve_backward(
     )
     # A token's gradient is the sum over its rows.
     dxs = tuple(
-        sum_rows_triton(dx, plan.row_of_choice) if convolution.gather else dx
+        sum_rows_triton(dx, plan.row_of_choice) if convolution.gather and not to_tokens else dx
         for convolution, dx in zip(convolutions, dxs, strict=True)
     )
     return dxs, dweights, dinitial_tails

@@ -46,6 +46,15 @@ def _store(p_x, b_x, needed, m_c):
 
 
 @triton.jit
+def _store_dx(dx, stride_dx: tl.constexpr, token_of_dx, i_row, b_dx, needed, b_c, m_c):
+    """Stores an input's gradient [BC] where ``needed``: in row i_row, or in the row of its token."""
+    i_at = i_row
+    if token_of_dx is not None:
+        i_at = tl.load(token_of_dx + i_row, mask=needed, other=0)
+    _store(dx + i_at.to(tl.int64) * stride_dx + b_c, b_dx, needed, m_c)
+
+
+@triton.jit
 def _half_taps(weight, b_c, m_c, W: tl.constexpr):
     """Tap j's [BC] weights divided by two, for every j."""
     b_w = ()
@@ -200,25 +209,34 @@ def _forward_walk(
 
 
 @triton.jit
-def _copy_columns(source, target, i_run, num_rows, stride_source: tl.constexpr, stride_target: tl.constexpr,
-                  COLUMNS: tl.constexpr, RUN: tl.constexpr, BG: tl.constexpr):  # fmt: skip
-    """Copies RUN rows of a few columns, which are too few for a launch of their own."""
-    b_r = (i_run * RUN + tl.arange(0, RUN)).to(tl.int64)
-    b_g = tl.arange(0, BG)
+def _copy_columns(
+    source, target, token_of_source, token_of_target, i_run, i_block, num_rows, stride_source: tl.constexpr,
+    stride_target: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """Copies BG columns of RUN rows, too few numbers for a launch of their own; from or to the rows' tokens where their
+    indices are given."""
+    b_r = i_run * RUN + tl.arange(0, RUN)
+    b_from = b_r.to(tl.int64)
+    b_to = b_from
+    if token_of_source is not None:
+        b_from = tl.load(token_of_source + b_r, mask=b_r < num_rows, other=0).to(tl.int64)
+    if token_of_target is not None:
+        b_to = tl.load(token_of_target + b_r, mask=b_r < num_rows, other=0).to(tl.int64)
+    b_g = i_block * BG + tl.arange(0, BG)
     mask = (b_r < num_rows)[:, None] & (b_g < COLUMNS)[None, :]
-    b_x = tl.load(source + b_r[:, None] * stride_source + b_g[None, :], mask=mask)
-    tl.store(target + b_r[:, None] * stride_target + b_g[None, :], b_x, mask=mask)
+    b_x = tl.load(source + b_from[:, None] * stride_source + b_g[None, :], mask=mask)
+    tl.store(target + b_to[:, None] * stride_target + b_g[None, :], b_x, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
-    x, weight, initial_tail, y, token_of_row, segment_of_row, cu_seqlens, copied, copy, num_rows, eps,
+    x, weight, initial_tail, y, token_of_row, segment_of_row, cu_seqlens, copied, copy, token_of_copy, num_rows, eps,
     STRIDE_X: tl.constexpr, C: tl.constexpr, W: tl.constexpr, UNIT_LENGTH: tl.constexpr, BC: tl.constexpr,
     FIRST: tl.constexpr, STRIDE_COPIED: tl.constexpr, COLUMNS: tl.constexpr, BG: tl.constexpr,
     RUN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Tuples have one item for each convolution. Convolution n has the blocks of channels FIRST[n] up to FIRST[n + 1]
-    of the grid's second axis. The block after all of them copies the columns of ``copied``."""
+    of the grid's second axis. The blocks after all of them copy the columns of ``copied``, BG each."""
     i_block = tl.program_id(1)
     for n in tl.static_range(len(x)):
         if (i_block >= FIRST[n]) & (i_block < FIRST[n + 1]):
@@ -227,8 +245,11 @@ def _forward_kernel(
                 tl.program_id(0), i_block - FIRST[n], STRIDE_X[n], C[n], W, UNIT_LENGTH[n], RUN, AHEAD, BC[n],
             )  # fmt: skip
     if copied is not None:
-        if i_block == FIRST[len(x)]:
-            _copy_columns(copied, copy, tl.program_id(0), num_rows, STRIDE_COPIED, COLUMNS, COLUMNS, RUN, BG)
+        if i_block >= FIRST[len(x)]:
+            _copy_columns(
+                copied, copy, token_of_copy, None, tl.program_id(0), i_block - FIRST[len(x)], num_rows,
+                STRIDE_COPIED, COLUMNS, COLUMNS, RUN, BG,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -273,12 +294,13 @@ def _add_products(b_dw, b_du, b_inputs, W: tl.constexpr):
 
 @triton.jit
 def _backward_walk(
-    x, weight, initial_tail, dy, dtail, dx, du, dweight_parts, token_of_row, segment_of_row, cu_seqlens, num_rows, eps,
-    i_run, i_block, stride_x: tl.constexpr, stride_dy: tl.constexpr, stride_dx: tl.constexpr,
+    x, weight, initial_tail, dy, dtail, dx, du, dweight_parts, token_of_row, token_of_dx, segment_of_row, cu_seqlens,
+    num_rows, eps, i_run, i_block, stride_x: tl.constexpr, stride_dy: tl.constexpr, stride_dx: tl.constexpr,
     stride_parts: tl.constexpr, C: tl.constexpr, W: tl.constexpr, UNIT_LENGTH: tl.constexpr, RUN: tl.constexpr,
     AHEAD: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """dx of the run's rows (before the sum over a token's rows), the run's share [W, C] of the weight's gradient, and
+    """dx of the run's rows (before the sum over a token's rows; at the rows' tokens where ``token_of_dx`` is given, as
+    a token has one row then), the run's share [W, C] of the weight's gradient, and
     du, the gradient before SiLU, unless it is None. The walk goes W - 1 rows into the next run, because these rows read
     the run's last inputs.
     """
@@ -317,7 +339,7 @@ def _backward_walk(
                     _store(du + (i + n).to(tl.int64) * C + b_c, 0.5 * b_du, None, m_c)
                 b_sums, b_dx = _add_row(b_sums, b_du, b_w, W)
                 i_done = i + n - (W - 1)
-                _store(dx + i_done.to(tl.int64) * stride_dx + b_c, b_dx, i_done >= i_open, m_c)
+                _store_dx(dx, stride_dx, token_of_dx, i_done, b_dx, i_done >= i_open, b_c, m_c)
         else:
             # The same, row by row: a segment or the run ends among the rows.
             for n in range(0, tl.minimum(AHEAD, i_last + W - 1 - i)):
@@ -332,7 +354,7 @@ def _backward_walk(
                         b_dx = b_sums[j - 1]
                         if dtail is not None:
                             b_dx += _tail_row(dtail, i_segment, W - 1 - j, mine, b_c, m_c, C, W)
-                        _store(dx + i_done.to(tl.int64) * stride_dx + b_c, b_dx, mine, m_c)
+                        _store_dx(dx, stride_dx, token_of_dx, i_done, b_dx, mine, b_c, m_c)
                     i_open = i_row
                     i_segment = tl.load(segment_of_row + i_row, mask=exists, other=0)
                     i_end = tl.load(cu_seqlens + i_segment + 1, mask=exists, other=-1)
@@ -350,7 +372,7 @@ def _backward_walk(
                 b_sums, b_dx = _add_row(b_sums, b_du, b_w, W)
                 i_done = i_row - (W - 1)
                 mine = (i_done >= i_open) & (i_done < i_last)
-                _store(dx + i_done.to(tl.int64) * stride_dx + b_c, b_dx, mine, m_c)
+                _store_dx(dx, stride_dx, token_of_dx, i_done, b_dx, mine, b_c, m_c)
         b_rows = b_next
         b_dys = b_next_dys
     # The run's share of dw; 0.5 for the factor 2 of du.
@@ -361,11 +383,11 @@ def _backward_walk(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
-    x, weight, initial_tail, dy, dtail, dx, du, dweight_parts, token_of_row, segment_of_row, cu_seqlens, copied, copy,
-    num_rows, eps, STRIDE_X: tl.constexpr, STRIDE_DY: tl.constexpr, STRIDE_DX: tl.constexpr,
-    STRIDE_PARTS: tl.constexpr, C: tl.constexpr, W: tl.constexpr, UNIT_LENGTH: tl.constexpr, BC: tl.constexpr,
-    FIRST: tl.constexpr, STRIDE_COPY: tl.constexpr, COLUMNS: tl.constexpr, BG: tl.constexpr,
-    RUN: tl.constexpr, AHEAD: tl.constexpr,
+    x, weight, initial_tail, dy, dtail, dx, du, dweight_parts, token_of_row, token_of_dx, segment_of_row, cu_seqlens,
+    copied, copy, token_of_copy, num_rows, eps, STRIDE_X: tl.constexpr, STRIDE_DY: tl.constexpr,
+    STRIDE_DX: tl.constexpr, STRIDE_PARTS: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+    UNIT_LENGTH: tl.constexpr, BC: tl.constexpr, FIRST: tl.constexpr, STRIDE_COPY: tl.constexpr,
+    COLUMNS: tl.constexpr, BG: tl.constexpr, RUN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Tuples and blocks as of :func:`_forward_kernel`."""
     i_block = tl.program_id(1)
@@ -373,9 +395,12 @@ def _backward_kernel(
         if (i_block >= FIRST[n]) & (i_block < FIRST[n + 1]):
             _backward_walk(
                 x[n], weight[n], initial_tail[n], dy[n], dtail[n], dx[n], du[n], dweight_parts[n], token_of_row[n],
-                segment_of_row, cu_seqlens, num_rows, eps, tl.program_id(0), i_block - FIRST[n],
+                token_of_dx, segment_of_row, cu_seqlens, num_rows, eps, tl.program_id(0), i_block - FIRST[n],
                 STRIDE_X[n], STRIDE_DY[n], STRIDE_DX[n], STRIDE_PARTS, C[n], W, UNIT_LENGTH[n], RUN, AHEAD, BC[n],
             )  # fmt: skip
     if copied is not None:
-        if i_block == FIRST[len(x)]:
-            _copy_columns(copied, copy, tl.program_id(0), num_rows, COLUMNS, STRIDE_COPY, COLUMNS, RUN, BG)
+        if i_block >= FIRST[len(x)]:
+            _copy_columns(
+                copied, copy, None, token_of_copy, tl.program_id(0), i_block - FIRST[len(x)], num_rows,
+                COLUMNS, STRIDE_COPY, COLUMNS, RUN, BG,
+            )  # fmt: skip

@@ -16,6 +16,8 @@ def _steps(state) -> tuple[int, int]:
     tensors = (state.recurrent, state.q_tail, state.k_tail, state.v_tail)
     found = set()
     for tensor in tensors:
+        if tensor.numel() == 0:  # a tail where there is no convolution
+            continue
         part = tensor[0, 0]
         # A dimension of size 1 has no distance: PyTorch's stride there may be any number.
         steps = tuple(tensor.stride(d) // part.numel() if tensor.shape[d] > 1 else 0 for d in (0, 1))
@@ -32,7 +34,7 @@ def decode_step(
     x: torch.Tensor,
     q: torch.Tensor,
     output_gate: torch.Tensor,
-    logits: torch.Tensor,
+    logits: torch.Tensor | None,
     parameters,
     state,
     topk: int,
@@ -50,10 +52,11 @@ def decode_step(
     The host reads no data, so that a CUDA graph can hold the step.
 
     Args:
-        x: [B, D] tokens, contiguous.
-        q: [B, H K] queries before convolution.
+        x: [B, D] tokens, contiguous. Where ``parameters`` has no projection (a layer of one memory alone), the tokens'
+            keys, values and raw gates in place of the tokens, which may be columns of a wider tensor.
+        q: [B, H K] queries before convolution; may be columns of a wider tensor, as may ``output_gate``.
         output_gate: [B, H V] before SiLU.
-        logits: [B, M] the router's.
+        logits: [B, M] the router's; None without routed memories.
         parameters: :class:`~mom_layers.mixing.MemoryParameters`, with contiguous weights.
         state: :class:`~mom_layers.state.MemoryState` of the B sequences.
         topk: k.

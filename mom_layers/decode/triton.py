@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mom_layers.recur.scalar_delta.gates_triton import _softplus
+from mom_layers.common.activations_triton import softplus
 
 PROJECTION_TILE = (16, 256)  # BN outputs of a program, and BD inputs at a time; not tuned
 VALUE_TILE = 32  # BV columns of the state that a program holds; not tuned
@@ -25,12 +25,13 @@ VALUE_TILE = 32  # BV columns of the state that a program holds; not tuned
 @triton.jit
 def _choose(logits, i_b, M: tl.constexpr, TOPK: tl.constexpr, SHARED: tl.constexpr, BM: tl.constexpr):
     """Ids and weights of a token's choices: renormalised top-k of the softmax, then the shared memory with weight 1."""
-    b_m = tl.arange(0, BM)
-    b_logit = tl.load(logits + i_b * M + b_m, mask=b_m < M, other=float("-inf")).to(tl.float32)
-    largest = tl.max(b_logit, axis=0)
     ids = ()
     odds = ()
-    total = 0.0
+    total = tl.zeros((), tl.float32)
+    if TOPK > 0:
+        b_m = tl.arange(0, BM)
+        b_logit = tl.load(logits + i_b * M + b_m, mask=b_m < M, other=float("-inf")).to(tl.float32)
+        largest = tl.max(b_logit, axis=0)
     # The k largest logits, one after another; odds are relative to the largest.
     for _ in tl.static_range(TOPK):
         i_m = tl.argmax(b_logit, axis=0)
@@ -96,7 +97,7 @@ def _convolved(tail, i_tail, newest, weight, b_c, C: tl.constexpr, W: tl.constex
 def _update_kernel(
     q, projected, logits, q_conv, k_conv, v_conv, A_log, dt_bias, recurrent, q_tail, k_tail, v_tail,
     mixed, scale, eps, step_b, step_m,
-    WIDTH: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
+    STRIDE_Q: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     M: tl.constexpr, TOPK: tl.constexpr, CHOICES: tl.constexpr, BM: tl.constexpr, P: tl.constexpr,
     BY_MEMORY: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +115,7 @@ def _update_kernel(
         i_memory = i_b.to(tl.int64) * step_b + ids[i] * step_m
         p_row = _projected_row(projected, i_b, i, ids[i], P, BY_MEMORY, WIDTH)
         # q, k = unit(SiLU(conv(..))), v = SiLU(conv(..)), rounded to the type in which the general path keeps them.
-        b_q = _convolved(q_tail, i_memory, q + i_b * H * K, q_conv, i_h * K + b_k, H * K, W)
+        b_q = _convolved(q_tail, i_memory, q + i_b * STRIDE_Q, q_conv, i_h * K + b_k, H * K, W)
         b_key = _convolved(k_tail, i_memory, p_row, k_conv, i_h * K + b_k, H * K, W)
         b_q = (b_q * tl.rsqrt(tl.sum(b_q * b_q, axis=0) + eps)).to(low).to(tl.float32)
         b_key = (b_key * tl.rsqrt(tl.sum(b_key * b_key, axis=0) + eps)).to(low).to(tl.float32)
@@ -122,7 +123,7 @@ def _update_kernel(
         b_value = b_value.to(low).to(tl.float32)
         # beta and exp(g)
         beta = tl.sigmoid(tl.load(p_row + H * (K + V) + i_h).to(tl.float32))
-        decay = tl.exp(-b_rate * _softplus(tl.load(p_row + H * (K + V + 1) + i_h).to(tl.float32) + b_bias))
+        decay = tl.exp(-b_rate * softplus(tl.load(p_row + H * (K + V + 1) + i_h).to(tl.float32) + b_bias))
         # S <- exp(g) S;  S <- S + k (beta (v - k^T S))^T
         p_S = recurrent + (i_memory * H + i_h) * K * V + b_k[:, None] * V + b_v[None, :]
         b_S = decay * tl.load(p_S)
@@ -136,17 +137,19 @@ def _update_kernel(
 
 @triton.jit
 def _move_on(tail, i_tail, newest, b_c, C: tl.constexpr, W: tl.constexpr):
-    """Drops a tail's oldest input and appends the newest."""
-    p_tail = tail + i_tail * (W - 1) * C + b_c
-    for j in tl.static_range(W - 2):
-        tl.store(p_tail + j * C, tl.load(p_tail + (j + 1) * C))
-    tl.store(p_tail + (W - 2) * C, tl.load(newest + b_c).to(tail.dtype.element_ty))
+    """Drops a tail's oldest input and appends the newest. Without a convolution there is no tail."""
+    if W > 1:
+        p_tail = tail + i_tail * (W - 1) * C + b_c
+        for j in tl.static_range(W - 2):
+            tl.store(p_tail + j * C, tl.load(p_tail + (j + 1) * C))
+        tl.store(p_tail + (W - 2) * C, tl.load(newest + b_c).to(tail.dtype.element_ty))
 
 
 @triton.jit
 def _finish_kernel(
     q, projected, logits, output_gate, norm_weight, mixed, y, q_tail, k_tail, v_tail, norm_eps, step_b, step_m,
-    WIDTH: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
+    STRIDE_Q: tl.constexpr, STRIDE_GATE: tl.constexpr, WIDTH: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr,
     M: tl.constexpr, TOPK: tl.constexpr, CHOICES: tl.constexpr, BM: tl.constexpr, P: tl.constexpr,
     BY_MEMORY: tl.constexpr,
 ):  # fmt: skip
@@ -156,7 +159,7 @@ def _finish_kernel(
     # y = RMSNorm(mixed) * norm_weight * SiLU(output gate)
     b_mixed = tl.load(mixed + i_b * H * V + b_v)
     b_mixed *= tl.rsqrt(tl.sum(b_mixed * b_mixed, axis=0) / V + norm_eps)
-    b_gate = tl.load(output_gate + i_b * H * V + b_v).to(tl.float32)
+    b_gate = tl.load(output_gate + i_b * STRIDE_GATE + b_v).to(tl.float32)
     b_y = b_mixed * tl.load(norm_weight + tl.arange(0, V)).to(tl.float32) * b_gate * tl.sigmoid(b_gate)
     tl.store(y + i_b * H * V + b_v, b_y.to(y.dtype.element_ty))
     # The tails of the token's memories.
@@ -164,7 +167,7 @@ def _finish_kernel(
     for i in tl.static_range(CHOICES):
         i_memory = i_b.to(tl.int64) * step_b + ids[i] * step_m
         p_row = _projected_row(projected, i_b, i, ids[i], P, BY_MEMORY, WIDTH)
-        _move_on(q_tail, i_memory, q + i_b * H * K, b_k, H * K, W)
+        _move_on(q_tail, i_memory, q + i_b * STRIDE_Q, b_k, H * K, W)
         _move_on(k_tail, i_memory, p_row, b_k, H * K, W)
         _move_on(v_tail, i_memory, p_row + H * K, b_v, H * V, W)
 
@@ -173,7 +176,7 @@ def decode_step_triton(
     x: torch.Tensor,
     q: torch.Tensor,
     output_gate: torch.Tensor,
-    logits: torch.Tensor,
+    logits: torch.Tensor | None,
     parameters,
     state,
     steps: tuple[int, int],
@@ -187,19 +190,24 @@ def decode_step_triton(
         steps: the distance between two sequences and between two memories in the state's tensors, counted in the parts
             that a tensor holds for one memory of one sequence.
     """
-    (batch, hidden), memories = x.shape, logits.shape[1]
+    (batch, hidden), memories = x.shape, 0 if logits is None else logits.shape[1]
     heads, choices = parameters.num_heads, topk + int(shared)
     keys, width = parameters.q_conv.shape
     values = parameters.v_conv.shape[0]
     projection = parameters.projection
-    projections, row_width, _ = projection.shape  # A, or 1 where all memories share one
+    if projection is None:  # the caller has projected the tokens of one memory
+        projections, row_width = 1, x.stride(0)
+    else:
+        projections, row_width, _ = projection.shape  # A, or 1 where all memories share one
     # In float32: the sum over the memories is normalised before it is rounded.
     mixed = torch.empty(batch, values, dtype=torch.float32, device=x.device)
     y = torch.empty(batch, values, dtype=x.dtype, device=x.device)
-    routing = dict(logits=logits, M=memories, TOPK=topk, CHOICES=choices, BM=triton.next_power_of_2(memories))
+    routing = dict(logits=logits, M=memories, TOPK=topk, CHOICES=choices, BM=triton.next_power_of_2(max(1, memories)))
     # One matrix product reads every projection once; worth it where the tokens' choices would read as many weights.
     by_memory = batch * choices >= projections
-    if by_memory:
+    if projection is None:
+        projected = x
+    elif by_memory:
         projected = torch.nn.functional.linear(x, projection.flatten(0, 1))
     else:
         projected = torch.empty(batch, choices, row_width, dtype=x.dtype, device=x.device)
@@ -215,7 +223,7 @@ def decode_step_triton(
             num_warps=4,
             **routing,
         )
-    routing |= dict(WIDTH=row_width, P=projections if by_memory else choices, BY_MEMORY=by_memory)
+    routing |= dict(STRIDE_Q=q.stride(0), WIDTH=row_width, P=projections if by_memory else choices, BY_MEMORY=by_memory)
     sizes = dict(H=heads, K=keys // heads, V=values // heads, W=width, **routing)
     step_b, step_m = steps
     tails = dict(q_tail=state.q_tail, k_tail=state.k_tail, v_tail=state.v_tail, step_b=step_b, step_m=step_m)
@@ -246,6 +254,7 @@ def decode_step_triton(
         mixed=mixed,
         y=y,
         norm_eps=parameters.settings.norm_eps,
+        STRIDE_GATE=output_gate.stride(0),
         num_warps=4,
         **tails,
         **sizes,

@@ -10,7 +10,7 @@ from mom_layers.hf.attention_and_mlp import GatedMLP, RMSNorm, softmax_attention
 from mom_layers.hf.cache import MomCache
 from mom_layers.hf.configuration_mom import MomConfig
 from mom_layers.hf.experts import SparseMLP
-from mom_layers.hf.mixer import MomAttention
+from mom_layers.hf.mixer import token_mixer
 from mom_layers.hf.sequence import TokenSequence
 
 
@@ -24,7 +24,7 @@ class MomBlock(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         if attention is None:
-            self.attn = MomAttention(config, layer_idx)
+            self.attn = token_mixer(config, layer_idx)
         else:
             self.attn = softmax_attention(config.hidden_size, attention, config.norm_eps)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)

@@ -24,7 +24,7 @@ from mom_layers.hf.blocks import MomBlock, PredictionLayer
 from mom_layers.hf.cache import CACHE_NAME, MomCache, one_cache
 from mom_layers.hf.configuration_mom import MomConfig
 from mom_layers.hf.experts import ExpertRouter
-from mom_layers.hf.mixer import MomAttention
+from mom_layers.hf.mixer import RecurrentAttention
 from mom_layers.hf.projections import MemoryLinear, MemoryProjections, ShortConvolution
 from mom_layers.hf.sequence import TokenSequence, described_documents
 from mom_layers.recur.rules import get_rule
@@ -83,7 +83,7 @@ class MomPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, MomAttention):
+        elif isinstance(module, RecurrentAttention):
             module.reset_rule_parameters()
 
 

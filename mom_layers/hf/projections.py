@@ -99,8 +99,20 @@ class ShortConvolution(nn.Module):
         bound = self.weight.shape[2] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
 
-    def forward(self) -> torch.Tensor:
+    def forward(self, like: torch.Tensor | None = None) -> torch.Tensor:
         return self.weight.squeeze(1)
+
+
+class NoConvolution(nn.Module):
+    """Stands for the filters where there is no convolution. A call returns one fixed tap of 1, [C, 1], in the type and
+    on the device of ``like``."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_ones(self.channels, 1)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from mom_layers.recur.rules import get_rule, rule_names
 from mom_layers.selftest import decoding, operations, recurrences
 from mom_layers.selftest.cases import Check, Setting
+from mom_layers.selftest.one_memory import one_memory
 from mom_layers.selftest.operations import Tokens
 from mom_layers.settings import MixerSettings
 
@@ -43,6 +44,7 @@ def all_checks(setting: Setting) -> dict[str, Check]:
         size = {"heads": heads, "k_dim": k_dim, "v_dim": v_dim}
         about = f"K {k_dim} V {v_dim}"
         checks[f"convolutions, {about}"] = partial(operations.convolutions, tokens=masked, timed=TIMED, **size)
+        checks[f"one memory, {about}"] = partial(one_memory, lengths=LENGTHS, timed=2048, **size)
         if k_dim == v_dim:
             checks[f"combine, {about}"] = partial(
                 operations.combining, tokens=(ragged, alone), heads=heads, v_dim=v_dim, timed=TIMED
@@ -55,8 +57,9 @@ def all_checks(setting: Setting) -> dict[str, Check]:
                 )
     families = by_family()
     for rule in rule_names():
-        checks[f"gates of {rule}"] = partial(recurrences.gates, name=rule, rows=300, heads=4, k_dim=128, v_dim=128)
         small = smallest_size(rule)
+        keys = 128 if get_rule(rule).has_kernels(128, 128) else small
+        checks[f"gates of {rule}"] = partial(recurrences.gates, name=rule, rows=300, heads=4, k_dim=keys, v_dim=128)
         if rule not in families:
             checks[f"{rule}, {setting.dtype}".replace("torch.", "")] = partial(
                 recurrences.recurrence, name=rule, heads=2, k_dim=small, v_dim=small, every_set=False,
@@ -86,7 +89,8 @@ def by_family() -> tuple[str, ...]:
 
 def smallest_size(rule: str) -> int:
     """64, or the head size nearest to it that a rule's kernels take."""
-    return min(get_rule(rule).head_sizes, key=lambda size: abs(size - 64))
+    both = (size for size in get_rule(rule).head_sizes if get_rule(rule).has_kernels(size, size))
+    return min(both, key=lambda size: abs(size - 64))
 
 
 def checks_of_a_run(setting: Setting, settings: MixerSettings, hidden_size: int, sliced: bool) -> dict[str, Check]:
@@ -100,14 +104,30 @@ def checks_of_a_run(setting: Setting, settings: MixerSettings, hidden_size: int,
     k_dim, v_dim = settings.head_dim, settings.value_dim
     # Fewer heads where they are large: the plain loop keeps a state of each head for every row.
     heads = math.gcd(settings.num_heads, max(1, 4 * 256 * 256 // (k_dim * v_dim)))
-    tokens = Tokens((0, 1, 63, 65), settings.num_memories, settings.topk, settings.shared_memory)
     size = {"heads": heads, "k_dim": k_dim, "v_dim": v_dim}
-    rule, width = settings.rule, sum(settings.projection_sizes) // settings.num_heads * heads
+    rule = settings.rule
     checks = {
         rule: partial(
             recurrences.recurrence, name=rule, cases=(((0, 1, 63, 64, 65), sliced), (MANY_SHORT, False)),
             every_set=False, **size,
         ),
+    }  # fmt: skip
+    if settings.alone:
+        checks["one memory"] = partial(one_memory, lengths=(0, 1, 63, 65), width=settings.conv_kernel, **size)
+    else:
+        checks |= _routed_checks(setting, settings, hidden_size, size)
+    checks["gates"] = partial(recurrences.gates, name=rule, rows=200, **size)
+    if sliced:
+        checks["state passing"] = partial(recurrences.state_passing, name=rule, cuts=CUTS, **size)
+    return checks
+
+
+def _routed_checks(setting: Setting, settings: MixerSettings, hidden_size: int, size: dict) -> dict[str, Check]:
+    """What a layer with a router launches beside its recurrence."""
+    tokens = Tokens((0, 1, 63, 65), settings.num_memories, settings.topk, settings.shared_memory)
+    heads, v_dim = size["heads"], size["v_dim"]
+    width = sum(settings.projection_sizes) // settings.num_heads * heads
+    return {
         "convolutions": partial(operations.convolutions, tokens=tokens, tails=False, **size),
         "grouped projection": partial(
             operations.projection, tokens=tokens, inputs=min(hidden_size, 1024), outputs=width, dtypes=(setting.dtype,)
@@ -117,10 +137,6 @@ def checks_of_a_run(setting: Setting, settings: MixerSettings, hidden_size: int,
         "routing plan": partial(operations.planning, tokens=(tokens,)),
         "gather rows": partial(operations.gathering, tokens=tokens, channels=min(hidden_size, 1024)),
     }  # fmt: skip
-    checks["gates"] = partial(recurrences.gates, name=rule, rows=200, **size)
-    if sliced:
-        checks["state passing"] = partial(recurrences.state_passing, name=rule, cuts=CUTS, **size)
-    return checks
 
 
 def tiny_checks(setting: Setting) -> dict[str, Check]:
@@ -138,6 +154,8 @@ def tiny_checks(setting: Setting) -> dict[str, Check]:
         ),
         "convolutions": partial(operations.convolutions, tokens=masked, **size),
         "combine": partial(operations.combining, tokens=(tokens, alone), heads=2, v_dim=16),
+        "one memory": partial(one_memory, lengths=(0, 1, 5), **size),
+        "one memory without a convolution": partial(one_memory, lengths=(2, 1), width=1, **size),
     }  # fmt: skip
     for rule in rule_names():
         checks[rule] = partial(

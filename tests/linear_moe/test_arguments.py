@@ -231,6 +231,39 @@ def test_attention_options_that_have_nothing_to_do_are_named(arguments, left, li
     assert tuple(getattr(args, name) for name in names) == left
 
 
+def test_a_rule_alone_fills_what_a_router_would_need():
+    args = check("--token-mixer", "gla")
+    assert (args.mom_rule, args.mom_num_memories, args.mom_topk, args.mom_shared_memory) == ("gla", 0, 0, True)
+    fill_mom_arguments(args)  # a second time changes nothing
+    with pytest.raises(ValueError, match="--mom-topk 2: --token-mixer gla is one memory of that rule alone: leave"):
+        check("--token-mixer", "gla", "--mom-topk", 2)
+    with pytest.raises(ValueError, match="--token-mixer gla does not work with --spec some.module some_spec"):
+        check("--token-mixer", "gla", "--spec", "some.module", "some_spec")
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "message"),
+    [
+        (["--token-mixer", "gla"], ["--token-mixer", "gated_deltanet"], "written with --token-mixer gated_deltanet"),
+        (["--token-mixer", "gla"], [], "written with --token-mixer mom, the command line says gla"),
+        (["--mom-rule", "gla"], [], "written with --mom-rule gated_deltanet, the command line says gla"),
+    ],
+)
+def test_a_checkpoint_of_another_rule_is_refused(mine, theirs, message):
+    with pytest.raises(ValueError, match=message):
+        compare_with_checkpoint(check(*mine), check(*theirs))
+
+
+def test_a_checkpoint_of_a_rule_alone_says_the_rule():
+    args = argparse.Namespace(token_mixer=None, layernorm_epsilon=1e-5)
+    saved = check("--token-mixer", "gla")
+    saved.layernorm_epsilon = 1e-6
+    restore_from_checkpoint(args, saved)
+    fill_mom_arguments(args)
+    assert (args.token_mixer, args.mom_rule, args.mom_num_memories) == ("gla", "gla", 0)
+    assert args.layernorm_epsilon == 1e-6
+
+
 def test_megatron_fsdps_checkpoints_load_at_their_tensor_parallel_size():
     args, saved = check("--use-megatron-fsdp", "--tensor-model-parallel-size", 2), check("--use-megatron-fsdp")
     compare_with_checkpoint(args, args)

@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from linear_moe.config import MomTransformerConfig, configure, describe_memories, splits_memories
+from linear_moe.config import LOSS_SCALE_HOOK, MomTransformerConfig, configure, describe_memories, splits_memories
 from linear_moe.layer.decoder_layers import mom_block_spec
 from mom_layers.recur.rules import rule_names
 
@@ -39,7 +39,7 @@ SPLIT = {"expert_model_parallel_size": 2, "mom_expert_parallel": "on"}
 @pytest.mark.parametrize(
     "settings,message",
     [
-        ({"token_mixer": "mamba"}, "--token-mixer must be one of attention, mom, got 'mamba'"),
+        ({"token_mixer": "mamba"}, "--token-mixer must be one of attention, mom, .*gla.*, got 'mamba'"),
         ({"mom_rule": "hebb"}, "unknown memory rule 'hebb': choose one of " + ", ".join(rule_names())),
         ({"mom_topk": 5}, r"topk must be between 1 and the number of memories \(4\), got 5"),
         ({"mom_topk": 0}, r"topk must be between 1 and the number of memories \(4\), got 0"),
@@ -75,6 +75,26 @@ SPLIT = {"expert_model_parallel_size": 2, "mom_expert_parallel": "on"}
             {"context_parallel_size": 4, **SPLIT},
             "--expert-model-parallel-size 2 is no multiple of --context-parallel-size 4",
         ),
+        ({"mom_num_memories": 0, "mom_topk": 0}, "--token-mixer gated_deltanet trains one memory alone"),
+        (
+            {"token_mixer": "gated_deltanet", "mom_rule": "gla"},
+            "--mom-rule gla: --token-mixer gated_deltanet is one",
+        ),
+        ({"token_mixer": "gla", "mom_num_memories": 8}, "--mom-num-memories 8: --token-mixer gla is one memory"),
+        ({"token_mixer": "gla", "mom_single_kv_proj": True}, "--mom-single-kv-proj True: --token-mixer gla is one"),
+        ({"token_mixer": "gla", "mom_head_dim": 100}, "head_dim = 100 is not supported by the gla kernels: use one of"),
+        (
+            {"token_mixer": "gla", "mom_expert_parallel": "on"},
+            "--mom-expert-parallel on: --token-mixer gla has one memory: leave it out",
+        ),
+        (
+            {"token_mixer": "gla", "mom_num_heads": 3, "tensor_model_parallel_size": 2},
+            "--mom-num-heads 3 does not divide over --tensor-model-parallel-size 2",
+        ),
+        (
+            {"token_mixer": "gla", "experimental_attention_variant": "dsa"},
+            "--token-mixer gla does not work with --experimental-attention-variant dsa",
+        ),
         (
             {"context_parallel_size": 2, "hybrid_context_parallel": True},
             "does not work with --hybrid-context-parallel: use --context-parallel-size alone",
@@ -84,6 +104,16 @@ SPLIT = {"expert_model_parallel_size": 2, "mom_expert_parallel": "on"}
 def test_refused_values_and_combinations(settings, message):
     with pytest.raises(ValueError, match=message):
         config(**settings)
+
+
+@pytest.mark.parametrize("rule", rule_names())
+def test_a_rule_alone_has_one_memory_and_no_router(rule):
+    found = config(token_mixer=rule)
+    settings = found.mixer_settings()
+    assert settings.alone and settings.rule == rule and found.mom_layer_pattern() == [True] * found.num_layers
+    assert getattr(found, LOSS_SCALE_HOOK, None) is None  # there is no router loss to scale
+    mixers = {layer.submodules.self_attention.module.__name__ for layer in mom_block_spec(found).layer_specs}
+    assert mixers == {"OneMemoryTokenMixer"}
 
 
 def test_any_head_size_works_with_the_torch_kernels():

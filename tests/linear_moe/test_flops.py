@@ -9,8 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from linear_moe.watching.flops import FLOPS_TARGET, mom_layer_flops, peak_flops
 from megatron_patches.patch import Patch
-from mom_layers.layer import MixtureOfMemories
+from mom_layers.layer import LinearAttentionLayer, MixtureOfMemories
 from mom_layers.recur.chunk_table import CHUNK
+from mom_layers.recur.rules import rule_names
+from mom_layers.settings import ONE_MEMORY
 
 BATCH, LENGTH = 2, 2048
 TOKENS = BATCH * LENGTH
@@ -64,6 +66,18 @@ def test_mom_layer_flops_by_hand():
     assert single == 3 * TOKENS * (ROUTER + QUERY_GATE_OUT + MEMORY_PROJECTIONS // 3 + rows)
 
 
+@pytest.mark.parametrize("rule", rule_names())
+def test_flops_of_a_rule_alone_against_a_flop_counter(rule):
+    sizes = {"num_heads": 2, "head_dim": 16, "expand_v": 2.0}
+    layer = LinearAttentionLayer(64, rule, **sizes, kernels="torch")
+    args = SimpleNamespace(hidden_size=64, mom_conv_kernel=4, token_mixer=rule, mom_rule=rule,
+                           **{f"mom_{name}": value for name, value in (sizes | ONE_MEMORY).items()})  # fmt: skip
+    weights = layer.in_proj.weight.numel() + layer.out_proj.weight.numel()
+    keys, values = layer.q_conv.shape[0], layer.v_conv.shape[0]
+    rest = 2 * 48 * 4 * (2 * keys + values) + layer.rule.recurrence_flops(48, 2, 16, 32)
+    assert mom_layer_flops(args, 48) == 3 * (2 * 48 * weights + rest)
+
+
 @pytest.mark.parametrize("rule", ["gated_deltanet", "gla"])
 @pytest.mark.parametrize("single_kv_proj", [False, True])
 def test_mom_layer_flops_against_a_flop_counter(single_kv_proj, rule):
@@ -84,6 +98,13 @@ def test_mom_layer_flops_against_a_flop_counter(single_kv_proj, rule):
     convolutions = 2 * rows * 4 * (2 * keys + values)
     recurrence = layer.rule.recurrence_flops(rows, 2, 16, 32)
     assert projections == mom_layer_flops(args, 48) - 3 * (convolutions + recurrence)
+
+
+def test_model_of_one_memory_a_layer():
+    alone = {f"mom_{name}": value for name, value in ONE_MEMORY.items()}
+    layer = QUERY_GATE_OUT + (MEMORY_PROJECTIONS + CONVOLUTIONS + RECURRENCE) // 3
+    args = recipe(token_mixer="gated_deltanet", **alone)
+    assert count(args) == pytest.approx(3 * TOKENS * (24 * (layer + MLP_LAYER) + LOGITS), rel=1e-12)
 
 
 def test_model_of_mom_layers():

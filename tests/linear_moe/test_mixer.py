@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linear_moe.config import MomTransformerConfig
-from mom_layers import MixtureOfMemories
+from mom_layers import LinearAttentionLayer, MixtureOfMemories, rule_names
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -81,11 +81,36 @@ def test_equals_the_plain_layer(megatron, settings):
     torch.testing.assert_close(got_grad, expected_grad, **CLOSE_GRADIENT)
 
 
-@EVERY_RULE
-def test_packed_documents_do_not_see_each_other(megatron, rule):
+@pytest.mark.parametrize("conv_kernel", [4, 1])
+@pytest.mark.parametrize("rule", rule_names())
+def test_a_rule_alone_equals_the_plain_layer(megatron, rule, conv_kernel):
+    mixer = make_mixer(token_mixer=rule, mom_conv_kernel=conv_kernel)
+    c = mixer.config
+    plain = LinearAttentionLayer(
+        c.hidden_size, rule, num_heads=c.mom_num_heads, head_dim=c.mom_head_dim, conv_kernel=conv_kernel,
+        norm_eps=c.layernorm_epsilon,
+    )  # fmt: skip
+    plain.load_state_dict(
+        {name: mixer.state_dict()[name.removeprefix("rule_parameters.")] for name in plain.state_dict()}
+    )
+    plain.to(DEVICE)
+    for batch in (1, 3):
+        x = hidden_states(batch=batch)
+        got, bias = mixer(x)
+        expected, _ = plain(x.transpose(0, 1))
+        assert bias is None
+        torch.testing.assert_close(got.transpose(0, 1), expected, **CLOSE)
+        grad = torch.randn_like(got)
+        (got_grad,) = torch.autograd.grad(got, x, grad)
+        (expected_grad,) = torch.autograd.grad(expected, x, grad.transpose(0, 1))
+        torch.testing.assert_close(got_grad, expected_grad, **CLOSE_GRADIENT)
+
+
+@pytest.mark.parametrize("mixer", [{"mom_rule": "gated_deltanet"}, {"mom_rule": "gla"}, {"token_mixer": "gla"}])
+def test_packed_documents_do_not_see_each_other(megatron, mixer):
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    mixer = make_mixer(mom_rule=rule).eval()
+    mixer = make_mixer(**mixer).eval()
     x = hidden_states(length=30, batch=1)
     borders = torch.tensor([0, 4, 4, 25], dtype=torch.int32, device=DEVICE)  # five tokens of padding follow
     packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=borders, cu_seqlens_kv=borders)
@@ -109,7 +134,7 @@ def test_decay_parameters_stay_exact_in_a_bf16_model(megatron, rule):
     exact = {name: getattr(mixer, name).detach().clone() for name in mixer.rule.parameter_names}
     mixer.bfloat16()
     assert mixer.memory_proj.dtype == torch.bfloat16
-    assert len(exact) == 2 and all(torch.equal(getattr(mixer, name), value) for name, value in exact.items())
+    assert exact and all(torch.equal(getattr(mixer, name), value) for name, value in exact.items())
 
 
 @pytest.mark.parametrize(
@@ -117,6 +142,8 @@ def test_decay_parameters_stay_exact_in_a_bf16_model(megatron, rule):
     [
         ("gated_deltanet", {"beta": 2, "a": 2}, {"A_log": (2,), "dt_bias": (2,)}),
         ("gla", {"decay": 32}, {"decay_up": (2, 16, 16), "decay_bias": (2, 16)}),
+        ("kda", {"beta": 2, "decay": 32}, {"A_log": (2,), "dt_bias": (2, 16), "decay_up": (2, 16, 16)}),
+        ("gated_deltanet2", {"erase": 32, "write": 32, "decay": 32}, {"A_log": (2,), "dt_bias": (2, 16)}),
     ],
 )
 def test_checkpoint_names_every_fused_piece(megatron, rule, gates, parameters):
@@ -136,6 +163,26 @@ def test_checkpoint_names_every_fused_piece(megatron, rule, gates, parameters):
     assert all(keys[f"mixer.{name}"] == shape for name, shape in parameters.items())
     assert keys["mixer.in_proj.weight.query"] == keys["mixer.in_proj.weight.gate"] == (32, 32)
     assert {"mixer.router.weight", "mixer.norm_weight", "mixer.q_conv"} <= keys.keys()
+
+
+def test_checkpoint_of_a_rule_alone_names_every_piece_and_the_norm(megatron):
+    from megatron.core.transformer.spec_utils import build_module
+
+    from linear_moe.layer.decoder_layers import mom_block_spec
+
+    config = make_config(token_mixer="gated_deltanet")
+    assert (config.mom_num_memories, config.mom_topk, config.mom_rule) == (0, 0, "gated_deltanet")
+    layer = build_module(mom_block_spec(config).layer_specs[0], config=config, layer_number=1)
+    entries = layer.sharded_state_dict("").items()
+    factory = dict(entries)["self_attention.in_proj.weight"]
+    pieces = {piece.key: piece.local_shape for piece in factory.build()}
+    prefix = "self_attention.in_proj.weight."
+    assert pieces == {
+        **dict.fromkeys([prefix + name for name in ("query", "key", "value", "output_gate")], (32, 32)),
+        **dict.fromkeys([prefix + name for name in ("beta", "a")], (2, 32)),
+    }
+    keys = {entry.key for _, entry in entries if hasattr(entry, "key")}
+    assert "self_attention.in_proj.layer_norm_weight" in keys and not any("router" in key for key in keys)
 
 
 @pytest.mark.parametrize("aux,z", [(0.1, None), (0.0, 0.01), (0.1, 0.01)])

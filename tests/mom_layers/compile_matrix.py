@@ -27,16 +27,18 @@ from compile_only import (  # noqa: E402
 
 from mom_layers.common import checks  # noqa: E402
 from mom_layers.common.chips import CHIPS  # noqa: E402
-from mom_layers.layer import MixtureOfMemories  # noqa: E402
+from mom_layers.layer import LinearAttentionLayer, MixtureOfMemories  # noqa: E402
+from mom_layers.one_memory import mix_projected  # noqa: E402
 from mom_layers.recur.rules import get_rule  # noqa: E402
 from mom_layers.route import plan  # noqa: E402
+from mom_layers.route.sequences import plan_sequences  # noqa: E402
 from mom_layers.state import MemoryState  # noqa: E402
 
 COLUMNS = (
     "triton", "chip", "dtype", "key_size", "value_size", "rule", "kernel", "result",
     "shared_bytes", "registers", "local_bytes", "warps", "tensor_cores",
 )  # fmt: skip
-RULES = ("gated_deltanet", "gla", "kda", "gated_deltanet2", "mamba2", "retention")
+RULES = ("gated_deltanet", "gla", "hgrn2", "kda", "gated_deltanet2", "mamba2", "retention")
 SIZES = (256, 128, 64, 32, 16)
 HEADS, TOKENS, WIDTH = 4, 128, 4
 
@@ -70,6 +72,7 @@ def compile_layer(rule: str, dtype: torch.dtype, key_size: int, value_size: int,
         single_kv_proj=True,
     ).to(dtype)  # fmt: skip
     shared(x)[0].sum().backward()
+    compile_alone(rule, dtype, key_size, value_size)
     # Context parallelism: transitions, and the gradient of a slice's initial state.
     rule = get_rule(rule)
     q, k, v = (torch.zeros(TOKENS, HEADS, n, dtype=dtype) for n in (key_size, key_size, value_size))
@@ -81,6 +84,25 @@ def compile_layer(rule: str, dtype: torch.dtype, key_size: int, value_size: int,
     state = torch.zeros(1, HEADS, *rule.state_shape(inputs.k.shape[2], value_size))
     rule.transition(inputs, borders, "triton")
     rule.gradient_of_initial_state(inputs, v, borders, state, "triton")
+
+
+def compile_alone(rule: str, dtype: torch.dtype, key_size: int, value_size: int) -> None:
+    """Launches the kernels of a layer of one memory as that layer launches them: without a plan's choices, without a
+    convolution, for tokens that lie time first, and decoding."""
+    x = torch.zeros(1, TOKENS, 128, dtype=dtype, requires_grad=True)
+    for width in (WIDTH, 1):
+        layer = LinearAttentionLayer(
+            128, rule, num_heads=HEADS, head_dim=key_size, expand_v=value_size / key_size, conv_kernel=width,
+            kernels="triton",
+        ).to(dtype)  # fmt: skip
+        out, state = layer(x, output_state=True)
+        out.sum().backward()
+        layer.step(x[0, :1].detach(), MemoryState(*(part.detach().contiguous() for part in vars(state).values())))
+    borders = torch.tensor([0, TOKENS // 2, TOKENS], dtype=torch.int32)
+    projected = torch.zeros(TOKENS, layer.in_proj.out_features, dtype=dtype, requires_grad=True)
+    y, _ = mix_projected(projected, plan_sequences(borders, TOKENS, time_major=True), layer.memory_parameters(),
+                         kernels="triton")  # fmt: skip
+    y.sum().backward()
 
 
 def reason(error: Exception) -> str:

@@ -236,7 +236,7 @@ def test_autocast_runs_products_in_bf16(rule, kernels):
         ({"rule": "hebb"}, "unknown memory rule 'hebb'"),
         ({"num_memories": 2, "topk": 3}, "topk must be between 1 and the number of memories .2., got 3"),
         ({"head_dim": 10, "expand_v": 0.33}, "head_dim . expand_v a whole number, got 10 . 0.33"),
-        ({"conv_kernel": 1}, "conv_kernel must be between 2 and 8, got 1"),
+        ({"conv_kernel": 0}, "conv_kernel must be between 1 .no convolution. and 8, got 0"),
         ({"head_dim": 48, "kernels": "triton"}, "head_dim = 48 is not supported by the gated_deltanet kernels"),
         ({"rule": "gla", "head_dim": 48, "kernels": "triton"}, "head_dim = 48 is not supported by the gla kernels"),
     ],

@@ -307,6 +307,13 @@ def test_what_is_timed_runs(monkeypatch):
             assert floor_milliseconds(moved, flops, (1e12, 1e12)) == pytest.approx(1e-9 * max(moved, flops))
 
 
+def test_a_run_of_one_memory_has_no_checks_of_a_router():
+    settings = MixerSettings.of_one_memory(num_heads=2, head_dim=64, conv_kernel=1)
+    found = checks_of_a_run(TINY, settings, 64, sliced=True)
+    assert set(found) == {"gated_deltanet", "one memory", "gates", "state passing"}
+    assert found["one memory"].keywords["width"] == 1
+
+
 def test_lines_travel_between_processes():
     line = Line("a kernel", "2 numbers", wrong=["y is off by 1, the bound is 0"], milliseconds=0.5, floor=0.1)
     assert Line(**line.as_dict()) == line

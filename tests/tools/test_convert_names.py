@@ -13,13 +13,14 @@ from linear_moe.conversion.files import ConversionError
 from linear_moe.conversion.layers import kinds_of_config
 from linear_moe.conversion.loading import load_model
 from linear_moe.conversion.names import QKV, entries
+from mom_layers import rule_names
 from mom_layers.hf import MomConfig, MomForCausalLM
-from mom_layers.recur.rules import rule_names
 
 TINY = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "intermediate_size": 48,
     "vocab_size": 40, "num_memories": 2, "topk": 1, "max_position_embeddings": 64,
 }  # fmt: skip
+ALONE = {"num_memories": 0, "topk": 0}
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0} | attention_arguments.LLAMA3
 YARN = {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.7} | attention_arguments.YARN
@@ -37,7 +38,10 @@ VARIANTS = {
     "no shared memory": {"shared_mem": False, "expand_v": 2.0},
     "one projection": {"single_kv_proj": True},
     "one projection, no shared memory": {"single_kv_proj": True, "shared_mem": False, "conv_size": 3},
+    "no convolution": {"conv_size": 1},
     **{f"rule {name}": {"mom_backend": name} for name in rule_names()},
+    **{f"{rule} alone": ALONE | {"mom_backend": rule} for rule in rule_names()},
+    "hybrid of one memory": ALONE | {"attn": {"layers": [1], "num_heads": 4}, "mom_backend": "gated_deltanet"},
     "hybrid": {"attn": {"layers": [1], "num_heads": 4, "num_kv_heads": 2}},
     "softmax alone": {
         "attn": {

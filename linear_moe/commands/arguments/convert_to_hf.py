@@ -29,6 +29,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="type of the weights [as stored]; A_log and dt_bias stay float32"
     )
+    parser.add_argument(
+        "--model-type", type=text, default="mom",
+        help="model_type of config.json: mom, or a type of flash-linear-attention for a model of one memory: "
+        "gated_deltanet, gla, delta_net [mom]",
+    )  # fmt: skip
     parser.add_argument("--max-shard-size", type=size, default="5GB", help="largest size of a file of weights [5GB]")
     parser.add_argument("--overwrite", action="store_true", help="replace --save if it is an earlier export")
     parser.add_argument(
@@ -49,4 +54,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--verify-bound", type=not_negative, default=1e-4, help="largest difference relative to the logits [1e-4]"
     )
     verify.add_argument("--verify-tokens", type=whole(1), default=128, help="length of the batch's sequences [128]")
-    return parser.parse_args(argv)
+    parsed = parser.parse_args(argv)
+    if parsed.verify and parsed.model_type != "mom":
+        parser.error(
+            f"--verify needs --model-type mom: flash-linear-attention runs a model of type {parsed.model_type}"
+        )
+    return parsed

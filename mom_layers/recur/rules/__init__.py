@@ -12,10 +12,11 @@ from mom_layers.recur.rules import (
     mamba2,
     rebased,
     retention,
-)  # fmt: skip
+)
+from mom_layers.recur.rules.equation import rule_from_equation
 from mom_layers.recur.rules.linear_attention import RULES as LINEAR_ATTENTION
 from mom_layers.recur.rules.registry import get_rule, register_rule, rule_names
-from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs, kept_exact
+from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs, kept_exact, warn_without_kernels
 
 RULES = (
     gated_deltanet, gated_deltanet2, deltanet, kda, gla, hgrn2, mamba2, retention, lightning, based, rebased,
@@ -23,4 +24,14 @@ RULES = (
 for rule in (*(module.RULE for module in RULES), *LINEAR_ATTENTION):
     register_rule(rule)
 
-__all__ = ["MemoryRule", "RawGate", "RuleInputs", "get_rule", "kept_exact", "register_rule", "rule_names"]
+__all__ = [
+    "MemoryRule",
+    "RawGate",
+    "RuleInputs",
+    "get_rule",
+    "kept_exact",
+    "register_rule",
+    "rule_from_equation",
+    "rule_names",
+    "warn_without_kernels",
+]

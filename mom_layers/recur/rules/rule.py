@@ -8,6 +8,7 @@ Shape legend: rows R, segments S, heads H, key size K, value size V.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,8 @@ class MemoryRule:
         initial_state_gradient: (inputs, gradient of o, cu_seqlens, initial state, kernels) -> the gradient of the
             initial state through the outputs alone. ``inputs.v`` and the initial state are None where
             ``linear_in_state``. None differentiates ``recur``.
+        cost_without_kernels: what a recurrence that PyTorch computes on every device costs, in words, for the warning
+            that a layer of such a rule gives; None where Triton kernels compute the recurrence.
         decode_step: the arguments and the result of :func:`mom_layers.decode.operation.decode_step`; None where a
             step of one token takes the general path.
         family: the kernel family that computes the recurrence, a folder of `mom_layers.recur`. The self-test checks
@@ -112,6 +115,7 @@ class MemoryRule:
     state_shape: Callable[[int, int], tuple[int, ...]] = key_by_value
     linear_in_state: bool = True
     initial_state_gradient: Callable[..., torch.Tensor] | None = None
+    cost_without_kernels: str | None = None
     decode_step: Callable[..., torch.Tensor] | None = None
     family: str = ""
     key_sizes: tuple[int, ...] | None = None
@@ -183,6 +187,16 @@ def dense_transition(recur: Callable[..., tuple[torch.Tensor, torch.Tensor | Non
         return recur(no_values, cu_seqlens, identity.expand(segments, heads, k_dim, k_dim), True, kernels)[1]
 
     return transition
+
+
+def warn_without_kernels(rule: MemoryRule) -> None:
+    """Warns of what a rule without kernels costs, once a process for each rule."""
+    if rule.cost_without_kernels is not None and rule.name not in _WARNED:
+        _WARNED.add(rule.name)
+        warnings.warn(f"the update rule {rule.name} has no kernels: {rule.cost_without_kernels}", stacklevel=3)
+
+
+_WARNED: set[str] = set()
 
 
 @contextmanager

@@ -8,6 +8,8 @@ import pytest
 import torch
 import training
 
+from mom_layers.recur.rules import rule_names
+
 MODELS = {
     "shared memory, packed documents, distributed optimizer": [
         *["--dataloader-inter-document-masking", "--micro-batch-size", 1],  # pipelines take packed rows one by one
@@ -17,9 +19,13 @@ MODELS = {
 }
 PACKED, ROUTED = MODELS
 GLA = "gated linear attention"
+ALONE = "gated deltanet alone, packed documents, distributed optimizer"
 EXPERTS = "experts in the MLPs, distributed optimizer"
 ARGUMENTS = MODELS | {
     GLA: ["--mom-rule", "gla"],
+    ALONE: ["--token-mixer", "gated_deltanet", *MODELS[PACKED], "--lr", "5e-3"],
+    **{f"{rule} as memories": ["--mom-rule", rule] for rule in rule_names()},
+    **{f"{rule} alone": ["--token-mixer", rule] for rule in rule_names()},
     EXPERTS: [
         *"--num-experts 4 --moe-ffn-hidden-size 32 --moe-router-topk 2 --moe-token-dispatcher-type alltoall".split(),
         *training.DISTRIBUTED_OPTIMIZER,

@@ -1,8 +1,12 @@
 """Every layout trains as one process does: the losses, every gradient and every parameter."""
 
+import os
+
 import pytest
-from conftest import EXPERTS, GLA, LAYOUTS, MODELS, ONE_RANK_AN_EXPERT, ROUTED, STEPS
+from conftest import ALONE, EXPERTS, GLA, LAYOUTS, MODELS, ONE_RANK_AN_EXPERT, ROUTED, STEPS
 from training import CP2, SP, TP2, gradients_of_first_step, launch, parameters
+
+from mom_layers.recur.rules import rule_names
 
 RTOL = 1e-5
 
@@ -25,6 +29,21 @@ def test_ten_steps_equal_one_process(trained, layout, model):
     assert losses == pytest.approx(expected, rel=RTOL)
     assert_same(gradients_of_first_step(folder), gradients_of_first_step(expected_folder))
     assert_same(parameters(folder, STEPS), parameters(expected_folder, STEPS))
+
+
+EVERY_RULE = rule_names() if os.environ.get("MOM_ALL_LAYOUTS") else []
+FEW_LAYOUTS = ("TP2", "EP2", "CP2", "PP2")
+
+
+@pytest.mark.parametrize("layout", [*FEW_LAYOUTS, "TP2+SP"])
+def test_a_rule_alone_equals_one_process(trained, layout):
+    test_ten_steps_equal_one_process(trained, layout, ALONE)
+
+
+@pytest.mark.parametrize("layout", FEW_LAYOUTS)
+@pytest.mark.parametrize("model", [f"{rule} {how}" for rule in EVERY_RULE for how in ("alone", "as memories")])
+def test_every_rule_equals_one_process(trained, layout, model):
+    test_ten_steps_equal_one_process(trained, layout, model)
 
 
 @pytest.mark.parametrize("layout", ["EP2", "EP2, whole memories", ONE_RANK_AN_EXPERT])

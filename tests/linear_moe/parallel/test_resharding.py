@@ -4,7 +4,7 @@ import os
 import signal
 
 import pytest
-from conftest import ARGUMENTS, EXPERTS, GLA, LAYOUTS, MODELS, PACKED, ROUTED, SAVED, STEPS
+from conftest import ALONE, ARGUMENTS, EXPERTS, GLA, LAYOUTS, MODELS, PACKED, ROUTED, SAVED, STEPS
 from training import launch
 
 TABLE = ["1", "TP2", "PP2", "EP2", "CP2"]
@@ -48,6 +48,11 @@ def test_memories_whole_and_split_beside_experts(trained, documents, tmp_path, w
 
 def test_gated_linear_attention_continues_in_another_layout(trained, documents, tmp_path):
     go_on("TP2+SP", "EP2", GLA, trained, documents, tmp_path)
+
+
+@pytest.mark.parametrize("writer,reader", [("TP2+SP", "1"), ("PP2", "TP2")])
+def test_one_memory_alone_continues_in_another_layout(trained, documents, tmp_path, writer, reader):
+    go_on(writer, reader, ALONE, trained, documents, tmp_path)
 
 
 def test_resumes_to_the_last_bit(trained, documents, tmp_path):

@@ -103,7 +103,7 @@ def test_width_of_the_mlp(changes, width):
         ({"attnres_block_size": 4}, "attnres_block_size must be None, got 4"),
         ({"topk": 5}, "topk must be between 1 and"),
         ({"expand_v": 0.3}, "expand_v"),
-        ({"conv_size": 1}, "between 2 and 8, got 1"),
+        ({"conv_size": 0}, "between 1 and 8, got 0"),
         ({"attn": "flash"}, "must be None, a dictionary"),
         ({"attn": {"layers": [0]}}, "lacks num_heads"),
         ({"attn": {"layers": [0], "num_heads": 2, "sinks": True}}, "not supported: sinks; known are"),

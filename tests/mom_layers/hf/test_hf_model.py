@@ -185,10 +185,8 @@ def test_memory_matrices_are_copied_once_outside_training():
     mixer = model.model.layers[0].attn
     with torch.inference_mode():
         model(tokens)
-        first = mixer.memory_projection(torch.float32)
-        assert (
-            mixer.memory_projection(torch.float32).data_ptr() == first.data_ptr() == mixer.k_proj[0].weight.data_ptr()
-        )
+        first = mixer.projection(torch.float32)
+        assert mixer.projection(torch.float32).data_ptr() == first.data_ptr() == mixer.k_proj[0].weight.data_ptr()
     assert first.shape == (5, 2 * 8 + 2 * 16 + 2 + 2, 32)
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -1,0 +1,79 @@
+"""A rule made from its equation, beside a rule that is written by hand."""
+
+import importlib
+import warnings
+
+import pytest
+import torch
+from comparison import relative_error
+
+from mom_layers import LinearAttentionLayer, MixtureOfMemories, get_rule, rule_from_equation
+from mom_layers.recur.rules import gated_deltanet, registry
+
+HEADS, K, V = 2, 16, 32
+
+
+def step(state, k, v, gates):
+    state = state * gates["g"].exp()[..., None, None]
+    delta = (v - torch.einsum("nhk,nhkv->nhv", k, state)) * gates["beta"][..., None]
+    return state + torch.einsum("nhk,nhv->nhkv", k, delta)
+
+
+@pytest.fixture
+def twin(monkeypatch):
+    """gated_deltanet, from its equation."""
+    theirs = gated_deltanet.RULE
+    rule = rule_from_equation(
+        "twin", step, gates=lambda raw, parameters: gated_deltanet.gates(raw, parameters, "torch"),
+        raw_gates=theirs.raw_gates, parameter_shapes=theirs.parameter_shapes, init_parameters=theirs.init_parameters,
+    )  # fmt: skip
+    monkeypatch.setitem(registry._RULES, "twin", rule)
+    monkeypatch.setattr(importlib.import_module("mom_layers.recur.rules.rule"), "_WARNED", set())
+    return rule
+
+
+def test_is_the_rule_of_that_equation(twin):
+    theirs = get_rule("gated_deltanet")
+    torch.manual_seed(0)
+    ends = torch.tensor([0, 3, 3, 10, 11], dtype=torch.int32)
+    q, k = (torch.nn.functional.normalize(torch.randn(11, HEADS, K, dtype=torch.float64), dim=-1) for _ in range(2))
+    v, raw = torch.randn(11, HEADS, V, dtype=torch.float64), torch.randn(2, 11, HEADS, dtype=torch.float64)
+    state = torch.randn(4, HEADS, K, V, dtype=torch.float64)
+    parameters = {name: x.double() for name, x in twin.init_parameters(HEADS, K).items()}
+    leaves = [x.requires_grad_() for x in (q, k, v, raw, state, *parameters.values())]
+    found = []
+    for rule in (twin, theirs):
+        gates = {"beta": raw[0], "a": raw[1]}
+        inputs = rule.prepare(q, k, v, gates, parameters, "torch")
+        o, last = rule.recur(inputs, ends, state, True, "torch")
+        gradients = torch.autograd.grad((o.sin().sum() + last.cos().sum()), leaves)
+        loop = rule.reference(q.detach(), k.detach(), v, gates, parameters, ends, state)
+        found.append([o, last, *gradients, rule.transition(inputs, ends, "torch"), *loop])
+        assert rule.recur(inputs, ends, None, False, "torch")[1] is None
+    for mine, right in zip(*found, strict=True):
+        assert relative_error(mine, right) <= 1e-9
+
+
+@pytest.mark.parametrize("make", [MixtureOfMemories, LinearAttentionLayer])
+def test_a_layer_warns_once_trains_and_decodes(twin, make):
+    with pytest.warns(UserWarning, match="the update rule twin has no kernels: its recurrence runs token by token"):
+        module = make(24, rule="twin", num_heads=HEADS, head_dim=K)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(24, rule="twin", num_heads=HEADS, head_dim=K)
+    x = torch.randn(2, 7, 24)
+    whole, _ = module(x)
+    whole.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+    first, state = module(x[:, :5], output_state=True)
+    steps = [module.step(x[:, t], state) for t in (5, 6)]
+    assert relative_error(torch.cat([first, torch.stack(steps, 1)], 1), whole) <= 1e-5
+
+
+def test_no_tokens(twin):
+    inputs = twin.prepare(
+        *(torch.zeros(0, HEADS, n) for n in (K, K, V)), {name: torch.zeros(0, HEADS) for name in ("beta", "a")},
+        twin.init_parameters(HEADS, K), "torch",
+    )  # fmt: skip
+    o, state = twin.recur(inputs, torch.zeros(3, dtype=torch.int32), None, True, "torch")
+    assert o.shape == (0, HEADS, V) and state.shape == (2, HEADS, K, V) and not state.any()
