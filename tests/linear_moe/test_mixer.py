@@ -134,7 +134,7 @@ def test_decay_parameters_stay_exact_in_a_bf16_model(megatron, rule):
     exact = {name: getattr(mixer, name).detach().clone() for name in mixer.rule.parameter_names}
     mixer.bfloat16()
     assert mixer.memory_proj.dtype == torch.bfloat16
-    assert len(exact) == 2 and all(torch.equal(getattr(mixer, name), value) for name, value in exact.items())
+    assert len(exact) >= 2 and all(torch.equal(getattr(mixer, name), value) for name, value in exact.items())
 
 
 @pytest.mark.parametrize(
