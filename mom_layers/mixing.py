@@ -361,8 +361,8 @@ def _skip_spare_rows(inputs: RuleInputs, plan: RoutingPlan, initial_state, kerne
     if not skips or checks.checks_values(plan.cu_seqlens):  # borders that are checked must end at R
         return inputs, plan.cu_seqlens
     end = (plan.cu_seqlens[-2:-1] + CHUNK).clamp(max=plan.num_rows)
-    of_rows = {"q": inputs.q, "k": inputs.k, "v": inputs.v} | {
-        name: gate for name, gate in inputs.gates.items() if gate.shape[0] == plan.num_rows
+    of_rows = {"q": inputs.q, "k": inputs.k, "v": inputs.v} | {  # a gate [H] is one for all rows
+        name: gate for name, gate in inputs.gates.items() if gate.dim() > 1 and gate.shape[0] == plan.num_rows
     }
     q, k, v, *gates = zero_spare_gradients(tuple(of_rows.values()), plan, kernels=kernels)
     gates = {**inputs.gates, **dict(zip(list(of_rows)[3:], gates, strict=True))}

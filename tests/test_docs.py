@@ -191,7 +191,11 @@ def check_command(words, megatron_parser):
     elif program in ("bash", "sbatch"):
         (place,) = [index for index, word in enumerate(rest) if word.endswith(".sh")]
         assert (ROOT / rest[place]).is_file()
-        megatron_parser.parse_args(rest[place + 1 :])
+        script, *arguments = rest[place:]
+        if script.endswith("train_recipe.sh"):
+            recipe, *arguments = [word for word in arguments if word != "--tiny"]
+            assert list((ROOT / "examples/recipes").glob(f"{recipe}.*")), recipe
+        megatron_parser.parse_args(arguments)
     elif program == "pip":
         assert rest[0] in ("install", "show", "uninstall")
         for extras in re.findall(r"^(?:\.|linear-moe)\[(.*)\]$", "\n".join(rest), re.MULTILINE):

@@ -196,6 +196,11 @@ def _check_llama3(scaling: RopeScaling, kinds: LayerKinds) -> None:
 
 
 def _latent_arguments(spec: LatentSpec) -> dict[str, object]:
+    if spec.qk_norm and spec.q_lora_rank is None:
+        raise ConversionError(
+            "Megatron has the norm of latent keys only together with latent queries: attn has qk_norm true and no "
+            "q_lora_rank"
+        )
     arguments = {theirs: getattr(spec, ours) for ours, theirs in LATENT_KEYS}
     scaling = spec.rope_scaling
     if scaling is None:

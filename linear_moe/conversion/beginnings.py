@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from linear_moe.conversion.config import OLDER_TYPE, layout_of
-from linear_moe.conversion.files import ConversionError, read_json
-from linear_moe.conversion.fla_types import is_fla_type
+from linear_moe.conversion.config import layout_of
+from linear_moe.conversion.files import read_json
 from linear_moe.conversion.layers import LayerKinds, kinds_of_config
 from linear_moe.conversion.loading import check_complete, read_model
 from linear_moe.conversion.memories_from_softmax import Memories, chosen_layers, with_memories
 from linear_moe.conversion.names import Entry, Layout, entries
-from linear_moe.conversion.transformer_folders import ARCHITECTURES, Tensors, is_transformer, softmax_model
+from linear_moe.conversion.transformer_folders import Tensors, is_transformer, softmax_model
 from linear_moe.conversion.weights import Weights
 from mom_layers.hf.configuration_mom import MomConfig
-from mom_layers.hf.fields import shown
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,6 @@ def begin(folder: Path, start: Start, *, hybrid: bool = False) -> Beginning:
     notes: list[str] = []
     if is_transformer(content):
         config, tensors = softmax_model(content, Weights(folder))
-    elif content.get("model_type") not in ("mom", OLDER_TYPE) and not is_fla_type(content.get("model_type")):
-        raise ConversionError(
-            f"config.json has model_type {shown(content.get('model_type'))}: expected mom, or a Transformer to start "
-            f"from: {', '.join(ARCHITECTURES)}"
-        )
     else:
         config, tensors, _ = read_model(folder)
     if is_transformer(content) or chosen:

@@ -332,10 +332,15 @@ def _bytes(name: str, content: object) -> _Chunk:
 
 
 def _written(found: Sequence[Place], layout: Layout) -> list[Place]:
-    """Of the places that a checkpoint may have a tensor at, those at which a model of this layout looks."""
+    """Of the places that a checkpoint may have a tensor at, those at which a model of this layout looks.
+
+    The last norm's name says of which class the model is, so that a checkpoint has one of the two names.
+    """
+    other = "decoder.final_layernorm." if layout.hybrid else "decoder.final_norm."
+    found = [place for place in found if not place.name.startswith(other)]
     stacked = [place for place in found if place.name.startswith("decoder.layers.") and _is_stacked(place)]
     if layout.stacked:
-        return stacked or list(found)
+        return stacked or found
     return [place for place in found if place not in stacked]
 
 

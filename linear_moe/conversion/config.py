@@ -36,6 +36,8 @@ EXPORTABLE = {
     "glu_linear_offset": (0.0,),
     "activation_func_clamp_value": (None,),
 }
+TRANSFORMERS = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
+"""Architectures that `linear_moe.conversion.transformer_folders` turns into models with memories."""
 OLDER_TYPE = "mom_gated_deltanet"
 OLDER_KEYS = {"num_experts": "num_memories", "single_expert": "single_kv_proj", "use_gate": "use_output_gate"}
 """Keys of OpenSparseLLMs/MoM, and what FLA calls them."""
@@ -145,7 +147,10 @@ def parse_config(content: dict, tensor_names: set[str]) -> MomConfig:
     content = from_older_format(content)
     if content.get("model_type") != "mom":
         found = content.get("model_type")
-        raise ConversionError(f"not a Mixture-of-Memories model: config.json has model_type {shown(found)}")
+        raise ConversionError(
+            f"not a Mixture-of-Memories model: config.json has model_type {shown(found)}; convert_from_hf.py also "
+            f"takes Transformers, {', '.join(TRANSFORMERS)}"
+        )
     for key in ("dtype", "torch_dtype"):
         if content.get(key) not in (None, *DTYPES):
             raise ConversionError(f"config.json: {key} must be {', '.join(DTYPES)} or null, got {shown(content[key])}")

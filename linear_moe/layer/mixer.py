@@ -62,8 +62,7 @@ class MomTokenMixer(RecurrentTokenMixer):
         if self._is_reduced_as_experts_are():
             self.memory_proj.allreduce = False
         self.make_inner_parameters()
-        if config.perform_initialization:
-            self.reset_parameters()
+        self.draw_parameters()
 
     def _is_reduced_as_experts_are(self) -> bool:
         """Whether the gradient of ``memory_proj`` is summed over the expert-data group, and not over the data group.

@@ -36,8 +36,7 @@ class OneMemoryTokenMixer(RecurrentTokenMixer):
         names = ["query", "key", "value", *self.rule.gate_widths, "output_gate"]
         self.make_linear_layers(submodules, names, self.local_settings.fused_sizes, name)
         self.make_inner_parameters()
-        if config.perform_initialization:
-            self.reset_parameters()
+        self.draw_parameters()
 
     def mix(self, hidden_states: torch.Tensor, packed_seq_params) -> tuple[torch.Tensor, int, int]:
         """See :meth:`RecurrentTokenMixer.mix`."""

@@ -111,12 +111,22 @@ class RecurrentTokenMixer(MegatronModule):
 
     def new_parameter(self, *shape, dtype=None, sharded_dim=None) -> torch.nn.Parameter:
         """A parameter without values, marked as sharded by head along ``sharded_dim``."""
-        config = self.config
-        device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
-        weight = torch.nn.Parameter(torch.empty(*shape, dtype=dtype or config.params_dtype, device=device))
+        weight = torch.nn.Parameter(torch.empty(*shape, dtype=dtype or self.config.params_dtype, device=self._device()))
         if sharded_dim is not None:
             set_tensor_model_parallel_attributes(weight, True, sharded_dim, 1)
         return weight
+
+    def _device(self) -> torch.device:
+        """Where parameters are made. With --init-model-with-meta-device: nowhere. Megatron FSDP gives the modules
+        memory one after another, and calls their :meth:`reset_parameters`."""
+        if getattr(self.config, "init_model_with_meta_device", False):
+            return torch.device("meta")
+        return torch.device("cpu" if self.config.use_cpu_initialization else torch.cuda.current_device())
+
+    def draw_parameters(self) -> None:
+        """Draws the parameters, where these have memory and no checkpoint supplies their values."""
+        if self.config.perform_initialization and self._device().type != "meta":
+            self.reset_parameters()
 
     def make_inner_parameters(self) -> None:
         """The convolutions, the per-head norm and the rule's own parameters."""
@@ -129,8 +139,7 @@ class RecurrentTokenMixer(MegatronModule):
             if width > 1:
                 setattr(self, name, self.new_parameter(channels, width, sharded_dim=0))
             else:  # no convolution: one fixed tap
-                device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
-                ones = torch.ones(channels, 1, dtype=config.params_dtype, device=device)
+                ones = torch.ones(channels, 1, dtype=config.params_dtype, device=self._device())
                 self.register_buffer(name, ones, persistent=False)
         self.norm_weight = self.new_parameter(config.mom_value_dim)
         for own, shape in self.rule.parameter_shapes(config.mom_head_dim).items():
@@ -154,13 +163,15 @@ class RecurrentTokenMixer(MegatronModule):
     def reset_parameters(self) -> None:
         """Draws the parameters."""
         config = self.config
-        if config.use_cpu_initialization:
+        if config.use_cpu_initialization and not self.in_proj.weight.is_meta:
             self.draw(config.init_method, self.in_proj.weight, 0, self.in_sizes)
         self.reset_memories()
         bound = config.mom_conv_kernel**-0.5
-        if config.mom_conv_kernel > 1:
-            for conv in (self.q_conv, self.k_conv, self.v_conv):
+        for conv in (self.q_conv, self.k_conv, self.v_conv):
+            if config.mom_conv_kernel > 1:
                 self.draw(lambda weight: weight.uniform_(-bound, bound), conv, 0, [conv.shape[0]])
+            else:
+                conv.fill_(1.0)
         rank, tp_size = self.tp_group.rank(), self.tp_group.size()
         for name, whole in self.settings.initial_parameters().items():
             getattr(self, name).copy_(whole.chunk(tp_size)[rank])

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mom_layers.recur.scalar_delta.gates_triton import _softplus
+from mom_layers.common.activations_triton import softplus
 
 PROJECTION_TILE = (16, 256)  # BN outputs of a program, and BD inputs at a time; not tuned
 VALUE_TILE = 32  # BV columns of the state that a program holds; not tuned
@@ -123,7 +123,7 @@ def _update_kernel(
         b_value = b_value.to(low).to(tl.float32)
         # beta and exp(g)
         beta = tl.sigmoid(tl.load(p_row + H * (K + V) + i_h).to(tl.float32))
-        decay = tl.exp(-b_rate * _softplus(tl.load(p_row + H * (K + V + 1) + i_h).to(tl.float32) + b_bias))
+        decay = tl.exp(-b_rate * softplus(tl.load(p_row + H * (K + V + 1) + i_h).to(tl.float32) + b_bias))
         # S <- exp(g) S;  S <- S + k (beta (v - k^T S))^T
         p_S = recurrent + (i_memory * H + i_h) * K * V + b_k[:, None] * V + b_v[None, :]
         b_S = decay * tl.load(p_S)

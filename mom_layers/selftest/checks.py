@@ -57,8 +57,9 @@ def all_checks(setting: Setting) -> dict[str, Check]:
                 )
     families = by_family()
     for rule in rule_names():
-        checks[f"gates of {rule}"] = partial(recurrences.gates, name=rule, rows=300, heads=4, k_dim=128, v_dim=128)
         small = smallest_size(rule)
+        keys = 128 if get_rule(rule).has_kernels(128, 128) else small
+        checks[f"gates of {rule}"] = partial(recurrences.gates, name=rule, rows=300, heads=4, k_dim=keys, v_dim=128)
         if rule not in families:
             checks[f"{rule}, {setting.dtype}".replace("torch.", "")] = partial(
                 recurrences.recurrence, name=rule, heads=2, k_dim=small, v_dim=small, every_set=False,
@@ -88,7 +89,8 @@ def by_family() -> tuple[str, ...]:
 
 def smallest_size(rule: str) -> int:
     """64, or the head size nearest to it that a rule's kernels take."""
-    return min(get_rule(rule).head_sizes, key=lambda size: abs(size - 64))
+    both = (size for size in get_rule(rule).head_sizes if get_rule(rule).has_kernels(size, size))
+    return min(both, key=lambda size: abs(size - 64))
 
 
 def checks_of_a_run(setting: Setting, settings: MixerSettings, hidden_size: int, sliced: bool) -> dict[str, Check]:

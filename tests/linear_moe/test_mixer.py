@@ -134,7 +134,7 @@ def test_decay_parameters_stay_exact_in_a_bf16_model(megatron, rule):
     exact = {name: getattr(mixer, name).detach().clone() for name in mixer.rule.parameter_names}
     mixer.bfloat16()
     assert mixer.memory_proj.dtype == torch.bfloat16
-    assert len(exact) >= 2 and all(torch.equal(getattr(mixer, name), value) for name, value in exact.items())
+    assert exact and all(torch.equal(getattr(mixer, name), value) for name, value in exact.items())
 
 
 @pytest.mark.parametrize(
@@ -142,6 +142,8 @@ def test_decay_parameters_stay_exact_in_a_bf16_model(megatron, rule):
     [
         ("gated_deltanet", {"beta": 2, "a": 2}, {"A_log": (2,), "dt_bias": (2,)}),
         ("gla", {"decay": 32}, {"decay_up": (2, 16, 16), "decay_bias": (2, 16)}),
+        ("kda", {"beta": 2, "decay": 32}, {"A_log": (2,), "dt_bias": (2, 16), "decay_up": (2, 16, 16)}),
+        ("gated_deltanet2", {"erase": 32, "write": 32, "decay": 32}, {"A_log": (2,), "dt_bias": (2, 16)}),
     ],
 )
 def test_checkpoint_names_every_fused_piece(megatron, rule, gates, parameters):

@@ -3,6 +3,7 @@
 import torch
 from comparison import relative_error
 
+from mom_layers import MixtureOfMemories
 from mom_layers.recur.rules import get_rule, hgrn2
 
 HEADS, K = 3, 16
@@ -27,6 +28,12 @@ def test_the_decay_follows_the_table_of_a_whole_model():
         assert relative_error(inputs.k, 1 - f) <= 1e-12
 
 
+def test_layers_start_with_bounds_that_grow():
+    for layer in range(4):
+        p = get_rule("hgrn2").parameters_of_layer(HEADS, K, layer, 4)["lower_bound"]
+        torch.testing.assert_close(p**2 / (1 + p**2), torch.full((HEADS, K), layer / 4))
+
+
 def test_keys_of_a_decay_close_to_one_keep_their_digits():
     """1 - exp(g) is 12 % off in bfloat16, and zero in float32 from logits of 17 on."""
     raw = torch.linspace(2, 30, HEADS * K).expand(2, -1)
@@ -47,3 +54,13 @@ def test_gradients_are_finite_without_a_bound_and_at_extreme_logits():
     (inputs.k.sum() + inputs.gates["g"].clamp(min=-80).sum()).backward()
     assert torch.isfinite(raw.grad).all() and raw.grad.any()
     assert not parameters["lower_bound"].grad.any()  # no bound stays no bound
+
+
+def test_every_parameter_of_a_layer_gets_a_gradient():
+    """Those of the keys, which hgrn2 does not read, a gradient of zero."""
+    torch.manual_seed(0)
+    for single in (False, True):
+        layer = MixtureOfMemories(24, num_heads=2, head_dim=16, rule="hgrn2", single_kv_proj=single, kernels="torch")
+        layer(torch.randn(1, 9, 24))[0].square().sum().backward()
+        assert [name for name, p in layer.named_parameters() if p.grad is None] == []
+        assert not layer.k_conv.grad.any() and layer.v_conv.grad.any()

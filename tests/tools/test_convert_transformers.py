@@ -19,9 +19,11 @@ from transformers import (
 )
 
 from linear_moe.commands import convert_from_hf, convert_to_hf
+from linear_moe.conversion import config
 from linear_moe.conversion.checkpoint import MegatronCheckpoint
 from linear_moe.conversion.files import ConversionError
 from linear_moe.conversion.memories_from_softmax import STARTS, chosen_layers
+from linear_moe.conversion.transformer_folders import ARCHITECTURES
 from mom_layers.hf import MomForCausalLM
 from mom_layers.recur.rules import get_rule, rule_names
 
@@ -116,6 +118,10 @@ def test_memories_start_from_the_softmax_layers(name, tmp_path, capsys):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_every_architecture_is_tested_and_named():
+    assert set(ARCHITECTURES) == set(config.TRANSFORMERS) == {one.model_type for one in TRANSFORMERS.values()}
+
+
 def old_name(name: str) -> str:
     for here, there in (
         (".attn_norm.", ".input_layernorm."), (".mlp_norm.", ".post_attention_layernorm."), (".attn.", ".self_attn."),
@@ -175,7 +181,7 @@ def test_other_words_for_layers_are_refused(word):
 @pytest.mark.parametrize(
     ("changed", "options", "words"),
     [
-        ({"model_type": "gpt2"}, [], "model_type 'gpt2': expected mom, or a Transformer to start from: llama, mistral"),
+        ({"model_type": "gpt2"}, [], "model_type 'gpt2'; convert_from_hf.py also takes Transformers, llama, mistral"),
         ({"head_dim": 12}, [], "have size 12, and the kernels of --mom-rule gated_deltanet take 16, 32"),
         ({"hidden_act": "gelu"}, [], "hidden_act must be silu or swish"),
         ({"attention_bias": True}, [], "attention_bias must be false"),

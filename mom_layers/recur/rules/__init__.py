@@ -12,7 +12,7 @@ from mom_layers.recur.rules import (
     mamba2,
     rebased,
     retention,
-)  # fmt: skip
+)
 from mom_layers.recur.rules.equation import rule_from_equation
 from mom_layers.recur.rules.linear_attention import RULES as LINEAR_ATTENTION
 from mom_layers.recur.rules.registry import get_rule, register_rule, rule_names

@@ -3,8 +3,8 @@
 ``S <- diag(f) S + (1 - f) v^T`` with ``f = c + (1 - c) sigmoid(x Wf)`` of K numbers a head, full rank. c is the layer's
 lower bound of f, a number for each key channel. In the paper one table for the whole model gives the bounds, P =
 softmax over layers and c of layer l is P_1 + ... + P_l, which grows with the layers. Here every layer has a
-parameter p of its own with ``c = p^2 / (1 + p^2)``: p = 0, as in the first layer, is no bound and stays zero in
-training.
+parameter p of its own with ``c = p^2 / (1 + p^2)``. It starts where the paper's table does, at c = l / layers, and the
+first layer's p = 0 is no bound and stays zero in training.
 
 Every memory has its own Wf. The keys that a layer projects for every rule are not read.
 """
@@ -19,6 +19,19 @@ from mom_layers.common.supported import HEAD_SIZES
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.rules import gla
 from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs
+
+
+class _WithUnread(torch.autograd.Function):
+    """x, with a gradient of zero for a tensor that nothing reads: data parallelism waits for every gradient."""
+
+    @staticmethod
+    def forward(ctx, x, unread):
+        ctx.shape = unread.shape
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx, dx.new_zeros(ctx.shape)
 
 
 def log_decay(raw: torch.Tensor, lower_bound: torch.Tensor) -> torch.Tensor:
@@ -36,10 +49,15 @@ def log_decay(raw: torch.Tensor, lower_bound: torch.Tensor) -> torch.Tensor:
     return torch.where(bounded, torch.logaddexp(log_square, g) - torch.log1p(p * p), g)
 
 
+def layer_parameters(num_heads: int, head_dim: int, layer: int, num_layers: int) -> dict[str, torch.Tensor]:
+    """p of layer number ``layer`` for the bound c = layer / num_layers."""
+    return {"lower_bound": torch.full((num_heads, head_dim), (layer / (num_layers - layer)) ** 0.5)}
+
+
 def prepare(q, k, v, raw, parameters, kernels) -> RuleInputs:
     """Keys 1 - f by expm1: in bfloat16 the difference would be wrong by 12 % where f is close to 1."""
     g = log_decay(raw["forget"], parameters["lower_bound"])
-    return RuleInputs(q, -torch.expm1(g).to(q.dtype), v, {"g": g})
+    return RuleInputs(_WithUnread.apply(q, k), -torch.expm1(g).to(q.dtype), v, {"g": g})
 
 
 def reference(q, k, v, raw, parameters, cu_seqlens, initial_state=None):
@@ -60,7 +78,8 @@ RULE = MemoryRule(
     name="hgrn2",
     raw_gates=(RawGate("forget", columns="key", hf="f"),),
     parameter_shapes=lambda head_dim: {"lower_bound": (head_dim,)},
-    init_parameters=lambda num_heads, head_dim: {"lower_bound": torch.zeros(num_heads, head_dim)},
+    init_parameters=lambda num_heads, head_dim: layer_parameters(num_heads, head_dim, 0, 1),
+    layer_parameters=layer_parameters,
     prepare=prepare,
     recur=gla.recur,
     transition=gla.transition,

@@ -29,12 +29,11 @@ import torch
 import triton
 import triton.language as tl
 
-from mom_layers.common.activations_triton import exp
 from mom_layers.recur.channel_decay.tensors import ChunkLocal, Inputs
 from mom_layers.recur.channel_decay.triton.blocks import (
     BLOCK,
     PRECISION,
-    at_least,
+    exponents,
     late_rows,
     meet,
     rows_after,
@@ -83,20 +82,20 @@ def _decayed_rows_kernel(
     for i in range(0, BT, BC):
         m_r = (i + o_r < last)[:, None]
         p_rk = p_chunk + i * H * K
-        b_g = at_least(tl.load(g + p_rk, mask=m_r, other=0.0))  # [BC, BK]
+        b_g = exponents(tl.load(g + p_rk, mask=m_r, other=0.0))  # [BC, BK]
         b_q = tl.load(q + p_rk, mask=m_r, other=0.0)  # [BC, BK]
-        b_q = scale * (b_q * exp(sums_of_rows(rows_until(BC), b_g, EXACT) + b_sum))
+        b_q = scale * (b_q * tl.exp2(sums_of_rows(rows_until(BC), b_g, EXACT) + b_sum))
         tl.store(q_decayed + p_rk, b_q.to(q_decayed.dtype.element_ty), mask=m_r)
         b_sum += sums_of_rows(all_rows, b_g, EXACT)
-    tl.store(decays + (i_c.to(tl.int64) * H + i_h) * K + o_k, exp(tl.max(b_sum, 0)))
+    tl.store(decays + (i_c.to(tl.int64) * H + i_h) * K + o_k, tl.exp2(tl.max(b_sum, 0)))
 
     b_sum = tl.zeros([BC, BK], tl.float32)  # g from the block to the chunk's end
     for i_back in range(BC, BT + BC, BC):
         m_r = (BT - i_back + o_r < last)[:, None]
         p_rk = p_chunk + (BT - i_back) * H * K
-        b_g = at_least(tl.load(g + p_rk, mask=m_r, other=0.0))  # [BC, BK]
+        b_g = exponents(tl.load(g + p_rk, mask=m_r, other=0.0))  # [BC, BK]
         b_k = tl.load(k + p_rk, mask=m_r, other=0.0)  # [BC, BK]
-        b_k = b_k * exp(sums_of_rows(rows_after(BC), b_g, EXACT) + b_sum)
+        b_k = b_k * tl.exp2(sums_of_rows(rows_after(BC), b_g, EXACT) + b_sum)
         tl.store(k_decayed + p_rk, b_k.to(k_decayed.dtype.element_ty), mask=m_r)
         b_sum += sums_of_rows(all_rows, b_g, EXACT)
 
@@ -141,20 +140,20 @@ def _scores_kernel(
         m_r = (first + o_r < last)[:, None]
         b_q = tl.load(q + p_rk, mask=m_r, other=0.0)  # [BC, BK]
         b_k = tl.load(k + p_rk, mask=m_r, other=0.0)  # [BC, BK]
-        b_g = at_least(tl.load(g + p_rk, mask=m_r, other=0.0))  # [BC, BK]
+        b_g = exponents(tl.load(g + p_rk, mask=m_r, other=0.0))  # [BC, BK]
 
         # The columns of this block.
         b_pairs = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_D += tl.where(o_r[:, None] == o_r[None, :], b_pairs, 0.0)
         for i in tl.static_range(4):
-            b_decay = exp(sums_of_rows(rows_to_border(BC, 8 >> i), b_g, EXACT))
+            b_decay = tl.exp2(sums_of_rows(rows_to_border(BC, 8 >> i), b_g, EXACT))
             b_x = tl.where(late_rows(BC, 8 >> i)[:, None], b_q * b_decay, b_k * b_decay).to(low)
             b_pairs = tl.dot(b_x, tl.trans(b_x), input_precision=PRECISION)
             b_D += tl.where(meet(BC, 8 >> i) & (o_r[:, None] > o_r[None, :]), b_pairs, 0.0)
 
         # Equation (5): the columns of the blocks before this one, the nearest first. Their rows all exist.
         if num_earlier >= 1:
-            b_from = (b_q * exp(sums_of_rows(rows_until(BC), b_g, EXACT))).to(low)
+            b_from = (b_q * tl.exp2(sums_of_rows(rows_until(BC), b_g, EXACT))).to(low)
             b_sum = tl.zeros([BC, BK], tl.float32)  # g from a block's end to this block, in every row
             b_P1, b_sum = _add_earlier(b_P1, b_from, b_sum, k, g, p_rk - BC * H * K, BC, EXACT)
             if num_earlier >= 2:
@@ -184,8 +183,8 @@ def _add_earlier(b_P, b_q, b_sum, k, g, p_rk, BC: tl.constexpr, EXACT: tl.conste
     p_rk: where the earlier block's rows are.
     """
     b_k = tl.load(k + p_rk)  # [BC, BK]
-    b_g = at_least(tl.load(g + p_rk))  # [BC, BK]
-    b_k = (b_k * exp(sums_of_rows(rows_after(BC), b_g, EXACT) + b_sum)).to(b_q.dtype)
+    b_g = exponents(tl.load(g + p_rk))  # [BC, BK]
+    b_k = (b_k * tl.exp2(sums_of_rows(rows_after(BC), b_g, EXACT) + b_sum)).to(b_q.dtype)
     all_rows = tl.full([BC, BC], 1.0, tl.float32)
     return tl.dot(b_q, tl.trans(b_k), b_P, input_precision=PRECISION), b_sum + sums_of_rows(all_rows, b_g, EXACT)
 

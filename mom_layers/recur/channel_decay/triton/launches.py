@@ -112,7 +112,7 @@ TABLES = (
         decayed_rows=Launch(32, 1, 1),
         scores=Launch(32, 1, 1),
         score_gradients=Launch(64, 4, 2),
-        query_key_gradients=Launch(16, 1, 1),
+        query_key_gradients=Launch(32, 2, 1),
     ),
     # For the 163 KB of an A100, where both operands of a product pass through registers: a state half as wide, and late
     # loads, which spill a tenth. Chosen from what the compiler reports for sm_80; not tuned.
@@ -124,7 +124,7 @@ TABLES = (
         decayed_rows=Launch(32, 1, 1),
         scores=Launch(32, 1, 1),
         score_gradients=Launch(64, 4, 2),
-        query_key_gradients=Launch(16, 1, 1),
+        query_key_gradients=Launch(32, 2, 1),
     ),
     # For less shared memory: a recurrence with one stage. Chosen from what the compiler reports for K = V on sm_86,
     # sm_89 and sm_90; not tuned.
@@ -136,7 +136,7 @@ TABLES = (
         decayed_rows=Launch(32, 1, 1),
         scores=Launch(32, 1, 1),
         score_gradients=Launch(64, 4, 2),
-        query_key_gradients=Launch(16, 1, 1),
+        query_key_gradients=Launch(32, 2, 1),
     ),
 )
 # For float32 inputs, whose exact products run outside the tensor cores, for comparisons; not tuned. With late loads,

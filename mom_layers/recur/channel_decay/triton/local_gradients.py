@@ -30,13 +30,12 @@ import torch
 import triton
 import triton.language as tl
 
-from mom_layers.common.activations_triton import exp
 from mom_layers.recur.channel_decay.tensors import Inputs, StateParts
 from mom_layers.recur.channel_decay.triton.blocks import (
     BLOCK,
     PRECISION,
     add_sums_of_columns,
-    at_least,
+    exponents,
     late_rows,
     meet,
     rows_after,
@@ -97,13 +96,13 @@ def _decayed_block(
 ):  # fmt: skip
     """Of a block of rows: q exp(g[first, i]) and k exp(g(j, end of the block]) [BK, BC]; the exponential of the block's
     sum of g, and the sums of both times u and w [BK]."""
-    b_g = at_least(_block(g, p_k, first, last, H, K, BC))
+    b_g = exponents(_block(g, p_k, first, last, H, K, BC))
     b_until = sums_of_columns(rows_until(BC), b_g, EXACT)
-    b_q = _block(q, p_k, first, last, H, K, BC) * exp(b_until)
-    b_k = _block(k, p_k, first, last, H, K, BC) * exp(sums_of_columns(rows_after(BC), b_g, EXACT))
+    b_q = _block(q, p_k, first, last, H, K, BC) * tl.exp2(b_until)
+    b_k = _block(k, p_k, first, last, H, K, BC) * tl.exp2(sums_of_columns(rows_after(BC), b_g, EXACT))
     b_u = _row_sums(b_q * _block(u, p_k, first, last, H, K, BC), BC, EXACT)
     b_w = _row_sums(b_k * _block(w, p_k, first, last, H, K, BC), BC, EXACT)
-    return b_q, b_k, exp(_last_column(b_until, BC)), b_u, b_w
+    return b_q, b_k, tl.exp2(_last_column(b_until, BC)), b_u, b_w
 
 
 @triton.jit
@@ -194,13 +193,13 @@ def _query_key_gradients_kernel(
         late, late_half = i_b % 2 == 1, i_b >= 2
         b_q = _block(q, p_k, i_b * BC, last, H, K, BC)
         b_k = _block(k, p_k, i_b * BC, last, H, K, BC)
-        b_g = at_least(_block(g, p_k, i_b * BC, last, H, K, BC))
+        b_g = exponents(_block(g, p_k, i_b * BC, last, H, K, BC))
         b_others = _of_block(i_b, b_d_decays + b_u1, b_w0 + b_u2, b_w1 + b_u3, b_w2)
         b_dg = tl.zeros([BK, BC], tl.float32) + tl.where(i % 2 == 1, b_others + b_far_da, b_others)[:, None]
 
         # Equation (18) for the levels of 32 and of 64 rows, and what the states gave.
-        b_until = exp(sums_of_columns(rows_until(BC), b_g, EXACT))
-        b_after = exp(sums_of_columns(rows_after(BC), b_g, EXACT))
+        b_until = tl.exp2(sums_of_columns(rows_until(BC), b_g, EXACT))
+        b_after = tl.exp2(sums_of_columns(rows_after(BC), b_g, EXACT))
         b_next = _of_block(i_b, b_next1, b_next0, b_next3, b_next2)
         b_y = tl.dot(b_next, _pairs(p_dP, i_b, i_b ^ 1, late, BT, BC), input_precision=PRECISION)
         far = tl.where(late_half, 0, 2)
@@ -228,7 +227,7 @@ def _query_key_gradients_kernel(
         for j in tl.static_range(4):
             b_late = late_rows(BC, 8 >> j)[None, :]
             b_which = rows_to_border(BC, 8 >> j)
-            b_decay = exp(sums_of_columns(b_which, b_g, EXACT))
+            b_decay = tl.exp2(sums_of_columns(b_which, b_g, EXACT))
             b_x = tl.where(b_late, b_q * b_decay, b_k * b_decay)
             b_y = tl.dot(b_x.to(low), tl.where(meet(BC, 8 >> j), b_dP, 0.0), input_precision=PRECISION)
             b_dg = add_sums_of_columns(b_dg, tl.trans(b_which), b_x * b_y, EXACT)
