@@ -4,6 +4,8 @@ one memory of the same rules alone.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.nn as nn
 
@@ -13,6 +15,8 @@ from mom_layers.one_memory import mix_alone, step_alone
 from mom_layers.recur.rules import kept_exact, warn_without_kernels
 from mom_layers.settings import ONE_MEMORY, MixerSettings
 from mom_layers.state import MemoryState
+
+logger = logging.getLogger(__name__)
 
 
 class _TokenMixer(nn.Module):
@@ -30,6 +34,10 @@ class _TokenMixer(nn.Module):
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, settings.num_heads, settings.head_dim
         self.value_dim = settings.value_dim
         self.rule, self.kernels = settings.update_rule, settings.kernels
+        fault = self.rule.fault(settings.head_dim, settings.value_dim)
+        if settings.kernels == "auto" and fault:
+            logger.warning("%s computes in PyTorch, slowly: its kernels gave %s", settings.rule, fault)
+            self.kernels = "torch"
         warn_without_kernels(self.rule)
 
     def _make_shared_parameters(self) -> None:

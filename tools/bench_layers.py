@@ -32,7 +32,7 @@ from benchmark import (
     versions,
 )
 
-from mom_layers import LinearAttentionLayer, MixtureOfMemories, rule_names
+from mom_layers import LinearAttentionLayer, MixtureOfMemories, get_rule, rule_names
 
 # (sequences, tokens, hidden size); 4 heads x 256, 4 memories, top-2, shared memory: the paper's 380M and 1.3B layers
 CASES = {
@@ -66,7 +66,8 @@ def layers(hidden: int, device: str, rules: bool) -> dict[str, torch.nn.Module]:
     softmax attention."""
     heads, head_dim = HEADS[device]
     if rules:
-        found = {rule: LinearAttentionLayer(hidden, rule, num_heads=heads, head_dim=head_dim) for rule in rule_names()}
+        timed = [rule for rule in rule_names() if get_rule(rule).has_kernels(head_dim, head_dim)]
+        found = {rule: LinearAttentionLayer(hidden, rule, num_heads=heads, head_dim=head_dim) for rule in timed}
     else:
         found = {"mom": MixtureOfMemories(hidden, heads, head_dim), "softmax": SoftmaxAttention(hidden)}
     if device == "cuda" and importlib.util.find_spec("fla"):

@@ -247,6 +247,30 @@ def _key_size(rule: MemoryRule, k_dim: int, v_dim: int) -> int:
     return rule.prepare(keys, keys, torch.zeros(1, heads, v_dim), raw, parameters, "torch").k.shape[2]
 
 
+def recurrences() -> str:
+    """Milliseconds of every rule's recurrence as a CUDA graph, beside FLA's operation of the same rule."""
+    rows = read_rows("h200_recurrences.csv")
+    lines = []
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        for shape in dict.fromkeys(_shape(row) for row in rows if row["rule"] == rule):
+            found = {row["kernel"]: row for row in rows if row["rule"] == rule and _shape(row) == shape}
+            if rule not in found:
+                continue
+            times = [f"{float(found[rule][name]):.2f}" for name in ("forward_graph_ms", "both_graph_ms")]
+            peers = [name for name in found if name != rule]
+            if peers:
+                times = [
+                    f"{mine} ({float(found[peers[0]][name]):.2f})"
+                    for mine, name in zip(times, ("forward_graph_ms", "both_graph_ms"), strict=True)
+                ]
+            lines.append((f"`{rule}`", shape, *times, peers[0] if peers else "none that runs"))
+    return table(("rule", "shape", "forward", "forward+backward", "in parentheses"), lines)
+
+
+def _shape(row: dict[str, str]) -> str:
+    return f"{row['segments']} x {row['tokens']} rows, {row['heads']} heads of {row['head_dim']}"
+
+
 def rule_times() -> str:
     """Milliseconds of every rule's layer, from the newest commit, beside FLA's GatedDeltaNet."""
     if not (MEASURED / "h200_rules.csv").exists():
@@ -295,6 +319,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-patches": lambda: patches(cpu=True),
     "patch-targets": patch_targets,
     "rules": rules,
+    "recurrences": recurrences,
     "rule-times": rule_times,
     "rule-training": rule_training,
     "layer-times": lambda: layer_times(("mom", "softmax")),

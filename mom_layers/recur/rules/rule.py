@@ -97,6 +97,8 @@ class MemoryRule:
             step of one token takes the general path.
         family: the kernel family that computes the recurrence, a folder of `mom_layers.recur`. The self-test checks
             the kernels of a family with one of its rules. Empty for a rule that shares its kernels with no other.
+        gpu_fault: (K, V) -> what tests on a GPU found wrong with the kernels at these sizes; None where the results
+            were right. Layers then compute in PyTorch, and training stops with a line.
     """
 
     name: str
@@ -118,6 +120,7 @@ class MemoryRule:
     cost_without_kernels: str | None = None
     decode_step: Callable[..., torch.Tensor] | None = None
     family: str = ""
+    gpu_fault: Callable[[int, int], str | None] | None = None
     key_sizes: tuple[int, ...] | None = None
     fixed_parameters: tuple[str, ...] = ()
     layer_parameters: Callable[[int, int, int, int], dict[str, torch.Tensor]] | None = None
@@ -128,7 +131,14 @@ class MemoryRule:
 
     def has_kernels(self, k_dim: int, v_dim: int) -> bool:
         """Whether the Triton kernels take a key size and a value size."""
-        return k_dim in self.kernel_sizes(True) and v_dim in self.kernel_sizes(False)
+        listed = k_dim in self.kernel_sizes(True) and v_dim in self.kernel_sizes(False)
+        return listed and self.fault(k_dim, v_dim) is None
+
+    def fault(self, k_dim: int, v_dim: int) -> str | None:
+        """What is wrong with the kernels at these sizes on this machine's GPU, in words; None without a GPU."""
+        if self.gpu_fault is None or not torch.cuda.is_available():
+            return None
+        return self.gpu_fault(k_dim, v_dim)
 
     def parameters_of_layer(self, num_heads: int, head_dim: int, layer: int, num_layers: int):
         """Initial parameters of layer number ``layer`` of ``num_layers``, as ``init_parameters`` returns them."""

@@ -21,6 +21,7 @@ from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.rules.rule import MemoryRule, RuleInputs, key_by_value
 from mom_layers.recur.scalar_decay import scalar_decay
 from mom_layers.recur.scalar_decay.operation import initial_state_gradient_triton
+from mom_layers.recur.scalar_decay.sizes import gpu_fault
 
 # Columns of the values of which the first is one and the others are zero: the fewest that the kernels take.
 ONES = 16
@@ -147,6 +148,10 @@ def scalar_decay_rule(
             inputs, do, cu_seqlens, None, kernels
         )  # fmt: skip
 
+    def fault(k_dim: int, v_dim: int) -> str | None:
+        sizes = (v_dim,) if eps is None else (v_dim, ONES)
+        return next(filter(None, (gpu_fault(features(k_dim), size) for size in sizes)), None)
+
     def reference(q, k, v, raw, parameters, cu_seqlens, initial_state=None):
         return _loop(*loop_inputs(q, k, v, raw, parameters), cu_seqlens, initial_state, scale, eps)
 
@@ -164,6 +169,7 @@ def scalar_decay_rule(
         unit_length_keys=False,
         head_sizes=HEAD_SIZES,
         family="scalar_decay",
+        gpu_fault=fault,
         linear_in_state=eps is None,
         state_shape=key_by_value if eps is None else lambda k_dim, v_dim: (k_dim, v_dim + 1),
         initial_state_gradient=initial_state_gradient if eps is None else None,

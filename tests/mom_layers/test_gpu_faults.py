@@ -1,0 +1,46 @@
+"""Head sizes at which a rule's kernels were found wrong on a GPU: refused by name, or computed in PyTorch."""
+
+import logging
+
+import pytest
+import torch
+
+from mom_layers import MixtureOfMemories
+from mom_layers.kernel_problems import kernel_problem
+from mom_layers.recur.rules import get_rule, rule_names
+from mom_layers.settings import MixerSettings
+
+WRONG = [
+    ("mamba2", 64, 32), ("linear_attention", 16, 128), ("linear_attention_elu_normalised", 128, 128),
+    ("based", 16, 64), ("kda", 128, 128), ("gated_deltanet2", 64, 256),
+]  # fmt: skip
+RIGHT = [("mamba2", 128, 64), ("retention", 256, 16), ("linear_attention_elu_normalised", 256, 256), ("kda", 256, 256)]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+
+
+@pytest.mark.parametrize(("rule", "key_size", "value_size"), WRONG)
+def test_a_fault_is_named(gpu, rule, key_size, value_size):
+    settings = MixerSettings(head_dim=key_size, expand_v=value_size / key_size, rule=rule)
+    assert not settings.has_kernels()
+    with pytest.raises(ValueError, match=f"the {rule} kernels gave .* on an H200.*kernels='torch'"):
+        settings.check_head_sizes()
+    assert f"the {rule} kernels gave" in kernel_problem(settings, torch.bfloat16, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("rule", "key_size", "value_size"), RIGHT)
+def test_other_sizes_have_kernels(gpu, rule, key_size, value_size):
+    assert get_rule(rule).has_kernels(key_size, value_size)
+
+
+def test_without_a_gpu_nothing_is_known():
+    assert all(get_rule(rule).fault(64, 16) is None for rule in rule_names())
+
+
+def test_a_layer_computes_in_pytorch_and_says_so(gpu, caplog):
+    with caplog.at_level(logging.WARNING, logger="mom_layers"):
+        layer = MixtureOfMemories(32, num_heads=1, head_dim=64, expand_v=0.25, rule="mamba2")
+    assert layer.kernels == "torch" and "mamba2 computes in PyTorch, slowly" in caplog.text
