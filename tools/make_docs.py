@@ -263,7 +263,7 @@ def recurrences() -> str:
                     f"{mine} ({float(found[peers[0]][name]):.2f})"
                     for mine, name in zip(times, ("forward_graph_ms", "both_graph_ms"), strict=True)
                 ]
-            lines.append((f"`{rule}`", shape, *times, peers[0] if peers else "none that runs"))
+            lines.append((f"`{rule}`", shape, *times, peers[0] if peers else ""))
     return table(("rule", "shape", "forward", "forward+backward", "in parentheses"), lines)
 
 
