@@ -28,10 +28,6 @@ class Launch(NamedTuple):
     late: bool = False
 
 
-# Programs that run at once where each takes a whole multiprocessor of an H100 or H200.
-FEW_PROGRAMS = 132
-
-
 @dataclass(frozen=True)
 class Launches:
     """The launches for one K and one V.
@@ -40,7 +36,6 @@ class Launches:
         decayed_rows: columns of K that a program computes.
         scores: columns of K that the loop takes at a time.
         recurrence: columns of the state that a program of either recurrence holds.
-        few_states: the same where there are so few states that half of the multiprocessors would have no program.
         state_gradients: rows of the state that a program holds.
         score_gradients: columns of V that the loop takes at a time.
         query_key_gradients: columns of K that a program computes.
@@ -49,15 +44,22 @@ class Launches:
     decayed_rows: Launch
     scores: Launch
     recurrence: Launch
-    few_states: Launch
     state_gradients: Launch
     score_gradients: Launch
     query_key_gradients: Launch
 
-    def recurrence_of(self, v_dim: int, num_states: int) -> Launch:
-        """The launch of either recurrence for a number of states, one a segment and head."""
-        few = 2 * num_states * (v_dim // self.recurrence.tile) <= FEW_PROGRAMS
-        return self.few_states if few else self.recurrence
+
+# Programs of a recurrence that run at once where each takes a whole multiprocessor of an H100 or H200.
+FEW_PROGRAMS = 132
+
+
+def for_states(launch: Launch, v_dim: int, num_states: int) -> Launch:
+    """The launch of either recurrence for a number of states, one a segment and head: few states get narrower tiles, so
+    that more programs run."""
+    tile = launch.tile
+    while tile > 16 and 2 * num_states * (v_dim // tile) <= FEW_PROGRAMS:
+        tile //= 2
+    return launch._replace(tile=tile)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,6 @@ class Table:
         shared_memory: bytes that a chip must have to run this table.
         recurrence: by K, which decides how large the state [K, tile] is; K below 64 runs as 64 does.
         state_gradients: by V, in the same way.
-        few_states: by K; as ``recurrence`` when absent.
         decayed_rows, scores, score_gradients, query_key_gradients: for every size.
     """
 
@@ -81,7 +82,6 @@ class Table:
     scores: Launch
     score_gradients: Launch
     query_key_gradients: Launch
-    few_states: dict[int, Launch] | None = None
 
     def launches(self, k_dim: int, v_dim: int) -> Launches:
         """The launches for one K and one V, with tiles that are no wider than these."""
@@ -93,7 +93,6 @@ class Table:
             decayed_rows=fit(self.decayed_rows, k_dim),
             scores=fit(self.scores, k_dim),
             recurrence=fit(self.recurrence[max(64, k_dim)], v_dim),
-            few_states=fit((self.few_states or self.recurrence)[max(64, k_dim)], v_dim),
             state_gradients=fit(self.state_gradients[max(64, v_dim)], k_dim),
             score_gradients=fit(self.score_gradients, v_dim),
             query_key_gradients=fit(self.query_key_gradients, k_dim),
@@ -102,18 +101,17 @@ class Table:
 
 # For 16-bit inputs, from the widest tiles to the narrowest: a chip runs the first table that its shared memory holds.
 TABLES = (
-    # K = V = 256 and 128: the fastest of about ten on an H200, at 32 segments of 1024 rows and 4 of 8192, bf16. Other
-    # sizes: chosen from what the compiler reports (registers, spills, shared memory); not tuned. Triton keeps the
-    # operands of all stages of a pipeline in shared memory for Hopper and Blackwell.
+    # K = V = 256: tuned on an H200, the fastest of a few. Other sizes: chosen from what the compiler reports
+    # (registers, spills, shared memory); not tuned. Triton keeps the operands of both stages of a pipeline in shared
+    # memory for Hopper and Blackwell.
     Table(
         name="wide tiles",
         shared_memory=196 * 1024,
-        recurrence={256: Launch(64, 8, 2), 128: Launch(64, 4, 2), 64: Launch(64, 4, 2)},
-        few_states={256: Launch(32, 4, 2), 128: Launch(32, 8, 3), 64: Launch(32, 4, 2)},
-        state_gradients={256: Launch(64, 8, 1), 128: Launch(128, 8, 1), 64: Launch(32, 4, 1)},
-        decayed_rows=Launch(64, 4, 1),
-        scores=Launch(32, 1, 2),
-        score_gradients=Launch(64, 8, 2),
+        recurrence={256: Launch(64, 8, 2), 128: Launch(64, 8, 2), 64: Launch(64, 4, 2)},
+        state_gradients={256: Launch(64, 8, 1), 128: Launch(32, 4, 1), 64: Launch(32, 4, 1)},
+        decayed_rows=Launch(32, 1, 1),
+        scores=Launch(32, 1, 1),
+        score_gradients=Launch(64, 4, 2),
         query_key_gradients=Launch(32, 2, 1),
     ),
     # For the 163 KB of an A100, where both operands of a product pass through registers: a state half as wide, and late

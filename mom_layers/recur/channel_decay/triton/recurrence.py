@@ -16,7 +16,7 @@ import triton.language as tl
 
 from mom_layers.recur.channel_decay.tensors import SPAN, ChunkLocal, Inputs
 from mom_layers.recur.channel_decay.triton.chunk_local import PRECISION
-from mom_layers.recur.channel_decay.triton.launches import launches_for
+from mom_layers.recur.channel_decay.triton.launches import for_states, launches_for
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
 from mom_layers.recur.program_place_triton import segment_of_program
@@ -128,8 +128,8 @@ def recurrence(
         final_state = v.new_empty(chunks.num_segments, heads, k_dim, v_dim, dtype=torch.float32)
     if for_backward:
         span_states = v.new_empty(chunks.num_span_slots, heads, k_dim, v_dim)
-    launches = launches_for(v.device, v.dtype, k_dim, v_dim)
-    launch = launches.recurrence_of(v_dim, chunks.num_segments * heads)
+    launch = launches_for(v.device, v.dtype, k_dim, v_dim).recurrence
+    launch = for_states(launch, v_dim, chunks.num_segments * heads)
     _recurrence_kernel[(chunks.num_segments * heads * (v_dim // launch.tile),)](
         q_decayed=local.q_decayed,
         k_decayed=local.k_decayed,

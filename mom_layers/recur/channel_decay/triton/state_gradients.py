@@ -100,13 +100,12 @@ def _state_gradients_kernel(
         tl.store(w + p_tk, b_w.to(low), mask=m_t)
         tl.store(d_decays + i_decay, b_decay * tl.sum(b_S * b_dS, 1))
 
-        # Equation (14), for the chunk before in the span.
-        if i_t > 0:
-            b_dS = b_decay[:, None] * b_dS
-            b_q = tl.load(q_decayed + p_tk, mask=m_t, other=0.0)  # [BT, BK]
-            if LATE:
-                b_do = tl.load(do + rows * V + o_tv, mask=m_t, other=0.0)  # [BT, V], which v has displaced
-            b_dS += tl.dot(tl.trans(b_q), b_do, input_precision=PRECISION)
+        # Equation (14).
+        b_dS = b_decay[:, None] * b_dS
+        b_q = tl.load(q_decayed + p_tk, mask=m_t, other=0.0)  # [BT, BK]
+        if LATE:
+            b_do = tl.load(do + rows * V + o_tv, mask=m_t, other=0.0)  # [BT, V], which v has displaced
+        b_dS += tl.dot(tl.trans(b_q), b_do, input_precision=PRECISION)
 
 
 def state_gradients(
