@@ -84,6 +84,26 @@ def head_sizes() -> str:
     return table(("rule", "key sizes of the Triton kernels", "value sizes"), rows)
 
 
+def gpu_sizes() -> str:
+    """Sizes at which the kernels were found right on a GPU, for the rules where other sizes were found wrong."""
+    alike: dict[tuple, list[str]] = {}
+    for name in rule_names():
+        rule = get_rule(name)
+        if rule.gpu_fault is None:
+            continue
+        right = {
+            keys: tuple(values for values in rule.kernel_sizes(of_keys=False) if rule.gpu_fault(keys, values) is None)
+            for keys in rule.kernel_sizes(of_keys=True)
+        }
+        alike.setdefault(tuple(right.items()), []).append(name)
+    rows = []
+    for right, names in alike.items():
+        for values in dict.fromkeys(values for _, values in right if values):
+            keys = [size for size, found in right if found == values]
+            rows.append((code(names), *(", ".join(map(str, sizes)) for sizes in (keys, values))))
+    return table(("rules", "key sizes", "value sizes whose kernels are right on a GPU"), rows)
+
+
 def patches(cpu: bool) -> str:
     """The patches of every run, or of a machine without a GPU."""
     chosen = [patch for patch in plugin.patches() if patch.name.startswith("cpu-") == cpu]
@@ -264,7 +284,7 @@ def recurrences() -> str:
                     for mine, name in zip(times, ("forward_graph_ms", "both_graph_ms"), strict=True)
                 ]
             lines.append((f"`{rule}`", shape, *times, peers[0] if peers else ""))
-    return table(("rule", "shape", "forward", "forward+backward", "in parentheses"), lines)
+    return table(("rule", "shape", "forward", "forward+backward", "in parentheses"), lines) + caption(rows)
 
 
 def _shape(row: dict[str, str]) -> str:
@@ -274,7 +294,7 @@ def _shape(row: dict[str, str]) -> str:
 def rule_times() -> str:
     """Milliseconds of every rule's layer, from the newest commit, beside FLA's GatedDeltaNet."""
     if not (MEASURED / "h200_rules.csv").exists():
-        return "Not timed yet.\n"
+        return "No layer of one memory was timed yet.\n"
     rows = rows_of_last_commit("h200_rules.csv", "layer", {"gated_deltanet"})
     cases = list(dict.fromkeys((row["batch"], row["tokens"], row["hidden"]) for row in rows))
     lines = []
@@ -315,6 +335,7 @@ def caption(rows: list[Row]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "arguments": arguments,
     "head-sizes": head_sizes,
+    "gpu-sizes": gpu_sizes,
     "patches": lambda: patches(cpu=False),
     "cpu-patches": lambda: patches(cpu=True),
     "patch-targets": patch_targets,

@@ -178,6 +178,6 @@ def check_pattern(args: argparse.Namespace) -> None:
         (
             GATED_DELTA_NET in pattern and torch.cuda.is_available() and importlib.util.find_spec("fla") is None,
             f"the symbol {GATED_DELTA_NET} in {given} without flash-linear-attention",
-            f"Megatron's gated delta net has its kernels from there: pip install 'linear-moe[fla]', or write {MEMORY}",
+            f"it has the kernels of Megatron's gated delta net: pip install flash-linear-attention, or write {MEMORY}",
         ),
     ])  # fmt: skip
