@@ -294,7 +294,7 @@ def _shape(row: dict[str, str]) -> str:
 def rule_times() -> str:
     """Milliseconds of every rule's layer, from the newest commit, beside FLA's GatedDeltaNet."""
     if not (MEASURED / "h200_rules.csv").exists():
-        return "No layer of one memory was timed yet.\n"
+        return "These layers were not timed yet.\n"
     rows = rows_of_last_commit("h200_rules.csv", "layer", {"gated_deltanet"})
     cases = list(dict.fromkeys((row["batch"], row["tokens"], row["hidden"]) for row in rows))
     lines = []
