@@ -41,10 +41,24 @@ def test_without_a_gpu_nothing_is_known():
     assert all(get_rule(rule).fault(64, 16) is None for rule in rule_names())
 
 
-def test_a_layer_computes_in_pytorch_and_says_so(gpu, caplog):
+def hugging_face_layer():
+    from mom_layers.hf.configuration_mom import MomConfig
+    from mom_layers.hf.mixer import MomAttention
+
+    return MomAttention(MomConfig(hidden_size=32, num_heads=1, head_dim=64, expand_v=0.25, mom_backend="mamba2"))
+
+
+def layer():
+    return MixtureOfMemories(32, num_heads=1, head_dim=64, expand_v=0.25, rule="mamba2")
+
+
+@pytest.mark.parametrize("make", [layer, hugging_face_layer])
+def test_layers_compute_in_pytorch_and_say_so_once(gpu, caplog, monkeypatch, make):
+    monkeypatch.setattr("mom_layers.recur.rules.rule._WARNED", set())
     with caplog.at_level(logging.WARNING, logger="mom_layers"):
-        layer = MixtureOfMemories(32, num_heads=1, head_dim=64, expand_v=0.25, rule="mamba2")
-    assert layer.kernels == "torch" and "mamba2 computes in PyTorch, slowly" in caplog.text
+        layers = [make(), make()]
+    assert [layer.kernels for layer in layers] == ["torch", "torch"]
+    assert caplog.text.count("mamba2 computes in PyTorch, slowly") == 1
 
 
 def _operations(key_size, value_size):
