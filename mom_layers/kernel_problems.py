@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from importlib import import_module
-from pathlib import Path
 
 import torch
 
@@ -48,20 +47,14 @@ def kernel_problem(settings: MixerSettings, dtype: torch.dtype, device: torch.de
 def _memory_problem(rule: MemoryRule, chip: Chip, dtype: torch.dtype, size: int, help_: str) -> str | None:
     if chip.vendor == "amd" and dtype != torch.float32:
         return None  # the tables' numbers are of NVIDIA's compiler, and AMD's makes kernels that take less
-    tables = [import_module(f"mom_layers.recur.{family}.triton.launches") for family in _families(rule)]
-    needed = max((table.table_for(chip, dtype).shared_memory for table in tables), default=0)
+    if not rule.family:
+        return None
+    table = import_module(f"mom_layers.recur.{rule.family}.triton.launches").table_for(chip, dtype)
     # The tables' numbers are for heads of 256; what smaller heads take shrinks with their size.
-    needed = needed * size // 256
+    needed = table.shared_memory * size // 256
     if needed > chip.shared_memory:
         return (
             f"{chip.name} has {chip.shared_memory} bytes of shared memory a program, and heads of {size} in {dtype} "
             f"take about {needed}: choose smaller heads, or {help_}"
         )
     return None
-
-
-def _families(rule: MemoryRule) -> set[str]:
-    """The kernel families whose functions the file of the rule's recurrence imports."""
-    modules = (getattr(value, "__module__", None) or "" for value in rule.recur.__globals__.values())
-    rooms = {module.split(".")[2] for module in modules if module.startswith("mom_layers.recur.")}
-    return {room for room in rooms if (Path(__file__).parent / "recur" / room / "triton").is_dir()}

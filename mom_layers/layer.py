@@ -4,19 +4,15 @@ one memory of the same rules alone.
 
 from __future__ import annotations
 
-import logging
-
 import torch
 import torch.nn as nn
 
 from mom_layers.common.checks import FLOATING, TRUTH, WHOLE, check_borders, check_instance, check_tensors, check_whole
 from mom_layers.mixing import MemoryParameters, TokenMaps, has_step, mix_tokens, step_tokens
 from mom_layers.one_memory import mix_alone, step_alone
-from mom_layers.recur.rules import kept_exact, warn_without_kernels
+from mom_layers.recur.rules import has_fault, kept_exact, warn_without_kernels
 from mom_layers.settings import ONE_MEMORY, MixerSettings
 from mom_layers.state import MemoryState
-
-logger = logging.getLogger(__name__)
 
 
 class _TokenMixer(nn.Module):
@@ -34,9 +30,7 @@ class _TokenMixer(nn.Module):
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, settings.num_heads, settings.head_dim
         self.value_dim = settings.value_dim
         self.rule, self.kernels = settings.update_rule, settings.kernels
-        fault = self.rule.fault(settings.head_dim, settings.value_dim)
-        if settings.kernels == "auto" and fault:
-            logger.warning("%s computes in PyTorch, slowly: its kernels gave %s", settings.rule, fault)
+        if settings.kernels == "auto" and has_fault(self.rule, settings.head_dim, settings.value_dim):
             self.kernels = "torch"
         warn_without_kernels(self.rule)
 

@@ -30,6 +30,8 @@ OPEN = 1.278464542761074
 """SiLU(OPEN) = 1: an output gate of this size lets an output pass as it is."""
 RIDGE = 1e-3
 LEAST_SCALE = 0.05
+CHECKED = 1 << 24
+"""Tokens of a data file that are compared with the vocabulary before the training; the others, when they are drawn."""
 WARM_UP, LAST = 0.05, 0.1
 """Shares of the steps in which the learning rate grows, and of the learning rate at the end."""
 
@@ -176,14 +178,21 @@ class Windows:
         self.tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
         if len(self.tokens) < length:
             raise ConversionError(f"--data-path {prefix} has {len(self.tokens)} tokens: expected {length} or more")
-        if (largest := int(self.tokens[: 1 << 24].max())) >= vocabulary:
-            raise ConversionError(f"--data-path {prefix} has the token {largest}, and the model {vocabulary} tokens")
+        self.prefix, self.vocabulary = prefix, vocabulary
+        self._check(self.tokens[:CHECKED])
         self.batch, self.length, self.generator = batch, length, np.random.default_rng(seed)
 
+    def _check(self, tokens: np.ndarray) -> None:
+        if (largest := int(tokens.max())) >= self.vocabulary:
+            raise ConversionError(
+                f"--data-path {self.prefix} has the token {largest}, and the model {self.vocabulary} tokens"
+            )
+
     def draw(self) -> Tensor:
-        """Tokens [B, T]."""
+        """Tokens [B, T]. Raises ConversionError where a token of another tokenizer is among them."""
         firsts = self.generator.integers(0, len(self.tokens) - self.length + 1, self.batch)
         rows = np.stack([self.tokens[first : first + self.length] for first in firsts])
+        self._check(rows)
         return torch.from_numpy(rows.astype(np.int64))
 
 

@@ -54,7 +54,8 @@ def _build_stack(build, stack, config, submodules, *args, layer_type_list=None, 
     build(
         stack, config, submodules, *args, layer_type_list=layer_type_list, pp_layer_offset=pp_layer_offset, **keywords
     )
-    stack.layer_type_list = symbols
+    if symbols is not None:
+        stack.layer_type_list = symbols
 
 
 def _with_memories(valid: set[str]) -> set[str]:

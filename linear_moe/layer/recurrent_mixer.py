@@ -159,10 +159,20 @@ class RecurrentTokenMixer(MegatronModule):
         pieces = whole.split([size * tp_size for size in sizes], dim)
         weight.copy_(torch.cat([piece.chunk(tp_size, dim)[rank] for piece in pieces], dim))
 
+    def sharded_dimensions(self) -> dict[str, int]:
+        """The dimension along which the heads of a parameter are sharded, by the parameter's name."""
+        by_head = dict.fromkeys(("q_conv", "k_conv", "v_conv", *self.rule.parameter_names), 0)
+        return {"memory_proj": 1, "shared_proj": 1} | by_head
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws the parameters."""
         config = self.config
+        for name, dimension in self.sharded_dimensions().items():
+            # Memory in place of the meta device comes with new parameters, without Megatron's marks.
+            weight = self._parameters.get(name)
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(weight, True, dimension, 1)
         if config.use_cpu_initialization and not self.in_proj.weight.is_meta:
             self.draw(config.init_method, self.in_proj.weight, 0, self.in_sizes)
         self.reset_memories()
@@ -291,14 +301,7 @@ class RecurrentTokenMixer(MegatronModule):
         sharded = make_sharded_tensors_for_checkpoint(
             own,
             prefix,
-            {
-                "memory_proj": 1,
-                "shared_proj": 1,
-                "q_conv": 0,
-                "k_conv": 0,
-                "v_conv": 0,
-                **dict.fromkeys(self.rule.parameter_names, 0),
-            },
+            self.sharded_dimensions(),
             sharded_offsets=sharded_offsets,
             tp_group=tp_group,
             dp_cp_group=metadata["dp_cp_group"],

@@ -12,42 +12,10 @@ from __future__ import annotations
 
 import torch
 
-from linear_moe.parallel.all_ranks import gather, plan_all_ranks
+from linear_moe.parallel.all_ranks import plan_all_ranks
 from linear_moe.parallel.choices import Choices, Returned
+from linear_moe.parallel.collectives import Gather, ScatterSum
 from linear_moe.parallel.weighted_rows import weighted_sum
-
-
-def _scatter_sum(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
-    """This rank's part [N, C] of the sum of all ranks' x [E N, C]."""
-    own = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    torch.distributed.reduce_scatter_tensor(own, x.contiguous(), group=group)
-    return own
-
-
-class _ToAllRanks(torch.autograd.Function):
-    """An all-gather, whose gradient is a reduce-scatter."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return gather(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _scatter_sum(grad, ctx.group), None
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """A reduce-scatter, whose gradient is an all-gather."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _scatter_sum(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return gather(grad, ctx.group), None
 
 
 class AllGather:
@@ -59,15 +27,15 @@ class AllGather:
         self.plan = self.all_ranks.plan
 
     def bring(self, x: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _ToAllRanks.apply(x, self.choices.group), _ToAllRanks.apply(q, self.choices.group)
+        return Gather.apply(x, self.choices.group), Gather.apply(q, self.choices.group)
 
     def take_home(self, o: torch.Tensor, weights: torch.Tensor) -> Returned:
         group = self.choices.group
         sums = weighted_sum(
-            o.flatten(1), _ToAllRanks.apply(weights, group), self.plan, self.all_ranks.choice_of_row,
+            o.flatten(1), Gather.apply(weights, group), self.plan, self.all_ranks.choice_of_row,
             kernels=self.choices.kernels,
         )  # fmt: skip
-        own = _SumOverRanks.apply(sums, group).unflatten(1, o.shape[1:])
+        own = ScatterSum.apply(sums, group).unflatten(1, o.shape[1:])
         row = torch.arange(own.shape[0], dtype=torch.int32, device=own.device)[:, None]
         return Returned(own, torch.ones_like(weights[:, :1]).detach(), row)
 

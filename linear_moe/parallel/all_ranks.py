@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from linear_moe.parallel.choices import Choices
+from linear_moe.parallel.collectives import gather
 from mom_layers.route.plan import RoutingPlan, build_routing_plan
 from mom_layers.route.plan_part import plan_of_memories
 
@@ -36,13 +37,6 @@ class AllRanks:
     plan: RoutingPlan
     choice_of_row: torch.Tensor
     row_of_my_choice: torch.Tensor
-
-
-def gather(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
-    """x [N, ...] of all ranks, one after the other, [E N, ...]. Every rank has the same N."""
-    gathered = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    torch.distributed.all_gather_into_tensor(gathered, x.contiguous(), group=group)
-    return gathered
 
 
 def _borders(choices: Choices) -> torch.Tensor:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from linear_moe.parallel.collectives import Gather, gather
 from mom_layers.common.kernel_choice import compute_dtype
 from mom_layers.recur.rules import MemoryRule, RuleInputs
 from mom_layers.recur.state_passing import fold_gradients, fold_states, join_tails, last_inputs
@@ -127,8 +128,8 @@ class ContextSlice:
         """See :meth:`mom_layers.mixing.SequenceSlice.tails`."""
         outgoing = self.outgoing(plan)
         passed, own = [], []
-        for x, gather in zip(inputs, gathered, strict=True):
-            tokens = plan.token_of_row if gather else None
+        for x, by_token in zip(inputs, gathered, strict=True):
+            tokens = plan.token_of_row if by_token else None
             x, tail = last_inputs(x, outgoing.starts, outgoing.ends, width, tokens)
             passed.append(x)
             own.append(_where(outgoing.crosses, tail))
@@ -137,7 +138,8 @@ class ContextSlice:
             counts = torch.where(outgoing.through, counts, width - 1)
         # A count is at most W - 1, exact in every type: it is sent as one more channel.
         counts = counts.to(own[0].dtype)[:, None, None].expand(-1, width - 1, 1)
-        earlier = _GatherFromRanks.apply(torch.cat([*own, counts], dim=-1), self.group)[: self.rank]
+        everywhere = Gather.apply(torch.cat([*own, counts], dim=-1), self.group)
+        earlier = everywhere.unflatten(0, (self.size, -1))[: self.rank]
         tails = join_tails(earlier[..., :-1], earlier[:, :, 0, -1].detach().long())
         tails = self.incoming(plan).spread(tails, plan).split([x.shape[1] for x in inputs], dim=-1)
         return passed, [tail.contiguous() for tail in tails]
@@ -190,22 +192,7 @@ class ContextSlice:
 
 def _gather(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
     """Returns x of every rank, [P, ...]."""
-    gathered = x.new_empty(group.size(), *x.shape)
-    torch.distributed.all_gather_into_tensor(gathered.flatten(0, 1), x.contiguous(), group=group)
-    return gathered
-
-
-class _GatherFromRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _gather(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        own = grad.new_empty(grad.shape[1:])
-        torch.distributed.reduce_scatter_tensor(own, grad.flatten(0, 1).contiguous(), group=ctx.group)
-        return own, None
+    return gather(x, group).unflatten(0, (group.size(), -1))
 
 
 class _FromLaterRanks(torch.autograd.Function):

@@ -72,7 +72,8 @@ class ChunkRows:
             outputs.append(o)
         o = torch.cat(outputs).transpose(1, 2).flatten(0, 1)  # [N * C, H, V]
         # From places back to rows; empty places all write the entry after the last row, which is not read.
-        where = torch.empty(self.num_rows + 1, dtype=torch.long, device=o.device)
+        # Rows after the last segment (spare rows) have no place: they read place 0.
+        where = torch.zeros(self.num_rows + 1, dtype=torch.long, device=o.device)
         where[self.place.flatten()] = torch.arange(self.place.numel(), device=o.device)
         return o.index_select(0, where[: self.num_rows]), torch.cat([state, *reversed(finished)])[order.argsort()]
 

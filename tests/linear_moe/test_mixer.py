@@ -137,6 +137,34 @@ def test_decay_parameters_stay_exact_in_a_bf16_model(megatron, rule):
     assert exact and all(torch.equal(getattr(mixer, name), value) for name, value in exact.items())
 
 
+@pytest.mark.parametrize("settings", [{}, {"mom_rule": "kda"}, {"token_mixer": "lightning", "mom_conv_kernel": 1}])
+def test_parameters_that_were_on_the_meta_device_are_those_of_a_new_layer(megatron, settings):
+    """Megatron FSDP gives a module memory by itself, and then calls its `reset_parameters`."""
+    torch.manual_seed(0)
+    mixer = make_mixer(**settings)
+
+    def marks():
+        return {
+            name: (
+                getattr(p, "tensor_model_parallel", None),
+                getattr(p, "partition_dim", None),
+                p.requires_grad,
+                p.dtype,
+            )
+            for name, p in mixer.named_parameters(recurse=False)
+        }
+
+    marked, fixed = marks(), {name: getattr(mixer, name).clone() for name in mixer.rule.fixed_parameters}
+    mixer.to("meta").to_empty(device=DEVICE, recurse=False)
+    for _, tensor in [*mixer.named_parameters(recurse=False), *mixer.named_buffers(recurse=False)]:
+        tensor.data.fill_(float("nan"))
+    mixer.reset_parameters()
+    assert marks() == marked
+    assert all(p.isfinite().all() for p in mixer.parameters(recurse=False))
+    assert all(b.isfinite().all() for b in mixer.buffers(recurse=False))
+    assert all(torch.equal(getattr(mixer, name), value) for name, value in fixed.items())
+
+
 @pytest.mark.parametrize(
     "rule,gates,parameters",
     [

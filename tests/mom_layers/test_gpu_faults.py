@@ -7,6 +7,7 @@ import torch
 
 from mom_layers import MixtureOfMemories
 from mom_layers.kernel_problems import kernel_problem
+from mom_layers.recur import channel_delta, checks, scalar_decay
 from mom_layers.recur.rules import get_rule, rule_names
 from mom_layers.settings import MixerSettings
 
@@ -40,7 +41,49 @@ def test_without_a_gpu_nothing_is_known():
     assert all(get_rule(rule).fault(64, 16) is None for rule in rule_names())
 
 
-def test_a_layer_computes_in_pytorch_and_says_so(gpu, caplog):
+def hugging_face_layer():
+    from mom_layers.hf.configuration_mom import MomConfig
+    from mom_layers.hf.mixer import MomAttention
+
+    return MomAttention(MomConfig(hidden_size=32, num_heads=1, head_dim=64, expand_v=0.25, mom_backend="mamba2"))
+
+
+def layer():
+    return MixtureOfMemories(32, num_heads=1, head_dim=64, expand_v=0.25, rule="mamba2")
+
+
+@pytest.mark.parametrize("make", [layer, hugging_face_layer])
+def test_layers_compute_in_pytorch_and_say_so_once(gpu, caplog, monkeypatch, make):
+    monkeypatch.setattr("mom_layers.recur.rules.rule._WARNED", set())
     with caplog.at_level(logging.WARNING, logger="mom_layers"):
-        layer = MixtureOfMemories(32, num_heads=1, head_dim=64, expand_v=0.25, rule="mamba2")
-    assert layer.kernels == "torch" and "mamba2 computes in PyTorch, slowly" in caplog.text
+        layers = [make(), make()]
+    assert [layer.kernels for layer in layers] == ["torch", "torch"]
+    assert caplog.text.count("mamba2 computes in PyTorch, slowly") == 1
+
+
+def _operations(key_size, value_size):
+    """Every public function of the two families, without kernels' name."""
+    q, g = torch.randn(5, 1, key_size, dtype=torch.bfloat16), -torch.rand(5, 1, key_size)
+    v, beta = torch.randn(5, 1, value_size, dtype=torch.bfloat16), torch.rand(5, 1)
+    ends = torch.tensor([0, 5], dtype=torch.int32)
+    return [
+        lambda **kernels: scalar_decay.scalar_decay(q, q, v, g[..., 0], ends, **kernels)[0],
+        lambda **kernels: channel_delta.kimi_delta_attention(q, q, v, g, beta, ends, **kernels)[0],
+        lambda **kernels: channel_delta.initial_state_gradient(q, q, g, beta, v, ends, **kernels),
+    ]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_an_operation_computes_in_pytorch_and_says_so_once(monkeypatch, caplog, number):
+    monkeypatch.setattr(checks, "resolve_kernels", lambda kernels, q: "triton" if kernels == "auto" else kernels)
+    monkeypatch.setattr("mom_layers.recur.scalar_decay.autograd.ScalarDecay", None)  # nothing may launch a kernel
+    monkeypatch.setattr("mom_layers.recur.channel_delta.autograd.ChannelDeltaRule", None)
+    monkeypatch.setattr("mom_layers.recur.channel_delta.autograd.initial_state_gradient", None)
+    checks._warn_of_fault.cache_clear()
+    operation = _operations(64, 32)[number]
+    with caplog.at_level(logging.WARNING, logger="mom_layers"):
+        assert torch.equal(operation(), operation(kernels="torch")) and operation().shape
+    assert caplog.text.count("keys of 64 and values of 32 run in PyTorch, slowly: the kernels gave") == 1
+    for kernels, sizes in (({"kernels": "triton"}, (64, 32)), ({}, (256, 256))):
+        with pytest.raises((TypeError, AttributeError), match="None"):
+            _operations(*sizes)[number](**kernels)

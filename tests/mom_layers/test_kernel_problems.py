@@ -9,6 +9,7 @@ from mom_layers.common import chips, triton_versions
 from mom_layers.common.chips import CHIPS, Chip, chip_of, forced
 from mom_layers.kernel_problems import kernel_problem
 from mom_layers.recur.channel_delta.triton import launches as channel_delta_launches
+from mom_layers.recur.rules import rule_names
 from mom_layers.recur.scalar_delta.kernel_sets import kernel_set
 from mom_layers.settings import MixerSettings
 
@@ -42,6 +43,12 @@ def test_the_kernels_of_another_rule_do_not_count(monkeypatch):
     monkeypatch.setattr(channel_delta_launches, "table_for", lambda chip, dtype: SimpleNamespace(shared_memory=1 << 30))
     assert kernel_problem(MixerSettings(rule="gated_deltanet"), torch.float32, CPU) is None
     assert "heads of 256" in kernel_problem(MixerSettings(rule="kda"), torch.float32, CPU)
+
+
+@pytest.mark.parametrize("rule", sorted(set(rule_names()) - {"based", "rebased"}))  # whose heads are of 16
+def test_every_rule_needs_the_shared_memory_of_its_kernels(rule):
+    with forced(chip=Chip("a small card", (7, 5), 16 * 1024)):
+        assert "heads of 256" in kernel_problem(MixerSettings(rule=rule), torch.bfloat16, CPU)
 
 
 def test_a_triton_that_is_too_old(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from comparison import relative_error
 
 from mom_layers import LinearAttentionLayer, MixtureOfMemories, get_rule, rule_from_equation
-from mom_layers.recur.rules import gated_deltanet, registry
+from mom_layers.recur.rules import RuleInputs, gated_deltanet, registry
 
 HEADS, K, V = 2, 16, 32
 
@@ -77,3 +77,19 @@ def test_no_tokens(twin):
     )  # fmt: skip
     o, state = twin.recur(inputs, torch.zeros(3, dtype=torch.int32), None, True, "torch")
     assert o.shape == (0, HEADS, V) and state.shape == (2, HEADS, K, V) and not state.any()
+
+
+def test_rows_after_the_last_segment_change_nothing(twin):
+    """A plan with spare rows: the borders end before the rows do."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(9, HEADS, size).requires_grad_() for size in (K, K, V))
+    raw = {name: torch.randn(9, HEADS) for name in ("beta", "a")}
+    inputs = twin.prepare(q, k, v, raw, twin.init_parameters(HEADS, K), "torch")
+    ends = torch.tensor([0, 4, 4, 5], dtype=torch.int32)
+    o, states = twin.recur(inputs, ends, None, True, "torch")
+    gates = {name: gate[:5] for name, gate in inputs.gates.items()}
+    used, last = get_rule("gated_deltanet").recur(RuleInputs(q[:5], k[:5], v[:5], gates), ends, None, True, "torch")
+    assert o.shape == (9, HEADS, V)
+    assert relative_error(o[:5], used) <= 1e-5 and relative_error(states, last) <= 1e-5
+    o[:5].sum().backward()
+    assert all(not x.grad[5:].any() and x.grad[:5].any() for x in (q, k, v))

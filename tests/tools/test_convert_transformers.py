@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from linear_moe.commands import convert_from_hf, convert_to_hf
-from linear_moe.conversion import config
+from linear_moe.conversion import alignment, config
 from linear_moe.conversion.checkpoint import MegatronCheckpoint
 from linear_moe.conversion.files import ConversionError
 from linear_moe.conversion.memories_from_softmax import STARTS, chosen_layers
@@ -212,6 +212,28 @@ def test_what_no_model_with_memories_can_start_from(changed, options, words, tmp
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("convert_from_hf.py: error: ") and words in line, line
     assert not (tmp_path / "megatron").exists()
+
+
+def test_a_size_at_which_a_rules_kernels_are_wrong_on_this_gpu_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    save(TRANSFORMERS["llama"], tmp_path / "transformer")
+    assert convert(tmp_path / "transformer", tmp_path / "megatron", "--mom-rule", "kda") == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert "and the kernels of --mom-rule kda gave an illegal memory access" in line, line
+
+
+def test_a_token_of_another_tokenizer_is_named_wherever_it_stands(tmp_path, monkeypatch):
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "corpus.bin"), dtype=numpy.uint16)
+    builder.add_document(torch.tensor([1, 2, 3, 4, 5, 96]), [6])
+    builder.finalize(str(tmp_path / "corpus.idx"))
+    words = "has the token 96, and the model 96 tokens"
+    with pytest.raises(ConversionError, match=words):
+        alignment.Windows(tmp_path / "corpus", 1, 6, 96, 0)
+    monkeypatch.setattr(alignment, "CHECKED", 5)
+    with pytest.raises(ConversionError, match=words):
+        alignment.Windows(tmp_path / "corpus", 1, 6, 96, 0).draw()
 
 
 def test_mixers_learn_the_attention_alone(tmp_path, capsys):

@@ -89,7 +89,10 @@ def rule_from_equation(
 
 
 def _all_segments(step: Step, inputs: RuleInputs, cu_seqlens, initial_state, output_final_state):
-    """o [R, H, V] and the final states [S, H, K, V] or None; the host reads the segments' lengths."""
+    """o [R, H, V] and the final states [S, H, K, V] or None; the host reads the segments' lengths.
+
+    Rows after the last segment may hold anything in o: they are spare rows.
+    """
     (rows, heads, k_dim), v_dim, dtype = inputs.k.shape, inputs.v.shape[2], compute_dtype(inputs.k.dtype)
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     longest = int(lengths.max()) if rows else 0
@@ -110,8 +113,8 @@ def _all_segments(step: Step, inputs: RuleInputs, cu_seqlens, initial_state, out
         out.append(k_dim**-0.5 * torch.einsum("shk,shkv->shv", q[at], state))
     if not out:
         return torch.zeros_like(inputs.v), state if output_final_state else None
-    # Every row of the result stands once in [T, S].
+    # Every row of a segment stands once in [T, S]. Rows after the last segment take some place in [T, S].
     row = torch.arange(rows, device=cu_seqlens.device)
-    segment = torch.searchsorted(cu_seqlens.long(), row, right=True) - 1
-    o = torch.stack(out)[row - starts[segment], segment]
+    segment = (torch.searchsorted(cu_seqlens.long(), row, right=True) - 1).clamp(max=len(lengths) - 1)
+    o = torch.stack(out)[(row - starts[segment]).clamp(max=longest - 1), segment]
     return o.to(inputs.v.dtype), state if output_final_state else None

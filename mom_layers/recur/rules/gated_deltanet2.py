@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
 from mom_layers.common.kernel_choice import compute_dtype
 from mom_layers.common.reference import unit_length
@@ -56,9 +55,7 @@ def initial_state_gradient(inputs: RuleInputs, do, cu_seqlens, initial_state, ke
 
 def reference(q, k, v, raw, parameters, cu_seqlens, initial_state=None):
     """The plain loop with the rule's gates, on q and k before they are brought to unit length."""
-    up, heads = parameters["decay_up"], v.shape[1]
-    logits = torch.einsum("rhd,hdk->rhk", raw["decay"].unflatten(1, up.shape[:2]), up) + parameters["dt_bias"]
-    g = -parameters["A_log"].exp()[:, None] * F.softplus(logits)
+    g, heads = kda.reference_decay(raw, parameters), v.shape[1]
     b, w = (torch.sigmoid(raw[name]).unflatten(1, (heads, -1)) for name in ("erase", "write"))
     return channel_delta_rule_reference(unit_length(q), unit_length(k), v, g, b, w, cu_seqlens, initial_state)
 

@@ -12,8 +12,6 @@ keys, and make about as many numbers: 64 for 4 heads, 128 for 8.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -25,12 +23,10 @@ from mom_layers.recur.channel_delta import kimi_delta_attention
 from mom_layers.recur.channel_delta.reference import channel_delta_rule_reference
 from mom_layers.recur.channel_delta.sizes import gpu_fault
 from mom_layers.recur.chunk_table import CHUNK
+from mom_layers.recur.rules.decay_rates import decay_rates
 from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs, dense_transition
 
 RANK = 16
-# The ranges that the layers of flash-linear-attention start from: decay rates exp(A_log), and time steps.
-A_MIN, A_MAX = 1.0, 16.0
-DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 
 def parameter_shapes(head_dim: int) -> dict[str, tuple[int, ...]]:
@@ -40,10 +36,8 @@ def parameter_shapes(head_dim: int) -> dict[str, tuple[int, ...]]:
 
 def init_parameters(num_heads: int, head_dim: int) -> dict[str, torch.Tensor]:
     """Decay rates exp(A_log) uniform in [1, 16], time steps log-uniform in [1e-3, 1e-1], decay_up as a linear map."""
-    rate = torch.empty(num_heads).uniform_(A_MIN, A_MAX)
-    step = torch.empty(num_heads, head_dim).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp().clamp(min=DT_FLOOR)
-    up = torch.empty(num_heads, RANK, head_dim).uniform_(-(RANK**-0.5), RANK**-0.5)
-    return {"A_log": rate.log(), "dt_bias": step + torch.log(-torch.expm1(-step)), "decay_up": up}
+    rates = decay_rates(num_heads, lowest=1.0, channels=(head_dim,))
+    return rates | {"decay_up": torch.empty(num_heads, RANK, head_dim).uniform_(-(RANK**-0.5), RANK**-0.5)}
 
 
 def log_decay(raw: torch.Tensor, parameters, kernels: str) -> torch.Tensor:
@@ -83,12 +77,16 @@ def initial_state_gradient(inputs: RuleInputs, do, cu_seqlens, initial_state, ke
     )  # fmt: skip
 
 
-def reference(q, k, v, raw, parameters, cu_seqlens, initial_state=None):
-    """The plain loop with the rule's gates, on q and k before they are brought to unit length."""
+def reference_decay(raw, parameters):
+    """The log decay of the plain loop, in the type of the raw gate."""
     up = parameters["decay_up"]
     logits = torch.einsum("rhd,hdk->rhk", raw["decay"].unflatten(1, up.shape[:2]), up) + parameters["dt_bias"]
-    g = -parameters["A_log"].exp()[:, None] * F.softplus(logits)
-    beta = torch.sigmoid(raw["beta"])
+    return -parameters["A_log"].exp()[:, None] * F.softplus(logits)
+
+
+def reference(q, k, v, raw, parameters, cu_seqlens, initial_state=None):
+    """The plain loop with the rule's gates, on q and k before they are brought to unit length."""
+    g, beta = reference_decay(raw, parameters), torch.sigmoid(raw["beta"])
     return channel_delta_rule_reference(unit_length(q), unit_length(k), v, g, beta, beta, cu_seqlens, initial_state)
 
 

@@ -8,6 +8,7 @@ Shape legend: rows R, segments S, heads H, key size K, value size V.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from mom_layers.common.kernel_choice import compute_dtype
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,19 @@ def warn_without_kernels(rule: MemoryRule) -> None:
         warnings.warn(f"the update rule {rule.name} has no kernels: {rule.cost_without_kernels}", stacklevel=3)
 
 
-_WARNED: set[str] = set()
+def has_fault(rule: MemoryRule, k_dim: int, v_dim: int) -> bool:
+    """Whether a layer of these sizes must compute in PyTorch, because the kernels are wrong on this machine's GPU.
+
+    Warns of that once a process for each rule and size.
+    """
+    fault = rule.fault(k_dim, v_dim)
+    if fault is not None and (rule.name, k_dim, v_dim) not in _WARNED:
+        _WARNED.add((rule.name, k_dim, v_dim))
+        logger.warning("%s computes in PyTorch, slowly: its kernels gave %s", rule.name, fault)
+    return fault is not None
+
+
+_WARNED: set[str | tuple[str, int, int]] = set()
 
 
 @contextmanager

@@ -14,13 +14,14 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from mom_layers.common.kernel_choice import compute_dtype, resolve_kernels
+from mom_layers.common.kernel_choice import compute_dtype
 from mom_layers.common.reference import bounds
 from mom_layers.common.supported import HEAD_SIZES
+from mom_layers.recur.checks import resolve_for_sizes
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.rules.rule import MemoryRule, RuleInputs, key_by_value
 from mom_layers.recur.scalar_decay import scalar_decay
-from mom_layers.recur.scalar_decay.operation import initial_state_gradient_triton
+from mom_layers.recur.scalar_decay.operation import SIZES, initial_state_gradient_triton
 from mom_layers.recur.scalar_decay.sizes import gpu_fault
 
 # Columns of the values of which the first is one and the others are zero: the fewest that the kernels take.
@@ -142,7 +143,7 @@ def scalar_decay_rule(
         )  # fmt: skip
 
     def initial_state_gradient(inputs: RuleInputs, do, cu_seqlens, initial_state, kernels):
-        if resolve_kernels(kernels, do) == "triton":
+        if resolve_for_sizes(kernels, inputs.q, do, gpu_fault, SIZES) == "triton":
             return initial_state_gradient_triton(inputs.q, inputs.gates.get("g"), do, cu_seqlens, scale)
         return replace(rule, initial_state_gradient=None).gradient_of_initial_state(
             inputs, do, cu_seqlens, None, kernels
