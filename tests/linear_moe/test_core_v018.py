@@ -98,7 +98,7 @@ def test_without_gpt_builders_the_model_patch_is_refused(core_v018, monkeypatch)
 )
 def test_what_this_release_cannot_do_is_refused(monkeypatch, name, value, message):
     args = add_megatron_arguments(argparse.ArgumentParser()).parse_args([])
-    args.token_mixer = "mom"
+    args.token_mixer, args.mom_loss_chunk = "mom", 0
     setattr(args, name, value)
     arguments.check_model(args)
     monkeypatch.setattr(releases, "installed_megatron_core", lambda: "0.18.2")
@@ -109,7 +109,7 @@ def test_what_this_release_cannot_do_is_refused(monkeypatch, name, value, messag
 def test_arguments_of_later_releases_are_off(core_v018):
     args = add_megatron_arguments(argparse.ArgumentParser()).parse_args([])
     del args.dataloader_inter_document_masking
-    args.token_mixer, args.context_parallel_size = "mom", 2
+    args.token_mixer, args.mom_loss_chunk, args.context_parallel_size = "mom", 0, 2
     arguments.check_model(args)
     arguments.check_context_parallel(args)
 

@@ -50,7 +50,7 @@ def test_without_memories_only_the_arguments_are_added():
 def test_a_model_without_memories_is_refused_when_it_is_built():
     from linear_moe.layer.mixer import MomTokenMixer as mixer
 
-    with pytest.raises(RuntimeError, match="--token-mixer mom: no layer of the model .* has memories; run a script"):
+    with pytest.raises(RuntimeError, match="--token-mixer: no layer of the model .* has memories; run a script"):
         model_patches.require_memories([torch.nn.Linear(2, 2), torch.nn.ReLU()])
     with_memories = torch.nn.ModuleList([torch.nn.Linear(2, 2), mixer.__new__(mixer)])
     torch.nn.Module.__init__(with_memories[1])

@@ -31,6 +31,7 @@ from mom_layers.layer import LinearAttentionLayer, MixtureOfMemories  # noqa: E4
 from mom_layers.one_memory import mix_projected  # noqa: E402
 from mom_layers.recur.rules import get_rule  # noqa: E402
 from mom_layers.route import plan  # noqa: E402
+from mom_layers.route.rows_triton import zero_spare_rows_triton  # noqa: E402
 from mom_layers.route.sequences import plan_sequences  # noqa: E402
 from mom_layers.state import MemoryState  # noqa: E402
 
@@ -72,6 +73,7 @@ def compile_layer(rule: str, dtype: torch.dtype, key_size: int, value_size: int,
         single_kv_proj=True,
     ).to(dtype)  # fmt: skip
     shared(x)[0].sum().backward()
+    zero_spare_rows_triton(x.detach()[0].contiguous(), torch.zeros(1, dtype=torch.int32))
     compile_alone(rule, dtype, key_size, value_size)
     # Context parallelism: transitions, and the gradient of a slice's initial state.
     rule = get_rule(rule)

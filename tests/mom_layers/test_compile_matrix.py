@@ -19,14 +19,17 @@ from mom_layers.common.chips import CHIPS
 ROOT = Path(__file__).parents[2]
 NVIDIA = [name for name, chip in CHIPS.items() if chip.vendor == "nvidia"]
 ALL_SIZES = ("256x256", "128x128", "64x64", "32x32", "16x16", "256x64", "64x256", "128x32", "16x128")
-# The paper's head size with every kernel of a layer, and the next smaller one with the kernels of training alone.
-# gated_deltanet2 has kda's kernels, with strengths by channel: training alone.
+# Every kernel, with a rule of each kernel family, for a chip with much shared memory and a chip with little. For
+# the other chips the kernels of training.
+EVERY_KERNEL = ("--rules", "gated_deltanet,gla,kda,mamba2")
+TRAINING = ("--training-alone", "--rules", "gated_deltanet,gla")
 CASES = [
-    ("bfloat16", "256x256", ("--rules", "gated_deltanet,gla,kda")),
-    ("bfloat16", "128x128", ("--training-alone",)),
+    *((chip, "bfloat16", "256x256", EVERY_KERNEL) for chip in ("sm_100", "sm_86")),
+    ("sm_90", "bfloat16", "256x256", TRAINING),
+    *((chip, "bfloat16", "128x128", TRAINING) for chip in NVIDIA if chip not in ("sm_100", "sm_86")),
 ]
 if os.environ.get("MOM_ALL_CHIPS"):
-    CASES = list(itertools.product(("bfloat16", "float16", "float32"), ALL_SIZES, [()]))
+    CASES = list(itertools.product(NVIDIA, ("bfloat16", "float16", "float32"), ALL_SIZES, [()]))
 
 
 def compiled(tmp_path, *arguments) -> tuple[list[dict[str, str]], int]:
@@ -53,8 +56,7 @@ def launched_kernels() -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("dtype,size,options", CASES)
-@pytest.mark.parametrize("chip", NVIDIA)
+@pytest.mark.parametrize("chip,dtype,size,options", CASES)
 def test_every_kernel_compiles_for_every_chip(chip, dtype, size, options, tmp_path):
     rows, status = compiled(tmp_path, "--chips", chip, "--dtypes", dtype, "--sizes", size, *options)
     failed = [row for row in rows if row["result"] != "compiled"]

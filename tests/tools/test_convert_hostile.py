@@ -87,7 +87,7 @@ def test_generation(model, content, capsys):
         ("norm_eps", "x", "norm_eps must be a number from 0 to 1, got 'x'"),
         ("hidden_size", -1, "hidden_size must be a whole number between 1 and 2147483647, got -1"),
         ("hidden_size", float("nan"), "hidden_size must be a whole number between 1 and 2147483647, got nan"),
-        ("num_memories", True, "num_memories must be a whole number between 1 and 2147483647, got True"),
+        ("num_memories", True, "num_memories must be a whole number between 0 and 2147483647, got True"),
         ("aux_loss_scale", None, "aux_loss_scale must be a number from 0 to 1e+06, got None"),
         ("expand_v", 0, "expand_v must be a number above 0 and up to 1e+06, got 0"),
         ("intermediate_size", {}, "intermediate_size must be a whole number between 1 and 2147483647, or null, got {}"),
