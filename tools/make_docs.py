@@ -98,6 +98,8 @@ def gpu_sizes() -> str:
         alike.setdefault(tuple(right.items()), []).append(name)
     rows = []
     for right, names in alike.items():
+        if not any(values for _, values in right):
+            rows.append((code(names), "none", "none"))
         for values in dict.fromkeys(values for _, values in right if values):
             keys = [size for size, found in right if found == values]
             rows.append((code(names), *(", ".join(map(str, sizes)) for sizes in (keys, values))))
