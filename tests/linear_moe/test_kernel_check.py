@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,7 +134,13 @@ def test_a_check_that_could_not_run_ends_nothing_and_is_not_kept(machine, caplog
 @pytest.mark.parametrize("lines", [[RIGHT], [WRONG], [LOST]], ids=["right", "wrong", "unknown"])
 def test_other_ranks_wait_for_the_first(machine, monkeypatch, tmp_path, lines):
     """Each rank has a cache of its own here."""
-    machine.lines, ends = lines, {}
+    machine.lines, ends, looked = lines, {}, threading.Event()
+
+    def sleep(seconds):
+        looked.set()
+        time.sleep(seconds)
+
+    monkeypatch.setattr(kernel_check, "time", SimpleNamespace(**vars(time) | {"sleep": sleep}))
     monkeypatch.setattr(kernel_check, "LOOK_AGAIN", 0.01)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache of rank 1"))
@@ -147,7 +154,7 @@ def test_other_ranks_wait_for_the_first(machine, monkeypatch, tmp_path, lines):
 
     thread = threading.Thread(target=second)
     thread.start()
-    time.sleep(0.3)
+    assert looked.wait(30)  # the variables of rank 1 have been read
     assert ends == {} and machine.runs == []
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache of rank 0"))

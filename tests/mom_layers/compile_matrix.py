@@ -41,7 +41,7 @@ COLUMNS = (
 )  # fmt: skip
 RULES = ("gated_deltanet", "gla", "hgrn2", "kda", "gated_deltanet2", "mamba2", "retention")
 SIZES = (256, 128, 64, 32, 16)
-HEADS, TOKENS, WIDTH = 4, 128, 4
+HEADS, TOKENS, LONG, WIDTH = 4, 128, 4096, 4
 
 
 def compile_layer(rule: str, dtype: torch.dtype, key_size: int, value_size: int, training_alone: bool) -> None:
@@ -100,9 +100,10 @@ def compile_alone(rule: str, dtype: torch.dtype, key_size: int, value_size: int)
         out, state = layer(x, output_state=True)
         out.sum().backward()
         layer.step(x[0, :1].detach(), MemoryState(*(part.detach().contiguous() for part in vars(state).values())))
-    borders = torch.tensor([0, TOKENS // 2, TOKENS], dtype=torch.int32)
-    projected = torch.zeros(TOKENS, layer.in_proj.out_features, dtype=dtype, requires_grad=True)
-    y, _ = mix_projected(projected, plan_sequences(borders, TOKENS, time_major=True), layer.memory_parameters(),
+    # So few and long sequences are cut into parts.
+    borders = torch.tensor([0, LONG // 2, LONG], dtype=torch.int32)
+    projected = torch.zeros(LONG, layer.in_proj.out_features, dtype=dtype, requires_grad=True)
+    y, _ = mix_projected(projected, plan_sequences(borders, LONG, time_major=True), layer.memory_parameters(),
                          kernels="triton")  # fmt: skip
     y.sum().backward()
 
