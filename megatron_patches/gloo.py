@@ -16,10 +16,9 @@ def split_sizes_as_numbers(all_to_all_single, output, input, *sizes, **kwargs):
 
 def gather_different_lengths(all_gather, outputs, tensor, group=None, async_op=False):
     """``torch.distributed.all_gather`` whose parts may differ in their first dimension: they travel padded."""
-    longest = max(output.shape[0] if output.dim() else 1 for output in outputs)
     if all(output.shape == outputs[0].shape for output in outputs):
         return all_gather(outputs, tensor, group=group, async_op=async_op)
-    padded = tensor.new_zeros(longest, *tensor.shape[1:])
+    padded = tensor.new_zeros(max(output.shape[0] for output in outputs), *tensor.shape[1:])
     padded[: tensor.shape[0]] = tensor
     parts = [torch.empty_like(padded) for _ in outputs]
     all_gather(parts, padded, group=group)

@@ -32,7 +32,7 @@ def _layers(config, vp_stage):
 
 
 def _stack(config, chosen):
-    """The layers of a hybrid model whose builder has chosen Megatron's own, or those that --spec names."""
+    """The layers of a hybrid model whose builder has chosen Megatron's own layers, or the layers that --spec names."""
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as megatrons_own
 
     from linear_moe.layer.hybrid_specs import hybrid_stack_spec

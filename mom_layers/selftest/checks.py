@@ -79,8 +79,8 @@ def all_checks(setting: Setting) -> dict[str, Check]:
 
 
 def by_family() -> tuple[str, ...]:
-    """A rule of every kernel family, which stands for the family's kernels: of those that take the most head sizes,
-    the rule with the most gates."""
+    """A rule of every kernel family, which stands for the family's kernels: among the family's rules with the most head
+    sizes, the rule with the most gates."""
     found: dict[str, str] = {}
     for name in sorted(rule_names(), key=lambda name: (len(get_rule(name).head_sizes), len(get_rule(name).raw_gates))):
         found[get_rule(name).family or name] = name

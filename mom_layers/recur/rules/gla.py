@@ -14,8 +14,8 @@ from mom_layers.common.kernel_choice import compute_dtype
 from mom_layers.common.reference import bounds
 from mom_layers.common.supported import HEAD_SIZES
 from mom_layers.recur.channel_decay import gated_linear_attention
-from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs
+from mom_layers.recur.rules.scalar_decay import chunk_flops
 
 RANK = 16
 NORMALIZER = 16.0
@@ -103,12 +103,8 @@ def reference(q, k, v, raw, parameters, cu_seqlens, initial_state=None):
 
 
 def recurrence_flops(rows: int, heads: int, k_dim: int, v_dim: int) -> float:
-    """Forward operations of the chunked form, per row and head, full chunks, and the low-rank gate's second product.
-
-    q k^T and scores times v (2 C K and 2 C V), and the two products with the state (q S, k^T v: 2 K V each).
-    """
-    per_row = 2 * CHUNK * (k_dim + v_dim) + 4 * k_dim * v_dim + 2 * RANK * k_dim
-    return float(rows) * heads * per_row
+    """Forward operations of the chunked form, and the low-rank gate's second product: 2 RANK K a row and head."""
+    return chunk_flops(rows, heads, k_dim, v_dim) + float(rows) * heads * 2 * RANK * k_dim
 
 
 RULE = MemoryRule(

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 
 from mom_layers.common.kernel_choice import compute_dtype
 from mom_layers.common.supported import HEAD_SIZES
-from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.rules import gla
 from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs
+from mom_layers.recur.rules.scalar_decay import chunk_flops
 
 
 class _WithUnread(torch.autograd.Function):
@@ -68,12 +68,6 @@ def reference(q, k, v, raw, parameters, cu_seqlens, initial_state=None):
     return gla.gated_linear_attention_reference(q, 1 - f, v, f.log(), cu_seqlens, initial_state)
 
 
-def recurrence_flops(rows: int, heads: int, k_dim: int, v_dim: int) -> float:
-    """Forward operations of the chunked form, per row and head, full chunks: gated linear attention's, without a
-    low-rank gate."""
-    return float(rows) * heads * (2 * CHUNK * (k_dim + v_dim) + 4 * k_dim * v_dim)
-
-
 RULE = MemoryRule(
     name="hgrn2",
     raw_gates=(RawGate("forget", columns="key", hf="f"),),
@@ -84,7 +78,7 @@ RULE = MemoryRule(
     recur=gla.recur,
     transition=gla.transition,
     reference=reference,
-    recurrence_flops=recurrence_flops,
+    recurrence_flops=chunk_flops,
     diagonal_transition=True,
     unit_length_keys=False,
     head_sizes=HEAD_SIZES,

@@ -18,7 +18,8 @@ SAME_LAYERS = {
     "multi-token prediction": (["R-R-/*-"], ["--mtp-num-layers", 1]),
     "multi-latent attention": (["R-+-", *LATENT_ATTENTION], [*EVERY_SECOND, "--multi-latent-attention"]),
 }
-"""Arguments of a hybrid model, the pattern first, and those that a GPT model of the same layers has in its place."""
+"""Arguments of a hybrid model, the pattern first, and what a GPT model of the same layers has in place of the
+pattern."""
 
 
 def run(folder, ranks, *arguments, steps=4, save_at=(2,), load=None, **options):
