@@ -142,9 +142,13 @@ class Layer:
 CUDA = torch.cuda.is_available()
 
 
+STARTED = time.monotonic()
+
+
 def say(*words):
+    """Prints a line with the seconds since the start, on the first rank."""
     if dist.get_rank() == 0:
-        print(*words, flush=True)
+        print(f"{time.monotonic() - STARTED:5.1f} s ", *words, flush=True)
 
 
 def difference(got, expected) -> tuple[float, str]:
