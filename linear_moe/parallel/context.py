@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from linear_moe.parallel.collectives import Gather, gather
+from linear_moe.parallel.streams import SecondStream
+from megatron_patches.recomputed_regions import kept_value
 from mom_layers.common.kernel_choice import compute_dtype
 from mom_layers.recur.rules import MemoryRule, RuleInputs
 from mom_layers.recur.state_passing import fold_gradients, fold_states, join_tails, last_inputs
@@ -147,9 +149,10 @@ class ContextSlice:
     def recur(self, plan: RoutingPlan, rule: MemoryRule, inputs: RuleInputs, kernels: str) -> torch.Tensor:
         """See :meth:`mom_layers.mixing.SequenceSlice.recur`."""
         with torch.no_grad():
-            transition, contribution = self._own_map(plan, rule, inputs, kernels)
-            transitions, contributions = self._exchange(transition, contribution)
-            before = fold_states(transitions[: self.rank], contributions[: self.rank])[-1]
+            if self._is_small(plan, rule, inputs):
+                transition, before = kept_value(lambda: self._state_before(plan, rule, inputs, kernels))
+            else:
+                transition, before = self._state_before(plan, rule, inputs, kernels)
             state = self.incoming(plan).spread(before, plan)
         o, final_state = rule.recur(inputs, plan.cu_seqlens, state, torch.is_grad_enabled(), kernels)
         if final_state is None or not final_state.requires_grad:
@@ -161,6 +164,23 @@ class ContextSlice:
             *kept, inputs.q, inputs.k, *inputs.gates.values(),
         )  # fmt: skip
 
+    def _is_small(self, plan: RoutingPlan, rule: MemoryRule, inputs: RuleInputs) -> bool:
+        """Whether the states and transitions of the segments at an edge take no more memory than the values."""
+        segments = plan.num_segments if self.documents is None else plan.num_all_memories
+        keys, columns = rule.state_shape(inputs.k.shape[2], inputs.v.shape[2])
+        size = segments * inputs.v.shape[1] * keys * (columns + (1 if rule.diagonal_transition else keys))
+        return size * compute_dtype(inputs.k.dtype).itemsize <= inputs.v.numel() * inputs.v.element_size()
+
+    def _state_before(self, plan, rule, inputs: RuleInputs, kernels):
+        """This rank's transition, and the states [N, H, K, V] before the segments that hold the slice's first tokens.
+
+        The states need two recurrences over the slice, or three, and an exchange. A recomputed region keeps what this
+        returns, so that its second forward pass needs neither.
+        """
+        transition, contribution = self._own_map(plan, rule, inputs, kernels)
+        transitions, contributions = self._exchange(transition, contribution)
+        return transition, fold_states(transitions[: self.rank], contributions[: self.rank])[-1]
+
     def _own_map(self, plan, rule, inputs: RuleInputs, kernels):
         """Transition [N, H, K, K] ([N, H, K] if diagonal) and contribution [N, H, K, V] of the segments that continue
         on the next rank; zeros where no rank reads them."""
@@ -168,16 +188,23 @@ class ContextSlice:
         outgoing, dtype = self.outgoing(plan), compute_dtype(k.dtype)
         state_shape = rule.state_shape(k.shape[2], v.shape[2])
         shape = (outgoing.starts.numel(), v.shape[1], state_shape[0])
+        in_the_middle = 0 < self.rank < self.size - 1
+        # Both recurrences at once: with long sequences and few heads each leaves most of a GPU idle.
+        second = SecondStream(k.device) if in_the_middle else None
+        if in_the_middle:
+            with second.beside():
+                transition = rule.transition(inputs, outgoing.cu_seqlens, kernels)
+                transition = _where(outgoing.through, transition[outgoing.places])
+        else:
+            transition = k.new_zeros((), dtype=dtype)
+            transition = transition.expand(shape if rule.diagonal_transition else (*shape, shape[2]))
         if self.rank < self.size - 1:
             contribution = rule.recur(inputs, outgoing.cu_seqlens, None, True, kernels)[1]
             contribution = _where(outgoing.crosses, contribution[outgoing.places])
         else:
             contribution = k.new_zeros(*shape[:2], *state_shape, dtype=dtype)
-        if 0 < self.rank < self.size - 1:
-            transition = rule.transition(inputs, outgoing.cu_seqlens, kernels)
-            transition = _where(outgoing.through, transition[outgoing.places])
-        else:
-            transition = k.new_zeros(shape if rule.diagonal_transition else (*shape, shape[2]), dtype=dtype)
+        if in_the_middle:
+            second.join(transition)
         return transition, contribution
 
     def _exchange(self, transition: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

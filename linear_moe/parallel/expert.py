@@ -20,7 +20,6 @@ sequences here, D hidden size, H heads here, K key size, V value size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -29,6 +28,7 @@ from linear_moe.parallel.all_gather import AllGather
 from linear_moe.parallel.all_to_all import AllToAll
 from linear_moe.parallel.choices import Choices, Returned
 from linear_moe.parallel.peer_memory import PeerMemory
+from linear_moe.parallel.streams import SecondStream
 from mom_layers.combine.operation import combine
 from mom_layers.mixing import MemoryParameters, SequenceSlice, read_memories
 from mom_layers.route.plan import RoutingPlan, build_routing_plan
@@ -61,17 +61,6 @@ EXCHANGES: dict[str, Callable[[Choices], Exchange]] = {
 }
 """By the names of `linear_moe.config.EXPERT_EXCHANGES`."""
 
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _second_stream(device: torch.device):
-    """The stream of the exchange; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
-
 
 def mix_memories_over_ranks(
     x: torch.Tensor,
@@ -102,14 +91,8 @@ def mix_memories_over_ranks(
     Returns:
         y [N, H V] before the output projection.
     """
-    stream, kernels = _second_stream(x.device), choices.kernels
-    if stream is not None:
-        stream.wait_stream(torch.cuda.current_stream())
-
-    def beside():
-        return nullcontext() if stream is None else torch.cuda.stream(stream)
-
-    with beside():
+    kernels, second = choices.kernels, SecondStream(x.device)
+    with second.beside():
         travel = EXCHANGES[exchange](choices)
     outputs = []
     if shared is not None:
@@ -119,13 +102,9 @@ def mix_memories_over_ranks(
         shared_plan = shared_plan.time_major() if choices.time_major else shared_plan
         o, _ = read_memories(x, q, shared_plan, shared, sequence_slice=sequence_slice, kernels=kernels)
         outputs.append(o)
-    with beside():
+    with second.beside():
         x_here, q_here = travel.bring(x, q)
-    if stream is not None:
-        main = torch.cuda.current_stream()
-        main.wait_stream(stream)
-        for tensor in (x_here, q_here, *travel.tensors()):
-            tensor.record_stream(main)
+    second.join(x_here, q_here, *travel.tensors())
 
     o_here, _ = read_memories(x_here, q_here, travel.plan, routed, kernels=kernels)
     o, weights, row_of_choice = travel.take_home(o_here, weights)
