@@ -51,6 +51,9 @@ class Layer:
     """The memories of one layer on this rank: weights, inputs of a kind, and a step forward and backward."""
 
     def __init__(self, sizes, kind, dtype, options, seed=0):
+        from linear_moe.parallel.peer_memory import PeerBuffers
+
+        self.peer_buffers = PeerBuffers.of(dist.group.WORLD)  # held, so that a graph's buffers stay
         self.group, self.device = dist.group.WORLD, f"cuda:{torch.cuda.current_device()}" if CUDA else "cpu"
         self.kind, self.sizes, self.options = kind, SimpleNamespace(**sizes), options
         rule, heads, size = get_rule("gated_deltanet"), sizes["heads"], sizes["head_dim"]
