@@ -30,7 +30,7 @@ from linear_moe.parallel.choices import Choices, Returned
 from linear_moe.parallel.peer_memory import PeerMemory
 from linear_moe.parallel.streams import SecondStream
 from mom_layers.combine.operation import combine
-from mom_layers.mixing import MemoryParameters, SequenceSlice, read_memories
+from mom_layers.mixing import MemoryParameters, SequenceSlice, project_rows, read_memories, run_rule
 from mom_layers.route.plan import RoutingPlan, build_routing_plan
 
 
@@ -76,8 +76,9 @@ def mix_memories_over_ranks(
 ) -> torch.Tensor:
     """:func:`mom_layers.mixing.mix_memories` where every rank of a group holds some of the memories.
 
-    The shared memory reads this rank's tokens while tokens travel. The backward pass overlaps the same way: autograd
-    runs the gradient of an operation on the operation's stream, the latest operation first.
+    The shared memory's rows are projected and convolved while tokens travel, and its recurrence runs while answers
+    travel. The backward pass overlaps the same way: autograd runs the gradient of an operation on the operation's
+    stream, the latest operation first.
 
     Args:
         x: [N, D]. q: [N, H K] before convolution. output_gate: [N, H V] before SiLU.
@@ -94,25 +95,29 @@ def mix_memories_over_ranks(
     kernels, second = choices.kernels, SecondStream(x.device)
     with second.beside():
         travel = EXCHANGES[exchange](choices)
-    outputs = []
     if shared is not None:
         shared_plan = build_routing_plan(
             torch.zeros_like(choices.ids[:, :1]), choices.token_borders, num_memories=1, shared=False, kernels=kernels
         )
         shared_plan = shared_plan.time_major() if choices.time_major else shared_plan
-        o, _ = read_memories(x, q, shared_plan, shared, sequence_slice=sequence_slice, kernels=kernels)
-        outputs.append(o)
+        shared_rows, tails = project_rows(x, q, shared_plan, shared, sequence_slice=sequence_slice, kernels=kernels)
     with second.beside():
         x_here, q_here = travel.bring(x, q)
     second.join(x_here, q_here, *travel.tensors())
 
     o_here, _ = read_memories(x_here, q_here, travel.plan, routed, kernels=kernels)
-    o, weights, row_of_choice = travel.take_home(o_here, weights)
-    outputs.insert(0, o)
+    second = SecondStream(x.device)
+    with second.beside():
+        o, weights, row_of_choice = travel.take_home(o_here, weights)
+    o_shared = None
     if shared is not None:
+        o_shared, _ = run_rule(shared_rows, tails, shared_plan, shared, None, False, sequence_slice, kernels)
+    second.join(o, weights, row_of_choice)
+    if o_shared is not None:
         row_of_choice = torch.cat([row_of_choice, shared_plan.row_of_choice + o.shape[0]], dim=1)
+        o = torch.cat([o, o_shared])
     y = combine(
-        torch.cat(outputs), weights, row_of_choice, output_gate.unflatten(1, o.shape[1:]), routed.norm_weight,
+        o, weights, row_of_choice, output_gate.unflatten(1, o.shape[1:]), routed.norm_weight,
         eps=routed.settings.norm_eps, kernels=kernels,
     )  # fmt: skip
     return y.flatten(1)
