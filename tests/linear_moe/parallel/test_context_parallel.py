@@ -33,6 +33,8 @@ RULES = {name: get_rule(name) for name in rule_names()} | {NORMALISED.name: NORM
 CASES = [(documents, rule, "own projections") for documents in DOCUMENTS for rule in RULES]
 CASES += [(documents, "gated_deltanet", kind) for documents in DOCUMENTS for kind in ("one projection", "recomputed")]
 CASES += [(documents, "gated_deltanet", "two memories take all tokens") for documents in DOCUMENTS]
+CASES += [("two sequences", rule, "in three parts") for rule in RULES]
+CASES += [("two sequences", rule, "in three parts, states kept") for rule in ("gated_deltanet", "gla", NORMALISED.name)]
 CASES += [(documents, rule, "states kept") for documents in DOCUMENTS for rule in ("gated_deltanet", NORMALISED.name)]
 
 # Of two ranks and of four.
@@ -40,8 +42,9 @@ FEW_CASES = [
     (documents, rule, kind)
     for documents in ("two sequences", "a document over all ranks, empty ones", "documents over single edges")
     for rule in ("gated_deltanet", "gla", "kda", "mamba2", NORMALISED.name)
-    for kind in ("own projections", "states kept", "two memories take all tokens")
+    for kind in ("own projections", "states kept", "two memories take all tokens", "in three parts")
     if rule == "gated_deltanet" or kind == "own projections"
+    if documents == "two sequences" or "parts" not in kind
 ]
 
 
@@ -103,7 +106,7 @@ def outputs_and_gradients(inputs, borders, parameters, sequence_slice=None, kind
 
     if kind == "recomputed":
         y = checkpoint(layer, x, q, gate, mix, use_reentrant=False)
-    elif kind == "states kept":
+    elif "states kept" in kind:
         y = megatrons_checkpoint(layer, False, x, q, gate, mix)
     else:
         y = layer(x, q, gate, mix)
@@ -127,7 +130,9 @@ def work(rank, documents, rule, kind):
     here = ContextSlice(torch.distributed.group.WORLD, length, None if DOCUMENTS[documents] is None else borders)
     if DOCUMENTS[documents] is not None:
         borders = here.local_documents()
-    here._is_small = lambda *about: kind == "states kept"  # these slices are shorter than a state
+    here._is_small = lambda *about: "states kept" in kind  # these slices are shorter than a state
+    if "in three parts" in kind:
+        here._num_parts = lambda *about: 3
     by_token, gradients = outputs_and_gradients(inputs, borders, parameters_of(rule, kind), here, kind)
     for gradient in gradients:
         torch.distributed.all_reduce(gradient)
@@ -191,8 +196,10 @@ def others(rank):
 
 
 def run_rank(rank, place, sender, cases, also):
+    from linear_moe.parallel import context
     from megatron_patches import cpu, recomputed_regions
 
+    context.CHUNK = 2  # parts are cut between chunks, and these slices are shorter than one
     cpu.apply()
     recomputed_regions.PATCH.apply()
     torch.set_num_threads(1)
@@ -298,15 +305,45 @@ def test_a_recomputed_region_passes_states_once(ranks):
         assert [twice - once for twice, once in zip(volume[False], volume[True], strict=True)] == [states, states]
 
 
-@pytest.mark.parametrize("documents,segments", [(None, 10), ("given", 5)])
+@pytest.mark.parametrize("documents,segments,parts", [(None, 10, 1), ("given", 5, 1), (None, 10, 4)])
 @pytest.mark.parametrize("rule,columns", [("gated_deltanet", V + K), ("gla", V + 1), ("normalised", V + 2)])
-def test_states_are_kept_that_take_no_more_memory_than_the_values(rule, columns, documents, segments):
+def test_states_are_kept_that_take_no_more_memory_than_the_values(rule, columns, documents, segments, parts):
     from linear_moe.parallel.context import ContextSlice
 
     here = object.__new__(ContextSlice)
     here.documents = documents
     plan = SimpleNamespace(num_segments=10, num_all_memories=5)
-    rows = segments * K * columns // V
+    transition = columns - V - (rule == "normalised")
+    rows = segments * K * (parts * columns + (transition if parts > 1 else 0)) // V
     for number, small in ((rows, True), (rows - 1, False)):
         inputs = RuleInputs(*(torch.empty(number, HEADS, n, dtype=torch.float64) for n in (K, K, V)), {})
-        assert here._is_small(plan, RULES[rule], inputs) == small
+        assert here._is_small(plan, RULES[rule], inputs, parts) == small
+
+
+@pytest.mark.parametrize(
+    "segments,rows,rule,documents,parts",
+    [
+        (5, 98304, "gated_deltanet", None, 4),
+        (5, 98304, "gla", None, 4),
+        (5, 98304, "mamba2", None, 1),  # whose kernels cut segments themselves
+        (5, 98304, "gated_deltanet", "given", 1),
+        (5, 4 * 5 * 1024 - 1, "gated_deltanet", None, 2),
+        (40, 98304, "gated_deltanet", None, 1),
+    ],
+)
+def test_long_slices_of_few_segments_are_computed_in_parts(segments, rows, rule, documents, parts):
+    from linear_moe.parallel.context import ContextSlice
+
+    here = object.__new__(ContextSlice)
+    here.documents = documents
+    plan = SimpleNamespace(num_segments=segments, num_rows=rows)
+    inputs = RuleInputs(None, None, torch.empty(rows, 4, 0), {})
+    assert here._num_parts(plan, RULES[rule], inputs) == parts
+
+
+def test_parts_are_whole_chunks():
+    from linear_moe.parallel.context import _in_parts
+
+    borders = torch.tensor([0, 1000, 1000, 1064, 1066], dtype=torch.int32)
+    expected = [0, 256, 512, 768, 1000, 1000, 1000, 1000, 1000, 1064, 1064, 1064, 1064, 1066, 1066, 1066, 1066]
+    assert _in_parts(borders, 4).tolist() == expected and _in_parts(borders, 4).dtype == torch.int32
