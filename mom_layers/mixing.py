@@ -5,7 +5,8 @@
     mix_routed      the part after a router of the caller's: plan, memories, mixing (Megatron's layer enters here)
     mix_memories    the part after the routing plan
     run_rule        the part after the convolutions (a layer of one memory alone enters here)
-    read_memories   what every row reads from its memory (expert parallelism enters here)
+    read_memories   what every row reads from its memory (expert parallelism enters here and at project_rows)
+    project_rows    the part of read_memories before run_rule
 
 Shape legend: sequences B, tokens N, rows R, segments S, all memories A (routed and shared), heads H, key size K, value
 size V, hidden size D, convolution width W.
@@ -282,6 +283,29 @@ def read_memories(
         ValueError: ``sequence_slice`` together with ``state`` or ``output_state``.
     """
     check_states(sequence_slice, state, output_state)
+    rows, tails = project_rows(
+        x, q, plan, parameters,
+        state=state, output_state=output_state, sequence_slice=sequence_slice, kernels=kernels,
+    )  # fmt: skip
+    return run_rule(rows, tails, plan, parameters, state, output_state, sequence_slice, kernels)
+
+
+def project_rows(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    plan: RoutingPlan,
+    parameters: MemoryParameters,
+    *,
+    state: MemoryState | None = None,
+    output_state: bool = False,
+    sequence_slice: SequenceSlice | None = None,
+    kernels: str = "auto",
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
+    """Projects tokens to rows and convolves these; arguments as for :func:`mix_memories`.
+
+    Returns:
+        q, k, v and the raw gates of every row, and the convolutions' last inputs: what :func:`run_rule` takes.
+    """
     rule, heads = parameters.rule, parameters.num_heads
     key_heads = rule.num_key_heads(heads)
     sizes = rule.projection_sizes(heads, q.shape[1] // key_heads, parameters.v_conv.shape[0] // heads)
@@ -311,7 +335,7 @@ def read_memories(
             q, projected, parameters.q_conv, parameters.k_conv, parameters.v_conv, plan,
             unit_length_heads=unit, tails=tails, output_tail=output_state, kernels=kernels,
         )  # fmt: skip
-    return run_rule((q, k, v, raw), tails, plan, parameters, state, output_state, sequence_slice, kernels)
+    return (q, k, v, raw), tails
 
 
 def check_states(sequence_slice, state, output_state) -> None:

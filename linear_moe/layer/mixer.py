@@ -19,7 +19,8 @@ from linear_moe.layer.recurrent_mixer import RecurrentTokenMixer, TokenMixerSubm
 from linear_moe.layer.router import MemoryRouter
 from linear_moe.parallel.choices import Choices
 from linear_moe.parallel.expert import mix_memories_over_ranks
-from linear_moe.parallel.sequence_counts import most_sequences
+from linear_moe.parallel.peer_memory import PeerBuffers
+from linear_moe.parallel.sequence_counts import compare_once, counts_now, counts_of_batch
 from mom_layers.mixing import MemoryParameters, mix_routed
 
 
@@ -45,6 +46,8 @@ class MomTokenMixer(RecurrentTokenMixer):
         super().__init__(config, layer_number, pg_collection)
         self.ep_group = self.pg_collection.ep
         self.splits_memories = splits_memories(config)
+        # Held by every layer that reads them, so that they go with the model.
+        self.peer_buffers = PeerBuffers.of(self.ep_group) if self.splits_memories else None
         self.sizes = self.local_settings.projection_sizes
         self.router = MemoryRouter(config, layer_number, self.pg_collection)
         self.make_linear_layers(submodules, ["query", "gate"], [self.key_width, self.value_width], name)
@@ -106,7 +109,7 @@ class MomTokenMixer(RecurrentTokenMixer):
             y = mix_memories_over_ranks(
                 x.flatten(0, 1), q, output_gate, weights.flatten(0, 1),
                 self._choices(ids, borders, packed_seq_params, batch > 1), routed, self._shared_parameters(),
-                exchange=expert_exchange(self.config), sequence_slice=sequence_slice,
+                exchange=self.exchange(), sequence_slice=sequence_slice,
             )  # fmt: skip
         else:
             y, _ = mix_routed(
@@ -115,17 +118,31 @@ class MomTokenMixer(RecurrentTokenMixer):
             )  # fmt: skip
         return y, length, batch
 
+    def exchange(self) -> str:
+        """How tokens travel. In evaluation ranks may have batches of different sizes: there exactly the needed rows
+        travel, as every other exchange needs the same number of tokens on every rank. CUDA graphs have one size."""
+        fixed = self.training or self.config.cuda_graph_impl != "none"
+        return expert_exchange(self.config) if fixed else "all-to-all"
+
     def _choices(self, ids, borders, packed_seq_params, time_major: bool) -> Choices:
         """The choices of this rank's tokens, for the exchange over the expert-parallel ranks."""
-        sequences, ragged = borders.shape[0] - 1, packed_seq_params is not None
+        sequences, tokens, exchange = borders.shape[0] - 1, ids.shape[0], self.exchange()
+        ragged, most = packed_seq_params is not None, sequences
+        if ragged:
+            counts = counts_of_batch(packed_seq_params.cu_seqlens_q, sequences, tokens, self.ep_group)
+            most = counts.sequences
+            if exchange != "all-to-all":
+                counts.check_same_tokens(exchange)
+        elif exchange != "all-to-all":
+            compare_once(exchange, sequences, tokens, self.ep_group, ids.device)
+        elif not self.training:
+            most = counts_now(sequences, tokens, self.ep_group, ids.device).sequences
         return Choices(
             ids,
             borders,
             num_memories=self.config.mom_num_memories,
             group=self.ep_group,
-            most_sequences=most_sequences(packed_seq_params.cu_seqlens_q, sequences, self.ep_group)
-            if ragged
-            else sequences,
+            most_sequences=most,
             ragged=ragged,
             time_major=time_major,
             context_size=self.cp_group.size(),
