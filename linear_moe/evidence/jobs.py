@@ -58,6 +58,7 @@ class Mixer:
         memories: routed memories; 0 for softmax attention in every layer.
         key_size: of a head; its value size is the same.
         hybrid: one layer in ``Shape.attention_every`` is softmax attention.
+        text_conv: width of the convolution over the text; 0 for none.
     """
 
     memories: int = 0
@@ -68,6 +69,7 @@ class Mixer:
     balancing: float = 0.0
     single_projection: bool = False
     hybrid: bool = False
+    text_conv: int = 0
     rule: str = "gated_deltanet"
 
     @property
@@ -81,7 +83,8 @@ class Mixer:
 
 
 MOM = ("mom", "4 memories, top-2, shared memory")
-EQUAL_TOKENS = ("mom", "mom-hybrid", "gdn-state", "gdn", "softmax")  # the slowest first, so that all GPUs end together
+EQUAL_TOKENS = ("mom", "mom-text-conv", "mom-hybrid", "gdn-state", "gdn", "softmax")
+"""The slowest first, so that all GPUs end together."""
 ABLATIONS = ("mom-m2", "mom-m8", "mom-k1", "mom-k4", "mom-unshared", "mom-balancing-0", "mom-balancing-5e-3",
              "mom-balancing-1e-2", "mom-single-projection")  # fmt: skip
 SMALL = "mom-small"
@@ -94,6 +97,7 @@ TITLES = {
     "gdn-state": "GDN, MoM's state in all by K x V",
     "gdn-heads": "GDN, MoM's state in all by heads",
     "mom": "MoM 4/2, shared",
+    "mom-text-conv": "MoM 4/2, shared, convolution over the text",
     "mom-hybrid": "MoM 4/2, shared, one softmax layer in N",
     "mom-m2": "MoM 2/2, shared",
     "mom-m8": "MoM 8/2, shared",
@@ -128,6 +132,7 @@ def mixer_of(name: str, shape: Shape) -> Mixer:
         "gdn-state": replace(alone, heads=heads // 4, key_size=2 * shape.head_dim),
         "gdn-heads": replace(alone, heads=heads),
         "mom": mom,
+        "mom-text-conv": replace(mom, text_conv=4),
         "mom-hybrid": replace(mom, hybrid=True),
         "mom-m2": replace(mom, memories=2),
         "mom-m8": replace(mom, memories=8),
@@ -197,6 +202,7 @@ def _mixer_arguments(mixer: Mixer, shape: Shape) -> list:
     words += ["--mom-num-heads", mixer.heads, "--mom-head-dim", mixer.key_size]
     words += ["--mom-aux-loss-coeff", mixer.balancing]
     words += ["--mom-single-kv-proj"] if mixer.single_projection else []
+    words += ["--mom-text-conv", mixer.text_conv] if mixer.text_conv else []
     words += ["--linear-attention-freq", shape.attention_every] if mixer.hybrid else []
     return words
 
