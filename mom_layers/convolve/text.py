@@ -26,7 +26,7 @@ def convolve_text(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Adds to every token what a filter reads from the token and the tokens before it.
 
-    ``y_t = x_t + SiLU(sum_j filters[:, W - 1 - j] * x_{t - j})`` over the tokens t - j of the same sequence
+    ``y_t = x_t + sum_j filters[:, W - 1 - j] * x_{t - j}`` over the tokens t - j of the same sequence
 
     Args:
         x: [N, D] tokens.
@@ -48,12 +48,13 @@ def convolve_text(
     initial = None if tail is None else plan.to_segments(tail[:, None])
     if sequence_slice is not None:
         (x,), (initial,) = sequence_slice.tails(plan, (x,), (gathers,), filters.shape[1])
-    read, last = segment_convolution(
-        x, filters, plan, gather=gathers, initial_tail=initial, output_tail=output_tail, kernels=kernels
-    )
+    y, last = segment_convolution(
+        x, _with_token(filters), plan,
+        gather=gathers, silu=False, initial_tail=initial, output_tail=output_tail, kernels=kernels,
+    )  # fmt: skip
     if gathers:
-        read = read.index_select(0, plan.row_of_choice[:, 0])
-    return x + read, plan.from_segments(last)[:, 0] if output_tail else None
+        y = y.index_select(0, plan.row_of_choice[:, 0])
+    return y, plan.from_segments(last)[:, 0] if output_tail else None
 
 
 def convolve_next_token(x: torch.Tensor, filters: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
@@ -67,8 +68,13 @@ def convolve_next_token(x: torch.Tensor, filters: torch.Tensor, tail: torch.Tens
     Returns:
         y [B, D].
     """
-    dtype = compute_dtype(x.dtype)
     inputs = torch.cat([tail.to(x.dtype), x[:, None]], dim=1)
-    read = F.silu((inputs.to(dtype) * filters.to(dtype).t()).sum(1))
+    y = (inputs.to(compute_dtype(x.dtype)) * _with_token(filters).t()).sum(1)
     tail.copy_(inputs[:, 1:])
-    return x + read.to(x.dtype)
+    return y.to(x.dtype)
+
+
+def _with_token(filters: torch.Tensor) -> torch.Tensor:
+    """Filters whose sum has the token itself too, [D, W] in the type of sums."""
+    token = F.pad(filters.new_ones(1), (filters.shape[1] - 1, 0))
+    return filters.to(compute_dtype(filters.dtype)) + token
