@@ -27,19 +27,19 @@ class MemoryState:
 
     def select(self, index: torch.Tensor) -> MemoryState:
         """The state of the sequences at ``index`` [B'], in that order: beam search and shrinking batches."""
-        return MemoryState(**{name: part.index_select(0, index) for name, part in self._parts()})
+        return MemoryState(**{name: part.index_select(0, index) for name, part in self.named_tensors()})
 
     def copy_(self, other: MemoryState) -> None:
         """Copies another state's numbers into this state's tensors."""
-        for name, part in self._parts():
+        for name, part in self.named_tensors():
             part.copy_(getattr(other, name))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(part.nbytes for _, part in self._parts())
+        return sum(part.nbytes for _, part in self.named_tensors())
 
-    def _parts(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and tensor of everything that the layer keeps."""
         for f in fields(self):
             if getattr(self, f.name) is not None:
