@@ -21,7 +21,9 @@ from linear_moe.parallel.choices import Choices
 from linear_moe.parallel.expert import mix_memories_over_ranks
 from linear_moe.parallel.peer_memory import PeerBuffers
 from linear_moe.parallel.sequence_counts import compare_once, counts_now, counts_of_batch
+from mom_layers.convolve.text import convolve_text
 from mom_layers.mixing import MemoryParameters, mix_routed
+from mom_layers.route.sequences import plan_sequences
 
 
 class MomTokenMixer(RecurrentTokenMixer):
@@ -50,6 +52,11 @@ class MomTokenMixer(RecurrentTokenMixer):
         self.peer_buffers = PeerBuffers.of(self.ep_group) if self.splits_memories else None
         self.sizes = self.local_settings.projection_sizes
         self.router = MemoryRouter(config, layer_number, self.pg_collection)
+        self.text_conv = None
+        if config.mom_text_conv:
+            self.text_conv = self.new_parameter(config.hidden_size, config.mom_text_conv)
+            # Whole on every rank; with sequence parallelism every rank's gradient is that of its own tokens.
+            self.text_conv.sequence_parallel = config.sequence_parallel
         self.make_linear_layers(submodules, ["query", "gate"], [self.key_width, self.value_width], name)
 
         self.num_projections = self.settings.num_projections
@@ -93,9 +100,14 @@ class MomTokenMixer(RecurrentTokenMixer):
         self.memory_proj.copy_(memories[self.memories_here])
         if self.shared_proj is not None:
             self.shared_proj.copy_(memories[-1:])
+        if self.text_conv is not None:
+            bound = config.mom_text_conv**-0.5
+            self.text_conv.copy_(torch.empty(self.text_conv.shape, dtype=torch.float32).uniform_(-bound, bound))
 
     def mix(self, hidden_states: torch.Tensor, packed_seq_params) -> tuple[torch.Tensor, int, int]:
         """See :meth:`RecurrentTokenMixer.mix`."""
+        if self.text_conv is not None:
+            hidden_states = self._convolve_text(hidden_states, packed_seq_params)
         weights, ids = self.router(hidden_states)
         projected, _ = self.in_proj(hidden_states)
         x, weights, ids = self._all_tokens(hidden_states, weights, ids)
@@ -123,6 +135,19 @@ class MomTokenMixer(RecurrentTokenMixer):
         travel, as every other exchange needs the same number of tokens on every rank. CUDA graphs have one size."""
         fixed = self.training or self.config.cuda_graph_impl != "none"
         return expert_exchange(self.config) if fixed else "all-to-all"
+
+    def _convolve_text(self, hidden_states: torch.Tensor, packed_seq_params) -> torch.Tensor:
+        """The tokens of this rank [s, b, h] ([s / tp, b, h] with sequence parallelism) after the convolution over the
+        text. The ranks of both groups hold parts of every sequence, in the order of time."""
+        group = self.pg_collection.tp_cp if self.config.sequence_parallel else self.cp_group
+        length, batch = hidden_states.shape[:2]
+        borders, sequence_slice = self.token_borders(packed_seq_params, batch, length, hidden_states.device, group)
+        kernels = self.config.mom_kernels
+        plan = plan_sequences(borders, length * batch, time_major=batch > 1, kernels=kernels)
+        tokens, _ = convolve_text(
+            hidden_states.flatten(0, 1), self.text_conv, plan, sequence_slice=sequence_slice, kernels=kernels
+        )
+        return tokens.unflatten(0, (length, batch))
 
     def _choices(self, ids, borders, packed_seq_params, time_major: bool) -> Choices:
         """The choices of this rank's tokens, for the exchange over the expert-parallel ranks."""

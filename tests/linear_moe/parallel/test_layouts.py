@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from conftest import ALONE, EXPERTS, GLA, LAYOUTS, MODELS, ONE_RANK_AN_EXPERT, ROUTED, STEPS
+from conftest import ALONE, EXPERTS, GLA, LAYOUTS, MODELS, ONE_RANK_AN_EXPERT, ROUTED, STEPS, TEXT
 from training import CP2, SP, TP2, gradients_of_first_step, launch, parameters
 
 from mom_layers.recur.rules import rule_names
@@ -49,6 +49,11 @@ FEW_LAYOUTS = ("TP2", "EP2", "CP2", "PP2")
 @pytest.mark.parametrize("layout", [*FEW_LAYOUTS, "TP2+SP"])
 def test_a_rule_alone_equals_one_process(trained, layout):
     test_ten_steps_equal_one_process(trained, layout, ALONE)
+
+
+@pytest.mark.parametrize("layout", ["TP2", "TP2+SP", "EP2", "CP2", "CP2+TP2+SP"])
+def test_a_convolution_over_the_text_equals_one_process(trained, layout):
+    test_ten_steps_equal_one_process(trained, layout, TEXT)
 
 
 @pytest.mark.parametrize("layout", FEW_LAYOUTS)
