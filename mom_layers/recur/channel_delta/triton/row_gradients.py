@@ -37,6 +37,7 @@ from mom_layers.recur.channel_delta.triton.levels import (
     LIMIT,
     PRECISION,
     border_sums,
+    finished,
     first_sums,
     largest,
     level_factors,
@@ -131,6 +132,7 @@ def _row_gradients_kernel(
         b_dq += tl.dot(b_do, tl.trans(b_S), input_precision=PRECISION)
         b_dE += tl.dot(b_y, tl.trans(b_S), input_precision=PRECISION)
         b_dk_state += tl.dot(b_e, tl.trans(b_dS), input_precision=PRECISION)
+        b_dq, b_dE, b_dk_state = finished(b_dq, i_v), finished(b_dE, i_v), finished(b_dk_state, i_v)
         b_S_dS += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1)
 
     # (18), (19), and their part of (22), whose sum over earlier rows leaves the row itself out: the terms move down by
