@@ -88,16 +88,6 @@ def largest(b_x):
 
 
 @triton.jit
-def finished(b_sum, i):
-    """b_sum, for i of 0 and more: in a loop over i its products have ended here.
-
-    Triton 3.6 keeps rows that a product and other instructions read in one place of shared memory, and loads the next
-    rows to that place while an asynchronous product may still read.
-    """
-    return tl.where(i >= 0, b_sum, 0.0)
-
-
-@triton.jit
 def is_late(o_t, level):
     """Whether a row stands in the later half of its block."""
     return ((o_t >> (level - 1)) & 1) != 0

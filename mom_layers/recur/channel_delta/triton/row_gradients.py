@@ -37,7 +37,6 @@ from mom_layers.recur.channel_delta.triton.levels import (
     LIMIT,
     PRECISION,
     border_sums,
-    finished,
     first_sums,
     largest,
     level_factors,
@@ -47,8 +46,8 @@ from mom_layers.recur.channel_delta.triton.levels import (
 )
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
-from mom_layers.recur.masks_triton import tile_mask
 from mom_layers.recur.program_place_triton import tile_of_chunk
+from mom_layers.recur.tiles_triton import finished, tile_mask
 
 
 @triton.jit(do_not_specialize=["num_segments"])

@@ -18,10 +18,11 @@ import triton.language as tl
 
 from mom_layers.recur.channel_delta.tensors import ErrorRows, Inputs, ScoreGradients, Values
 from mom_layers.recur.channel_delta.triton.launches import launches_for
-from mom_layers.recur.channel_delta.triton.levels import PRECISION, finished
+from mom_layers.recur.channel_delta.triton.levels import PRECISION
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
 from mom_layers.recur.program_place_triton import chunk_of_program
+from mom_layers.recur.tiles_triton import finished
 
 
 @triton.jit(do_not_specialize=["num_segments"])

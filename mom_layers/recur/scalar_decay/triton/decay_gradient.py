@@ -18,12 +18,12 @@ import triton.language as tl
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import SPAN
 from mom_layers.recur.decays_triton import decay_through_chunk
-from mom_layers.recur.masks_triton import tile_mask
 from mom_layers.recur.program_place_triton import chunk_of_program
 from mom_layers.recur.scalar_decay.tensors import Cuts, DecayTerms, Inputs
 from mom_layers.recur.scalar_decay.triton.decays import decays_between
 from mom_layers.recur.scalar_decay.triton.launches import launches_for
 from mom_layers.recur.scalar_decay.triton.walk import PRECISION
+from mom_layers.recur.tiles_triton import tile_mask
 
 
 @triton.jit

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 
 from mom_layers.recur.chunk_table import CHUNK
-from mom_layers.recur.masks_triton import tile_mask
 from mom_layers.recur.program_place_triton import part_of_program
 from mom_layers.recur.scalar_decay.tensors import Cuts, PartStates
 from mom_layers.recur.scalar_decay.triton.decays import decay_kind, decays_of_rows
 from mom_layers.recur.scalar_decay.triton.launches import launches_for
 from mom_layers.recur.scalar_decay.triton.walk import PRECISION
+from mom_layers.recur.tiles_triton import tile_mask
 
 
 @triton.jit(do_not_specialize=["num_segments", "part_chunks"])

@@ -35,11 +35,11 @@ import triton.language as tl
 
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import SPAN
-from mom_layers.recur.masks_triton import tile_mask
 from mom_layers.recur.program_place_triton import part_of_program
 from mom_layers.recur.scalar_decay.tensors import Cuts, DecayTerms, PartStates
 from mom_layers.recur.scalar_decay.triton.decays import decay_kind, decays_between, decays_of_rows
 from mom_layers.recur.scalar_decay.triton.launches import launches_for
+from mom_layers.recur.tiles_triton import finished, tile_mask
 
 # Products of float32 inputs are exact in float32: no tf32. Other types ignore it.
 PRECISION = tl.constexpr("ieee")
@@ -222,6 +222,8 @@ def walk_kernel(
         b_write = (b_c.to(tl.float32) * (scale * b_from_start if AGAINST_TIME else b_to_end)[:, None]).to(low)
         b_M = tl.dot(tl.trans(b_b), b_write, decay * b_M, input_precision=PRECISION)
         if BLOCKS == 2:
+            if DECAY == "none":
+                b_M = finished(b_M, i_step)  # the product has read c itself
             # The halves change places. The mask changes nothing; without it the compiler would pipeline no load.
             b_M, b_N = tl.where(i_step >= 0, b_N, 0.0), b_M
 

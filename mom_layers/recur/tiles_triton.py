@@ -1,4 +1,4 @@
-"""Which elements of a tile exist, for every kernel family."""
+"""What kernels of every family do with tiles."""
 
 from __future__ import annotations
 
@@ -14,3 +14,13 @@ def tile_mask(m_row, o_column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
         return m_row[:, None]
     else:
         return m_row[:, None] & (o_column < COLUMNS)[None, :]
+
+
+@triton.jit
+def finished(b_sum, i):
+    """b_sum, for i of 0 and more: in a loop over i its products have ended here.
+
+    Triton 3.6 keeps rows that a product and other instructions read in one place of shared memory, and loads the next
+    rows to that place while an asynchronous product may still read.
+    """
+    return tl.where(i >= 0, b_sum, 0.0)
