@@ -24,6 +24,7 @@ from compile_only import (  # noqa: E402
     registers_and_local_memory,
     tensor_core_products,
 )
+from undefined_registers import undefined_registers  # noqa: E402
 
 from mom_layers.common import checks  # noqa: E402
 from mom_layers.common.chips import CHIPS  # noqa: E402
@@ -134,6 +135,8 @@ def rows_of(architecture, dtype, key_size, value_size, rule, kernel_set=None, ke
             result = "compiled" if shared <= CHIPS[architecture].shared_memory else "too much shared memory"
             if architecture == "sm_90" and left_operands_in_registers(kernel):
                 result = "left operands in registers"
+            elif architecture == "sm_90" and undefined_registers(kernel):
+                result = "undefined registers"
             row |= dict(result=result, shared_bytes=shared, registers=registers, local_bytes=local,
                         warps=kernel.metadata.num_warps, tensor_cores=tensor_core_products(kernel))  # fmt: skip
         seen[tuple(row.values())] = row
