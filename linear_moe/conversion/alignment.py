@@ -21,7 +21,7 @@ from linear_moe.conversion.digests import digest, write_digests
 from linear_moe.conversion.files import ConversionError, write_weights
 from linear_moe.conversion.loading import TIED_WEIGHT
 from mom_layers.hf import MomForCausalLM
-from mom_layers.hf.mixer import MomAttention
+from mom_layers.hf.mixer import token_mixer
 from mom_layers.hf.remote_code import save_remote_code
 from mom_layers.hf.sequence import TokenSequence
 from mom_layers.route.router import load_balancing_loss
@@ -61,8 +61,8 @@ class Alignment:
         self.mixers = {layer: self._mixer(layer) for layer in self.layers}
         self.topk = config.topk
 
-    def _mixer(self, layer: int) -> MomAttention:
-        mixer = MomAttention(self.model.config)
+    def _mixer(self, layer: int) -> torch.nn.Module:
+        mixer = token_mixer(self.model.config, layer)
         own = {name: self.model.tensors.read(self._name(layer, name)) for name in mixer.state_dict()}
         mixer.load_state_dict(own)
         return mixer.float().to(self.device).train()
@@ -104,10 +104,11 @@ class Alignment:
             scale = (out * target).sum() / out.square().sum().clamp(min=1e-20)
             mixer.o_norm.weight.mul_(scale.clamp(min=LEAST_SCALE))
 
-    def _forward(self, mixer: MomAttention, x: Tensor, sequence: TokenSequence) -> tuple[Tensor, Tensor]:
+    def _forward(self, mixer: torch.nn.Module, x: Tensor, sequence: TokenSequence) -> tuple[Tensor, Tensor | None]:
+        """The output, and the router's logits, None where there is one memory and no router; both in float32."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             out, logits = mixer(x.float(), sequence)
-        return out.float(), logits.float()
+        return out.float(), None if logits is None else logits.float()
 
     def backward(self, tokens: Tensor, balance: float) -> dict[int, Tensor]:
         """Adds the gradients of one batch [B, T]. Returns each layer's squared error over the square of its target.
@@ -120,7 +121,10 @@ class Alignment:
                 out, logits = self._forward(self.mixers[layer], x, sequence)
                 target = target.float()
                 error = (out - target).square().mean() / target.square().mean()
-                (error + balance * load_balancing_loss(logits, logits.topk(self.topk).indices)).backward()
+                loss = error
+                if logits is not None:
+                    loss = loss + balance * load_balancing_loss(logits, logits.topk(self.topk).indices)
+                loss.backward()
             errors[layer] = error.detach()
         return errors
 

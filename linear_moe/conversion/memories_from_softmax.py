@@ -123,10 +123,10 @@ def _settings(spec: AttentionSpec, memories: Memories, config: MomConfig) -> Mix
     except (ValueError, TypeError) as error:
         raise ConversionError(str(error)) from error
     rule = settings.update_rule
-    if spec.head_dim not in rule.head_sizes:
+    if not settings.has_kernels():
         raise ConversionError(
             f"the Transformer's heads have size {spec.head_dim}, and the kernels of --mom-rule {memories.rule} take "
-            f"{', '.join(map(str, rule.head_sizes))}: --softmax-layers all keeps every layer as it is"
+            f"{', '.join(map(str, rule.kernel_sizes(True)))}: --softmax-layers all keeps every layer as it is"
         )
     if rule.key_heads is not None:
         raise ConversionError(
@@ -145,7 +145,8 @@ class _StartedTensors:
         self._source = tensors
         self._starts: dict[str, tuple[_Starts, str, tuple[int, ...], bool]] = {}
         self._names: set[str] = set()
-        layers = {layer: _Starts(tensors, f"model.layers.{layer}.", spec, settings, seed + layer) for layer in new}
+        count = config.num_hidden_layers
+        layers = {layer: _Starts(tensors, layer, count, spec, settings, seed + layer) for layer in new}
         for entry in entries(layout_of(config)):
             for name, shape in entry.hf:
                 self._names.add(name)
@@ -176,14 +177,18 @@ class _Starts:
 
     Args:
         tensors: of the Transformer.
-        prefix: of the layer's names.
+        layer, num_layers: number of the layer, from 0, and of the model's layers.
         spec: of the softmax layer.
         settings: of the MoM layer.
         seed: of the tensors that are drawn.
     """
 
-    def __init__(self, tensors: Tensors, prefix: str, spec: AttentionSpec, settings: MixerSettings, seed: int):
-        self._tensors, self._prefix, self._spec, self._settings, self._seed = tensors, prefix, spec, settings, seed
+    def __init__(
+        self, tensors: Tensors, layer: int, num_layers: int, spec: AttentionSpec, settings: MixerSettings, seed: int
+    ):
+        prefix = f"model.layers.{layer}."
+        self._tensors, self._prefix, self._place = tensors, prefix, (layer, num_layers)
+        self._spec, self._settings, self._seed = spec, settings, seed
         self._rule = settings.update_rule
         self._letters = {gate.hf: gate for gate in self._rule.raw_gates}
         self.dtype = tensors.describe(f"{prefix}attn.q_proj.weight").dtype
@@ -235,7 +240,7 @@ class _Starts:
             heads, size = self._settings.num_heads, self._settings.head_dim
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._seed)
-                self._parameters = self._rule.init_parameters(heads, size)
+                self._parameters = self._rule.parameters_of_layer(heads, size, *self._place)
             self._parameters |= STARTS.get(self._rule.name, _no_parameters)(heads, size)
         return self._parameters[name]
 

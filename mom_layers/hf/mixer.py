@@ -36,7 +36,7 @@ class RecurrentAttention(nn.Module):
 
     def __init__(self, config: MomConfig, layer_idx: int = 0):
         super().__init__()
-        self.settings = replace(config.mixer_settings(), layer=layer_idx, num_layers=config.num_hidden_layers)
+        self.settings = replace(config.mixer_settings(), layer=layer_idx, num_layers=config.num_all_layers)
         self.rule = self.settings.update_rule
         warn_without_kernels(self.rule)
         self.hidden_size = config.hidden_size

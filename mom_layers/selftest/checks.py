@@ -157,6 +157,8 @@ def tiny_checks(setting: Setting) -> dict[str, Check]:
         "one memory": partial(one_memory, lengths=(0, 1, 5), **size),
         "one memory without a convolution": partial(one_memory, lengths=(2, 1), width=1, **size),
     }  # fmt: skip
+    # Scalar decay cuts a segment of more than eight chunks into parts.
+    checks["mamba2, long segments"] = partial(recurrences.recurrence, name="mamba2", cases=(((515,), True),), **size)
     for rule in rule_names():
         checks[rule] = partial(
             recurrences.recurrence, name=rule, cases=(((0, 1, 65), True), ((3, 2), False)), **size

@@ -92,8 +92,8 @@ SPLIT = {"expert_model_parallel_size": 2, "mom_expert_parallel": "on"}
             "--mom-num-heads 3 does not divide over --tensor-model-parallel-size 2",
         ),
         (
-            {"token_mixer": "gla", "experimental_attention_variant": "dsa"},
-            "--token-mixer gla does not work with --experimental-attention-variant dsa",
+            {"token_mixer": "gla", "context_parallel_size": 2, "hybrid_context_parallel": True},
+            "--token-mixer gla does not work with --hybrid-context-parallel: use --context-parallel-size alone",
         ),
         (
             {"context_parallel_size": 2, "hybrid_context_parallel": True},
@@ -107,8 +107,8 @@ def test_refused_values_and_combinations(settings, message):
 
 
 @pytest.mark.parametrize("rule", rule_names())
-def test_a_rule_alone_has_one_memory_and_no_router(rule):
-    found = config(token_mixer=rule)
+def test_a_rule_alone_has_one_memory_and_no_router(megatron, rule):
+    found = config(token_mixer=rule, transformer_impl="local", mom_head_dim=16)
     settings = found.mixer_settings()
     assert settings.alone and settings.rule == rule and found.mom_layer_pattern() == [True] * found.num_layers
     assert getattr(found, LOSS_SCALE_HOOK, None) is None  # there is no router loss to scale

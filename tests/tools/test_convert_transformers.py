@@ -161,6 +161,16 @@ def test_other_rules_start_too(rule, tmp_path):
     assert not any(tensor.any() for tensor in drawn) or rule not in STARTS
 
 
+def test_one_memory_alone_starts_too(tmp_path):
+    save(TRANSFORMERS["qwen3"], tmp_path / "transformer")
+    alone = ["--mom-num-memories", "0", "--mom-topk", "0"]
+    assert convert(tmp_path / "transformer", tmp_path / "megatron", "--softmax-layers", "3", *alone) == 0
+    export(tmp_path / "megatron", tmp_path / "export", "--verify", "--verify-tokens", "24")
+    after = read_weights(tmp_path / "export")
+    assert after["model.layers.0.attn.k_proj.weight"].shape == (64, 32)
+    assert not after["model.layers.0.attn.g_proj.weight"].any()
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -50,8 +50,8 @@ def add_start_arguments(parser: argparse.ArgumentParser) -> None:
         help="layers that stay softmax attention: all, none, every-N, or numbers such as 3,7,11 [every-4]",
     )
     layers.add_argument("--mom-layers", type=text, metavar="LAYERS", help="layers that become MoM layers, as above")
-    group.add_argument("--mom-num-memories", type=whole(1, 1 << 16), default=4, help="memories of a layer [4]")
-    group.add_argument("--mom-topk", type=whole(1, 1 << 16), default=2, help="memories that a token goes to [2]")
+    group.add_argument("--mom-num-memories", type=whole(0, 1 << 16), default=4, help="memories; 0: one alone [4]")
+    group.add_argument("--mom-topk", type=whole(0, 1 << 16), default=2, help="memories that a token goes to [2]")
     group.add_argument(
         "--mom-shared-memory",
         action=argparse.BooleanOptionalAction,

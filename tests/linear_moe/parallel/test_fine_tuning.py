@@ -8,6 +8,7 @@ import training
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from linear_moe.conversion.files import copy_tokenizer, load_tokenizer
 from linear_moe.parallel.document_order import places, tokens_of_rank
 
 WORDS = "one two three four five six seven eight nine ten System User Assistant".split()
@@ -99,6 +100,19 @@ def test_micro_batches_of_packed_rows_over_pipeline_stages(chat_files, documents
     rows = ["--micro-batch-size", 2, "--load", tmp_path / "start", "--finetune", "--no-load-optim", "--no-load-rng"]
     assert run("two", *rows, *training.PP2, ranks=2) == pytest.approx(run("one", *rows), rel=1e-5)
     assert "pipeline stages send shapes" in (tmp_path / "two" / "rank_0.txt").read_text()
+
+
+def test_a_chat_template_goes_through_a_conversion_and_back(chat_files, tmp_path):
+    fast = load_tokenizer(chat_files[1] / "tokenizer")
+    fast.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    fast.save_pretrained(tmp_path / "trained")
+    copy_tokenizer(tmp_path / "trained", tmp_path / "export", pads=False)
+    copy_tokenizer(tmp_path / "export", tmp_path / "again", pads=False)
+    chat = [{"role": "User", "content": "one two"}, {"role": "Assistant", "content": "three"}]
+    for folder in ("export", "again"):
+        exported = load_tokenizer(tmp_path / folder)
+        assert exported.chat_template == fast.chat_template
+        assert exported.apply_chat_template(chat, tokenize=False) == "User one two Assistant three "
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
