@@ -96,12 +96,18 @@ def _decayed_block(
 ):  # fmt: skip
     """Of a block of rows: q exp(g[first, i]) and k exp(g(j, end of the block]) [BK, BC]; the exponential of the block's
     sum of g, and the sums of both times u and w [BK]."""
-    b_g = exponents(_block(g, p_k, first, last, H, K, BC))
+    # All loads stand first, so that their waits overlap: no load moves over a later exchange between threads.
+    b_g = _block(g, p_k, first, last, H, K, BC)
+    b_q = _block(q, p_k, first, last, H, K, BC)
+    b_k = _block(k, p_k, first, last, H, K, BC)
+    b_u = _block(u, p_k, first, last, H, K, BC)
+    b_w = _block(w, p_k, first, last, H, K, BC)
+    b_g = exponents(b_g)
     b_until = sums_of_columns(rows_until(BC), b_g, EXACT)
-    b_q = _block(q, p_k, first, last, H, K, BC) * tl.exp2(b_until)
-    b_k = _block(k, p_k, first, last, H, K, BC) * tl.exp2(sums_of_columns(rows_after(BC), b_g, EXACT))
-    b_u = _row_sums(b_q * _block(u, p_k, first, last, H, K, BC), BC, EXACT)
-    b_w = _row_sums(b_k * _block(w, p_k, first, last, H, K, BC), BC, EXACT)
+    b_q = b_q * tl.exp2(b_until)
+    b_k = b_k * tl.exp2(sums_of_columns(rows_after(BC), b_g, EXACT))
+    b_u = _row_sums(b_q * b_u, BC, EXACT)
+    b_w = _row_sums(b_k * b_w, BC, EXACT)
     return b_q, b_k, tl.exp2(_last_column(b_until, BC)), b_u, b_w
 
 
@@ -193,7 +199,19 @@ def _query_key_gradients_kernel(
         late, late_half = i_b % 2 == 1, i_b >= 2
         b_q = _block(q, p_k, i_b * BC, last, H, K, BC)
         b_k = _block(k, p_k, i_b * BC, last, H, K, BC)
-        b_g = exponents(_block(g, p_k, i_b * BC, last, H, K, BC))
+        b_g = _block(g, p_k, i_b * BC, last, H, K, BC)
+        b_u = _block(u, p_k, i_b * BC, last, H, K, BC)
+        b_w = _block(w, p_k, i_b * BC, last, H, K, BC)
+        far = tl.where(late_half, 0, 2)
+        b_dP_next = _pairs(p_dP, i_b, i_b ^ 1, late, BT, BC)
+        b_dP_far = _pairs(p_dP, i_b, far, late_half, BT, BC)
+        b_dP_farther = _pairs(p_dP, i_b, far + 1, late_half, BT, BC)
+        p_block = p_dP + i_b * BC * (BT + 1)
+        o_rc = o_r[:, None] * BT + o_r[None, :]
+        o_cr = o_r[None, :] * BT + o_r[:, None]
+        b_dP = tl.load(p_block + tl.where(o_r[:, None] >= o_r[None, :], o_rc, o_cr))  # [BC, BC]
+        b_diagonal = tl.load(p_block + o_r * (BT + 1)).to(tl.float32)[None, :]  # [1, BC]
+        b_g = exponents(b_g)
         b_others = _of_block(i_b, b_d_decays + b_u1, b_w0 + b_u2, b_w1 + b_u3, b_w2)
         b_dg = tl.zeros([BK, BC], tl.float32) + tl.where(i % 2 == 1, b_others + b_far_da, b_others)[:, None]
 
@@ -201,16 +219,15 @@ def _query_key_gradients_kernel(
         b_until = tl.exp2(sums_of_columns(rows_until(BC), b_g, EXACT))
         b_after = tl.exp2(sums_of_columns(rows_after(BC), b_g, EXACT))
         b_next = _of_block(i_b, b_next1, b_next0, b_next3, b_next2)
-        b_y = tl.dot(b_next, _pairs(p_dP, i_b, i_b ^ 1, late, BT, BC), input_precision=PRECISION)
-        far = tl.where(late_half, 0, 2)
+        b_y = tl.dot(b_next, b_dP_next, input_precision=PRECISION)
         b_x = tl.where(late_half, b_far0, b_far2)
-        b_y_far = tl.dot(b_x, _pairs(p_dP, i_b, far, late_half, BT, BC), input_precision=PRECISION)
+        b_y_far = tl.dot(b_x, b_dP_far, input_precision=PRECISION)
         b_x = tl.where(late_half, b_far1, b_far3)
-        b_y_far = tl.dot(b_x, _pairs(p_dP, i_b, far + 1, late_half, BT, BC), b_y_far, input_precision=PRECISION)
+        b_y_far = tl.dot(b_x, b_dP_farther, b_y_far, input_precision=PRECISION)
         b_one = tl.full([BK], 1.0, tl.float32)
         b_y_far *= _of_block(i_b, b_decay1, b_one, b_one, b_decay2)[:, None]
-        b_dq = _block(u, p_k, i_b * BC, last, H, K, BC) * _of_block(i_b, b_one, b_decay0, b_start2, b_start3)[:, None]
-        b_dk = _block(w, p_k, i_b * BC, last, H, K, BC) * _of_block(i_b, b_end0, b_end1, b_decay3, b_one)[:, None]
+        b_dq = b_u * _of_block(i_b, b_one, b_decay0, b_start2, b_start3)[:, None]
+        b_dk = b_w * _of_block(i_b, b_end0, b_end1, b_decay3, b_one)[:, None]
         b_dq += tl.where(late, b_y, 0.0) + tl.where(late_half, b_y_far, 0.0)
         b_dk += tl.where(late, 0.0, b_y) + tl.where(late_half, 0.0, b_y_far)
         b_dq *= b_until
@@ -220,10 +237,6 @@ def _query_key_gradients_kernel(
         b_dg = add_sums_of_columns(b_dg, tl.trans(rows_after(BC)), b_k * b_dk, EXACT)
 
         # Equation (18) for the levels inside the block.
-        p_block = p_dP + i_b * BC * (BT + 1)
-        o_rc = o_r[:, None] * BT + o_r[None, :]
-        o_cr = o_r[None, :] * BT + o_r[:, None]
-        b_dP = tl.load(p_block + tl.where(o_r[:, None] >= o_r[None, :], o_rc, o_cr))  # [BC, BC]
         for j in tl.static_range(4):
             b_late = late_rows(BC, 8 >> j)[None, :]
             b_which = rows_to_border(BC, 8 >> j)
@@ -236,7 +249,6 @@ def _query_key_gradients_kernel(
             b_dk += tl.where(b_late, 0.0, b_y)
 
         # The terms i = j of (16) and (17).
-        b_diagonal = tl.load(p_block + o_r * (BT + 1)).to(tl.float32)[None, :]  # [1, BC]
         m_r = (i_b * BC + o_r < last)[None, :]
         p_kr = p_k[:, None] + (i_b * BC + o_r)[None, :] * (H * K)
         tl.store(dq + p_kr, (b_dq + b_diagonal * b_k).to(low), mask=m_r)
