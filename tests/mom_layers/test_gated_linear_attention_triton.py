@@ -191,7 +191,7 @@ def test_the_shared_memory_of_a_chip_decides_its_tiles(caplog):
 def test_tiles_divide_the_head_sizes(table, key_size, value_size):
     """Grids are counted by whole tiles: a rest would be left out."""
     found = table.launches(key_size, value_size)
-    by_key = (found.decayed_rows, found.scores, found.state_gradients, found.query_key_gradients)
+    by_key = (found.chunk_local, found.block_scores, found.state_gradients, found.row_gradients, found.block_gradients)
     assert all(key_size % launch.tile == 0 for launch in by_key)
     assert all(value_size % launch.tile == 0 for launch in (found.recurrence, found.score_gradients))
 

@@ -9,7 +9,7 @@ set, or bind that function to launches of its own: ``functools.partial(triton.re
     reverse_recurrence(inputs, do, local, chunks, d_final_state, store_d_initial_state)
         -> (dv, d_span_states, d_initial_state)
     state_gradients(inputs, do, local, chunks, span_states, d_span_states) -> StateParts
-    local_gradients(inputs, do, chunks, parts) -> (dq, dk, dg)
+    local_gradients(inputs, do, chunks, parts, whole_chunks) -> (dq, dk, dg)
 
 The functions of the general set, `mom_layers.recur.channel_decay.triton`, say what each argument and result is.
 """
