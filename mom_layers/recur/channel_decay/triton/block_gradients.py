@@ -124,7 +124,8 @@ def _block_gradients_kernel(
     o_k = i_kb * BK + tl.arange(0, BK)
     p_k = (i_row.to(tl.int64) * H + i_h) * K + o_k
     o_r = tl.arange(0, BC)
-    low, pair = q.dtype.element_ty, d_scores.dtype.element_ty
+    low = q.dtype.element_ty
+    pair = d_scores.dtype.element_ty
     EXACT: tl.constexpr = q.dtype.element_ty == tl.float32
 
     # x of every block at the levels of 32 and 64 rows, each block's decay, and the sums over u and w.

@@ -103,7 +103,8 @@ def _row_gradients_kernel(
     m_t = (o_t < tl.load(cu_seqlens + i_s + 1) - i_row)[:, None]
     p_tk = (i_row.to(tl.int64) * H + i_h) * K + o_t[:, None] * (H * K) + o_k[None, :]
     p_dP = d_scores + i_chunk * BT * BT
-    low, pair = q.dtype.element_ty, d_scores.dtype.element_ty
+    low = q.dtype.element_ty
+    pair = d_scores.dtype.element_ty
 
     b_g = exponents(tl.load(g + p_tk, mask=m_t, other=0.0))  # [BT, BK]
     b_q = tl.load(q + p_tk, mask=m_t, other=0.0).to(tl.float32)  # [BT, BK]
