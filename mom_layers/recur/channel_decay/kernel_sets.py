@@ -21,11 +21,11 @@ from types import ModuleType
 import torch
 
 from mom_layers.common.chips import cached_choice, chip_of
-from mom_layers.recur.channel_decay import triton
+from mom_layers.recur.channel_decay import hopper, triton
 from mom_layers.recur.kernel_sets import choose
 
 # The first set that takes a chip runs there; the general one takes every chip and stands last.
-KERNEL_SETS = (triton,)
+KERNEL_SETS = (hopper, triton)
 
 
 @cached_choice
