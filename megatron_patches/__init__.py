@@ -20,6 +20,7 @@ def patches() -> tuple[Patch, ...]:
         float32_parameters,
         latent_attention,
         layer_wise_optimizer,
+        optimizer_shards,
         parameter_groups,
         reshardable_optimizer,
         torch_fsdp2,
@@ -30,8 +31,7 @@ def patches() -> tuple[Patch, ...]:
     ours = (
         dataset_helpers.PATCH, float32_parameters.PATCH, float16_optimizer.PATCH, layer_wise_optimizer.PATCH,
         parameter_groups.PATCH, bucket_types.PATCH, early_gather.PATCH, reshardable_optimizer.PATCH, torch_fsdp2.PATCH,
-        coalesced_types.PATCH, torch_norm.PATCH, latent_attention.PATCH, trusted_checkpoints.PATCH,
-        *checkpoints.patches(),
-        first_checkpoint.PATCH, *cpu.PATCHES,
+        optimizer_shards.PATCH, coalesced_types.PATCH, torch_norm.PATCH, latent_attention.PATCH,
+        trusted_checkpoints.PATCH, *checkpoints.patches(), first_checkpoint.PATCH, *cpu.PATCHES,
     )  # fmt: skip
     return tuple({patch.name: patch for patch in ours}.values())

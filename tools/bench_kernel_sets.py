@@ -1,19 +1,20 @@
 #!/usr/bin/env python
 """Runs the recurrences with every kernel set, and with the tiles of every chip, on the GPU that is here.
 
-    python tools/bench_kernel_sets.py [--cases N] [--csv FILE]
+    python tools/bench_kernel_sets.py [--cases N] [--csv FILE] [--processes N]
 
 A row is a kernel set or another chip's tiles, forced: the largest error of the output and of every gradient against
 the same recurrence in float64 (g's gradient apart, a difference of large sums), and the median time of forward and of
-forward+backward. On a CPU Triton's interpreter runs
-the kernels, and times mean nothing. The exit status is 1 where an error is above 1%, or 3% for g's gradient.
+forward+backward. Compiling takes longer than measuring: --processes compiles everything in so many processes first. On
+a CPU Triton's interpreter runs the kernels, and times mean nothing. The exit status is 1 where an error is above 1%, or
+3% for g's gradient.
 """
 
 import sys
 
 import torch
 import torch.nn.functional as F
-from benchmark import VERSIONS, append_csv, device_kind, median_ms, parse_options, versions
+from benchmark import VERSIONS, append_csv, compile_in_processes, device_kind, median_ms, parse_options, versions
 
 from mom_layers.common.chips import CHIPS, forced
 from mom_layers.recur.channel_decay import gated_linear_attention
@@ -98,10 +99,22 @@ def choices(device: str):
         yield f"tiles of {name}", {"chip": name}
 
 
+def compile_kernels(case: tuple, rule_name: str, forced_name: str) -> None:
+    """Runs a recurrence on two short segments, so that Triton's cache has its kernels."""
+    sizes = case[2:]
+    leaves, borders, gradient = inputs(2, 128, *sizes, device_kind())
+    with forced(**dict(choices(device_kind()))[forced_name]):
+        results(rules()[rule_name], leaves, borders, gradient, "triton")
+
+
 def main(argv=None) -> int:
-    options = parse_options(__doc__, argv)
+    options = parse_options(__doc__, argv, processes=True)
     device, about, wrong = device_kind(), versions(), False
-    for case in CASES[device][: options.cases]:
+    cases = CASES[device][: options.cases]
+    if options.processes:
+        jobs = [(case, rule, name) for case in cases for rule in rules() for name, _ in choices(device)]
+        compile_in_processes(compile_kernels, jobs, options.processes)
+    for case in cases:
         leaves, borders, gradient = inputs(*case, device)
         for rule_name, rule in rules().items():
             for forced_name, arguments in choices(device):

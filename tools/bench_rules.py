@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Times the recurrence of every rule beside flash-linear-attention's chunk operation of the same rule, in one run.
 
-    python tools/bench_rules.py [--rules NAME ...] [--cases N] [--csv FILE]
+    python tools/bench_rules.py [--rules NAME ...] [--cases N] [--csv FILE] [--processes N]
 
 A row is an operation at one shape: the median time of forward and of forward+backward, as the host issues them and as
 CUDA graphs (on a CPU the same as before; NaN where a graph cannot hold the operation), and the largest relative
 difference between the peer's output or gradients and ours. The peer runs where flash-linear-attention is installed and
-takes the shape; the peer's sequences are a batch, so that the peer reads no lengths on the host. Rows are written as
-they come.
+takes the shape; the peer's sequences are a batch, so that the peer reads no lengths on the host. --processes compiles
+all kernels in so many processes before the first row. Rows are written as they come.
 """
 
 import importlib
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from benchmark import (
     VERSIONS,
     append_csv,
+    compile_in_processes,
     device_kind,
     free_memory,
     graphed,
@@ -190,16 +191,32 @@ def times_of(kernel: Callable, leaves: dict[str, torch.Tensor], gradient: torch.
     return issued + replayed
 
 
+def compile_kernels(case: tuple, rule: str, number: int) -> None:
+    """Runs one of a rule's operations at a case's sizes, ours (0) or the peer's (1), so that Triton's cache has its
+    kernels."""
+    tune_quickly()
+    segments, tokens, heads, size = case
+    shape = Shape(segments * tokens, heads, size, device_kind())
+    leaves = leaves_of(OPERATIONS[rule], shape)
+    results(list(kernels_of(rule, shape, segments).values())[number], leaves, torch.randn_like(leaves["v"]))
+
+
 def main(argv=None) -> int:
     rules = {"rules": (tuple(OPERATIONS), "only these rules")}
-    options = parse_options(__doc__, argv, choices=rules)
+    options = parse_options(__doc__, argv, processes=True, choices=rules)
     device, about = device_kind(), versions()
     tune_quickly()
+    cases = CASES[device][: options.cases]
+    if options.processes:
+        # Of the cases that differ in the number of segments alone, the first has all kernels.
+        sizes = list({case[2:]: case for case in reversed(cases)}.values())
+        jobs = [(case, rule, number) for case in sizes for rule in options.rules for number in range(2)]
+        compile_in_processes(compile_kernels, jobs, options.processes)
     print(
         f"{about['device']}: segments x tokens, heads, size; milliseconds of forward, of forward+backward, of both as "
         "CUDA graphs; the largest relative difference from our results"
     )
-    for case in CASES[device][: options.cases]:
+    for case in cases:
         segments, tokens, heads, size = case
         shape = Shape(segments * tokens, heads, size, device)
         for name in options.rules:

@@ -7,6 +7,8 @@ import contextlib
 import csv
 import gc
 import importlib.metadata
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -39,10 +41,12 @@ def parse_options(
     argv=None,
     *,
     plot: bool = False,
+    processes: bool = False,
     flags: dict[str, str] | None = None,
     choices: dict[str, tuple[tuple[str, ...], str]] | None = None,
 ):
-    """The options of every timing tool; ``plot`` adds ``--plot``, and ``flags`` are {name: help} of switches.
+    """The options of every timing tool; ``plot`` adds ``--plot``, ``processes`` adds ``--processes``, and ``flags`` are
+    {name: help} of switches.
 
     choices: {name: (words, help)} of options that take some of the words; all words where the option is absent.
     """
@@ -51,6 +55,8 @@ def parse_options(
     parser.add_argument("--csv", type=a_path, metavar="FILE", help="append the rows to this file")
     if plot:
         parser.add_argument("--plot", type=picture, metavar="FILE", help="draw the rows in this file")
+    if processes:
+        parser.add_argument("--processes", type=whole(1), metavar="N", help="compile in N processes before measuring")
     for name, text in (flags or {}).items():
         parser.add_argument(name, action="store_true", help=text)
     for name, (words, text) in (choices or {}).items():
@@ -98,6 +104,25 @@ def tune_quickly() -> None:
 
     prune_and_compile.compiles_together = True
     Autotuner.prune_configs = prune_and_compile
+
+
+def compile_in_processes(function: Callable, jobs: list[tuple], processes: int) -> None:
+    """Calls a function with each job's arguments in ``processes`` processes, so that Triton's cache has the kernels.
+
+    The processes do not keep what the autotuner chooses, because they disturb each other's times. A job that fails is
+    left out: its failure shows again where it is measured.
+    """
+    before = os.environ.get("TRITON_CACHE_AUTOTUNING")
+    os.environ["TRITON_CACHE_AUTOTUNING"] = "0"
+    try:
+        with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+            for result in [pool.apply_async(function, job) for job in jobs]:
+                result.wait()
+    finally:
+        if before is None:
+            del os.environ["TRITON_CACHE_AUTOTUNING"]
+        else:
+            os.environ["TRITON_CACHE_AUTOTUNING"] = before
 
 
 def graphed(step: Callable[[], object]) -> Callable[[], None]:

@@ -59,6 +59,16 @@ class MomPreTrainedModel(PreTrainedModel):
         if exact:
             self._keep_in_fp32_modules_strict = sorted(exact)
 
+    def post_init(self) -> None:
+        # transformers 4 refuses names of buffers here, although it loads buffers in float32 by these names.
+        exact = set(self._keep_in_fp32_modules_strict or ())
+        if exact:
+            names = {name.rsplit(".", 1)[-1] for name, _ in self.named_parameters()}
+            self._keep_in_fp32_modules_strict = sorted(exact & names)
+        super().post_init()
+        if exact:
+            self._keep_in_fp32_modules_strict = exact | set(self._keep_in_fp32_modules_strict)
+
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         """The memories have one implementation, and the softmax layers PyTorch's. Raises ValueError for a request of
         another one.

@@ -28,6 +28,18 @@ def test_a_timing_tool_times_one_case(tool, column, names, tmp_path):
     assert {row[column] for row in rows_of(tool, tmp_path, "--cases", 1)} == names
 
 
+def test_kernels_are_compiled_in_processes_before_they_are_timed(tmp_path):
+    rows = rows_of("bench_rules.py", tmp_path, "--rules", "retention", "--processes", 2)
+    assert [row["rule"] for row in rows] == ["retention"]
+
+
+def test_a_job_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_CACHE_AUTOTUNING", raising=False)
+    benchmark.compile_in_processes(Path.touch, [(tmp_path / "no" / "folder",), (tmp_path / "written",)], 1)
+    assert (tmp_path / "written").exists()
+    assert "TRITON_CACHE_AUTOTUNING" not in os.environ
+
+
 def test_costs_over_sequence_lengths_are_drawn(tmp_path):
     rows = rows_of("bench_layers.py", tmp_path, "--lengths", "--cases", 2, "--plot", tmp_path / "cost.png")
     assert [(row["layer"], row["tokens"]) for row in rows] == [
