@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from mom_layers.recur.channel_decay import hopper
 from mom_layers.recur.channel_decay import triton as general
 from mom_layers.recur.channel_decay.hopper import launches as hopper_launches
 from mom_layers.recur.channel_decay.kernel_sets import KERNEL_SETS, kernel_set
+from mom_layers.recur.channel_decay.tensors import SPAN, Inputs
 from mom_layers.recur.channel_decay.triton import launches
+from mom_layers.recur.chunks import Chunks
 
 RAGGED = [0, 1, 63, 64, 65, 0, 130]
 gated_linear_attention = functools.partial(channel_decay.gated_linear_attention, kernels="triton")
@@ -65,6 +68,23 @@ def test_gated_linear_attention_triton_over_several_spans(decay, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gated_linear_attention_triton_decays(dtype, decay):
     compare([66], 1, 16, 16, dtype, decay)
+
+
+@pytest.mark.parametrize("dtype,most", [(torch.bfloat16, 120), (torch.float16, 120), (torch.float32, 20)])
+def test_chunks_are_whole_up_to_a_limit_of_their_decay(dtype, most):
+    """A chunk that decays a little less than the limit, one that decays a little more, and a chunk of few rows."""
+    leaves, cu_seqlens = inputs([64 * 2 + 5], 1, 16, 16, dtype)
+    a_row = -most * math.log(2) / 64
+    with torch.no_grad():
+        leaves["g"][:64, :, 0] = 0.99 * a_row
+        leaves["g"][64:128, :, 0] = 1.01 * a_row
+    q, k, v, g = (leaves[name].detach() for name in NAMES[:4])
+    chunks = Chunks.of(cu_seqlens, q.shape[0], SPAN)
+    local = general.chunk_local(inputs=Inputs(q, k, v, g, 1.0), chunks=chunks)
+    assert local.whole_chunks[:3, 0].tolist() == [1, 0, 1]
+    got, want = run(leaves, cu_seqlens), expected(leaves, cu_seqlens)
+    errors = {name: relative_error(got[name], want[name]) for name in want}
+    assert max(errors.values()) <= TOLERANCE.get(dtype, 1e-2), errors
 
 
 @pytest.mark.parametrize(
