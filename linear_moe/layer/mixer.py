@@ -55,8 +55,7 @@ class MomTokenMixer(RecurrentTokenMixer):
         self.text_conv = None
         if config.mom_text_conv:
             self.text_conv = self.new_parameter(config.hidden_size, config.mom_text_conv)
-            # Whole on every rank; with sequence parallelism every rank's gradient is that of its own tokens.
-            self.text_conv.sequence_parallel = config.sequence_parallel
+            self._mark_text_conv()
         self.make_linear_layers(submodules, ["query", "gate"], [self.key_width, self.value_width], name)
 
         self.num_projections = self.settings.num_projections
@@ -102,7 +101,12 @@ class MomTokenMixer(RecurrentTokenMixer):
             self.shared_proj.copy_(memories[-1:])
         if self.text_conv is not None:
             bound = config.mom_text_conv**-0.5
+            self._mark_text_conv()  # memory in place of the meta device comes with new parameters
             self.text_conv.copy_(torch.empty(self.text_conv.shape, dtype=torch.float32).uniform_(-bound, bound))
+
+    def _mark_text_conv(self) -> None:
+        """Whole on every rank; with sequence parallelism every rank's gradient is that of its own tokens."""
+        self.text_conv.sequence_parallel = self.config.sequence_parallel
 
     def mix(self, hidden_states: torch.Tensor, packed_seq_params) -> tuple[torch.Tensor, int, int]:
         """See :meth:`RecurrentTokenMixer.mix`."""
