@@ -92,10 +92,9 @@ def _row_gradients_kernel(
 ):
     """Equations (16) to (19) for BK channels of one chunk and head that are whole."""
     i_kb, i_h, i_c, i_s = tile_of_chunk(chunk_segment, H, K // BK)
-    if i_s >= num_segments:
-        return
     i_chunk = i_c.to(tl.int64) * H + i_h
-    if tl.load(whole_chunks + i_chunk) == 0:
+    # Of a slot past the last chunk the flag is meaningless.
+    if (i_s >= num_segments) | (tl.load(whole_chunks + i_chunk) == 0):
         return
     i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
     o_t = tl.arange(0, BT)
