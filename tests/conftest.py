@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 
     interpreter.repair()
     interpreter.hasten()
+    interpreter.check_addresses()
 torch.set_num_threads(1)  # tests run side by side, and their tensors are small
 
 

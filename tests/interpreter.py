@@ -1,6 +1,7 @@
-"""Repairs the interpreter of Triton 3.5 to 3.9, which runs kernels where there is no GPU, and spares it idle work."""
+"""Repairs the interpreter of Triton 3.5 to 3.9, which runs kernels where there is no GPU, spares it idle work, and
+checks the addresses that kernels read and write."""
 
-from functools import cache
+from functools import cache, wraps
 
 import numpy as np
 import torch
@@ -90,3 +91,111 @@ def hasten() -> None:
     interpreter._get_np_dtype = numpy_type_once
     tl.core.tensor.__init__ = init
     TritonSemantic.broadcast_impl_value = broadcast_unless_same
+
+
+class _Places:
+    """The memory of the tensors that the running kernel was given.
+
+    Attributes:
+        kernel: its name.
+        names, starts, ends: of every storage, in the order of addresses.
+        from_integers: whether the kernel made a pointer of an integer that it loaded.
+    """
+
+    def __init__(self, kernel: str, arguments: dict[str, object]):
+        self.kernel, self.from_integers = kernel, False
+        storages = {}
+        for name, value in arguments.items():
+            for tensor in value if isinstance(value, tuple) else (getattr(value, "base", value),):
+                if isinstance(tensor := getattr(tensor, "base", tensor), torch.Tensor):
+                    storage = tensor.untyped_storage()
+                    start = storage.data_ptr()
+                    storages[start] = (start + storage.nbytes(), name)
+        self.starts = np.array(sorted(storages), np.uint64)
+        self.ends = np.array([storages[start][0] for start in sorted(storages)], np.uint64)
+        self.names = [storages[start][1] for start in sorted(storages)]
+
+    def check(self, what: str, addresses: np.ndarray, mask: np.ndarray | None, size: int) -> None:
+        active = addresses if mask is None or mask.all() else addresses[np.broadcast_to(mask, addresses.shape)]
+        if active.size == 0:
+            return
+        first, last = active.min(), active.max()
+        place = int(np.searchsorted(self.starts, first, side="right")) - 1
+        if place >= 0 and int(last) + size <= int(self.ends[place]):
+            return
+        places = np.searchsorted(self.starts, active, side="right").astype(np.int64) - 1
+        ends = self.ends[places] if len(self.ends) else np.zeros_like(active)
+        outside = (places < 0) | (active + np.uint64(size) > ends)
+        if not outside.any():
+            return
+        wrong = int(active[outside].min())
+        below = [(wrong - int(end), f"past the end of {name}") for end, name in zip(self.ends, self.names, strict=True)]
+        above = [(int(start) - wrong, f"before {name}") for start, name in zip(self.starts, self.names, strict=True)]
+        distance, side = min(((by, side) for by, side in below + above if by > -size), default=(0, "of no tensor"))
+        raise IndexError(
+            f"{self.kernel} {what} {int(outside.sum())} of {active.size} elements outside of its tensors, "
+            f"the lowest {distance} bytes {side}"
+        )
+
+
+class _CheckedMemory:
+    """Triton's functions that read and write memory, after a check of every address that is not masked."""
+
+    def __init__(self, memory):
+        self.memory, self.places = memory, None
+
+    def __getattr__(self, name):
+        return getattr(self.memory, name)
+
+    def load(self, pointers, mask, other, dtype):
+        # The tensor behind a pointer that was an integer is no argument.
+        if self.places and not self.places.from_integers:
+            self.places.check("reads", pointers, mask, np.dtype(dtype).itemsize)
+        return self.memory.load(pointers, mask, other, dtype)
+
+    def store(self, pointers, value, mask):
+        if self.places:
+            self.places.check("writes", pointers, mask, value.itemsize)
+        return self.memory.store(pointers, value, mask)
+
+    def atomic_cas(self, pointers, expected, value, *rest):
+        if self.places:
+            self.places.check("writes", pointers, None, value.itemsize)
+        return self.memory.atomic_cas(pointers, expected, value, *rest)
+
+    def atomic_rmw(self, operation, pointers, value, mask, *rest):
+        if self.places:
+            self.places.check("writes", pointers, mask, value.itemsize)
+        return self.memory.atomic_rmw(operation, pointers, value, mask, *rest)
+
+
+def check_addresses() -> None:
+    """A kernel that reads or writes outside of the tensors that it was given raises InterpreterError.
+
+    On a GPU such a kernel reads other tensors, changes them, or ends the process. Here nothing would tell: memory next
+    to a tensor mostly belongs to the process. An address inside the storage of any argument passes.
+    """
+    memory = interpreter._interpreter = _CheckedMemory(interpreter._interpreter)
+    executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
+    to_host, call, to_pointer = executor._init_args_hst, executor.__call__, builder.create_int_to_ptr
+
+    @wraps(to_host)
+    def to_host_and_remember(self, args, kwargs):
+        on_host = to_host(self, args, kwargs)
+        memory.places = _Places(self.fn.__name__, dict(zip(self.arg_names, on_host[0], strict=False)) | on_host[1])
+        return on_host
+
+    @wraps(call)
+    def call_and_forget(self, *args, **kwargs):
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            memory.places = None
+
+    @wraps(to_pointer)
+    def to_pointer_and_note(self, source, dtype):
+        memory.places.from_integers = True
+        return to_pointer(self, source, dtype)
+
+    executor._init_args_hst, executor.__call__ = to_host_and_remember, call_and_forget
+    builder.create_int_to_ptr = to_pointer_and_note

@@ -1,12 +1,15 @@
 """The Triton delta rule with a decay a channel against the loop in float64: outputs, states, every gradient."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from comparison import DEVICE, TOLERANCE, relative_error
 from test_channel_delta import NAMES, chunked, expected, inputs, outputs_and_gradients
 
+from mom_layers.common.chips import forced
 from mom_layers.common.supported import HEAD_SIZES
 from mom_layers.recur.channel_delta import channel_delta_rule, initial_state_gradient
 
@@ -78,6 +81,13 @@ def test_head_sizes(key_size, value_size):
     compare([3, 66] if DEVICE == "cpu" else [3, 66, 700], 1, key_size, value_size, torch.bfloat16)
 
 
+@pytest.mark.parametrize(("key_size", "value_size", "strengths"), [(16, 64, "numbers"), (32, 16, "channels")])
+def test_tiles_that_reach_past_the_head_size(key_size, value_size, strengths):
+    """Hopper's tiles of row gradients have at least 64 columns."""
+    with forced("sm_90"):
+        compare([3, 70], 1, key_size, value_size, torch.bfloat16, decay="resets", strengths=strengths)
+
+
 def test_the_initial_states_gradient_needs_no_values():
     leaves, cu_seqlens = inputs([5, 0, 70], dtype=torch.float32, strengths="channels")
     q, k, v, g, erase, write, state = (leaves[name] for name in NAMES)
@@ -113,3 +123,37 @@ def test_inputs_that_the_kernels_do_not_take_are_named(key_size, change, message
     rows = [leaves[name].to(change.get(name, leaves[name].dtype)) for name in NAMES[:6]]
     with pytest.raises(ValueError, match=message):
         channel_delta_rule(*rows, cu_seqlens, kernels="triton")
+
+
+COMPILE = """
+import sys
+import torch
+from compile_only import compiling, left_operands_in_registers
+from mom_layers.common.chips import CHIPS
+from mom_layers.recur.channel_delta import channel_delta_rule
+from undefined_registers import undefined_registers
+
+rows, heads = 1024, 2
+keys, values = map(int, sys.argv[1:])
+borders = torch.tensor([0, rows], dtype=torch.int32)
+k, v = (torch.zeros(rows, heads, n, dtype=torch.bfloat16, requires_grad=True) for n in (keys, values))
+strength = torch.zeros(rows, heads, requires_grad=True)
+with compiling("sm_90") as compiled:
+    o, _ = channel_delta_rule(k, k, v, 0.0 * k.float(), strength, strength, borders, kernels="triton")
+    o.sum().backward()
+for name, kernel in compiled:
+    assert kernel.metadata.shared <= CHIPS["sm_90"].shared_memory, (name, kernel.metadata.shared)
+    assert left_operands_in_registers(kernel) == 0, name
+    assert not undefined_registers(kernel), (name, undefined_registers(kernel))
+assert len({name for name, _ in compiled}) == 8, sorted(name for name, _ in compiled)
+assert sum(kernel.asm["ptx"].count("wgmma.mma_async") for _, kernel in compiled) > 50
+"""
+
+
+@pytest.mark.parametrize("key_size,value_size", [(16, 64), (128, 256)])
+def test_hopper_reads_defined_registers(key_size, value_size):
+    """Few segments and narrow heads: there ptxas of CUDA 12.8 took addresses from unwritten registers."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", COMPILE, str(key_size), str(value_size)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from comparison import TOLERANCE, relative_error
+from comparison import DEVICE, TOLERANCE, relative_error
 from test_scalar_decay import NAMES, expected, inputs, outputs_and_gradients
 
-from mom_layers.common.chips import Chip
+from mom_layers.common.chips import Chip, forced
 from mom_layers.common.supported import HEAD_SIZES
 from mom_layers.recur import scalar_decay as family
 from mom_layers.recur.scalar_decay import tensors
@@ -216,7 +216,7 @@ def test_few_segments_are_cut_into_parts():
     """About PROGRAMS programs in all, in whole spans; with enough segments, a part for every segment."""
 
     def cuts(segments, rows, programs):
-        cu_seqlens = torch.arange(segments + 1, dtype=torch.int32) * (rows // segments)
+        cu_seqlens = torch.arange(segments + 1, dtype=torch.int32, device=DEVICE) * (rows // segments)
         return tensors.Cuts.of(cu_seqlens, rows, programs, False)
 
     few = cuts(2, 4096, 64)
@@ -251,30 +251,41 @@ def test_the_shared_memory_of_a_chip_decides_its_tiles(caplog):
 
 @pytest.mark.parametrize("table", [*launches.TABLES, *launches.FLOAT32_TABLES], ids=lambda table: table.name)
 def test_tiles_divide_the_head_sizes(table):
-    """Grids are counted by whole tiles: a rest would be left out."""
+    """But for the narrowest tiles, whose last columns are masked."""
     for a_dim, c_dim in itertools.product(SIZES, repeat=2):
         found = table.launches(a_dim, c_dim)
-        assert not any(c_dim % launch.tile for launch in (found.walk, found.walk_with_terms, found.part_states))
+        for launch in (found.walk, found.walk_with_terms, found.part_states):
+            assert c_dim % launch.tile == 0 or launch.tile == table.narrowest
+
+
+@pytest.mark.parametrize(("key_size", "value_size"), [(48, 80), (160, 16)])
+def test_tiles_that_reach_past_the_head_size(key_size, value_size):
+    """Hopper's tiles have at least 64 columns."""
+    with forced("sm_90"):
+        compare([3, 70], 1, key_size, value_size, torch.bfloat16)
 
 
 COMPILE = """
 import sys
 import torch
 from compile_only import compiling, left_operands_in_registers
+from undefined_registers import undefined_registers
 from mom_layers.common.chips import Chip
 from mom_layers.recur.scalar_decay import scalar_decay
 
 name, kilobytes = sys.argv[1], int(sys.argv[2])
+hopper = (name, kilobytes) == ("sm_90", 227)
 rows = 4096
 borders = torch.tensor([0, rows], dtype=torch.int32)
 with compiling(name, chip=Chip("made up", (99, 0), kilobytes * 1024)) as compiled:
-    for size in (64, 128, 256):
-        x = torch.zeros(rows, 4, size, dtype=torch.bfloat16, requires_grad=True)
-        for g in (torch.zeros(rows, 4, requires_grad=True), torch.zeros(4), None):
-            scalar_decay(x, x, x, g, borders, kernels="triton")[0].sum().backward()
+    for keys, values in ((64, 64), (128, 128), (256, 256), *(((64, 16), (128, 80)) if hopper else ())):
+        x, v = (torch.zeros(rows, 4, n, dtype=torch.bfloat16, requires_grad=True) for n in (keys, values))
+        for g in (torch.zeros(rows, 4, requires_grad=True), torch.zeros(4), None)[0 if keys == values else 2 :]:
+            scalar_decay(x, x, v, g, borders, kernels="triton")[0].sum().backward()
 for kernel_name, kernel in compiled:
     assert kernel.metadata.shared <= kilobytes * 1024, (kernel_name, kernel.metadata.shared)
     assert left_operands_in_registers(kernel) == 0, kernel_name
+    assert not (hopper and undefined_registers(kernel)), (kernel_name, undefined_registers(kernel))
 assert len({kernel_name for kernel_name, _ in compiled}) == 5, sorted(kernel_name for kernel_name, _ in compiled)
 if name == "sm_90":
     assert sum(kernel.asm["ptx"].count("wgmma.mma_async") for _, kernel in compiled) > 100

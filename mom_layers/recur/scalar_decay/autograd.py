@@ -16,7 +16,7 @@ def _cuts(kernels, inputs: Inputs, cu_seqlens: torch.Tensor) -> Cuts:
     """Segments in parts, so many that the walk of o fills a chip."""
     q, (rows, heads, v_dim) = inputs.q, inputs.v.shape
     tile = kernels.launches_for(q.device, q.dtype, q.shape[2], v_dim).walk.tile
-    return Cuts.of(cu_seqlens, rows, heads * (v_dim // tile), inputs.decay_by_row)
+    return Cuts.of(cu_seqlens, rows, heads * -(-v_dim // tile), inputs.decay_by_row)
 
 
 class ScalarDecay(torch.autograd.Function):
@@ -63,7 +63,7 @@ class ScalarDecay(torch.autograd.Function):
         terms = None
         if inputs.decay_by_row and ctx.needs_input_grad[3]:
             launch = kernels.launches_for(q.device, q.dtype, v.shape[2], k.shape[2]).walk_with_terms
-            tiles = k.shape[2] // launch.tile
+            tiles = -(-k.shape[2] // launch.tile)
             terms = DecayTerms.empty(inputs, cuts, tiles, launch.blocks, d_final_state is not None)
 
         # S is computed again for dq, dS twice: for dk and for dv.

@@ -49,10 +49,10 @@ from mom_layers.recur.solve_triton import solve_chunks
 
 
 @triton.jit
-def load_erase(erase, rows, o_t, o_tk, m_t, H: tl.constexpr, K: tl.constexpr, ERASE_CHANNELS: tl.constexpr):
-    """erase of the chunk's rows, [BT, 1] or [BT, BK], float32."""
+def load_erase(erase, rows, o_t, o_tk, m_t, m_tk, H: tl.constexpr, K: tl.constexpr, ERASE_CHANNELS: tl.constexpr):
+    """erase of the chunk's rows, [BT, 1] or [BT, BK], float32; of the rows and channels that exist."""
     if ERASE_CHANNELS:
-        return tl.load(erase + rows * K + o_tk, mask=m_t[:, None], other=0.0).to(tl.float32)
+        return tl.load(erase + rows * K + o_tk, mask=m_tk, other=0.0).to(tl.float32)
     else:
         return tl.load(erase + rows + o_t * H, mask=m_t, other=0.0).to(tl.float32)[:, None]
 
@@ -117,7 +117,7 @@ def _chunk_local_kernel(
         b_q = tl.load(q + rows * K + o_tk, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BK]
         b_k = tl.load(k + rows * K + o_tk, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BK]
         b_g = tl.load(g + rows * K + o_tk, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BK]
-        b_E = b_k * load_erase(erase, rows, o_t, o_tk, m_t, H, K, ERASE_CHANNELS)  # [BT, BK]
+        b_E = b_k * load_erase(erase, rows, o_t, o_tk, m_t, m_t[:, None], H, K, ERASE_CHANNELS)  # [BT, BK]
 
         b_G = tl.cumsum(b_g, 0)
         b_total = tl.sum(b_g, 0)
@@ -126,7 +126,7 @@ def _chunk_local_kernel(
         b_after = b_total[None, :] - b_G
         if not whole:
             all_whole = all_whole * 0
-            b_after = sums_after(g + rows * K, o_tk, o_t, num_rows, H * K)
+            b_after = sums_after(g + rows * K, o_tk, o_t, o_k < K, num_rows, H * K)
 
         # (1) and (2). k exp(-c) goes through the memory of k~.
         if SCORES:

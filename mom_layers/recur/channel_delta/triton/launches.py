@@ -50,7 +50,8 @@ class Launches:
         recurrence: columns of the state that a program of either recurrence holds.
         chunk_states: rows and columns of the state that a program holds.
         score_gradients: columns of V that the loop takes at a time.
-        row_gradients: columns of K that a program computes, and columns of V that the loop takes at a time.
+        row_gradients: columns of K that a program computes, and columns of V that the loop takes at a time. A tile may
+            reach past K, and the loop past V.
     """
 
     chunk_local: Launch
@@ -70,6 +71,7 @@ class Table:
         shared_memory: bytes that its largest kernel takes, as compiled for the chips that run the table.
         recurrence: by K, which decides how large the state [K, tile] is; K below 64 runs as 64 does.
         chunk_local, levels, chunk_states, score_gradients, row_gradients: for every size.
+        narrowest: columns of the tiles of row gradients at least.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Table:
     chunk_states: Launch
     score_gradients: Launch
     row_gradients: Launch
+    narrowest: int = 16
 
     def launches(self, k_dim: int, v_dim: int) -> Launches:
         """The launches for one K and one V, with tiles that are no wider than these."""
@@ -87,20 +90,26 @@ class Table:
         def fit(launch: Launch, size: int) -> Launch:
             return launch._replace(tile=min(launch.tile, size))
 
+        def fit_rows(launch: Launch) -> Launch:
+            tile = min(launch.tile, max(k_dim, self.narrowest))
+            return launch._replace(tile=tile, loop_tile=min(launch.loop_tile, max(v_dim, self.narrowest)))
+
         return Launches(
             chunk_local=fit(self.chunk_local, k_dim),
             levels=fit(self.levels, k_dim),
             recurrence=fit(self.recurrence[max(64, k_dim)], v_dim),
             chunk_states=self.chunk_states,
             score_gradients=fit(self.score_gradients, v_dim),
-            row_gradients=fit(self.row_gradients, k_dim),
+            row_gradients=fit_rows(self.row_gradients),
         )
 
 
 # For 16-bit inputs, from the widest tiles to the narrowest: a chip runs the first table that its shared memory holds.
 TABLES = (
     # For Hopper and Blackwell. Chosen from what the compiler reports for sm_90 (registers, spills, shared memory); not
-    # tuned. 256 columns of q~, k~ and E~ take 96 KB, so that a recurrence over them has one stage.
+    # tuned. 256 columns of q~, k~ and E~ take 96 KB, so that a recurrence over them has one stage. With narrower tiles
+    # of row gradients ptxas of CUDA 12.8 takes an address of a product from a register that holds nothing
+    # (`tests/mom_layers/undefined_registers.py`).
     Table(
         name="wide tiles",
         shared_memory=176 * 1024,
@@ -110,6 +119,7 @@ TABLES = (
         chunk_states=Launch(64, 4, 2),
         score_gradients=Launch(64, 4, 2),
         row_gradients=Launch(64, 8, 2),
+        narrowest=64,
     ),
     # For less shared memory. Chosen from what the compiler reports for sm_80 and sm_86; not tuned.
     Table(

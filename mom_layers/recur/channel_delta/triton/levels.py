@@ -38,13 +38,14 @@ PRECISION = tl.constexpr("ieee")
 
 
 @triton.jit
-def sums_after(g, o_tk, o_t, num_rows, STRIDE: tl.constexpr):
+def sums_after(g, o_tk, o_t, m_k, num_rows, STRIDE: tl.constexpr):
     """The sums of g over the rows after each row, as sums of those rows, float32 [BT, BK].
 
-    g: pointer to the chunk's first row, whose rows are STRIDE apart; ``num_rows`` of the rows exist.
+    g: pointer to the chunk's first row, whose rows are STRIDE apart; ``num_rows`` of the rows exist. m_k [BK]: which
+    channels exist.
     """
     m_next = (o_t + 1 < o_t.shape[0]) & (o_t + 1 < num_rows)
-    b_next = tl.load(g + STRIDE + o_tk, mask=m_next[:, None], other=0.0).to(tl.float32)
+    b_next = tl.load(g + STRIDE + o_tk, mask=m_next[:, None] & m_k[None, :], other=0.0).to(tl.float32)
     return tl.cumsum(b_next, 0, reverse=True)
 
 

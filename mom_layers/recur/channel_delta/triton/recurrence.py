@@ -53,6 +53,7 @@ def _recurrence_kernel(
     STORE_FINAL_STATE: tl.constexpr,
     FOR_BACKWARD: tl.constexpr,
     LATE: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Equations (7) to (10) for BV columns of the state along one segment and head.
 
@@ -78,9 +79,10 @@ def _recurrence_kernel(
         b_S = tl.load(initial_state + i_state + o_kv).to(tl.float32)  # [K, BV]
     else:
         b_S = tl.zeros([K, BV], tl.float32)
-    # The rows that a chunk's first product reads are loaded while the chunk before ends.
-    m_t = o_t < num_rows
-    b_E = tl.load(erase_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
+    if AHEAD:
+        # The rows that a chunk's first product reads are loaded while the chunk before ends.
+        m_t = o_t < num_rows
+        b_E = tl.load(erase_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
     for i_t in range(0, tl.cdiv(num_rows, BT)):
         m_t = i_t * BT + o_t < num_rows
         b_v = tl.load(v + rows * V + o_tv, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BV]
@@ -94,6 +96,8 @@ def _recurrence_kernel(
             b_q = tl.load(q_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
             b_k = tl.load(k_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
 
+        if not AHEAD:
+            b_E = tl.load(erase_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
         # (7) and (8). The backward pass reads e, and a state a span.
         b_S_low = b_S.to(low)
         b_r = b_write * b_v - tl.dot(b_E, b_S_low, input_precision=PRECISION)
@@ -110,8 +114,9 @@ def _recurrence_kernel(
         b_o = tl.dot(b_q, b_S_low, input_precision=PRECISION)
         b_o += tl.dot(b_P, b_e, input_precision=PRECISION)
         tl.store(o + rows * V + o_tv, b_o.to(low), mask=m_t[:, None])
-        m_next = (i_t + 1) * BT + o_t < num_rows
-        b_E = tl.load(erase_decayed + (rows + BT * H) * K + o_tk, mask=m_next[:, None], other=0.0)  # [BT, K]
+        if AHEAD:
+            m_next = (i_t + 1) * BT + o_t < num_rows
+            b_E = tl.load(erase_decayed + (rows + BT * H) * K + o_tk, mask=m_next[:, None], other=0.0)  # [BT, K]
         # (10): the state after the chunk.
         b_S = b_decay * b_S
         if LATE:
@@ -182,6 +187,7 @@ def recurrence(
         STORE_FINAL_STATE=output_final_state,
         FOR_BACKWARD=for_backward,
         LATE=launch.late,
+        AHEAD=launch.num_stages == 1,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )

@@ -47,6 +47,7 @@ from mom_layers.recur.channel_delta.triton.levels import (
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
 from mom_layers.recur.program_place_triton import tile_of_chunk
+from mom_layers.recur.tiles_triton import finished, tile_mask
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -85,7 +86,9 @@ def _row_gradients_kernel(
 ):
     """Equations (18) to (24) for BK channels of one chunk and head: with LEVELS of the chunks that are not whole on the
     first level, without of the others."""
-    i_kb, i_h, i_c, i_s = tile_of_chunk(chunk_segment, H, K // BK)
+    TILES: tl.constexpr = (K + BK - 1) // BK
+    VALUES: tl.constexpr = (V + BV - 1) // BV * BV
+    i_kb, i_h, i_c, i_s = tile_of_chunk(chunk_segment, H, TILES)
     if i_s >= num_segments:
         return
     i_chunk = i_c.to(tl.int64) * H + i_h
@@ -97,7 +100,7 @@ def _row_gradients_kernel(
     o_k = i_kb * BK + tl.arange(0, BK)
     num_rows = tl.load(cu_seqlens + i_s + 1) - i_row
     m_t = o_t < num_rows
-    m_tk = m_t[:, None]
+    m_tk = tile_mask(m_t, o_k, K, BK * TILES)
     o_tk = o_t[:, None] * (H * K) + o_k[None, :]
     p_dP = d_scores + i_chunk * BT * BT
     p_dA = d_key_scores + i_chunk * BT * BT
@@ -114,14 +117,21 @@ def _row_gradients_kernel(
         o_v = i_v + tl.arange(0, BV)
         o_tv = o_t[:, None] * (H * V) + o_v[None, :]
         o_kv = o_k[:, None] * V + o_v[None, :]
-        b_do = tl.load(do + rows * V + o_tv, mask=m_tk, other=0.0)  # [BT, BV]
-        b_y = tl.load(d_errors + rows * V + o_tv, mask=m_tk, other=0.0)  # [BT, BV]
-        b_e = tl.load(errors + rows * V + o_tv, mask=m_tk, other=0.0)  # [BT, BV]
-        b_S = tl.load(states + i_chunk * K * V + o_kv)  # [BK, BV]
-        b_dS = tl.load(d_states + i_chunk * K * V + o_kv)  # [BK, BV]
+        m_tv = tile_mask(m_t, o_v, V, VALUES)
+        b_do = tl.load(do + rows * V + o_tv, mask=m_tv, other=0.0)  # [BT, BV]
+        b_y = tl.load(d_errors + rows * V + o_tv, mask=m_tv, other=0.0)  # [BT, BV]
+        b_e = tl.load(errors + rows * V + o_tv, mask=m_tv, other=0.0)  # [BT, BV]
+        if K == BK * TILES and V == VALUES:
+            b_S = tl.load(states + i_chunk * K * V + o_kv)  # [BK, BV]
+            b_dS = tl.load(d_states + i_chunk * K * V + o_kv)  # [BK, BV]
+        else:
+            m_kv = tile_mask(o_k < K, o_v, V, VALUES)
+            b_S = tl.load(states + i_chunk * K * V + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
+            b_dS = tl.load(d_states + i_chunk * K * V + o_kv, mask=m_kv, other=0.0)  # [BK, BV]
         b_dq += tl.dot(b_do, tl.trans(b_S), input_precision=PRECISION)
         b_dE += tl.dot(b_y, tl.trans(b_S), input_precision=PRECISION)
         b_dk_state += tl.dot(b_e, tl.trans(b_dS), input_precision=PRECISION)
+        b_dq, b_dE, b_dk_state = finished(b_dq, i_v), finished(b_dE, i_v), finished(b_dk_state, i_v)
         b_S_dS += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1)
 
     # (18), (19), and their part of (22), whose sum over earlier rows leaves the row itself out: the terms move down by
@@ -129,13 +139,13 @@ def _row_gradients_kernel(
     b_q = tl.load(q + rows * K + o_tk, mask=m_tk, other=0.0).to(tl.float32)  # [BT, BK]
     b_k = tl.load(k + rows * K + o_tk, mask=m_tk, other=0.0).to(tl.float32)  # [BT, BK]
     b_g = tl.load(g + rows * K + o_tk, mask=m_tk, other=0.0).to(tl.float32)  # [BT, BK]
-    b_erase = load_erase(erase, rows, o_t, o_tk, m_t, H, K, ERASE_CHANNELS)
+    b_erase = load_erase(erase, rows, o_t, o_tk, m_t, m_tk, H, K, ERASE_CHANNELS)
     b_E = b_erase * b_k
     b_G = tl.cumsum(b_g, 0)
     b_c = first_sums(b_g, b_G)
     if LEVELS:
         whole = largest(tl.abs(b_c)) <= (EXACT_LIMIT if EXACT else LIMIT)
-        b_after = sums_after(g + rows * K, o_tk, o_t, num_rows, H * K)
+        b_after = sums_after(g + rows * K, o_tk, o_t, o_k < K, num_rows, H * K)
     else:
         b_after = tl.sum(b_g, 0)[None, :] - b_G
     b_from_start = exp(b_G)
@@ -144,7 +154,8 @@ def _row_gradients_kernel(
     b_dk_state = exp(b_after) * b_dk_state
     i_previous = tl.broadcast_to(tl.maximum(o_t - 1, 0)[:, None], [BT, BK])
     b_dg = tl.where(o_t[:, None] > 0, tl.gather(b_k * b_dk_state, i_previous, 0), 0.0)
-    b_dg = tl.cumsum(b_dg, 0) + (tl.load(decays + i_chunk * K + o_k) * b_S_dS)[None, :]
+    b_decay = tl.load(decays + i_chunk * K + o_k, mask=o_k < K, other=0.0)
+    b_dg = tl.cumsum(b_dg, 0) + (b_decay * b_S_dS)[None, :]
 
     b_exponent = b_q * b_dq + b_E * b_dE
 
@@ -192,7 +203,7 @@ def _row_gradients_kernel(
     if ERASE_CHANNELS:
         tl.store(d_erase + rows * K + o_tk, (b_k * b_dE).to(d_erase.dtype.element_ty), mask=m_tk)
     else:
-        tl.store(d_erase + (rows + o_t * H) * (K // BK) + i_kb, tl.sum(b_k * b_dE, 1), mask=m_t)
+        tl.store(d_erase + (rows + o_t * H) * TILES + i_kb, tl.sum(b_k * b_dE, 1), mask=m_t)
 
 
 def row_gradients(
@@ -221,17 +232,18 @@ def row_gradients(
     """
     q, heads, k_dim, v_dim = inputs.q, inputs.num_heads, inputs.k_dim, states.shape[3]
     launches = launches_for(q.device, q.dtype, k_dim, v_dim)
-    tile = launches.row_gradients.tile
+    tile, loop_tile = launches.row_gradients.tile, launches.row_gradients.loop_tile
+    tiles = triton.cdiv(k_dim, tile)
     dq, dk = torch.empty_like(q), torch.empty_like(inputs.k)
     dg = torch.empty_like(inputs.g, dtype=torch.float32)
     if inputs.erases_channels:
         d_erase = torch.empty_like(inputs.erase)
     else:
-        d_erase = torch.empty(*inputs.erase.shape, k_dim // tile, dtype=torch.float32, device=q.device)
+        d_erase = torch.empty(*inputs.erase.shape, tiles, dtype=torch.float32, device=q.device)
     for levels in (False, True):
         # The number of parts of d_erase is the same for both.
         launch = (launches.levels if levels else launches.row_gradients)._replace(tile=tile)
-        _row_gradients_kernel[(chunks.num_slots * heads * (k_dim // tile),)](
+        _row_gradients_kernel[(chunks.num_slots * heads * tiles,)](
             q=q,
             k=inputs.k,
             g=inputs.g,
@@ -259,7 +271,7 @@ def row_gradients(
             V=v_dim,
             BT=CHUNK,
             BK=tile,
-            BV=min(launch.loop_tile, v_dim),
+            BV=min(launch.loop_tile, loop_tile),
             ERASE_CHANNELS=inputs.erases_channels,
             LEVELS=levels,
             EXACT=q.dtype == torch.float32,

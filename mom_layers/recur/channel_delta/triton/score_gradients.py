@@ -22,6 +22,7 @@ from mom_layers.recur.channel_delta.triton.levels import PRECISION
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
 from mom_layers.recur.program_place_triton import chunk_of_program
+from mom_layers.recur.tiles_triton import finished
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -66,6 +67,7 @@ def _score_gradients_kernel(
         b_e = tl.load(errors + p_tv, mask=m_t[:, None], other=0.0)  # [BT, BV]
         b_dP += tl.dot(b_do, tl.trans(b_e), input_precision=PRECISION)
         b_dA += tl.dot(b_y, tl.trans(b_e), input_precision=PRECISION)
+        b_dP, b_dA = finished(b_dP, i_v), finished(b_dA, i_v)
         b_v = tl.load(v + p_tv, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BV]
         b_v_y = b_v * b_y.to(tl.float32)
         if WRITE_CHANNELS:

@@ -22,7 +22,8 @@ from mom_layers.recur.program_place_triton import chunk_of_program
 from mom_layers.recur.scalar_decay.tensors import Cuts, DecayTerms, Inputs
 from mom_layers.recur.scalar_decay.triton.decays import decays_between
 from mom_layers.recur.scalar_decay.triton.launches import launches_for
-from mom_layers.recur.scalar_decay.triton.walk import PRECISION, rows_mask
+from mom_layers.recur.scalar_decay.triton.walk import PRECISION
+from mom_layers.recur.tiles_triton import tile_mask
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def _products(a, b, rows, m_t, H: tl.constexpr, A: tl.constexpr, BT: tl.constexp
     for i_a in range(0, A, BA):
         o_a = i_a + tl.arange(0, BA)
         o_ta = o_t[:, None] * (H * A) + o_a[None, :]
-        m_ta = rows_mask(m_t, o_a, A, (A + BA - 1) // BA * BA)
+        m_ta = tile_mask(m_t, o_a, A, (A + BA - 1) // BA * BA)
         b_a = tl.load(a + rows * A + o_ta, mask=m_ta, other=0.0)  # [BT, BA]
         b_b = tl.load(b + rows * A + o_ta, mask=m_ta, other=0.0)  # [BT, BA]
         b_product = tl.dot(b_a, tl.trans(b_b), b_product, input_precision=PRECISION)

@@ -17,7 +17,8 @@ from mom_layers.recur.program_place_triton import part_of_program
 from mom_layers.recur.scalar_decay.tensors import Cuts, PartStates
 from mom_layers.recur.scalar_decay.triton.decays import decay_kind, decays_of_rows
 from mom_layers.recur.scalar_decay.triton.launches import launches_for
-from mom_layers.recur.scalar_decay.triton.walk import PRECISION, rows_mask
+from mom_layers.recur.scalar_decay.triton.walk import PRECISION
+from mom_layers.recur.tiles_triton import tile_mask
 
 
 @triton.jit(do_not_specialize=["num_segments", "part_chunks"])
@@ -45,7 +46,7 @@ def part_states_kernel(
     DECAY: tl.constexpr,
 ):
     """BC columns of what one part of a segment and head adds; nothing where no part follows."""
-    TILES: tl.constexpr = C // BC
+    TILES: tl.constexpr = (C + BC - 1) // BC
     i_tile, i_h, i_part, i_s = part_of_program(part_segment, H, TILES)
     if i_s >= num_segments:
         return
@@ -73,8 +74,8 @@ def part_states_kernel(
         valid = tl.minimum(num_rows - i_t * BT, BT)
         m_t = o_t < valid
         rows = (i_first + i_t * BT).to(tl.int64) * H + i_h
-        b_b = tl.load(b + rows * A + o_ta, mask=rows_mask(m_t, o_a, A, BA), other=0.0)  # [BT, BA]
-        b_c = tl.load(c + rows * C + o_tc, mask=m_t[:, None], other=0.0)  # [BT, BC]
+        b_b = tl.load(b + rows * A + o_ta, mask=tile_mask(m_t, o_a, A, BA), other=0.0)  # [BT, BA]
+        b_c = tl.load(c + rows * C + o_tc, mask=tile_mask(m_t, o_c, C, BC * TILES), other=0.0)  # [BT, BC]
         i_chunk = (i_slot + i_t).to(tl.int64) * H + i_h
         b_from_start, b_to_end, decay = decays_of_rows(decays, i_chunk, i_h, valid, BT, DECAY)
         b_write = (b_c.to(tl.float32) * (scale * b_from_start if AGAINST_TIME else b_to_end)[:, None]).to(low)
@@ -82,7 +83,7 @@ def part_states_kernel(
         b_decay *= decay
     i_place = i_part.to(tl.int64) * H + i_h
     p_state = part_states + i_place * A * C + o_a[:, None] * C + o_c[None, :]
-    tl.store(p_state, b_M, mask=(o_a < A)[:, None])
+    tl.store(p_state, b_M, mask=tile_mask(o_a < A, o_c, C, BC * TILES))
     if i_tile == 0:
         tl.store(part_decays + i_place + tl.arange(0, 1), b_decay)
 
@@ -108,7 +109,7 @@ def part_states(
     launch = launches_for(b.device, b.dtype, a_dim, c_dim).part_states
     states = torch.empty(cuts.num_parts, heads, a_dim, c_dim, dtype=torch.float32, device=b.device)
     part_decays = torch.empty(cuts.num_parts, heads, dtype=torch.float32, device=b.device)
-    part_states_kernel[(cuts.num_parts * heads * (c_dim // launch.tile),)](
+    part_states_kernel[(cuts.num_parts * heads * triton.cdiv(c_dim, launch.tile),)](
         b=b,
         c=c,
         decays=decays,

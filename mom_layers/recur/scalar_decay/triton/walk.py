@@ -39,6 +39,7 @@ from mom_layers.recur.program_place_triton import part_of_program
 from mom_layers.recur.scalar_decay.tensors import Cuts, DecayTerms, PartStates
 from mom_layers.recur.scalar_decay.triton.decays import decay_kind, decays_between, decays_of_rows
 from mom_layers.recur.scalar_decay.triton.launches import launches_for
+from mom_layers.recur.tiles_triton import finished, tile_mask
 
 # Products of float32 inputs are exact in float32: no tf32. Other types ignore it.
 PRECISION = tl.constexpr("ieee")
@@ -51,15 +52,6 @@ def state_offsets(o_a, o_c, A: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.con
         return o_c[None, :] * A + o_a[:, None]
     else:
         return o_a[:, None] * C + o_c[None, :]
-
-
-@triton.jit
-def rows_mask(m_t, o_a, A: tl.constexpr, BA: tl.constexpr):
-    """Which elements of a tile [BT, BA] exist; BA is the width of all tiles."""
-    if A == BA:
-        return m_t[:, None]
-    else:
-        return m_t[:, None] & (o_a < A)[None, :]
 
 
 @triton.jit(do_not_specialize=["num_segments", "num_slots", "part_chunks"])
@@ -107,7 +99,7 @@ def walk_kernel(
     HAS_DECAYED_STATE: tl.constexpr,
 ):
     """BC columns of the state along one part of a segment and head."""
-    TILES: tl.constexpr = C // BC
+    TILES: tl.constexpr = (C + BC - 1) // BC
     i_tile, i_h, i_part, i_s = part_of_program(part_segment, H, TILES)
     if i_s >= num_segments:
         return
@@ -132,14 +124,15 @@ def walk_kernel(
     o_tc = o_t[:, None] * (H * C) + o_c[None, :]
     o_ac = state_offsets(o_a, o_c, A, C, TRANSPOSED)
     NEXT: tl.constexpr = BA if TRANSPOSED else BA * C  # from the first block of a state's rows to the second
-    m_a, m_next = (o_a < A)[:, None], (BA + o_a < A)[:, None]
+    m_ac = tile_mask(o_a < A, o_c, C, BC * TILES)
+    m_next = tile_mask(BA + o_a < A, o_c, C, BC * TILES)
     i_state = (i_s.to(tl.int64) * H + i_h) * A * C
 
     # The state's rows, or the first half; b_N has the other half, and is not read where there is none.
     b_M = tl.zeros([BA, BC], tl.float32)
     b_N = tl.zeros([BA if BLOCKS == 2 else 1, BC], tl.float32)
     if HAS_FIRST_STATE:
-        b_M += tl.load(first_state + i_state + o_ac, mask=m_a, other=0.0).to(tl.float32)
+        b_M += tl.load(first_state + i_state + o_ac, mask=m_ac, other=0.0).to(tl.float32)
         if BLOCKS == 2:
             b_N += tl.load(first_state + i_state + o_ac + NEXT, mask=m_next, other=0.0).to(tl.float32)
     if IN_PARTS:
@@ -147,7 +140,7 @@ def walk_kernel(
         for i in range(0, num_earlier):
             i_earlier = (i_first_part + (num_parts - 1 - i if AGAINST_TIME else i)).to(tl.int64) * H + i_h
             decay = tl.load(part_decays + i_earlier)
-            b_M = decay * b_M + tl.load(part_states + i_earlier * A * C + o_ac, mask=m_a, other=0.0)
+            b_M = decay * b_M + tl.load(part_states + i_earlier * A * C + o_ac, mask=m_ac, other=0.0)
             if BLOCKS == 2:
                 b_part = tl.load(part_states + i_earlier * A * C + o_ac + NEXT, mask=m_next, other=0.0)
                 b_N = decay * b_N + b_part
@@ -164,11 +157,12 @@ def walk_kernel(
         m_t = o_t < valid
         rows = (i_first + i_t * BT).to(tl.int64) * H + i_h
         i_chunk = (i_slot + i_t).to(tl.int64) * H + i_h
-        m_ta = rows_mask(m_t, i_block * BA + o_a, A, BA * BLOCKS)
+        m_ta = tile_mask(m_t, i_block * BA + o_a, A, BA * BLOCKS)
+        m_tc = tile_mask(m_t, o_c, C, BC * TILES)
         p_ta = rows * A + i_block * BA + o_ta
         b_a = tl.load(a + p_ta, mask=m_ta, other=0.0)  # [BT, BA]
         b_b = tl.load(b + p_ta, mask=m_ta, other=0.0)  # [BT, BA]
-        b_c = tl.load(c + rows * C + o_tc, mask=m_t[:, None], other=0.0)  # [BT, BC]
+        b_c = tl.load(c + rows * C + o_tc, mask=m_tc, other=0.0)  # [BT, BC]
         b_from_start, b_to_end, decay = decays_of_rows(decays, i_chunk, i_h, valid, BT, DECAY)
         b_M_low = b_M.to(low)
 
@@ -177,7 +171,7 @@ def walk_kernel(
             i_place = i_index * part_chunks + i_t
             i_span = (i_spans + i_place // SPAN).to(tl.int64) * H + i_h
             o_span = i_block * (BA * C) + state_offsets(o_a, o_c, A, C, False)
-            m_span = (i_block * BA + o_a < A)[:, None]
+            m_span = tile_mask(i_block * BA + o_a < A, o_c, C, BC * TILES)
             if AGAINST_TIME:
                 if (valid > 0) & ((i_place % SPAN == SPAN - 1) | (i_t * BT + BT >= segment_left)):
                     if i_t * BT + BT < segment_left:
@@ -201,7 +195,8 @@ def walk_kernel(
             b_whole = tl.dot(b_P, b_before, b_out, input_precision=PRECISION)
             step = -BT if AGAINST_TIME else BT
             m_before = (o_t < num_rows - (i_t * BT - step)) & (i > 0)
-            tl.store(out + (rows - step * H) * C + o_tc, b_whole.to(low), mask=m_before[:, None])
+            m_before = tile_mask(m_before, o_c, C, BC * TILES)
+            tl.store(out + (rows - step * H) * C + o_tc, b_whole.to(low), mask=m_before)
 
         # This chunk: what the state gives, and the scores.
         if BLOCKS == 1:
@@ -216,7 +211,7 @@ def walk_kernel(
             b_between = decays_between(decays, i_chunk, i_h, valid, BT, DECAY)
             b_P = (b_products * (scale * (tl.trans(b_between) if AGAINST_TIME else b_between))).to(low)
             if TERMS:
-                b_reader = tl.load(reader + rows * C + o_tc, mask=m_t[:, None], other=0.0).to(tl.float32)
+                b_reader = tl.load(reader + rows * C + o_tc, mask=m_tc, other=0.0).to(tl.float32)
                 b_term = tl.sum(b_reader * b_out, 1)
                 i_term = (num_slots.to(tl.int64) * H if AGAINST_TIME else 0) + i_chunk
                 tl.store(row_terms + (i_term * TILES + i_tile) * BT + o_t, b_term, mask=valid > o_t * 0)
@@ -227,6 +222,8 @@ def walk_kernel(
         b_write = (b_c.to(tl.float32) * (scale * b_from_start if AGAINST_TIME else b_to_end)[:, None]).to(low)
         b_M = tl.dot(tl.trans(b_b), b_write, decay * b_M, input_precision=PRECISION)
         if BLOCKS == 2:
+            if DECAY == "none":
+                b_M = finished(b_M, i_step)  # the product has read c itself
             # The halves change places. The mask changes nothing; without it the compiler would pipeline no load.
             b_M, b_N = tl.where(i_step >= 0, b_N, 0.0), b_M
 
@@ -236,7 +233,7 @@ def walk_kernel(
             if BLOCKS == 2:
                 b_M, b_N = b_N, b_M
                 tl.store(last_state + i_state + o_ac + NEXT, b_N, mask=m_next)
-            tl.store(last_state + i_state + o_ac, b_M, mask=m_a)
+            tl.store(last_state + i_state + o_ac, b_M, mask=m_ac)
 
 
 def walk(
@@ -278,7 +275,7 @@ def walk(
     launches = launches_for(a.device, a.dtype, a_dim, c_dim)
     launch = launches.walk if terms is None else launches.walk_with_terms
     out = torch.empty_like(c)
-    walk_kernel[(cuts.num_parts * heads * (c_dim // launch.tile),)](
+    walk_kernel[(cuts.num_parts * heads * triton.cdiv(c_dim, launch.tile),)](
         a=a,
         b=b,
         c=c,
