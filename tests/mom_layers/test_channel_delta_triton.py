@@ -81,9 +81,11 @@ def test_head_sizes(key_size, value_size):
     compare([3, 66] if DEVICE == "cpu" else [3, 66, 700], 1, key_size, value_size, torch.bfloat16)
 
 
-@pytest.mark.parametrize(("key_size", "value_size", "strengths"), [(16, 64, "numbers"), (32, 16, "channels")])
+@pytest.mark.parametrize(
+    ("key_size", "value_size", "strengths"), [(16, 64, "numbers"), (32, 16, "channels"), (256, 16, "channels")]
+)
 def test_tiles_that_reach_past_the_head_size(key_size, value_size, strengths):
-    """Hopper's tiles of row gradients have at least 64 columns."""
+    """Hopper's tiles of row gradients, and of recurrences over 256 keys, have at least 64 columns."""
     with forced("sm_90"):
         compare([3, 70], 1, key_size, value_size, torch.bfloat16, decay="resets", strengths=strengths)
 
@@ -150,7 +152,7 @@ assert sum(kernel.asm["ptx"].count("wgmma.mma_async") for _, kernel in compiled)
 """
 
 
-@pytest.mark.parametrize("key_size,value_size", [(16, 64), (128, 256)])
+@pytest.mark.parametrize("key_size,value_size", [(16, 64), (128, 256), (256, 16)])
 def test_hopper_reads_defined_registers(key_size, value_size):
     """Few segments and narrow heads: there ptxas of CUDA 12.8 took addresses from unwritten registers."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -112,10 +112,9 @@ def _block_gradients_kernel(
 ):
     """BK channels of dq, dk and dg of one chunk and head that are not whole. Written for chunks of four blocks."""
     i_kb, i_h, i_c, i_s = tile_of_chunk(chunk_segment, H, K // BK)
-    if i_s >= num_segments:
-        return
     i_chunk = i_c.to(tl.int64) * H + i_h
-    if tl.load(whole_chunks + i_chunk) != 0:
+    # Of a slot past the last chunk the flag is meaningless.
+    if (i_s >= num_segments) | (tl.load(whole_chunks + i_chunk) != 0):
         return
     tl.static_assert(BT == 4 * BC)
     i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT

@@ -55,10 +55,9 @@ def _block_scores_kernel(
 ):
     """BC rows of P of one chunk and head that are not whole."""
     i_b, i_h, i_c, i_s = tile_of_chunk(chunk_segment, H, BT // BC)
-    if i_s >= num_segments:
-        return
     i_chunk = i_c.to(tl.int64) * H + i_h
-    if tl.load(whole_chunks + i_chunk) != 0:
+    # Of a slot past the last chunk the flag is meaningless.
+    if (i_s >= num_segments) | (tl.load(whole_chunks + i_chunk) != 0):
         return
     i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
     last = tl.load(cu_seqlens + i_s + 1) - i_row

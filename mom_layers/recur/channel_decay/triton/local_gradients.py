@@ -92,10 +92,9 @@ def _row_gradients_kernel(
 ):
     """Equations (16) to (19) for BK channels of one chunk and head that are whole."""
     i_kb, i_h, i_c, i_s = tile_of_chunk(chunk_segment, H, K // BK)
-    if i_s >= num_segments:
-        return
     i_chunk = i_c.to(tl.int64) * H + i_h
-    if tl.load(whole_chunks + i_chunk) == 0:
+    # Of a slot past the last chunk the flag is meaningless.
+    if (i_s >= num_segments) | (tl.load(whole_chunks + i_chunk) == 0):
         return
     i_row = tl.load(cu_seqlens + i_s) + tl.load(chunk_index + i_c) * BT
     o_t = tl.arange(0, BT)
@@ -157,39 +156,16 @@ def local_gradients(
     Returns:
         dq, dk, dg [R, H, K], in the types of q, k and g.
     """
-    q, heads, k_dim = inputs.q, inputs.num_heads, inputs.k_dim
-    launches = launches_for(q.device, q.dtype, k_dim, inputs.v_dim)
-    d_scores = _score_gradients(inputs, do, chunks, launches.score_gradients)
+    q = inputs.q
+    launches = launches_for(q.device, q.dtype, inputs.k_dim, inputs.v_dim)
+    d_scores = score_gradients(inputs, do, chunks, launches.score_gradients)
     dq, dk, dg = gradients = torch.empty_like(q), torch.empty_like(inputs.k), torch.empty_like(inputs.g)
-    launch = launches.row_gradients
-    _row_gradients_kernel[(chunks.num_slots * heads * (k_dim // launch.tile),)](
-        q=q,
-        k=inputs.k,
-        g=inputs.g,
-        u=parts.u,
-        w=parts.w,
-        d_decays=parts.d_decays,
-        d_scores=d_scores,
-        whole_chunks=whole_chunks,
-        cu_seqlens=chunks.cu_seqlens,
-        chunk_segment=chunks.table.segment,
-        chunk_index=chunks.table.index,
-        dq=dq,
-        dk=dk,
-        dg=dg,
-        num_segments=chunks.num_segments,
-        H=heads,
-        K=k_dim,
-        BT=CHUNK,
-        BK=launch.tile,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
+    row_gradients(inputs, chunks, parts, whole_chunks, d_scores, gradients, launches.row_gradients)
     block_gradients(inputs, chunks, parts, whole_chunks, d_scores, gradients, launches.block_gradients)
     return gradients
 
 
-def _score_gradients(inputs: Inputs, do: torch.Tensor, chunks: Chunks, launch: Launch) -> torch.Tensor:
+def score_gradients(inputs: Inputs, do: torch.Tensor, chunks: Chunks, launch: Launch) -> torch.Tensor:
     """dP of every chunk [N, H, BT, BT], float32 for float32 inputs, else bfloat16, whose range exp(c) takes."""
     v, heads, v_dim = inputs.v, inputs.num_heads, inputs.v_dim
     pair_type = v.dtype if v.dtype == torch.float32 else torch.bfloat16
@@ -211,3 +187,43 @@ def _score_gradients(inputs: Inputs, do: torch.Tensor, chunks: Chunks, launch: L
         num_stages=launch.num_stages,
     )
     return d_scores
+
+
+def row_gradients(
+    inputs: Inputs,
+    chunks: Chunks,
+    parts: StateParts,
+    whole_chunks: torch.Tensor,
+    d_scores: torch.Tensor,
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    launch: Launch,
+) -> None:
+    """Writes dq, dk and dg of whole chunks and heads to ``gradients``, each [R, H, K].
+
+    whole_chunks: [N, H] int32, from `chunk_local`. d_scores: dP [N, H, BT, BT].
+    """
+    heads, k_dim = inputs.num_heads, inputs.k_dim
+    dq, dk, dg = gradients
+    _row_gradients_kernel[(chunks.num_slots * heads * (k_dim // launch.tile),)](
+        q=inputs.q,
+        k=inputs.k,
+        g=inputs.g,
+        u=parts.u,
+        w=parts.w,
+        d_decays=parts.d_decays,
+        d_scores=d_scores,
+        whole_chunks=whole_chunks,
+        cu_seqlens=chunks.cu_seqlens,
+        chunk_segment=chunks.table.segment,
+        chunk_index=chunks.table.index,
+        dq=dq,
+        dk=dk,
+        dg=dg,
+        num_segments=chunks.num_segments,
+        H=heads,
+        K=k_dim,
+        BT=CHUNK,
+        BK=launch.tile,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )

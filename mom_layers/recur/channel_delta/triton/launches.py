@@ -24,6 +24,7 @@ class Launch(NamedTuple):
         late: wide rows are loaded just before the product that reads them, so that shared memory and registers hold
             fewer at a time. Only recurrences read this.
         loop_tile: columns that the loop of a program takes at a time. Only row gradients read this.
+        narrowest: columns of a tile at least. The last tile of recurrences and row gradients may reach past the head.
     """
 
     tile: int
@@ -31,11 +32,12 @@ class Launch(NamedTuple):
     num_stages: int
     late: bool = False
     loop_tile: int = 64
+    narrowest: int = 16
 
     def for_columns(self, heads: int, v_dim: int) -> Launch:
         """A recurrence's launch with a narrower tile where ``heads`` states, of all segments, make too few programs."""
         tile = self.tile
-        while tile > 32 and heads * (v_dim // tile) < ENOUGH_PROGRAMS:
+        while tile > max(32, self.narrowest) and heads * -(-v_dim // tile) < ENOUGH_PROGRAMS:
             tile //= 2
         return self._replace(tile=tile)
 
@@ -50,8 +52,7 @@ class Launches:
         recurrence: columns of the state that a program of either recurrence holds.
         chunk_states: rows and columns of the state that a program holds.
         score_gradients: columns of V that the loop takes at a time.
-        row_gradients: columns of K that a program computes, and columns of V that the loop takes at a time. A tile may
-            reach past K, and the loop past V.
+        row_gradients: columns of K that a program computes, and columns of V that the loop takes at a time.
     """
 
     chunk_local: Launch
@@ -71,7 +72,6 @@ class Table:
         shared_memory: bytes that its largest kernel takes, as compiled for the chips that run the table.
         recurrence: by K, which decides how large the state [K, tile] is; K below 64 runs as 64 does.
         chunk_local, levels, chunk_states, score_gradients, row_gradients: for every size.
-        narrowest: columns of the tiles of row gradients at least.
     """
 
     name: str
@@ -82,17 +82,12 @@ class Table:
     chunk_states: Launch
     score_gradients: Launch
     row_gradients: Launch
-    narrowest: int = 16
 
     def launches(self, k_dim: int, v_dim: int) -> Launches:
-        """The launches for one K and one V, with tiles that are no wider than these."""
+        """The launches for one K and one V, with tiles that are no wider than these where they may be so narrow."""
 
         def fit(launch: Launch, size: int) -> Launch:
-            return launch._replace(tile=min(launch.tile, size))
-
-        def fit_rows(launch: Launch) -> Launch:
-            tile = min(launch.tile, max(k_dim, self.narrowest))
-            return launch._replace(tile=tile, loop_tile=min(launch.loop_tile, max(v_dim, self.narrowest)))
+            return launch._replace(tile=min(launch.tile, max(size, launch.narrowest)))
 
         return Launches(
             chunk_local=fit(self.chunk_local, k_dim),
@@ -100,26 +95,26 @@ class Table:
             recurrence=fit(self.recurrence[max(64, k_dim)], v_dim),
             chunk_states=self.chunk_states,
             score_gradients=fit(self.score_gradients, v_dim),
-            row_gradients=fit_rows(self.row_gradients),
+            row_gradients=fit(self.row_gradients, k_dim),
         )
 
 
 # For 16-bit inputs, from the widest tiles to the narrowest: a chip runs the first table that its shared memory holds.
 TABLES = (
     # For Hopper and Blackwell. Chosen from what the compiler reports for sm_90 (registers, spills, shared memory); not
-    # tuned. 256 columns of q~, k~ and E~ take 96 KB, so that a recurrence over them has one stage. With narrower tiles
-    # of row gradients ptxas of CUDA 12.8 takes an address of a product from a register that holds nothing
-    # (`tests/mom_layers/undefined_registers.py`).
+    # tuned. 256 columns of q~, k~ and E~ take 96 KB, so that a recurrence over them has one stage. Where a stage is all
+    # there is, and for row gradients, narrower tiles than 64 columns would give operands of products another swizzle
+    # than their place in shared memory had before: there ptxas of CUDA 12.8 takes an address from a register that holds
+    # something else (`tests/mom_layers/undefined_registers.py`).
     Table(
         name="wide tiles",
         shared_memory=176 * 1024,
-        recurrence={256: Launch(64, 8, 1), 128: Launch(64, 8, 2), 64: Launch(64, 4, 2)},
+        recurrence={256: Launch(64, 8, 1, narrowest=64), 128: Launch(64, 8, 2), 64: Launch(64, 4, 2)},
         chunk_local=Launch(32, 4, 1),
         levels=Launch(64, 8, 1),
         chunk_states=Launch(64, 4, 2),
         score_gradients=Launch(64, 4, 2),
-        row_gradients=Launch(64, 8, 2),
-        narrowest=64,
+        row_gradients=Launch(64, 8, 2, narrowest=64),
     ),
     # For less shared memory. Chosen from what the compiler reports for sm_80 and sm_86; not tuned.
     Table(

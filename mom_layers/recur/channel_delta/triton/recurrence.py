@@ -22,6 +22,7 @@ from mom_layers.recur.channel_delta.triton.levels import PRECISION
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import SPAN, Chunks
 from mom_layers.recur.program_place_triton import segment_of_program
+from mom_layers.recur.tiles_triton import tile_mask
 
 
 @triton.jit
@@ -59,7 +60,8 @@ def _recurrence_kernel(
 
     For the backward pass it also stores e and the state before every span.
     """
-    i_v, i_h, i_s, i_first, num_rows = segment_of_program(cu_seqlens, H, V // BV)
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    i_v, i_h, i_s, i_first, num_rows = segment_of_program(cu_seqlens, H, TILES)
     i_chunk = tl.load(chunk_offsets + i_s).to(tl.int64) * H + i_h
     rows = i_first.to(tl.int64) * H + i_h
 
@@ -71,12 +73,13 @@ def _recurrence_kernel(
     o_tk = o_t[:, None] * (H * K) + o_k[None, :]
     o_tv = o_t[:, None] * (H * V) + o_v[None, :]
     o_kv = o_k[:, None] * V + o_v[None, :]
+    m_kv = tile_mask(o_k < K, o_v, V, BV * TILES)
     i_state = (i_s.to(tl.int64) * H + i_h) * K * V
     low = v.dtype.element_ty
 
     # S stays in registers, in float32; products read it rounded to the inputs' type.
     if HAS_INITIAL_STATE:
-        b_S = tl.load(initial_state + i_state + o_kv).to(tl.float32)  # [K, BV]
+        b_S = tl.load(initial_state + i_state + o_kv, mask=m_kv, other=0.0).to(tl.float32)  # [K, BV]
     else:
         b_S = tl.zeros([K, BV], tl.float32)
     if AHEAD:
@@ -85,9 +88,10 @@ def _recurrence_kernel(
         b_E = tl.load(erase_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
     for i_t in range(0, tl.cdiv(num_rows, BT)):
         m_t = i_t * BT + o_t < num_rows
-        b_v = tl.load(v + rows * V + o_tv, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BV]
+        m_tv = tile_mask(m_t, o_v, V, BV * TILES)
+        b_v = tl.load(v + rows * V + o_tv, mask=m_tv, other=0.0).to(tl.float32)  # [BT, BV]
         if WRITE_CHANNELS:
-            b_write = tl.load(write + rows * V + o_tv, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BV]
+            b_write = tl.load(write + rows * V + o_tv, mask=m_tv, other=0.0).to(tl.float32)  # [BT, BV]
         else:
             b_write = tl.load(write + rows + o_t * H, mask=m_t, other=0.0).to(tl.float32)[:, None]  # [BT, 1]
         b_X = tl.load(solve + i_chunk * BT * BT + o_tt)  # [BT, BT]
@@ -103,17 +107,17 @@ def _recurrence_kernel(
         b_r = b_write * b_v - tl.dot(b_E, b_S_low, input_precision=PRECISION)
         b_e = (b_r - tl.dot(b_X, b_r.to(low), input_precision=PRECISION)).to(low)
         if FOR_BACKWARD:
-            tl.store(errors + rows * V + o_tv, b_e, mask=m_t[:, None])
+            tl.store(errors + rows * V + o_tv, b_e, mask=m_tv)
             if i_t % SPAN == 0:
                 i_span = (tl.load(span_offsets + i_s) + i_t // SPAN).to(tl.int64) * H + i_h
-                tl.store(span_states + i_span * K * V + o_kv, b_S_low)
+                tl.store(span_states + i_span * K * V + o_kv, b_S_low, mask=m_kv)
         # (9): what the rows read, from the state and from the chunk's rows.
         if LATE:
             b_q = tl.load(q_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
         b_P = tl.load(scores + i_chunk * BT * BT + o_tt)  # [BT, BT]
         b_o = tl.dot(b_q, b_S_low, input_precision=PRECISION)
         b_o += tl.dot(b_P, b_e, input_precision=PRECISION)
-        tl.store(o + rows * V + o_tv, b_o.to(low), mask=m_t[:, None])
+        tl.store(o + rows * V + o_tv, b_o.to(low), mask=m_tv)
         if AHEAD:
             m_next = (i_t + 1) * BT + o_t < num_rows
             b_E = tl.load(erase_decayed + (rows + BT * H) * K + o_tk, mask=m_next[:, None], other=0.0)  # [BT, K]
@@ -125,7 +129,7 @@ def _recurrence_kernel(
         rows += BT * H
         i_chunk += H
     if STORE_FINAL_STATE:
-        tl.store(final_state + i_state + o_kv, b_S)
+        tl.store(final_state + i_state + o_kv, b_S, mask=m_kv)
 
 
 def recurrence(
@@ -159,7 +163,7 @@ def recurrence(
     results = RecurrenceResults(torch.empty_like(v), final_state, errors, span_states)
     launch = launches_for(v.device, v.dtype, k_dim, v_dim).recurrence
     launch = launch.for_columns(chunks.num_segments * heads, v_dim)
-    _recurrence_kernel[(chunks.num_segments * heads * (v_dim // launch.tile),)](
+    _recurrence_kernel[(chunks.num_segments * heads * triton.cdiv(v_dim, launch.tile),)](
         q_decayed=local.q_decayed,
         k_decayed=local.k_decayed,
         erase_decayed=local.erase_decayed,

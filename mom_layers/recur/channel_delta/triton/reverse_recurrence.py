@@ -21,6 +21,7 @@ from mom_layers.recur.channel_delta.triton.levels import PRECISION
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
 from mom_layers.recur.program_place_triton import segment_of_program
+from mom_layers.recur.tiles_triton import tile_mask
 
 
 @triton.jit
@@ -49,7 +50,8 @@ def _reverse_recurrence_kernel(
     LATE: tl.constexpr,
 ):
     """Equations (11) to (13) for BV columns of dS along one segment and head. Stores y and the dS after every chunk."""
-    i_v, i_h, i_s, i_first, num_rows = segment_of_program(cu_seqlens, H, V // BV)
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    i_v, i_h, i_s, i_first, num_rows = segment_of_program(cu_seqlens, H, TILES)
     num_chunks = tl.cdiv(num_rows, BT)
     i_chunk = (tl.load(chunk_offsets + i_s) + num_chunks - 1).to(tl.int64) * H + i_h
     rows = (i_first + (num_chunks - 1) * BT).to(tl.int64) * H + i_h
@@ -61,16 +63,18 @@ def _reverse_recurrence_kernel(
     o_tk = o_t[:, None] * (H * K) + o_k[None, :]
     o_tv = o_t[:, None] * (H * V) + o_v[None, :]
     o_kv = o_k[:, None] * V + o_v[None, :]
+    m_kv = tile_mask(o_k < K, o_v, V, BV * TILES)
     i_state = (i_s.to(tl.int64) * H + i_h) * K * V
     low = do.dtype.element_ty
 
     if HAS_D_FINAL_STATE:
-        b_dS = tl.load(d_final_state + i_state + o_kv).to(tl.float32)  # [K, BV]
+        b_dS = tl.load(d_final_state + i_state + o_kv, mask=m_kv, other=0.0).to(tl.float32)  # [K, BV]
     else:
         b_dS = tl.zeros([K, BV], tl.float32)
     for i_back in range(0, num_chunks):
         m_t = (num_chunks - 1 - i_back) * BT + o_t < num_rows
-        b_do = tl.load(do + rows * V + o_tv, mask=m_t[:, None], other=0.0)  # [BT, BV]
+        m_tv = tile_mask(m_t, o_v, V, BV * TILES)
+        b_do = tl.load(do + rows * V + o_tv, mask=m_tv, other=0.0)  # [BT, BV]
         b_P = tl.load(scores + i_chunk * BT * BT + o_tt)  # [BT, BT]
         b_decay = tl.load(decays + i_chunk * K + o_k)[:, None]  # [K, 1]
         if not LATE:
@@ -81,7 +85,7 @@ def _reverse_recurrence_kernel(
         # (11) and (12).
         b_dS_low = b_dS.to(low)
         if STORE_D_STATES:
-            tl.store(d_states + i_chunk * K * V + o_kv, b_dS_low)
+            tl.store(d_states + i_chunk * K * V + o_kv, b_dS_low, mask=m_kv)
         b_z = tl.dot(tl.trans(b_P), b_do, input_precision=PRECISION)
         if LATE:
             b_k = tl.load(k_decayed + rows * K + o_tk, mask=m_t[:, None], other=0.0)  # [BT, K]
@@ -89,7 +93,7 @@ def _reverse_recurrence_kernel(
         b_X = tl.load(solve + i_chunk * BT * BT + o_tt)  # [BT, BT]
         b_y = b_z - tl.dot(tl.trans(b_X), b_z.to(low), input_precision=PRECISION)
         if STORE_D_STATES:
-            tl.store(d_errors + rows * V + o_tv, b_y.to(low), mask=m_t[:, None])
+            tl.store(d_errors + rows * V + o_tv, b_y.to(low), mask=m_tv)
 
         # (13): the gradient of the state before the chunk.
         b_dS = b_decay * b_dS
@@ -102,7 +106,7 @@ def _reverse_recurrence_kernel(
         rows -= BT * H
         i_chunk -= H
     if STORE_D_INITIAL_STATE:
-        tl.store(d_initial_state + i_state + o_kv, b_dS)
+        tl.store(d_initial_state + i_state + o_kv, b_dS, mask=m_kv)
 
 
 def reverse_recurrence(
@@ -139,7 +143,7 @@ def reverse_recurrence(
         d_initial_state = do.new_empty(chunks.num_segments, heads, k_dim, v_dim, dtype=torch.float32)
     if store_d_states:
         d_errors, d_states = torch.empty_like(do), do.new_empty(chunks.num_slots, heads, k_dim, v_dim)
-    _reverse_recurrence_kernel[(chunks.num_segments * heads * (v_dim // launch.tile),)](
+    _reverse_recurrence_kernel[(chunks.num_segments * heads * triton.cdiv(v_dim, launch.tile),)](
         q_decayed=local.q_decayed,
         k_decayed=local.k_decayed,
         erase_decayed=local.erase_decayed,

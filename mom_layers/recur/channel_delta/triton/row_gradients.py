@@ -232,7 +232,7 @@ def row_gradients(
     """
     q, heads, k_dim, v_dim = inputs.q, inputs.num_heads, inputs.k_dim, states.shape[3]
     launches = launches_for(q.device, q.dtype, k_dim, v_dim)
-    tile, loop_tile = launches.row_gradients.tile, launches.row_gradients.loop_tile
+    tile, narrowest = launches.row_gradients.tile, launches.row_gradients.narrowest
     tiles = triton.cdiv(k_dim, tile)
     dq, dk = torch.empty_like(q), torch.empty_like(inputs.k)
     dg = torch.empty_like(inputs.g, dtype=torch.float32)
@@ -271,7 +271,7 @@ def row_gradients(
             V=v_dim,
             BT=CHUNK,
             BK=tile,
-            BV=min(launch.loop_tile, loop_tile),
+            BV=min(launch.loop_tile, max(v_dim, narrowest)),
             ERASE_CHANNELS=inputs.erases_channels,
             LEVELS=levels,
             EXACT=q.dtype == torch.float32,
