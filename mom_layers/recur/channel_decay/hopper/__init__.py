@@ -1,17 +1,15 @@
 """The kernel set for Hopper (H100, H200): 16-bit inputs and heads of 64 or more.
 
-What a chunk computes from its own rows alone is left to the general set's kernels. The kernels are written in Gluon,
-whose names differ between Triton's versions: where the installed version's are not known, the host functions do not
-exist.
+What a chunk computes from its own rows is left to the general set's kernels. The kernels are written in Gluon, whose
+names differ between Triton's versions: where the installed version's are not known, the host functions do not exist.
 """
 
 import torch
 
 from mom_layers.common.triton_versions import gluon_problem
-from mom_layers.recur.channel_decay.triton import chunk_local
+from mom_layers.recur.channel_decay.triton import chunk_local, local_gradients
 
 if gluon_problem() is None:
-    from mom_layers.recur.channel_decay.hopper.local_gradients import local_gradients
     from mom_layers.recur.channel_decay.hopper.recurrences import recurrence, reverse_recurrence
     from mom_layers.recur.channel_decay.hopper.state_gradients import state_gradients
 

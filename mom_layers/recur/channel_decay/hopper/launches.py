@@ -43,7 +43,3 @@ def state_gradients_launch(k_dim: int, v_dim: int) -> Launch:
     """The launch of the state gradients for one K and one V."""
     launch = STATE_GRADIENTS[v_dim]
     return launch._replace(tile=min(launch.tile, k_dim))
-
-
-# Columns of K that a program computes. Not tuned.
-ROW_GRADIENTS = Launch(64, 8)
