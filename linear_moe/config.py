@@ -212,6 +212,9 @@ class MomTransformerConfig(TransformerConfig):
     mom_single_kv_proj: bool = argument(
         False, "One projection of keys, values and raw gates for all memories.", fixed=True
     )  # fmt: skip
+    mom_text_conv: int = argument(
+        0, "Width of a causal convolution over the text, before the router; 0 for none, as in the paper.", fixed=True
+    )  # fmt: skip
     mom_aux_loss_coeff: float = argument(
         1e-3, "Coefficient of the memory router's load-balancing loss; 0 switches the loss off."
     )  # fmt: skip

@@ -64,10 +64,10 @@ class _TokenMixer(nn.Module):
         """Normal projections, uniform convolutions (PyTorch's for a depthwise filter), the rule's own parameters."""
         for weight in self._weights():
             nn.init.normal_(weight, std=std)
-        if self.settings.conv_kernel > 1:
-            for conv in (self.q_conv, self.k_conv, self.v_conv):
-                bound = conv.shape[1] ** -0.5
-                nn.init.uniform_(conv, -bound, bound)
+        convolutions = [self.q_conv, self.k_conv, self.v_conv] if self.settings.conv_kernel > 1 else []
+        for conv in [*convolutions, *([self.text_conv] if self.settings.text_conv else [])]:
+            bound = conv.shape[1] ** -0.5
+            nn.init.uniform_(conv, -bound, bound)
         for name, value in self.settings.initial_parameters().items():
             self.rule_parameters[name].copy_(value)
         nn.init.ones_(self.norm_weight)
@@ -190,8 +190,8 @@ class MixtureOfMemories(_TokenMixer):
         hidden_size: D.
         sizes: the fields of :class:`mom_layers.settings.MixerSettings`, in their order or by name: ``num_heads``,
             ``head_dim``, ``expand_v``, ``num_memories``, ``topk``, ``shared_memory``, ``conv_kernel``, ``rule``,
-            ``single_kv_proj``, ``norm_eps``, ``kernels`` (in version 0.1 ``backend``), ``layer``, ``num_layers``. Every
-            field has a default.
+            ``single_kv_proj``, ``norm_eps``, ``kernels`` (in version 0.1 ``backend``), ``layer``, ``num_layers``,
+            ``text_conv``. Every field has a default.
 
     Raises:
         ValueError, TypeError: a size or name that is not supported.
@@ -210,13 +210,14 @@ class MixtureOfMemories(_TokenMixer):
         self.q_proj = nn.Linear(hidden_size, keys, bias=False)
         self.gate_proj = nn.Linear(hidden_size, values, bias=False)
         self.memory_proj = nn.Parameter(torch.empty(settings.num_projections, width, hidden_size))
+        self.text_conv = nn.Parameter(torch.empty(hidden_size, settings.text_conv)) if settings.text_conv else None
         self._make_shared_parameters()
 
     def _weights(self) -> list[torch.Tensor]:
         return [*super()._weights(), self.memory_proj]
 
     def _token_maps(self) -> TokenMaps:
-        return TokenMaps(query=self.q_proj, output_gate=self.gate_proj, out=self.out_proj)
+        return TokenMaps(query=self.q_proj, output_gate=self.gate_proj, out=self.out_proj, text_conv=self.text_conv)
 
     def memory_parameters(self) -> MemoryParameters:
         """The weights that act on rows."""

@@ -5,7 +5,8 @@
     mix_routed      the part after a router of the caller's: plan, memories, mixing (Megatron's layer enters here)
     mix_memories    the part after the routing plan
     run_rule        the part after the convolutions (a layer of one memory alone enters here)
-    read_memories   what every row reads from its memory (expert parallelism enters here)
+    read_memories   what every row reads from its memory (expert parallelism enters here and at project_rows)
+    project_rows    the part of read_memories before run_rule
 
 Shape legend: sequences B, tokens N, rows R, segments S, all memories A (routed and shared), heads H, key size K, value
 size V, hidden size D, convolution width W.
@@ -14,7 +15,7 @@ size V, hidden size D, convolution width W.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -25,12 +26,14 @@ from mom_layers.common import checks
 from mom_layers.common.kernel_choice import resolve_kernels
 from mom_layers.convolve.operation import UNIT_LENGTH_EPS, segment_convolution
 from mom_layers.convolve.qkv import convolve_qkv
+from mom_layers.convolve.text import convolve_next_token, convolve_text
 from mom_layers.project.operation import grouped_projection
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.rules import MemoryRule, RuleInputs
 from mom_layers.route.plan import RoutingPlan, build_routing_plan
 from mom_layers.route.router import route
 from mom_layers.route.rows import gather_rows
+from mom_layers.route.sequences import plan_sequences
 from mom_layers.route.spare_rows import zero_spare_gradients
 from mom_layers.settings import MixerSettings
 from mom_layers.state import MemoryState
@@ -44,11 +47,13 @@ class TokenMaps:
         query: [N, D] -> [N, H K], queries before the convolution.
         output_gate: [N, D] -> [N, H V], the output gate before SiLU.
         out: [N, H V] -> [N, D], the output projection.
+        text_conv: [D, W'], filters of a convolution over the text, before the router and the maps; None without.
     """
 
     query: Callable[[torch.Tensor], torch.Tensor]
     output_gate: Callable[[torch.Tensor], torch.Tensor]
     out: Callable[[torch.Tensor], torch.Tensor]
+    text_conv: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -136,14 +141,21 @@ def mix_tokens(
     if token_mask is not None:
         # Padding may hold anything, NaN too, which a product with zero would keep.
         x = x.masked_fill(~token_mask[..., None], 0)
-    tokens = x.flatten(0, 1)
+    tokens, mask = x.flatten(0, 1), None if token_mask is None else token_mask.flatten()
+    if maps.text_conv is not None:
+        plan = plan_sequences(cu_seqlens, tokens.shape[0], token_mask=mask, kernels=kernels)
+        tokens, text_tail = convolve_text(
+            tokens, maps.text_conv, plan,
+            tail=None if state is None else state.text_tail, output_tail=output_state, kernels=kernels,
+        )  # fmt: skip
     logits = router(tokens)
     weights, ids = route(logits, parameters.settings.topk, kernels=kernels)
     y, new_state = mix_routed(
         tokens, maps.query(tokens), partial(maps.output_gate, tokens), weights, ids, cu_seqlens, parameters,
-        token_mask=None if token_mask is None else token_mask.flatten(),
-        state=state, output_state=output_state, kernels=kernels,
+        token_mask=mask, state=state, output_state=output_state, kernels=kernels,
     )  # fmt: skip
+    if maps.text_conv is not None and output_state:
+        new_state = replace(new_state, text_tail=text_tail)
     out = maps.out(y).unflatten(0, x.shape[:2])
     if token_mask is not None:
         out = out.masked_fill(~token_mask[..., None], 0)
@@ -174,6 +186,8 @@ def step_tokens(
     Returns:
         out [B, D] and the router's logits [B, M].
     """
+    if maps.text_conv is not None:
+        x = convolve_next_token(x, maps.text_conv, state.text_tail)
     logits, settings = router(x), parameters.settings
     y = parameters.rule.decode_step(
         x.contiguous(), maps.query(x), maps.output_gate(x), logits, parameters, state,
@@ -282,6 +296,29 @@ def read_memories(
         ValueError: ``sequence_slice`` together with ``state`` or ``output_state``.
     """
     check_states(sequence_slice, state, output_state)
+    rows, tails = project_rows(
+        x, q, plan, parameters,
+        state=state, output_state=output_state, sequence_slice=sequence_slice, kernels=kernels,
+    )  # fmt: skip
+    return run_rule(rows, tails, plan, parameters, state, output_state, sequence_slice, kernels)
+
+
+def project_rows(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    plan: RoutingPlan,
+    parameters: MemoryParameters,
+    *,
+    state: MemoryState | None = None,
+    output_state: bool = False,
+    sequence_slice: SequenceSlice | None = None,
+    kernels: str = "auto",
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
+    """Projects tokens to rows and convolves these; arguments as for :func:`mix_memories`.
+
+    Returns:
+        q, k, v and the raw gates of every row, and the convolutions' last inputs: what :func:`run_rule` takes.
+    """
     rule, heads = parameters.rule, parameters.num_heads
     key_heads = rule.num_key_heads(heads)
     sizes = rule.projection_sizes(heads, q.shape[1] // key_heads, parameters.v_conv.shape[0] // heads)
@@ -311,7 +348,7 @@ def read_memories(
             q, projected, parameters.q_conv, parameters.k_conv, parameters.v_conv, plan,
             unit_length_heads=unit, tails=tails, output_tail=output_state, kernels=kernels,
         )  # fmt: skip
-    return run_rule((q, k, v, raw), tails, plan, parameters, state, output_state, sequence_slice, kernels)
+    return (q, k, v, raw), tails
 
 
 def check_states(sequence_slice, state, output_state) -> None:

@@ -12,11 +12,14 @@ from mom_layers.recur.rules import get_rule
 def mixture_of_memories_reference(x, p, *, num_heads, topk, shared, norm_eps=1e-6, rule="gated_deltanet"):
     """One sequence x [L, D] through one layer, one memory at a time. Returns out [L, D].
 
-    p: tensors by the names of :class:`mom_layers.MixtureOfMemories`' parameters.  p_t = softmax(x_t Wr), top-k kept and
+    p: tensors by the names of :class:`mom_layers.MixtureOfMemories`' parameters.  With "text_conv" among these,
+    x_t + conv(x)_t takes the place of x_t everywhere.  p_t = softmax(x_t Wr), top-k kept and
     renormalised; memory m runs over the tokens that kept it; y_t = sum_m w_t^m o_t^m + o_t^shared;
     out = Wo (RMSNorm_head(y) * SiLU(x Wg)).
     """
     length, update = x.shape[0], get_rule(rule)
+    if "text_conv" in p:
+        x = x + segment_convolution_reference(x, p["text_conv"], torch.tensor([0, length]), silu=False)[0]
     k_width, v_width = p["q_conv"].shape[0], p["v_conv"].shape[0]
     probabilities = torch.softmax(x @ p["router.weight"].t(), dim=-1)
     kept, ids = probabilities.topk(topk, dim=-1)

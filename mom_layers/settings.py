@@ -10,7 +10,7 @@ from mom_layers.common.checks import LARGEST_SIZE, check_number, check_truth, ch
 from mom_layers.common.kernel_choice import check_kernels
 from mom_layers.recur.rules import MemoryRule, get_rule
 
-ONE_MEMORY = {"num_memories": 0, "topk": 0, "shared_memory": True, "single_kv_proj": False}
+ONE_MEMORY = {"num_memories": 0, "topk": 0, "shared_memory": True, "single_kv_proj": False, "text_conv": 0}
 """The settings of a layer of one memory alone, which MoM calls the shared memory."""
 
 
@@ -30,6 +30,8 @@ class MixerSettings:
             through SiLU alone.
         rule: name of the memory update rule.
         single_kv_proj: one projection of keys, values and raw gates for all memories, instead of one a memory.
+        text_conv: width of a causal convolution over the layer's input, before the router; 0 for none, as in the
+            paper.
         norm_eps: of the output norm.
         kernels: "auto" (Triton on CUDA, PyTorch elsewhere), "torch" or "triton".
         layer, num_layers: number of the layer, from 0, and of all layers of the model: rules whose initial parameters
@@ -52,13 +54,14 @@ class MixerSettings:
     kernels: str = "auto"
     layer: int = 0
     num_layers: int = 1
+    text_conv: int = 0
 
     def __post_init__(self) -> None:
         get_rule(self.rule)
         check_kernels(self.kernels)
         check_whole(1, num_heads=self.num_heads, head_dim=self.head_dim)
         check_whole(0, num_memories=self.num_memories)
-        for name in ("topk", "conv_kernel"):
+        for name in ("topk", "conv_kernel", "text_conv"):
             check_whole(-LARGEST_SIZE, **{name: getattr(self, name)})
         check_number(expand_v=self.expand_v, norm_eps=self.norm_eps)
         check_whole(0, layer=self.layer)
@@ -80,6 +83,8 @@ class MixerSettings:
             )
         if not 1 <= self.conv_kernel <= 8:
             raise ValueError(f"conv_kernel must be between 1 (no convolution) and 8, got {self.conv_kernel}")
+        if self.text_conv != 0 and not 2 <= self.text_conv <= 8:
+            raise ValueError(f"text_conv must be 0 (no convolution over the text) or 2 to 8, got {self.text_conv}")
 
     def _check_alone(self) -> None:
         for name, only in ONE_MEMORY.items():

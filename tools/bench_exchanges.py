@@ -51,6 +51,9 @@ class Layer:
     """The memories of one layer on this rank: weights, inputs of a kind, and a step forward and backward."""
 
     def __init__(self, sizes, kind, dtype, options, seed=0):
+        from linear_moe.parallel.peer_memory import PeerBuffers
+
+        self.peer_buffers = PeerBuffers.of(dist.group.WORLD)  # held, so that a graph's buffers stay
         self.group, self.device = dist.group.WORLD, f"cuda:{torch.cuda.current_device()}" if CUDA else "cpu"
         self.kind, self.sizes, self.options = kind, SimpleNamespace(**sizes), options
         rule, heads, size = get_rule("gated_deltanet"), sizes["heads"], sizes["head_dim"]
@@ -142,9 +145,13 @@ class Layer:
 CUDA = torch.cuda.is_available()
 
 
+STARTED = time.monotonic()
+
+
 def say(*words):
+    """Prints a line with the seconds since the start, on the first rank."""
     if dist.get_rank() == 0:
-        print(*words, flush=True)
+        print(f"{time.monotonic() - STARTED:5.1f} s ", *words, flush=True)
 
 
 def difference(got, expected) -> tuple[float, str]:

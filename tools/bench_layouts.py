@@ -115,7 +115,8 @@ def train(layout: str, folder: Path, steps: int, device: str, options: argparse.
     environment |= {"EVAL_INTERVAL": str(10 * profiled), "MOM_PYTHON": sys.executable}
     environment["GPUS" if device == "cuda" else "PROCESSES"] = str(gpus)
     if device == "cuda":
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[:gpus])
     folder.mkdir(parents=True, exist_ok=True)
     command = ["bash", str(ROOT / "examples" / "pretrain_mom_a100.sh"), *arguments]
     with (folder / "output.txt").open("w") as log:

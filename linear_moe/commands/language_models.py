@@ -24,7 +24,7 @@ from linear_moe.corpus.files import CorpusError
 from linear_moe.evidence import fit, held_out, tables, texts
 from linear_moe.evidence.jobs import Job, Shape, Training, make_job
 from linear_moe.evidence.report import write_report
-from linear_moe.evidence.runs import Place, RunFailed, is_finished, run_all
+from linear_moe.evidence.runs import Device, Place, RunFailed, is_finished, run_all
 from linear_moe.recall import records
 from linear_moe.temporary import replaced_file
 
@@ -62,7 +62,7 @@ def language_models(args: argparse.Namespace, deadline: float, words: str) -> No
     Raises ValueError for settings that do not fit together, CorpusError for text that cannot be used, RunFailed.
     """
     jobs = jobs_of(args)
-    devices = find_devices(args.device)
+    devices = grouped(find_devices(args.device), args.gpus)
     args.output.mkdir(parents=True, exist_ok=True)
     place = Place(
         args.output, (args.data / "training", args.data / "held_out"), args.data / "tokenizer", devices, deadline,
@@ -211,6 +211,15 @@ def find_devices(kind: str) -> tuple[int | None, ...]:
     if visible:
         return tuple(int(number) for number in visible.split(","))
     return tuple(range(torch.cuda.device_count()))
+
+
+def grouped(devices: tuple[int | None, ...], size: int) -> tuple[Device, ...]:
+    """Groups of GPUs that train a model together, as "0,1". Raises ValueError where there are fewer GPUs."""
+    if size == 1:
+        return devices
+    if None in devices or len(devices) < size:
+        raise ValueError(f"--gpus {size}: there are {0 if None in devices else len(devices)} GPUs")
+    return tuple(",".join(map(str, devices[i : i + size])) for i in range(0, len(devices) - size + 1, size))
 
 
 def say(line: str) -> None:

@@ -201,10 +201,11 @@ def layout_of(config: MomConfig, kinds: LayerKinds | None = None) -> Layout:
         "values": settings.value_width,
         "value": settings.value_dim,
         "width": config.conv_size,
+        "text_width": config.text_conv_size,
         "one": 1,
         **rule_dimensions(settings.update_rule, config.num_heads, config.head_dim, settings.value_dim),
     }
-    options, groups = set(), 1
+    options, groups = {"text_conv"} if settings.text_conv else set(), 1
     for spec in config.attention_specs():
         if spec.latent:
             dims |= _latent_dimensions(spec)

@@ -198,6 +198,7 @@ INNER = (
 MIXER = (
     WeightRow("input_layernorm.weight", (("attn_norm.weight", "hidden"),), layers="mom"),
     _mom("router.weight", "gate.weight", "memories hidden"),
+    _mom("text_conv", "text_conv1d.weight", "hidden one text_width", transform=CHANNELS, when="text_conv"),
     _mom("in_proj.weight.query", "q_proj.weight", "keys hidden"),
     _per_memory("k", "key", "keys"),
     _per_memory("v", "value", "values"),

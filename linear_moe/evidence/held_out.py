@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from linear_moe.evidence.repeats import DISTANCES, FREQUENCIES, LONGEST, BigramCounts, Repeats, find_repeats
+from linear_moe.temporary import replaced_file
 
 FIRST_POSITION = 16  # end of the first bin of positions
 POINTS_AN_OCTAVE = 2
@@ -76,7 +77,8 @@ def prepare(
     found = []
     for length, tokens in windows.items():
         path = folder / f"windows_{length}.npy"
-        np.save(path, tokens)
+        with replaced_file(path) as partial, partial.open("wb") as file:  # other runs may read the same windows
+            np.save(file, tokens)
         text_bytes = int(sizes[tokens[:, 1:].astype(np.int64)].sum())
         found.append(HeldOut(path, length, text_bytes, find_repeats(tokens, len(sizes), counts)))
     return found

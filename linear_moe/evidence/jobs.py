@@ -34,7 +34,8 @@ class Training:
     Attributes:
         tokens: of the training; rounded down to whole steps.
         batch: sequences a step.
-        micro_batch: sequences in memory at a time.
+        micro_batch: sequences in a GPU's memory at a time.
+        gpus: that train the model together, by data parallelism.
         rate: peak of the learning rate, which rises linearly over ``warm_up`` of the steps and falls to a tenth along
             a cosine.
     """
@@ -48,6 +49,7 @@ class Training:
     clip: float = 1.0
     seed: int = 0
     precision: str = "bf16"
+    gpus: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Mixer:
         memories: routed memories; 0 for softmax attention in every layer.
         key_size: of a head; its value size is the same.
         hybrid: one layer in ``Shape.attention_every`` is softmax attention.
+        text_conv: width of the convolution over the text; 0 for none. The memories then have no convolutions of
+            their own.
     """
 
     memories: int = 0
@@ -68,6 +72,7 @@ class Mixer:
     balancing: float = 0.0
     single_projection: bool = False
     hybrid: bool = False
+    text_conv: int = 0
     rule: str = "gated_deltanet"
 
     @property
@@ -81,9 +86,10 @@ class Mixer:
 
 
 MOM = ("mom", "4 memories, top-2, shared memory")
-EQUAL_TOKENS = ("mom", "mom-hybrid", "gdn-state", "gdn", "softmax")  # the slowest first, so that all GPUs end together
+EQUAL_TOKENS = ("mom", "mom-text-conv", "mom-hybrid", "gdn-state", "gdn", "softmax")
+"""The slowest first, so that all GPUs end together."""
 ABLATIONS = ("mom-m2", "mom-m8", "mom-k1", "mom-k4", "mom-unshared", "mom-balancing-0", "mom-balancing-5e-3",
-             "mom-balancing-1e-2", "mom-single-projection")  # fmt: skip
+             "mom-balancing-1e-2", "mom-single-projection", "gdn-text-conv", "gdn-state-text-conv")  # fmt: skip
 SMALL = "mom-small"
 SMALL_SHAPE = {"hidden": 384, "ffn": 1024, "attention_heads": 6, "head_dim": 64}
 """The sizes of SMALL: its export takes at most 60 MB."""
@@ -94,6 +100,9 @@ TITLES = {
     "gdn-state": "GDN, MoM's state in all by K x V",
     "gdn-heads": "GDN, MoM's state in all by heads",
     "mom": "MoM 4/2, shared",
+    "mom-text-conv": "MoM 4/2, shared, convolution over the text",
+    "gdn-text-conv": "GDN, one memory, convolution over the text",
+    "gdn-state-text-conv": "GDN, MoM's state in all by K x V, convolution over the text",
     "mom-hybrid": "MoM 4/2, shared, one softmax layer in N",
     "mom-m2": "MoM 2/2, shared",
     "mom-m8": "MoM 8/2, shared",
@@ -104,7 +113,7 @@ TITLES = {
     "mom-balancing-5e-3": "MoM 4/2, shared, balancing 5e-3",
     "mom-balancing-1e-2": "MoM 4/2, shared, balancing 1e-2",
     "mom-single-projection": "MoM 4/2, shared, one projection",
-    SMALL: "MoM 4/2, shared, small",
+    SMALL: "MoM 4/2, shared, convolution over the text, small",
 }
 
 
@@ -120,14 +129,17 @@ def mixer_of(name: str, shape: Shape) -> Mixer:
     mom = Mixer(4, 2, True, shape.heads, shape.head_dim, balancing=1e-3)
     alone = replace(mom, memories=1, topk=1, shared=False, balancing=0.0)
     heads = shape.heads * mom.all_memories
-    if name == "gdn-state" and heads % 4:
-        raise ValueError(f"gdn-state: {heads} heads of all memories are no multiple of 4: give another number of heads")
+    if name.startswith("gdn-state") and heads % 4:
+        raise ValueError(f"{name}: {heads} heads of all memories are no multiple of 4: give another number of heads")
     mixers = {
         "softmax": Mixer(),
         "gdn": alone,
         "gdn-state": replace(alone, heads=heads // 4, key_size=2 * shape.head_dim),
         "gdn-heads": replace(alone, heads=heads),
         "mom": mom,
+        "mom-text-conv": replace(mom, text_conv=4),
+        "gdn-text-conv": replace(alone, text_conv=4),
+        "gdn-state-text-conv": replace(alone, heads=heads // 4, key_size=2 * shape.head_dim, text_conv=4),
         "mom-hybrid": replace(mom, hybrid=True),
         "mom-m2": replace(mom, memories=2),
         "mom-m8": replace(mom, memories=8),
@@ -138,7 +150,7 @@ def mixer_of(name: str, shape: Shape) -> Mixer:
         "mom-balancing-5e-3": replace(mom, balancing=5e-3),
         "mom-balancing-1e-2": replace(mom, balancing=1e-2),
         "mom-single-projection": replace(mom, single_projection=True),
-        SMALL: mom,
+        SMALL: replace(mom, text_conv=4),
     }
     return mixers[name]
 
@@ -197,6 +209,7 @@ def _mixer_arguments(mixer: Mixer, shape: Shape) -> list:
     words += ["--mom-num-heads", mixer.heads, "--mom-head-dim", mixer.key_size]
     words += ["--mom-aux-loss-coeff", mixer.balancing]
     words += ["--mom-single-kv-proj"] if mixer.single_projection else []
+    words += ["--mom-text-conv", mixer.text_conv, "--mom-conv-kernel", 1] if mixer.text_conv else []
     words += ["--linear-attention-freq", shape.attention_every] if mixer.hybrid else []
     return words
 
@@ -209,6 +222,9 @@ def make_job(name: str, shape: Shape, training: Training) -> Job:
         known = {field.name for field in fields(Shape)}
         smaller = {key: value for key, value in SMALL_SHAPE.items() if key in known}
         shape = replace(shape, **{key: min(value, getattr(shape, key)) for key, value in smaller.items()})
-    if training.batch % training.micro_batch:
-        raise ValueError(f"a batch of {training.batch} is no multiple of micro-batches of {training.micro_batch}")
+    if training.batch % (training.micro_batch * training.gpus):
+        raise ValueError(
+            f"a batch of {training.batch} is no multiple of micro-batches of {training.micro_batch} on {training.gpus} "
+            "GPUs"
+        )
     return Job(name, mixer_of(name, shape), shape, training)

@@ -46,6 +46,8 @@ def main() -> None:
             super().print_rank_last(print_rank_last, message)
 
         def record(self, line: dict) -> None:
+            if torch.distributed.get_rank() < torch.distributed.get_world_size() - 1:
+                return  # the last rank reports
             with history.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 

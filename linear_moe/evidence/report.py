@@ -76,7 +76,8 @@ def models_table(models: Rows) -> str:
         parameters, embedding = int(row["parameters"]), int(row["embedding"])
         cells = [title(row, models), row["state"] if row["state"] != "0" else "grows"]
         cells += [f"{count / 1e6:.1f}M" for count in (parameters, parameters - embedding)]
-        cells += [f"{float(row['tokens_per_second']):,.0f}", f"{float(row['seconds']):.0f}", row["peak_gib"]]
+        gpus = "" if row.get("gpus", "1") == "1" else f" on {row['gpus']} GPUs"
+        cells += [f"{float(row['tokens_per_second']):,.0f}{gpus}", f"{float(row['seconds']):.0f}", row["peak_gib"]]
         names = ("bits_per_byte_short", "loss_short", "repeating_loss_short", "other_loss_short", "bits_per_byte_long")
         cells += [f"{float(row[name]):.4f}" if row.get(name) else "" for name in names]
         lines.append(line(cells))

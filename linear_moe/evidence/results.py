@@ -33,9 +33,12 @@ class Results:
         recall = [row for path in sorted(measured.glob(f"*{RECALL}")) for row in records.read(path)]
         self.recall = recall_summary.comparisons(recall)[0] if recall else []
         self.all_models = records.read(self.folder / tables.MODELS)
-        self.groups = comparisons(self.all_models)
+        self.groups = sorted(comparisons(self.all_models), key=_work, reverse=True)
         self.models = self.groups[0] if self.groups else []
-        self.compared = [row for row in self.models if row["model"] not in ABLATIONS]
+        self.ablations = [chosen for group in self.groups if (chosen := _ablations(group))]
+        ablated = [row for chosen in self.ablations for row in chosen]
+        self.compared = [row for row in self.models if row not in ablated or row["model"] == "mom"]
+        self.others = [[row for row in group if row not in ablated] for group in self.groups[1:]]
         self.repeats = records.read(self.folder / tables.REPEATS)
         self.positions = records.read(self.folder / tables.POSITIONS)
         self.history = records.read(self.folder / tables.HISTORIES)
@@ -66,7 +69,7 @@ class Results:
             return NOT_MEASURED
         pictures.draw_training(self.pictures / "results_training.png", self.compared, self.history)
         parts = [heading(self.compared), models_table(self.compared)]
-        others = [group for group in self.groups[1:] if group[0]["data"] == self.models[0]["data"]]
+        others = [group for group in self.others if group and group[0]["data"] == self.models[0]["data"]]
         parts += [f"Of another shape, on the same text:\n\n{models_table(group)}" for group in others]
         return "\n\n".join([self._picture("results_training.png", "Validation loss over tokens and over time"), *parts])
 
@@ -85,18 +88,20 @@ class Results:
         return f"{shown}\n\n{positions_table(self.compared, self.positions)}"
 
     def memories_part(self) -> str:
-        holdings = memory_pictures.read_holdings(self.folder, self.models)
+        balanced = [row for chosen in self.ablations for row in chosen if row["model"] in ("mom", "mom-balancing-0")]
+        models = self.compared + [row for row in balanced if row not in self.compared]
+        holdings = memory_pictures.read_holdings(self.folder, models)
         if not holdings:
             return NOT_MEASURED
-        drawn = memory_pictures.draw_all(self.folder, self.models, self.history, self.pictures, prefix="results_")
-        first = memory_pictures.first_of(self.models, holdings)
+        drawn = memory_pictures.draw_all(self.folder, models, self.history, self.pictures, prefix="results_")
+        first = memory_pictures.first_of(models, holdings)
         shown = [self._picture(path.name, path.stem.removeprefix("results_").replace("_", " ")) for path in drawn]
         held = holdings[first["key"]]
         return "\n\n".join([*shown, memory_pictures.layers_table(held), memory_pictures.tokens_table(held)])
 
     def ablations_part(self) -> str:
-        chosen = [row for row in self.models if row["model"] == "mom" or row["model"] in ABLATIONS]
-        return models_table(chosen) if len(chosen) > 1 else NOT_MEASURED
+        parts = [part for chosen in self.ablations for part in (heading(chosen), models_table(chosen))]
+        return "\n\n".join(parts) if parts else NOT_MEASURED
 
     def corpus_part(self) -> str:
         path = self.folder / CORPUS
@@ -126,6 +131,17 @@ class Results:
 
     def _picture(self, name: str, text: str) -> str:
         return f"![{text}]({self.link}/{name})"
+
+
+def _work(models: Sequence[records.Row]) -> int:
+    """What the largest training of a group computed: the group with most of that is the comparison."""
+    return max(int(row["parameters"]) * int(row["trained_tokens"]) for row in models)
+
+
+def _ablations(models: Sequence[records.Row]) -> list[records.Row]:
+    """The rows of a group that were trained on as many tokens as its models of ABLATIONS; none without such models."""
+    tokens = {row["tokens"] for row in models if row["model"] in ABLATIONS}
+    return [row for row in models if row["tokens"] in tokens]
 
 
 def fill(document: str, results: Results) -> str:

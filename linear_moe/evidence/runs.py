@@ -27,6 +27,8 @@ POLL_SECONDS = 0.5
 STOP_SECONDS = 40  # that a run may take to save a checkpoint when the time is up
 SHOWN_LINES = 15  # of the log of a process that failed
 
+Device = int | str | None
+
 _ending = threading.Event()  # set when the program ends before its processes
 
 
@@ -46,7 +48,8 @@ class Place:
         folder: a folder for every job is made here.
         data: prefix of the training data, and of the held-out data.
         tokenizer: folder of the tokenizer.
-        devices: numbers of the GPUs; None stands for the CPU.
+        devices: numbers of the GPUs, each for one model at a time: of a GPU, or of several, as "0,1"; None stands for
+            the CPU.
         deadline: on the clock of ``time.monotonic``.
         measure_seconds: left for measuring when a training is stopped for lack of time.
     """
@@ -54,7 +57,7 @@ class Place:
     folder: Path
     data: tuple[Path, Path]
     tokenizer: Path
-    devices: tuple[int | None, ...]
+    devices: tuple[Device, ...]
     deadline: float = float("inf")
     measure_seconds: float = 0.0
 
@@ -81,7 +84,7 @@ def run_all(
         waiting.put(job)
     failed, late = [], []
 
-    def work(device: int | None) -> None:
+    def work(device: Device) -> None:
         while True:
             try:
                 job = waiting.get_nowait()
@@ -112,7 +115,7 @@ def run_all(
 def run(
     job: Job,
     place: Place,
-    device: int | None,
+    device: Device,
     held_out: Future[list[HeldOut]],
     facts: dict,
     origin: tables.Row,
@@ -151,7 +154,7 @@ def memories_path(folder: Path, job: Job) -> Path:
     return folder / f"memories_{job.key}.json"
 
 
-def describe_memories(job: Job, folder: Path, windows: Path, place: Place, device: int | None) -> None:
+def describe_memories(job: Job, folder: Path, windows: Path, place: Place, device: Device) -> None:
     """Writes memories_KEY.json, which says what the model's memories hold. Raises OutOfTime and RunFailed."""
     output = memories_path(place.folder, job)
     words = [sys.executable, "-m", "linear_moe.evidence.memories", folder / "checkpoints", output, windows]
@@ -159,7 +162,7 @@ def describe_memories(job: Job, folder: Path, windows: Path, place: Place, devic
         raise OutOfTime("what its memories hold was not written")
 
 
-def train(job: Job, folder: Path, place: Place, device: int | None) -> None:
+def train(job: Job, folder: Path, place: Place, device: Device) -> None:
     """Runs `linear_moe.pretrain` to the end, from its latest checkpoint.
 
     Raises OutOfTime where the deadline stopped the run, which saves a checkpoint then, and RunFailed.
@@ -179,16 +182,18 @@ def train(job: Job, folder: Path, place: Place, device: int | None) -> None:
         raise RunFailed(f"the training ended at step {trained_steps(folder)} of {job.steps}, see {folder / LOG}")
 
 
-def call_trainer(words: Sequence, folder: Path, device: int | None, deadline: float = float("inf")) -> bool:
+def call_trainer(words: Sequence, folder: Path, device: Device, deadline: float = float("inf")) -> bool:
     """Runs `linear_moe.pretrain` with these arguments, and keeps its history and its log in a folder.
 
     Returns False where the deadline came first. Raises RunFailed.
     """
-    module = [sys.executable, "-m", "linear_moe.evidence.recorded_run", folder / HISTORY]
+    gpus = str(device).count(",") + 1
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", gpus] if gpus > 1 else []
+    module = [sys.executable, *ranks, "-m", "linear_moe.evidence.recorded_run", folder / HISTORY]
     return _call([*module, *words], folder, device, deadline)
 
 
-def measure(folder: Path, paths: Sequence[Path], place: Place, device: int | None) -> tuple[list[np.ndarray], dict]:
+def measure(folder: Path, paths: Sequence[Path], place: Place, device: Device) -> tuple[list[np.ndarray], dict]:
     """The losses [W, L] of the windows in files, by the model in a job's folder, and the model's parameters.
 
     Raises OutOfTime and RunFailed.
@@ -219,7 +224,7 @@ def read_history(folder: Path) -> list[dict]:
     return [lines[key] for key in sorted(lines)]
 
 
-def _call(words: Sequence, folder: Path, device: int | None, deadline: float) -> bool:
+def _call(words: Sequence, folder: Path, device: Device, deadline: float) -> bool:
     """Runs a process to its end; False where the deadline came first. Its output is added to the log.
 
     At the deadline the process gets SIGTERM, after STOP_SECONDS more SIGKILL. Raises RunFailed for an error of the

@@ -19,8 +19,11 @@ from linear_moe.layer.recurrent_mixer import RecurrentTokenMixer, TokenMixerSubm
 from linear_moe.layer.router import MemoryRouter
 from linear_moe.parallel.choices import Choices
 from linear_moe.parallel.expert import mix_memories_over_ranks
-from linear_moe.parallel.sequence_counts import most_sequences
+from linear_moe.parallel.peer_memory import PeerBuffers
+from linear_moe.parallel.sequence_counts import compare_once, counts_now, counts_of_batch
+from mom_layers.convolve.text import convolve_text
 from mom_layers.mixing import MemoryParameters, mix_routed
+from mom_layers.route.sequences import plan_sequences
 
 
 class MomTokenMixer(RecurrentTokenMixer):
@@ -45,8 +48,14 @@ class MomTokenMixer(RecurrentTokenMixer):
         super().__init__(config, layer_number, pg_collection)
         self.ep_group = self.pg_collection.ep
         self.splits_memories = splits_memories(config)
+        # Held by every layer that reads them, so that they go with the model.
+        self.peer_buffers = PeerBuffers.of(self.ep_group) if self.splits_memories else None
         self.sizes = self.local_settings.projection_sizes
         self.router = MemoryRouter(config, layer_number, self.pg_collection)
+        self.text_conv = None
+        if config.mom_text_conv:
+            self.text_conv = self.new_parameter(config.hidden_size, config.mom_text_conv)
+            self._mark_text_conv()
         self.make_linear_layers(submodules, ["query", "gate"], [self.key_width, self.value_width], name)
 
         self.num_projections = self.settings.num_projections
@@ -90,9 +99,19 @@ class MomTokenMixer(RecurrentTokenMixer):
         self.memory_proj.copy_(memories[self.memories_here])
         if self.shared_proj is not None:
             self.shared_proj.copy_(memories[-1:])
+        if self.text_conv is not None:
+            bound = config.mom_text_conv**-0.5
+            self._mark_text_conv()  # memory in place of the meta device comes with new parameters
+            self.text_conv.copy_(torch.empty(self.text_conv.shape, dtype=torch.float32).uniform_(-bound, bound))
+
+    def _mark_text_conv(self) -> None:
+        """Whole on every rank; with sequence parallelism every rank's gradient is that of its own tokens."""
+        self.text_conv.sequence_parallel = self.config.sequence_parallel
 
     def mix(self, hidden_states: torch.Tensor, packed_seq_params) -> tuple[torch.Tensor, int, int]:
         """See :meth:`RecurrentTokenMixer.mix`."""
+        if self.text_conv is not None:
+            hidden_states = self._convolve_text(hidden_states, packed_seq_params)
         weights, ids = self.router(hidden_states)
         projected, _ = self.in_proj(hidden_states)
         x, weights, ids = self._all_tokens(hidden_states, weights, ids)
@@ -106,7 +125,7 @@ class MomTokenMixer(RecurrentTokenMixer):
             y = mix_memories_over_ranks(
                 x.flatten(0, 1), q, output_gate, weights.flatten(0, 1),
                 self._choices(ids, borders, packed_seq_params, batch > 1), routed, self._shared_parameters(),
-                exchange=expert_exchange(self.config), sequence_slice=sequence_slice,
+                exchange=self.exchange(), sequence_slice=sequence_slice,
             )  # fmt: skip
         else:
             y, _ = mix_routed(
@@ -115,17 +134,44 @@ class MomTokenMixer(RecurrentTokenMixer):
             )  # fmt: skip
         return y, length, batch
 
+    def exchange(self) -> str:
+        """How tokens travel. In evaluation ranks may have batches of different sizes: there exactly the needed rows
+        travel, as every other exchange needs the same number of tokens on every rank. CUDA graphs have one size."""
+        fixed = self.training or self.config.cuda_graph_impl != "none"
+        return expert_exchange(self.config) if fixed else "all-to-all"
+
+    def _convolve_text(self, hidden_states: torch.Tensor, packed_seq_params) -> torch.Tensor:
+        """The tokens of this rank [s, b, h] ([s / tp, b, h] with sequence parallelism) after the convolution over the
+        text. The ranks of both groups hold parts of every sequence, in the order of time."""
+        group = self.pg_collection.tp_cp if self.config.sequence_parallel else self.cp_group
+        length, batch = hidden_states.shape[:2]
+        borders, sequence_slice = self.token_borders(packed_seq_params, batch, length, hidden_states.device, group)
+        kernels = self.config.mom_kernels
+        plan = plan_sequences(borders, length * batch, time_major=batch > 1, kernels=kernels)
+        tokens, _ = convolve_text(
+            hidden_states.flatten(0, 1), self.text_conv, plan, sequence_slice=sequence_slice, kernels=kernels
+        )
+        return tokens.unflatten(0, (length, batch))
+
     def _choices(self, ids, borders, packed_seq_params, time_major: bool) -> Choices:
         """The choices of this rank's tokens, for the exchange over the expert-parallel ranks."""
-        sequences, ragged = borders.shape[0] - 1, packed_seq_params is not None
+        sequences, tokens, exchange = borders.shape[0] - 1, ids.shape[0], self.exchange()
+        ragged, most = packed_seq_params is not None, sequences
+        if ragged:
+            counts = counts_of_batch(packed_seq_params.cu_seqlens_q, sequences, tokens, self.ep_group)
+            most = counts.sequences
+            if exchange != "all-to-all":
+                counts.check_same_tokens(exchange)
+        elif exchange != "all-to-all":
+            compare_once(exchange, sequences, tokens, self.ep_group, ids.device)
+        elif not self.training:
+            most = counts_now(sequences, tokens, self.ep_group, ids.device).sequences
         return Choices(
             ids,
             borders,
             num_memories=self.config.mom_num_memories,
             group=self.ep_group,
-            most_sequences=most_sequences(packed_seq_params.cu_seqlens_q, sequences, self.ep_group)
-            if ragged
-            else sequences,
+            most_sequences=most,
             ragged=ragged,
             time_major=time_major,
             context_size=self.cp_group.size(),

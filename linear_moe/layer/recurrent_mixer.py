@@ -230,14 +230,16 @@ class RecurrentTokenMixer(MegatronModule):
         """The outputs before the output projection [s b, H V] of all tokens, time first; s and b."""
         raise NotImplementedError
 
-    def token_borders(self, packed_seq_params, batch, length, device):
-        """Borders [B + 1] int32: first token of every sequence or packed document, then the number of tokens. Under
-        context parallelism also the slice that this rank holds, else None.
+    def token_borders(self, packed_seq_params, batch, length, device, group=None):
+        """Borders [B + 1] int32: first token of every sequence or packed document, then the number of tokens. Where
+        sequences are cut over ``group``, by default the context-parallel group, also the slice that this rank holds,
+        else None.
         """
-        ranks = self.cp_group.size()
+        group = self.cp_group if group is None else group
+        ranks = group.size()
         if packed_seq_params is None:
             borders = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
-            return borders, ContextSlice(self.cp_group, length) if ranks > 1 else None
+            return borders, ContextSlice(group, length) if ranks > 1 else None
         if batch != 1:
             raise ValueError(f"packed documents come as one row of tokens; got a batch of {batch}")
         borders = packed_seq_params.cu_seqlens_q_padded
@@ -248,7 +250,7 @@ class RecurrentTokenMixer(MegatronModule):
         borders = torch.cat([borders.to(torch.int32), last])
         if ranks == 1:
             return borders, None
-        here = ContextSlice(self.cp_group, length, borders)
+        here = ContextSlice(group, length, borders)
         return here.local_documents(), here
 
     def memory_parameters(self, projection: torch.Tensor | None) -> MemoryParameters:

@@ -7,21 +7,29 @@ of the ranks before. In the backward pass, gradients come from the ranks after i
 rank's transition or the last rank's map, so that two ranks exchange H K V numbers and compute no transition.
 
 Shape legend: ranks P, all memories A, segments of the plan S, segments that may cross an edge N, heads on this rank H,
-key size K, value size V, convolution width W.
+key size K, value size V, convolution width W, parts of a slice J.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from linear_moe.parallel.collectives import Gather, gather
+from linear_moe.parallel.streams import SecondStream
+from megatron_patches.recomputed_regions import kept_value
 from mom_layers.common.kernel_choice import compute_dtype
+from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.rules import MemoryRule, RuleInputs
-from mom_layers.recur.state_passing import fold_gradients, fold_states, join_tails, last_inputs
+from mom_layers.recur.state_passing import compose, fold_gradients, fold_states, join_tails, last_inputs
 from mom_layers.route.plan import RoutingPlan
+
+# States, of all segments, parts and heads, with which the recurrences fill a GPU: Hopper's take their widest tiles from
+# 67 on. Rows that a part has at least, on average: with fewer, states and transitions cost more than parts save.
+FILLING, SHORTEST = 64, 1024
 
 
 @dataclass(frozen=True)
@@ -32,8 +40,9 @@ class Crossing:
         segments: [N] int64, their numbers in the plan; None for all segments of the plan.
         starts, ends: [A, N / A] int32, the first row of each, and the row after its last.
         cu_seqlens: borders of a list of at most 2 N segments that contains the N segments. Computations for these N
-            segments alone run over this list, so that their cost does not grow with the number of documents.
-        places: the places of the N segments in that list.
+            segments alone run over this list, so that their cost does not grow with the number of documents. Without
+            documents, the list of the N J parts of the segments.
+        places: the places of the N segments, or of their parts, in that list.
         crosses: [1] bool, whether the segments cross the edge; None where they do, or where no rank is beyond the edge.
         through: [1] bool, whether the segments cross the other edge of the slice too; None where they do.
     """
@@ -51,6 +60,42 @@ class Crossing:
         if self.segments is None:
             return x
         return x.new_zeros(plan.num_segments, *x.shape[1:]).index_copy(0, self.segments, x)
+
+
+class Maps(NamedTuple):
+    """Transitions, [N, H, K, K] or [N, H, K] if diagonal.
+
+    Attributes:
+        of_slice: of this rank's slice.
+        of_parts: [J, ...] of its parts; None where the slice is one part.
+    """
+
+    of_slice: torch.Tensor
+    of_parts: torch.Tensor | None
+
+
+def _in_parts(cu_seqlens: torch.Tensor, parts: int) -> torch.Tensor:
+    """Borders [S J + 1] of segments that are cut into J parts of whole chunks; the last parts of short ones are empty.
+
+    Args:
+        cu_seqlens: [S + 1].
+    """
+    if parts == 1:
+        return cu_seqlens
+    starts, lengths = cu_seqlens[:-1, None], cu_seqlens.diff()[:, None]
+    step = (lengths + (parts * CHUNK - 1)) // (parts * CHUNK) * CHUNK
+    before = step * torch.arange(parts, dtype=torch.int32, device=cu_seqlens.device)
+    return torch.cat([(starts + torch.minimum(before, lengths)).flatten(), cu_seqlens[-1:]])
+
+
+def _by_part(x: torch.Tensor, parts: int) -> torch.Tensor:
+    """[N J, ...], the parts of a segment side by side, to [J, N, ...]."""
+    return x.unflatten(0, (-1, parts)).transpose(0, 1)
+
+
+def _side_by_side(x: torch.Tensor) -> torch.Tensor:
+    """[J, N, ...] to [N J, ...], the inverse of :func:`_by_part`."""
+    return x.transpose(0, 1).flatten(0, 1)
 
 
 def _where(condition: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
@@ -77,26 +122,26 @@ class ContextSlice:
         """Borders [B + 1] of the documents within this slice; documents in other slices are empty."""
         return self.documents.clamp(self.first, self.end) - self.first
 
-    def incoming(self, plan: RoutingPlan) -> Crossing:
-        """The segments that hold the slice's first tokens."""
+    def incoming(self, plan: RoutingPlan, parts: int = 1) -> Crossing:
+        """The segments that hold the slice's first tokens; their recurrences run over J parts of each."""
         if self.documents is None:
-            return self._all_segments(plan)
+            return self._all_segments(plan, parts)
         segments, begins, ends = self._document_at(self.first, plan)
         return self._crossing(plan, segments, True, begins < self.first, ends > self.end)
 
-    def outgoing(self, plan: RoutingPlan) -> Crossing:
-        """The segments that hold the slice's last tokens."""
+    def outgoing(self, plan: RoutingPlan, parts: int = 1) -> Crossing:
+        """The segments that hold the slice's last tokens; their recurrences run over J parts of each."""
         if self.documents is None:
-            return self._all_segments(plan)
+            return self._all_segments(plan, parts)
         segments, begins, ends = self._document_at(self.end - 1, plan)
         return self._crossing(plan, segments, False, ends > self.end, begins < self.first)
 
     @staticmethod
-    def _all_segments(plan: RoutingPlan) -> Crossing:
+    def _all_segments(plan: RoutingPlan, parts: int) -> Crossing:
         starts, ends = (
             edges.unflatten(0, (plan.num_all_memories, -1)) for edges in (plan.cu_seqlens[:-1], plan.cu_seqlens[1:])
         )
-        return Crossing(None, starts, ends, plan.cu_seqlens, slice(None))
+        return Crossing(None, starts, ends, _in_parts(plan.cu_seqlens, parts), slice(None))
 
     def _document_at(self, token: int, plan: RoutingPlan):
         """The segments of the document that contains a token of the whole row, and the document's borders, [1] each."""
@@ -146,39 +191,86 @@ class ContextSlice:
 
     def recur(self, plan: RoutingPlan, rule: MemoryRule, inputs: RuleInputs, kernels: str) -> torch.Tensor:
         """See :meth:`mom_layers.mixing.SequenceSlice.recur`."""
+        parts = self._num_parts(plan, rule, inputs)
         with torch.no_grad():
-            transition, contribution = self._own_map(plan, rule, inputs, kernels)
-            transitions, contributions = self._exchange(transition, contribution)
-            before = fold_states(transitions[: self.rank], contributions[: self.rank])[-1]
-            state = self.incoming(plan).spread(before, plan)
-        o, final_state = rule.recur(inputs, plan.cu_seqlens, state, torch.is_grad_enabled(), kernels)
+            if self._is_small(plan, rule, inputs, parts):
+                maps, states = kept_value(lambda: self._states_before(plan, rule, inputs, kernels, parts))
+            else:
+                maps, states = self._states_before(plan, rule, inputs, kernels, parts)
+            state = self.incoming(plan, parts).spread(_side_by_side(states), plan)
+        cu_seqlens = _in_parts(plan.cu_seqlens, parts)
+        o, final_state = rule.recur(inputs, cu_seqlens, state, torch.is_grad_enabled(), kernels)
         if final_state is None or not final_state.requires_grad:
             return o
         # Values and states cost memory: they are kept for the backward pass only where the rule needs them.
-        kept = (None, None) if rule.linear_in_state else (inputs.v, before)
+        kept = (None, None) if rule.linear_in_state else (inputs.v, states)
         return _FromLaterRanks.apply(
-            o, final_state, transition, self, plan, rule, kernels, tuple(inputs.gates),
+            o, final_state, maps.of_slice, maps.of_parts, self, plan, rule, kernels, parts, tuple(inputs.gates),
             *kept, inputs.q, inputs.k, *inputs.gates.values(),
         )  # fmt: skip
 
-    def _own_map(self, plan, rule, inputs: RuleInputs, kernels):
-        """Transition [N, H, K, K] ([N, H, K] if diagonal) and contribution [N, H, K, V] of the segments that continue
-        on the next rank; zeros where no rank reads them."""
+    def _num_parts(self, plan: RoutingPlan, rule: MemoryRule, inputs: RuleInputs) -> int:
+        """Into how many parts the slice of a sequence is cut, whose recurrences run side by side.
+
+        Packed documents are not cut, nor the rules whose kernels cut long segments themselves. The number follows from
+        shapes.
+        """
+        parts, heads = 1, inputs.v.shape[1]
+        if self.documents is not None or rule.family in ("", "scalar_decay"):
+            return parts
+        while plan.num_segments * heads * parts < FILLING and plan.num_rows >= 2 * parts * plan.num_segments * SHORTEST:
+            parts *= 2
+        return parts
+
+    def _is_small(self, plan: RoutingPlan, rule: MemoryRule, inputs: RuleInputs, parts: int) -> bool:
+        """Whether the states and transitions that a slice has take no more memory than its values."""
+        segments = plan.num_segments if self.documents is None else plan.num_all_memories
+        keys, columns = rule.state_shape(inputs.k.shape[2], inputs.v.shape[2])
+        columns = parts * columns + (parts + (parts > 1)) * (1 if rule.diagonal_transition else keys)
+        size = segments * inputs.v.shape[1] * keys * columns
+        return size * compute_dtype(inputs.k.dtype).itemsize <= inputs.v.numel() * inputs.v.element_size()
+
+    def _states_before(self, plan, rule, inputs: RuleInputs, kernels, parts: int) -> tuple[Maps, torch.Tensor]:
+        """This rank's transitions, and the states [J, N, H, K, V] before the parts of the slice.
+
+        The states need two recurrences over the slice, or three, and an exchange. A recomputed region keeps what this
+        returns, so that its second forward pass needs neither.
+        """
+        transitions, contributions = self._own_maps(plan, rule, inputs, kernels, parts)
+        transition = compose(transitions)
+        contribution = fold_states(transitions, contributions)[-1] if parts > 1 else contributions[0]
+        of_all = self._exchange(transition, _where(self.outgoing(plan).crosses, contribution))
+        before = fold_states(*(of_rank[: self.rank] for of_rank in of_all))[-1]
+        if parts == 1:
+            return Maps(transition, None), before[None]
+        states = fold_states(transitions[:-1], contributions[:-1], before)
+        return Maps(transition, transitions), torch.stack(states)
+
+    def _own_maps(self, plan, rule, inputs: RuleInputs, kernels, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Transitions [J, N, H, K, K] ([J, N, H, K] if diagonal) and contributions [J, N, H, K, V] of the parts of the
+        segments that continue on the next rank; zeros where no rank reads them."""
         k, v = inputs.k, inputs.v
-        outgoing, dtype = self.outgoing(plan), compute_dtype(k.dtype)
+        outgoing, dtype = self.outgoing(plan, parts), compute_dtype(k.dtype)
         state_shape = rule.state_shape(k.shape[2], v.shape[2])
-        shape = (outgoing.starts.numel(), v.shape[1], state_shape[0])
-        if self.rank < self.size - 1:
-            contribution = rule.recur(inputs, outgoing.cu_seqlens, None, True, kernels)[1]
-            contribution = _where(outgoing.crosses, contribution[outgoing.places])
+        shape = (parts, outgoing.starts.numel(), v.shape[1], state_shape[0])
+        with_transition = parts > 1 or 0 < self.rank < self.size - 1
+        # Both recurrences at once: with long sequences and few heads each leaves most of a GPU idle.
+        second = SecondStream(k.device) if with_transition else None
+        if with_transition:
+            with second.beside():
+                transitions = rule.transition(inputs, outgoing.cu_seqlens, kernels)
+                transitions = _where(outgoing.through, _by_part(transitions[outgoing.places], parts))
         else:
-            contribution = k.new_zeros(*shape[:2], *state_shape, dtype=dtype)
-        if 0 < self.rank < self.size - 1:
-            transition = rule.transition(inputs, outgoing.cu_seqlens, kernels)
-            transition = _where(outgoing.through, transition[outgoing.places])
+            transitions = k.new_zeros((), dtype=dtype)
+            transitions = transitions.expand(shape if rule.diagonal_transition else (*shape, shape[3]))
+        if parts > 1 or self.rank < self.size - 1:
+            contributions = rule.recur(inputs, outgoing.cu_seqlens, None, True, kernels)[1]
+            contributions = _by_part(contributions[outgoing.places], parts)
         else:
-            transition = k.new_zeros(shape if rule.diagonal_transition else (*shape, shape[2]), dtype=dtype)
-        return transition, contribution
+            contributions = k.new_zeros(*shape[:3], *state_shape, dtype=dtype)
+        if with_transition:
+            second.join(transitions)
+        return transitions, contributions
 
     def _exchange(self, transition: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gathers every rank's transition [P, N, H, K, K] (or [P, N, H, K]) and vectors [P, N, H, K, V] together."""
@@ -196,38 +288,46 @@ def _gather(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Ten
 
 
 class _FromLaterRanks(torch.autograd.Function):
-    """Returns o. The backward pass supplies the final state's gradient, through the later ranks' outputs, before o's
-    own backward pass runs: that gradient depends on the gradients of the ranks' initial states through each rank's own
-    outputs alone, which wait for no other rank."""
+    """Returns o. The backward pass supplies the final states' gradients, through later parts and the later ranks'
+    outputs, before o's own backward pass runs: these gradients depend on the gradients of the initial states through
+    each part's own outputs alone, which wait for no other rank."""
 
     @staticmethod
     def forward(
-        ctx, o, final_state, transition, context_slice, plan, rule, kernels, gate_names, v, state, q, k, *gates
-    ):
-        ctx.save_for_backward(transition, v, state, q, k, *gates)
-        ctx.options = context_slice, plan, rule, kernels, gate_names
+        ctx, o, final_state, transition, of_parts, context_slice, plan, rule, kernels, parts, gate_names,
+        v, states, q, k, *gates,
+    ):  # fmt: skip
+        ctx.save_for_backward(transition, of_parts, v, states, q, k, *gates)
+        ctx.options = context_slice, plan, rule, kernels, parts, gate_names
         return o.view_as(o)
 
     @staticmethod
     def backward(ctx, do):
-        here, plan, rule, kernels, gate_names = ctx.options
-        transition, v, state, q, k, *gates = (x if x is None else x.detach() for x in ctx.saved_tensors)
-        incoming = here.incoming(plan)
-        segments = incoming.cu_seqlens.shape[0] - 1
-        state_shape = (segments, do.shape[1], *rule.state_shape(k.shape[2], do.shape[2]))
-        if here.rank > 0:
-            if state is not None:  # the incoming segments' states at their places in the list of segments
-                state, before = k.new_zeros(state_shape, dtype=state.dtype), state
-                state[incoming.places] = before
+        here, plan, rule, kernels, parts, gate_names = ctx.options
+        transition, of_parts, v, states, q, k, *gates = (x if x is None else x.detach() for x in ctx.saved_tensors)
+        incoming = here.incoming(plan, parts)
+        state_shape = (
+            incoming.cu_seqlens.shape[0] - 1, do.shape[1], *rule.state_shape(k.shape[2], do.shape[2])
+        )  # fmt: skip
+        if here.rank > 0 or parts > 1:
+            state = None
+            if states is not None:  # the incoming segments' states at their places in the list of segments
+                state = k.new_zeros(state_shape, dtype=states.dtype)
+                state[incoming.places] = _side_by_side(states)
             inputs = RuleInputs(q, k, v, dict(zip(gate_names, gates, strict=True)))
             start = rule.gradient_of_initial_state(inputs, do, incoming.cu_seqlens, state, kernels)
         else:
             start = k.new_zeros(state_shape, dtype=transition.dtype)
-        gradient = _where(incoming.crosses, start[incoming.places])
-        transitions, gradients = here._exchange(transition, gradient)
+        starts = _by_part(start[incoming.places], parts)
+        first = starts[0] if of_parts is None else fold_gradients(of_parts, starts)[0]
+        transitions, gradients = here._exchange(transition, _where(incoming.crosses, first))
         d_final_state = None
         if here.rank < here.size - 1:
             later = slice(here.rank + 1, None)
             d_final_state = fold_gradients(transitions[later], gradients[later])[0]
+        if of_parts is not None:  # the last part's final state is the slice's
+            d_final_state = torch.stack(fold_gradients(of_parts, starts, d_final_state)[1:])
+            d_final_state = _side_by_side(d_final_state)
+        elif d_final_state is not None:
             d_final_state = here.outgoing(plan).spread(d_final_state, plan)
-        return do, d_final_state, *[None] * (len(gate_names) + 10)
+        return do, d_final_state, *[None] * (len(gate_names) + 12)

@@ -20,7 +20,6 @@ sequences here, D hidden size, H heads here, K key size, V value size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -29,8 +28,9 @@ from linear_moe.parallel.all_gather import AllGather
 from linear_moe.parallel.all_to_all import AllToAll
 from linear_moe.parallel.choices import Choices, Returned
 from linear_moe.parallel.peer_memory import PeerMemory
+from linear_moe.parallel.streams import SecondStream
 from mom_layers.combine.operation import combine
-from mom_layers.mixing import MemoryParameters, SequenceSlice, read_memories
+from mom_layers.mixing import MemoryParameters, SequenceSlice, project_rows, read_memories, run_rule
 from mom_layers.route.plan import RoutingPlan, build_routing_plan
 
 
@@ -61,17 +61,6 @@ EXCHANGES: dict[str, Callable[[Choices], Exchange]] = {
 }
 """By the names of `linear_moe.config.EXPERT_EXCHANGES`."""
 
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _second_stream(device: torch.device):
-    """The stream of the exchange; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
-
 
 def mix_memories_over_ranks(
     x: torch.Tensor,
@@ -87,8 +76,9 @@ def mix_memories_over_ranks(
 ) -> torch.Tensor:
     """:func:`mom_layers.mixing.mix_memories` where every rank of a group holds some of the memories.
 
-    The shared memory reads this rank's tokens while tokens travel. The backward pass overlaps the same way: autograd
-    runs the gradient of an operation on the operation's stream, the latest operation first.
+    The shared memory's rows are projected and convolved while tokens travel, and its recurrence runs while answers
+    travel. The backward pass overlaps the same way: autograd runs the gradient of an operation on the operation's
+    stream, the latest operation first.
 
     Args:
         x: [N, D]. q: [N, H K] before convolution. output_gate: [N, H V] before SiLU.
@@ -102,38 +92,32 @@ def mix_memories_over_ranks(
     Returns:
         y [N, H V] before the output projection.
     """
-    stream, kernels = _second_stream(x.device), choices.kernels
-    if stream is not None:
-        stream.wait_stream(torch.cuda.current_stream())
-
-    def beside():
-        return nullcontext() if stream is None else torch.cuda.stream(stream)
-
-    with beside():
+    kernels, second = choices.kernels, SecondStream(x.device)
+    with second.beside():
         travel = EXCHANGES[exchange](choices)
-    outputs = []
     if shared is not None:
         shared_plan = build_routing_plan(
             torch.zeros_like(choices.ids[:, :1]), choices.token_borders, num_memories=1, shared=False, kernels=kernels
         )
         shared_plan = shared_plan.time_major() if choices.time_major else shared_plan
-        o, _ = read_memories(x, q, shared_plan, shared, sequence_slice=sequence_slice, kernels=kernels)
-        outputs.append(o)
-    with beside():
+        shared_rows, tails = project_rows(x, q, shared_plan, shared, sequence_slice=sequence_slice, kernels=kernels)
+    with second.beside():
         x_here, q_here = travel.bring(x, q)
-    if stream is not None:
-        main = torch.cuda.current_stream()
-        main.wait_stream(stream)
-        for tensor in (x_here, q_here, *travel.tensors()):
-            tensor.record_stream(main)
+    second.join(x_here, q_here, *travel.tensors())
 
     o_here, _ = read_memories(x_here, q_here, travel.plan, routed, kernels=kernels)
-    o, weights, row_of_choice = travel.take_home(o_here, weights)
-    outputs.insert(0, o)
+    second = SecondStream(x.device)
+    with second.beside():
+        o, weights, row_of_choice = travel.take_home(o_here, weights)
+    o_shared = None
     if shared is not None:
+        o_shared, _ = run_rule(shared_rows, tails, shared_plan, shared, None, False, sequence_slice, kernels)
+    second.join(o, weights, row_of_choice)
+    if o_shared is not None:
         row_of_choice = torch.cat([row_of_choice, shared_plan.row_of_choice + o.shape[0]], dim=1)
+        o = torch.cat([o, o_shared])
     y = combine(
-        torch.cat(outputs), weights, row_of_choice, output_gate.unflatten(1, o.shape[1:]), routed.norm_weight,
+        o, weights, row_of_choice, output_gate.unflatten(1, o.shape[1:]), routed.norm_weight,
         eps=routed.settings.norm_eps, kernels=kernels,
     )  # fmt: skip
     return y.flatten(1)

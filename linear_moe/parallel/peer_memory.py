@@ -13,11 +13,13 @@ Shape legend: N tokens of a rank, E ranks, R' rows of a rank with the spare rows
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch.distributed import ProcessGroup
 
 from linear_moe.parallel.all_ranks import plan_all_ranks
 from linear_moe.parallel.choices import Choices, Returned
@@ -40,27 +42,51 @@ class PeerBuffer:
 
 KINDS = ("tokens", "answers", "gradients of tokens", "gradients of answers")
 """Of buffers: what they hold."""
-_buffers: dict[tuple, PeerBuffer] = {}
+
+
+class PeerBuffers:
+    """The buffers of a group, which all layers share. Each layer holds this object: with the last layer the buffers go.
+
+    Take the object from :meth:`of`.
+    """
+
+    _of_groups: weakref.WeakValueDictionary[int, PeerBuffers] = weakref.WeakValueDictionary()
+
+    def __init__(self, group: ProcessGroup):
+        self.group = group  # held, so that no later group has this one's id
+        self.buffers: dict[tuple, PeerBuffer] = {}
+
+    @classmethod
+    def of(cls, group: ProcessGroup) -> PeerBuffers:
+        """The group's object, new where no layer holds it."""
+        found = cls._of_groups.get(id(group))
+        if found is None:
+            found = cls._of_groups[id(group)] = cls(group)
+        return found
+
+    def buffer(self, kind: str, rows: int, channels: int, dtype: torch.dtype, device: torch.device) -> PeerBuffer:
+        """The buffer of a kind and shape. The first call of a shape waits for all ranks.
+
+        Each kind is used on one stream alone, so that a buffer's pulls follow each other on the device.
+        """
+        key = (kind, rows, channels, dtype, device)
+        if key not in self.buffers:
+            self.buffers[key] = symmetric_buffer(*key, self.group)
+        return self.buffers[key]
 
 
 def symmetric_buffer(
-    kind: str, rows: int, channels: int, dtype: torch.dtype, device: torch.device, group
+    kind: str, rows: int, channels: int, dtype: torch.dtype, device: torch.device, group: ProcessGroup
 ) -> PeerBuffer:
-    """The buffer of a kind and shape, which all layers share. The first call of a shape waits for all ranks.
+    """A new buffer in symmetric memory; all ranks make it together."""
+    import torch.distributed._symmetric_memory as symmetric_memory
 
-    Each kind is used on one stream alone, so that a buffer's pulls follow each other on the device.
-    """
-    key = (kind, rows, channels, dtype, device, group.group_name)
-    if key not in _buffers:
-        import torch.distributed._symmetric_memory as symmetric_memory
-
-        tensor = symmetric_memory.empty(rows, channels, dtype=dtype, device=device)
-        handle = symmetric_memory.rendezvous(tensor, group.group_name)
-        peers = [handle.get_remote_tensor(rank, tensor.shape, dtype) for rank in range(group.size())]
-        pointers = torch.tensor([peer.data_ptr() for peer in peers], dtype=torch.int64, device=device)
-        # Buffers may lie in one allocation, whose signals they share: a channel for each kind keeps streams apart.
-        _buffers[key] = PeerBuffer(tensor, pointers, partial(handle.barrier, KINDS.index(kind)))
-    return _buffers[key]
+    tensor = symmetric_memory.empty(rows, channels, dtype=dtype, device=device)
+    handle = symmetric_memory.rendezvous(tensor, group.group_name)
+    peers = [handle.get_remote_tensor(rank, tensor.shape, dtype) for rank in range(group.size())]
+    pointers = torch.tensor([peer.data_ptr() for peer in peers], dtype=torch.int64, device=device)
+    # Buffers may lie in one allocation, whose signals they share: a channel for each kind keeps streams apart.
+    return PeerBuffer(tensor, pointers, partial(handle.barrier, KINDS.index(kind)))
 
 
 def pull(buffer: PeerBuffer, tensors: tuple[torch.Tensor, ...], wanted: torch.Tensor) -> list[torch.Tensor]:
@@ -117,14 +143,11 @@ class PeerMemory:
     """Implements :class:`linear_moe.parallel.expert.Exchange` by pulls.
 
     Args:
-        make_buffer: (kind, rows, channels, dtype, device) -> the buffer; symmetric memory of the group where absent.
+        make_buffer: (kind, rows, channels, dtype, device) -> the buffer; the group's :class:`PeerBuffers` where absent.
     """
 
     def __init__(self, choices: Choices, make_buffer: Callable[..., PeerBuffer] | None = None):
-        def of_group(*shape):
-            return symmetric_buffer(*shape, choices.group)
-
-        self.make_buffer = make_buffer or of_group
+        self.make_buffer = make_buffer or PeerBuffers.of(choices.group).buffer
         all_ranks = plan_all_ranks(choices)
         self.topk = choices.ids.shape[1]
         self.choice_of_row = all_ranks.choice_of_row[:, None]

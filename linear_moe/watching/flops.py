@@ -72,7 +72,7 @@ def mom_layer_flops(args, tokens: float) -> float:
     query_gate_out = 2 * tokens * hidden * (keys + 2 * values)
     projected = tokens if args.mom_single_kv_proj else rows
     memory = 2 * projected * hidden * sum(rule.projection_sizes(heads, key_dim, value_dim))
-    convolutions = 2 * rows * args.mom_conv_kernel * (2 * keys + values)
+    convolutions = 2 * rows * args.mom_conv_kernel * (2 * keys + values) + 2 * tokens * args.mom_text_conv * hidden
     recurrence = rule.recurrence_flops(rows, heads, key_dim, value_dim)
     return FORWARD_AND_BACKWARD * (router + query_gate_out + memory + convolutions + recurrence)
 

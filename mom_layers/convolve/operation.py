@@ -1,4 +1,5 @@
-"""Depthwise causal convolution that starts anew at every segment, then SiLU, then unit length of every head.
+"""Depthwise causal convolution that starts anew at every segment, then SiLU, then unit length of every head. SiLU and
+unit length can be left out.
 
 Shape legend: tokens N, rows R, segments S, channels C, heads H, filter width W.
 """
@@ -66,14 +67,14 @@ def check_convolution(x, weight, plan, gather, unit_length_heads, initial_tail, 
 
 class _SegmentConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, initial_tail, plan, gather, unit_length_heads, output_tail):
+    def forward(ctx, x, weight, initial_tail, plan, gather, unit_length_heads, silu, output_tail):
         from mom_layers.convolve.triton import Convolution, convolve_forward
 
         ctx.save_for_backward(x, weight, initial_tail)
-        ctx.plan, ctx.options = plan, (gather, unit_length_heads)
+        ctx.plan, ctx.options = plan, (gather, unit_length_heads, silu)
         # A gradient that does not exist stays None, so that the kernels skip the work for it.
         ctx.set_materialize_grads(False)
-        convolution = Convolution(x, weight, initial_tail, gather, unit_length_heads)
+        convolution = Convolution(x, weight, initial_tail, gather, unit_length_heads, silu)
         (y,), (tail,), _ = convolve_forward((convolution,), plan, output_tail, UNIT_LENGTH_EPS)
         return y, tail
 
@@ -86,7 +87,7 @@ class _SegmentConvolution(torch.autograd.Function):
         (dx,), (dweight,), (dinitial_tail,) = convolve_backward(
             (convolution,), ctx.plan, UNIT_LENGTH_EPS, (dy,), (dtail,), (ctx.needs_input_grad[2],), (None,)
         )
-        return dx, dweight, dinitial_tail, None, None, None, None
+        return dx, dweight, dinitial_tail, None, None, None, None, None
 
 
 def _final_tail(rows, plan, width, initial_tail):
@@ -101,7 +102,7 @@ def _final_tail(rows, plan, width, initial_tail):
     return tail
 
 
-def _convolution_torch(x, weight, plan, gather, unit_length_heads, initial_tail, output_tail):
+def _convolution_torch(x, weight, plan, gather, unit_length_heads, silu, initial_tail, output_tail):
     rows = gather_rows(x, plan, kernels="torch") if gather else x
     width = weight.shape[1]
     dtype = compute_dtype(rows.dtype)
@@ -119,7 +120,7 @@ def _convolution_torch(x, weight, plan, gather, unit_length_heads, initial_tail,
             entry = (position - back + width - 1).clamp(0, width - 2)
             before = initial_tail.to(dtype)[plan.segment_of_row.long(), entry]
         y = y + torch.where((position >= back)[:, None], earlier, before) * taps[:, width - 1 - back]
-    y = F.silu(y)
+    y = F.silu(y) if silu else y
     if unit_length_heads is not None:
         heads = y.unflatten(1, (unit_length_heads, -1))
         y = (heads * torch.rsqrt((heads * heads).sum(-1, keepdim=True) + UNIT_LENGTH_EPS)).flatten(1)
@@ -133,6 +134,7 @@ def segment_convolution(
     *,
     gather: bool = False,
     unit_length_heads: int | None = None,
+    silu: bool = True,
     initial_tail: torch.Tensor | None = None,
     output_tail: bool = False,
     kernels: str = "auto",
@@ -149,6 +151,7 @@ def segment_convolution(
         plan: the rows' segments.
         gather: x holds tokens; row r reads ``x[plan.token_of_row[r]]``.
         unit_length_heads: H, to divide each head's C / H channels by their length after SiLU.
+        silu: False for the sum over the taps itself in the place of its SiLU.
         initial_tail: [S, W - 1, C], the inputs before each segment's first row, the latest last; zeros when absent.
         output_tail: also return the last W - 1 inputs of every segment, which the next call takes as its initial tail.
         kernels: "auto", "torch" or "triton", which takes float32, bfloat16 and float16, adjacent channels in x, W up
@@ -164,6 +167,8 @@ def segment_convolution(
     kernels = resolve_kernels(kernels, x)
     check_convolution(x, weight, plan, gather, unit_length_heads, initial_tail, kernels)
     if kernels == "torch":
-        return _convolution_torch(x, weight, plan, gather, unit_length_heads, initial_tail, output_tail)
+        return _convolution_torch(x, weight, plan, gather, unit_length_heads, silu, initial_tail, output_tail)
     initial_tail = None if initial_tail is None else initial_tail.contiguous()
-    return _SegmentConvolution.apply(x, weight.contiguous(), initial_tail, plan, gather, unit_length_heads, output_tail)
+    return _SegmentConvolution.apply(
+        x, weight.contiguous(), initial_tail, plan, gather, unit_length_heads, silu, output_tail
+    )

@@ -107,6 +107,7 @@ class Convolution(NamedTuple):
     initial_tail: torch.Tensor | None  # [S, W - 1, C]
     gather: bool  # row r reads x[token_of_row[r]]
     unit_length_heads: int | None  # H, or None to leave the length
+    silu: bool = True  # or the sum over the taps itself
 
 
 def _walks(convolutions, plan, eps, columns):
@@ -119,7 +120,7 @@ def _walks(convolutions, plan, eps, columns):
         blocks.append(block)
         first.append(first[-1] + triton.cdiv(channels, block))
     # Triton takes a tuple for each argument, with one item for each convolution.
-    xs, weights, tails, gathers, heads = (tuple(part) for part in zip(*convolutions, strict=True))
+    xs, weights, tails, gathers, heads, silu = (tuple(part) for part in zip(*convolutions, strict=True))
     copied_block = min(COPIED_COLUMNS, triton.next_power_of_2(max(1, columns)))
     return first[-1] + triton.cdiv(columns, copied_block), dict(
         x=xs,
@@ -133,6 +134,7 @@ def _walks(convolutions, plan, eps, columns):
         STRIDE_X=tuple(x.stride(0) for x in xs),
         C=tuple(weight.shape[0] for weight in weights),
         W=weights[0].shape[1],
+        SILU=silu,
         UNIT_LENGTH=tuple(count is not None for count in heads),
         BC=tuple(blocks),
         FIRST=tuple(first),

@@ -143,23 +143,25 @@ def _inputs_before_segment(
 
 
 @triton.jit
-def _silu(b_w, b_inputs, W: tl.constexpr, dtype: tl.constexpr):
-    """t = tanh(h) and y = SiLU(u) = h + h t, [BC], with h = u / 2 the sum over the halved taps."""
+def _silu(b_w, b_inputs, W: tl.constexpr, SILU: tl.constexpr, dtype: tl.constexpr):
+    """t = tanh(h) and y = SiLU(u) = h + h t, [BC], with h = u / 2 the sum over the halved taps. Without SiLU t = 1, so
+    that y = u and dy/du = 1."""
     # h = u / 2, in float32 like all sums.
     b_h = b_w[0] * b_inputs[0]
     for j in tl.static_range(1, W):
         b_h += b_w[j] * b_inputs[j]
-    b_t = tanh(b_h, dtype)
+    b_t = tanh(b_h, dtype) if SILU else tl.full(b_h.shape, 1.0, tl.float32)
     return b_t, b_h + b_h * b_t
 
 
 @triton.jit
 def _forward_row(
-    b_x, b_window, b_w, y, i_row, eps, b_c, m_c, C: tl.constexpr, W: tl.constexpr, UNIT_LENGTH: tl.constexpr
-):
+    b_x, b_window, b_w, y, i_row, eps, b_c, m_c, C: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr,
+    UNIT_LENGTH: tl.constexpr,
+):  # fmt: skip
     """Writes y = unit(SiLU(u)) of row i_row. Returns the inputs before the next row."""
     b_inputs = (b_x.to(tl.float32),) + b_window
-    _, b_y = _silu(b_w, b_inputs, W, y.dtype.element_ty)
+    _, b_y = _silu(b_w, b_inputs, W, SILU, y.dtype.element_ty)
     if UNIT_LENGTH:
         b_y *= tl.rsqrt(tl.sum(b_y * b_y, axis=0) + eps)
     _store(y + i_row.to(tl.int64) * C + b_c, b_y, None, m_c)
@@ -169,8 +171,8 @@ def _forward_row(
 @triton.jit
 def _forward_walk(
     x, weight, initial_tail, y, token_of_row, segment_of_row, cu_seqlens, num_rows, eps, i_run, i_block,
-    stride_x: tl.constexpr, C: tl.constexpr, W: tl.constexpr, UNIT_LENGTH: tl.constexpr, RUN: tl.constexpr,
-    AHEAD: tl.constexpr, BC: tl.constexpr,
+    stride_x: tl.constexpr, C: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, UNIT_LENGTH: tl.constexpr,
+    RUN: tl.constexpr, AHEAD: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """y of the run's rows, for one block of channels."""
     b_c = i_block * BC + tl.arange(0, BC)
@@ -194,7 +196,7 @@ def _forward_walk(
         # y_t = unit(SiLU(sum_j weight[:, W - 1 - j] x_{t - j})): AHEAD rows of one segment, without a branch.
         if i + AHEAD <= i_end:
             for n in tl.static_range(AHEAD):
-                b_window = _forward_row(b_rows[n], b_window, b_w, y, i + n, eps, b_c, m_c, C, W, UNIT_LENGTH)
+                b_window = _forward_row(b_rows[n], b_window, b_w, y, i + n, eps, b_c, m_c, C, W, SILU, UNIT_LENGTH)
         else:
             # The same, row by row: a segment ends among the rows, whose successor starts with its own tail.
             for n in range(0, tl.minimum(AHEAD, i_last - i)):
@@ -204,7 +206,7 @@ def _forward_walk(
                     i_end = tl.load(cu_seqlens + i_segment + 1)
                     b_window = _inputs_before_segment(initial_tail, i_segment, i_row >= 0, b_c, m_c, C, W, BC)
                 b_x = _load(x + _source(token_of_row, i_row, num_rows).to(tl.int64) * stride_x + b_c, m_c)
-                b_window = _forward_row(b_x, b_window, b_w, y, i_row, eps, b_c, m_c, C, W, UNIT_LENGTH)
+                b_window = _forward_row(b_x, b_window, b_w, y, i_row, eps, b_c, m_c, C, W, SILU, UNIT_LENGTH)
         b_rows = b_next
 
 
@@ -231,8 +233,8 @@ def _copy_columns(
 @triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     x, weight, initial_tail, y, token_of_row, segment_of_row, cu_seqlens, copied, copy, token_of_copy, num_rows, eps,
-    STRIDE_X: tl.constexpr, C: tl.constexpr, W: tl.constexpr, UNIT_LENGTH: tl.constexpr, BC: tl.constexpr,
-    FIRST: tl.constexpr, STRIDE_COPIED: tl.constexpr, COLUMNS: tl.constexpr, BG: tl.constexpr,
+    STRIDE_X: tl.constexpr, C: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, UNIT_LENGTH: tl.constexpr,
+    BC: tl.constexpr, FIRST: tl.constexpr, STRIDE_COPIED: tl.constexpr, COLUMNS: tl.constexpr, BG: tl.constexpr,
     RUN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Tuples have one item for each convolution. Convolution n has the blocks of channels FIRST[n] up to FIRST[n + 1]
@@ -242,7 +244,7 @@ def _forward_kernel(
         if (i_block >= FIRST[n]) & (i_block < FIRST[n + 1]):
             _forward_walk(
                 x[n], weight[n], initial_tail[n], y[n], token_of_row[n], segment_of_row, cu_seqlens, num_rows, eps,
-                tl.program_id(0), i_block - FIRST[n], STRIDE_X[n], C[n], W, UNIT_LENGTH[n], RUN, AHEAD, BC[n],
+                tl.program_id(0), i_block - FIRST[n], STRIDE_X[n], C[n], W, SILU[n], UNIT_LENGTH[n], RUN, AHEAD, BC[n],
             )  # fmt: skip
     if copied is not None:
         if i_block >= FIRST[len(x)]:
@@ -254,11 +256,11 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_row(
-    b_x, b_dy, b_window, b_w, eps, W: tl.constexpr, UNIT_LENGTH: tl.constexpr, dtype: tl.constexpr
+    b_x, b_dy, b_window, b_w, eps, W: tl.constexpr, SILU: tl.constexpr, UNIT_LENGTH: tl.constexpr, dtype: tl.constexpr
 ):  # fmt: skip
     """2 du, twice the gradient before SiLU, and the inputs of all taps."""
     b_inputs = (b_x.to(tl.float32),) + b_window
-    b_t, b_y = _silu(b_w, b_inputs, W, dtype)
+    b_t, b_y = _silu(b_w, b_inputs, W, SILU, dtype)
     b_dy = b_dy.to(tl.float32)
     # unit's gradient, with s = 1 / sqrt(|y|^2 + eps):  dy <- s dy - s^3 (dy . y) y
     if UNIT_LENGTH:
@@ -296,8 +298,8 @@ def _add_products(b_dw, b_du, b_inputs, W: tl.constexpr):
 def _backward_walk(
     x, weight, initial_tail, dy, dtail, dx, du, dweight_parts, token_of_row, token_of_dx, segment_of_row, cu_seqlens,
     num_rows, eps, i_run, i_block, stride_x: tl.constexpr, stride_dy: tl.constexpr, stride_dx: tl.constexpr,
-    stride_parts: tl.constexpr, C: tl.constexpr, W: tl.constexpr, UNIT_LENGTH: tl.constexpr, RUN: tl.constexpr,
-    AHEAD: tl.constexpr, BC: tl.constexpr,
+    stride_parts: tl.constexpr, C: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, UNIT_LENGTH: tl.constexpr,
+    RUN: tl.constexpr, AHEAD: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """dx of the run's rows (before the sum over a token's rows; at the rows' tokens where ``token_of_dx`` is given, as
     a token has one row then), the run's share [W, C] of the weight's gradient, and
@@ -332,7 +334,7 @@ def _backward_walk(
         # du_t, dw_j += du_t x_{t - j}, dx_{t - j} += weight[:, W - 1 - j] du_t: AHEAD rows of one segment and this run.
         if i + AHEAD <= tl.minimum(i_end, i_last):
             for n in tl.static_range(AHEAD):
-                b_du, b_inputs = _backward_row(b_rows[n], b_dys[n], b_window, b_w, eps, W, UNIT_LENGTH, dtype)
+                b_du, b_inputs = _backward_row(b_rows[n], b_dys[n], b_window, b_w, eps, W, SILU, UNIT_LENGTH, dtype)
                 b_window = b_inputs[: W - 1]
                 b_dw = _add_products(b_dw, b_du, b_inputs, W)
                 if du is not None:
@@ -363,7 +365,7 @@ def _backward_walk(
                 i_at = tl.minimum(i_row, num_rows - 1).to(tl.int64)
                 b_x = _load(x + _source(token_of_row, i_row, num_rows).to(tl.int64) * stride_x + b_c, m_c)
                 b_dy = _load(dy + i_at * stride_dy + b_c, m_c)
-                b_du, b_inputs = _backward_row(b_x, b_dy, b_window, b_w, eps, W, UNIT_LENGTH, dtype)
+                b_du, b_inputs = _backward_row(b_x, b_dy, b_window, b_w, eps, W, SILU, UNIT_LENGTH, dtype)
                 b_window = b_inputs[: W - 1]
                 mine = i_row < i_last
                 b_dw = _add_products(b_dw, tl.where(mine, b_du, 0.0), b_inputs, W)
@@ -385,7 +387,7 @@ def _backward_walk(
 def _backward_kernel(
     x, weight, initial_tail, dy, dtail, dx, du, dweight_parts, token_of_row, token_of_dx, segment_of_row, cu_seqlens,
     copied, copy, token_of_copy, num_rows, eps, STRIDE_X: tl.constexpr, STRIDE_DY: tl.constexpr,
-    STRIDE_DX: tl.constexpr, STRIDE_PARTS: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+    STRIDE_DX: tl.constexpr, STRIDE_PARTS: tl.constexpr, C: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr,
     UNIT_LENGTH: tl.constexpr, BC: tl.constexpr, FIRST: tl.constexpr, STRIDE_COPY: tl.constexpr,
     COLUMNS: tl.constexpr, BG: tl.constexpr, RUN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
@@ -396,7 +398,8 @@ def _backward_kernel(
             _backward_walk(
                 x[n], weight[n], initial_tail[n], dy[n], dtail[n], dx[n], du[n], dweight_parts[n], token_of_row[n],
                 token_of_dx, segment_of_row, cu_seqlens, num_rows, eps, tl.program_id(0), i_block - FIRST[n],
-                STRIDE_X[n], STRIDE_DY[n], STRIDE_DX[n], STRIDE_PARTS, C[n], W, UNIT_LENGTH[n], RUN, AHEAD, BC[n],
+                STRIDE_X[n], STRIDE_DY[n], STRIDE_DX[n], STRIDE_PARTS, C[n], W, SILU[n], UNIT_LENGTH[n], RUN,
+                AHEAD, BC[n],
             )  # fmt: skip
     if copied is not None:
         if i_block >= FIRST[len(x)]:

@@ -131,6 +131,8 @@ FIELDS = (
           setting="shared_memory"),
     Field("single_kv_proj", TRUTH, False, "one key, value and gate projection for all memories",
           megatron="mom_single_kv_proj", setting="single_kv_proj"),
+    Field("text_conv_size", whole(0, 8), 0, "width of a convolution over the text, before the router; 0 for none",
+          megatron="mom_text_conv", setting="text_conv"),
     Field("mom_backend", TEXT, "gated_deltanet", "name of the memory update rule", megatron="mom_rule",
           setting="rule"),
     Field("attn", ANY, None, "None, or which layers are softmax attention instead: {\"layers\": [indices], "

@@ -104,12 +104,12 @@ class RecurrentAttention(nn.Module):
             ValueError: an adapter on a convolution or on the output norm, whose weights the kernels read.
         """
         for name, kind in (("q_conv1d", CONVOLUTIONS), ("k_conv1d", CONVOLUTIONS), ("v_conv1d", CONVOLUTIONS),
-                           ("o_norm", HeadNorm)):  # fmt: skip
-            if not isinstance(getattr(self, name), kind):
+                           ("text_conv1d", CONVOLUTIONS), ("o_norm", HeadNorm)):  # fmt: skip
+            if hasattr(self, name) and not isinstance(getattr(self, name), kind):
                 raise ValueError(
                     f"{name} is a {type(getattr(self, name)).__name__}: the layer's kernels read the weights of its "
                     "convolutions and of its output norm, so that no adapter can act on them. Leave q_conv1d, "
-                    "k_conv1d, v_conv1d and o_norm out of the adapter's target modules"
+                    "k_conv1d, v_conv1d, text_conv1d and o_norm out of the adapter's target modules"
                 )
         norm_weight = self.o_norm()
         return MemoryParameters(
@@ -152,10 +152,13 @@ class MomAttention(RecurrentAttention):
                 setattr(self, f"{letter}_proj", MemoryProjections(hidden, size, config.num_memories))
             if config.single_kv_proj or config.shared_mem:
                 setattr(self, f"shared_{letter}", nn.Linear(hidden, size, bias=False))
+        if config.text_conv_size:
+            self.text_conv1d = ShortConvolution(hidden, config.text_conv_size)
         self._make_shared_modules()
 
     def _maps(self) -> TokenMaps:
-        return TokenMaps(query=self.q_proj, output_gate=self.g_proj, out=self.o_proj)
+        filters = self.text_conv1d() if self.settings.text_conv else None
+        return TokenMaps(query=self.q_proj, output_gate=self.g_proj, out=self.o_proj, text_conv=filters)
 
     def _mix(self, x, parameters, cu_seqlens, options):
         return mix_tokens(x, self.gate, self._maps(), parameters, cu_seqlens, **options)

@@ -24,6 +24,19 @@ def _times(transition: torch.Tensor, state: torch.Tensor, transposed: bool) -> t
     return (transition.transpose(-1, -2) if transposed else transition) @ state
 
 
+def compose(transitions: torch.Tensor) -> torch.Tensor:
+    """T_{P-1} ... T_1 T_0, of consecutive slices: [P, N, H, K, K], or [P, N, H, K] for diagonal ones."""
+    whole = transitions[0]
+    for transition in transitions[1:]:
+        whole = transition * whole if _is_diagonal(transition) else transition @ whole
+    return whole
+
+
+def _is_diagonal(transition: torch.Tensor) -> bool:
+    """Whether T [N, H, K, K] or [N, H, K] is given as its diagonal."""
+    return transition.dim() == 3
+
+
 def fold_states(
     transitions: torch.Tensor, contributions: torch.Tensor, initial_state: torch.Tensor | None = None
 ) -> list[torch.Tensor]:

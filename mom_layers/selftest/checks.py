@@ -73,6 +73,10 @@ def all_checks(setting: Setting) -> dict[str, Check]:
         checks[f"state passing of {rule}"] = partial(
             recurrences.state_passing, name=rule, heads=WIDTH // 128, k_dim=128, v_dim=128, cuts=CUTS
         )
+    # Kernels of their own compute the chunks whose decay is strong.
+    checks["hgrn2, strong decay"] = partial(
+        recurrences.recurrence, name="hgrn2", heads=WIDTH // 128, k_dim=128, v_dim=128, gate_scale=8.0
+    )
     # The longest checks first, so that no process is left with a long check at the end.
     recurrent = tuple(rule_names())
     return dict(sorted(checks.items(), key=lambda item: not item[0].startswith(recurrent)))

@@ -307,18 +307,20 @@ def convolutions(
 
         return Case(leaves, run, reference)
 
-    def tokens_convolved(tokens):
+    def tokens_convolved(tokens, linear=False):
         plan = tokens.plan(setting)
+        unit_heads = None if linear else heads
 
         def run(x):
             y, tail = segment_convolution(
-                x["x"], x["conv"], plan, gather=True, unit_length_heads=heads, output_tail=True, kernels="triton"
-            )
+                x["x"], x["conv"], plan, gather=True, unit_length_heads=unit_heads, silu=not linear, output_tail=True,
+                kernels="triton",
+            )  # fmt: skip
             return {"y": y, "tail": tail}
 
         def reference(x):
             rows = x["x"][plan.token_of_row.long()]
-            y, tail = segment_convolution_reference(rows, x["conv"], plan.cu_seqlens, heads)
+            y, tail = segment_convolution_reference(rows, x["conv"], plan.cu_seqlens, unit_heads, silu=not linear)
             return {"y": y, "tail": tail}
 
         leaves = {
@@ -337,7 +339,7 @@ def convolutions(
     if tails:
         yield Task(
             "convolution of tokens", f"{heads} heads of {k_dim}, {type_name(setting.dtype)}",
-            (lambda: tokens_convolved(tokens),), setting.dtype,
+            (lambda: tokens_convolved(tokens), lambda: tokens_convolved(tokens, linear=True)), setting.dtype,
             work=(lambda: work_of(tokens_convolved(timed))) if timed else None,
         )  # fmt: skip
 

@@ -46,8 +46,10 @@ def _parameters(rule: MemoryRule, setting: Setting, heads: int, k_dim: int) -> d
         return {name: value.to(setting.device) for name, value in rule.init_parameters(heads, k_dim).items()}
 
 
-def _leaves(rule: MemoryRule, setting: Setting, rows: int, heads: int, k_dim: int, v_dim: int, dtype):
-    """q, k, v after the convolutions but before unit length, and raw gates."""
+def _leaves(
+    rule: MemoryRule, setting: Setting, rows: int, heads: int, k_dim: int, v_dim: int, dtype, gate_scale: float = 1.0
+):  # fmt: skip
+    """q, k, v after the convolutions but before unit length, and raw gates, whose size is ``gate_scale``."""
     key_heads = rule.num_key_heads(heads)
     leaves = {
         "q": setting.draw(rows, key_heads, k_dim, seed=1, dtype=dtype),
@@ -55,7 +57,9 @@ def _leaves(rule: MemoryRule, setting: Setting, rows: int, heads: int, k_dim: in
         "v": setting.draw(rows, heads, v_dim, seed=3, dtype=dtype),
     }
     for number, gate in enumerate(rule.raw_gates):
-        leaves[gate.name] = setting.draw(rows, heads * gate.width(k_dim, v_dim), seed=4 + number, dtype=dtype)
+        leaves[gate.name] = setting.draw(
+            rows, heads * gate.width(k_dim, v_dim), seed=4 + number, dtype=dtype, scale=gate_scale
+        )
     return leaves
 
 
@@ -103,10 +107,10 @@ def gates(setting: Setting, name: str, rows: int, heads: int, k_dim: int, v_dim:
 
 def recurrence_case(
     rule: MemoryRule, setting: Setting, lengths: Sequence[int], heads: int, k_dim: int, v_dim: int,
-    dtype: torch.dtype, states: bool,
+    dtype: torch.dtype, states: bool, gate_scale: float = 1.0,
 ) -> Case:  # fmt: skip
     """Gates and recurrence of a rule. ``states``: from an initial state, and with the final state as an output."""
-    leaves = _leaves(rule, setting, sum(lengths), heads, k_dim, v_dim, dtype)
+    leaves = _leaves(rule, setting, sum(lengths), heads, k_dim, v_dim, dtype, gate_scale)
     parameters = _parameters(rule, setting, heads, k_dim)
     cu_seqlens = setting.borders(lengths)
     if states:
@@ -147,13 +151,14 @@ def _work(rule: MemoryRule, setting: Setting, heads: int, k_dim: int, v_dim: int
 def recurrence(
     setting: Setting, name: str, heads: int, k_dim: int, v_dim: int, *, dtype: torch.dtype | None = None,
     cases: Sequence[tuple[Sequence[int], bool]] = ((RAGGED, True), (MANY, False)), timed: bool = False,
-    every_set: bool = True,
+    every_set: bool = True, gate_scale: float = 1.0,
 ) -> Iterator[Task]:  # fmt: skip
     """A rule by the kernel set that the chip takes, then by every other set that takes the chip.
 
     Args:
         cases: lengths of segments, and whether with states.
         every_set: False for the chip's own set alone.
+        gate_scale: of the raw gates.
     """
     rule, dtype = get_rule(name), dtype or setting.dtype
     if not rule.has_kernels(k_dim, v_dim):
@@ -162,7 +167,7 @@ def recurrence(
     for family in families:
         family.kernel_set.cache_clear()
     about = f"{heads} heads, K {k_dim} V {v_dim}, {type_name(dtype)}"
-    built = tuple(partial(recurrence_case, rule, setting, lengths, heads, k_dim, v_dim, dtype, states)
+    built = tuple(partial(recurrence_case, rule, setting, lengths, heads, k_dim, v_dim, dtype, states, gate_scale)
                   for lengths, states in cases)  # fmt: skip
     work = partial(_work, rule, setting, heads, k_dim, v_dim, dtype) if timed else None
     yield Task(name, about, built, dtype, work)

@@ -20,8 +20,8 @@ from mom_layers.route.router import route
 
 LAYER = {
     "hidden_size": 32, "num_heads": 2, "head_dim": 16, "expand_v": 1.0, "num_memories": 3, "topk": 2,
-    "shared_memory": True, "conv_kernel": 4, "rule": "gated_deltanet", "single_kv_proj": False, "norm_eps": 1e-6,
-    "kernels": "torch",
+    "shared_memory": True, "conv_kernel": 4, "rule": "gated_deltanet", "single_kv_proj": False, "text_conv": 0,
+    "norm_eps": 1e-6, "kernels": "torch",
 }  # fmt: skip
 TOKENS, MEMORIES, TOPK, HEADS, SIZE = 12, 3, 2, 2, 16
 DROP = object()

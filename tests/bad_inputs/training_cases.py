@@ -24,8 +24,8 @@ WORDS = (
 ).split()
 OURS = {
     "--token-mixer": str, "--mom-rule": str, "--mom-num-memories": int, "--mom-topk": int, "--mom-num-heads": int,
-    "--mom-head-dim": int, "--mom-expand-v": float, "--mom-conv-kernel": int, "--mom-aux-loss-coeff": float,
-    "--mom-z-loss-coeff": float, "--mom-kernels": str,
+    "--mom-head-dim": int, "--mom-expand-v": float, "--mom-conv-kernel": int, "--mom-text-conv": int,
+    "--mom-aux-loss-coeff": float, "--mom-z-loss-coeff": float, "--mom-kernels": str,
 }  # fmt: skip
 MEGATRONS = {
     "--num-layers": int, "--hidden-size": int, "--num-attention-heads": int, "--ffn-hidden-size": int,

@@ -51,6 +51,7 @@ def recipe(**changes):
         linear_conv_kernel_dim=None,
         token_mixer="mom", mom_rule="gated_deltanet", mom_num_memories=4, mom_topk=2, mom_shared_memory=True,
         mom_num_heads=4, mom_head_dim=256, mom_expand_v=1.0, mom_conv_kernel=4, mom_single_kv_proj=False,
+        mom_text_conv=0,
     )  # fmt: skip
     return SimpleNamespace(**(args | changes))
 
@@ -64,6 +65,8 @@ def test_mom_layer_flops_by_hand():
     single = mom_layer_flops(recipe(mom_single_kv_proj=True, mom_shared_memory=False), TOKENS)
     rows = 2 * (CONVOLUTIONS + RECURRENCE) // 3
     assert single == 3 * TOKENS * (ROUTER + QUERY_GATE_OUT + MEMORY_PROJECTIONS // 3 + rows)
+    over_text = mom_layer_flops(recipe(mom_text_conv=4), TOKENS) - mom_layer_flops(recipe(), TOKENS)
+    assert over_text == 3 * TOKENS * 2 * 4 * 1024
 
 
 @pytest.mark.parametrize("rule", rule_names())
@@ -91,7 +94,7 @@ def test_mom_layer_flops_against_a_flop_counter(single_kv_proj, rule):
     projections = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
 
     args = SimpleNamespace(
-        hidden_size=64, mom_shared_memory=True, mom_conv_kernel=4,
+        hidden_size=64, mom_shared_memory=True, mom_conv_kernel=4, mom_text_conv=0,
         **{f"mom_{name}": value for name, value in sizes.items()},
     )  # fmt: skip
     rows, keys, values = 3 * 48, 32, 64

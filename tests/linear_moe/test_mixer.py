@@ -50,11 +50,13 @@ def plain_layer(mixer) -> MixtureOfMemories:
     plain = MixtureOfMemories(
         c.hidden_size, c.mom_num_heads, c.mom_head_dim, c.mom_expand_v, c.mom_num_memories, c.mom_topk,
         c.mom_shared_memory, c.mom_conv_kernel, c.mom_rule, c.mom_single_kv_proj, c.layernorm_epsilon,
+        text_conv=c.mom_text_conv,
     )  # fmt: skip
     q, gate = mixer.in_proj.weight.split([mixer.key_width, mixer.value_width])
     state = {"q_proj.weight": q, "gate_proj.weight": gate, "out_proj.weight": mixer.out_proj.weight}
     state |= {"router.weight": mixer.router.weight, "memory_proj": mixer.memory_proj, "norm_weight": mixer.norm_weight}
     state |= {name: getattr(mixer, name) for name in ("q_conv", "k_conv", "v_conv")}
+    state |= {"text_conv": mixer.text_conv} if c.mom_text_conv else {}
     state |= {f"rule_parameters.{name}": getattr(mixer, name) for name in mixer.rule.parameter_names}
     plain.load_state_dict({name: value.detach() for name, value in state.items()})
     return plain.to(DEVICE)
@@ -65,7 +67,11 @@ def hidden_states(length=20, batch=3):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"mom_shared_memory": False}, {"mom_single_kv_proj": True}, {"mom_topk": 1}, {"mom_rule": "gla"}]
+    "settings",
+    [
+        *({}, {"mom_shared_memory": False}, {"mom_single_kv_proj": True}, {"mom_topk": 1}, {"mom_rule": "gla"}),
+        {"mom_text_conv": 4},
+    ],
 )
 def test_equals_the_plain_layer(megatron, settings):
     mixer = make_mixer(**settings, mom_aux_loss_coeff=0.0)

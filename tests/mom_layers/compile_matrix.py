@@ -61,17 +61,17 @@ def compile_layer(rule: str, dtype: torch.dtype, key_size: int, value_size: int,
         *(torch.zeros(1, memories, WIDTH - 1, n, dtype=dtype, requires_grad=True) for n in (keys, keys, values)),
     )
     out, after = layer(x, state=state, output_state=True)
-    (out.sum() + sum(part.sum() for part in vars(after).values())).backward()
+    (out.sum() + sum(part.sum() for _, part in after.named_tensors())).backward()
     with torch.no_grad():
         layer(x, output_state=True, token_mask=torch.ones(1, TOKENS, dtype=torch.bool))
         for batch in (1, 16):  # few tokens read their memories' weights, many read all weights
             layer.step(
                 x[0, :batch],
-                MemoryState(*(part.expand(batch, *part.shape[1:]).contiguous() for part in vars(state).values())),
+                MemoryState(*(part.expand(batch, *part.shape[1:]).contiguous() for _, part in state.named_tensors())),
             )
     shared = MixtureOfMemories(
         128, num_heads=HEADS, head_dim=key_size, expand_v=value_size / key_size, rule=rule, kernels="triton",
-        single_kv_proj=True,
+        single_kv_proj=True, text_conv=WIDTH,
     ).to(dtype)  # fmt: skip
     shared(x)[0].sum().backward()
     zero_spare_rows_triton(x.detach()[0].contiguous(), torch.zeros(1, dtype=torch.int32))
@@ -100,7 +100,7 @@ def compile_alone(rule: str, dtype: torch.dtype, key_size: int, value_size: int)
         ).to(dtype)  # fmt: skip
         out, state = layer(x, output_state=True)
         out.sum().backward()
-        layer.step(x[0, :1].detach(), MemoryState(*(part.detach().contiguous() for part in vars(state).values())))
+        layer.step(x[0, :1].detach(), MemoryState(*(part.detach().contiguous() for _, part in state.named_tensors())))
     # So few and long sequences are cut into parts.
     borders = torch.tensor([0, LONG // 2, LONG], dtype=torch.int32)
     projected = torch.zeros(LONG, layer.in_proj.out_features, dtype=dtype, requires_grad=True)

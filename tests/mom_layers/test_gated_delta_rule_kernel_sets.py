@@ -11,9 +11,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mom_layers.common.chips import CHIPS, Chip, forced
+from mom_layers.recur.hopper_tiles import tiles
 from mom_layers.recur.scalar_delta import blackwell, hopper, kernel_sets, triton
 from mom_layers.recur.scalar_delta.hopper import launches as hopper_launches
-from mom_layers.recur.scalar_delta.hopper.tiles import tiles
 from mom_layers.recur.scalar_delta.triton.launches import TABLES, Launch, table_for
 
 H100, A100 = Chip("H100", (9, 0), 227 * 1024), Chip("A100", (8, 0), 163 * 1024)

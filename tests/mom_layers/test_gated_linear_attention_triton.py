@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -11,12 +12,16 @@ import torch
 from comparison import TOLERANCE, relative_error
 from test_gated_linear_attention import NAMES, expected, inputs, outputs_and_gradients
 
-from mom_layers.common.chips import Chip
+from mom_layers.common.chips import Chip, forced
 from mom_layers.common.supported import HEAD_SIZES
 from mom_layers.recur import channel_decay
+from mom_layers.recur.channel_decay import hopper
 from mom_layers.recur.channel_decay import triton as general
+from mom_layers.recur.channel_decay.hopper import launches as hopper_launches
 from mom_layers.recur.channel_decay.kernel_sets import KERNEL_SETS, kernel_set
+from mom_layers.recur.channel_decay.tensors import SPAN, Inputs
 from mom_layers.recur.channel_decay.triton import launches
+from mom_layers.recur.chunks import Chunks
 
 RAGGED = [0, 1, 63, 64, 65, 0, 130]
 gated_linear_attention = functools.partial(channel_decay.gated_linear_attention, kernels="triton")
@@ -63,6 +68,23 @@ def test_gated_linear_attention_triton_over_several_spans(decay, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gated_linear_attention_triton_decays(dtype, decay):
     compare([66], 1, 16, 16, dtype, decay)
+
+
+@pytest.mark.parametrize("dtype,most", [(torch.bfloat16, 120), (torch.float16, 120), (torch.float32, 20)])
+def test_chunks_are_whole_up_to_a_limit_of_their_decay(dtype, most):
+    """A chunk that decays a little less than the limit, one that decays a little more, and a chunk of few rows."""
+    leaves, cu_seqlens = inputs([64 * 2 + 5], 1, 16, 16, dtype)
+    a_row = -most * math.log(2) / 64
+    with torch.no_grad():
+        leaves["g"][:64, :, 0] = 0.99 * a_row
+        leaves["g"][64:128, :, 0] = 1.01 * a_row
+    q, k, v, g = (leaves[name].detach() for name in NAMES[:4])
+    chunks = Chunks.of(cu_seqlens, q.shape[0], SPAN)
+    local = general.chunk_local(inputs=Inputs(q, k, v, g, 1.0), chunks=chunks)
+    assert local.whole_chunks[:3, 0].tolist() == [1, 0, 1]
+    got, want = run(leaves, cu_seqlens), expected(leaves, cu_seqlens)
+    errors = {name: relative_error(got[name], want[name]) for name in want}
+    assert max(errors.values()) <= TOLERANCE.get(dtype, 1e-2), errors
 
 
 @pytest.mark.parametrize(
@@ -163,6 +185,25 @@ def test_gated_linear_attention_triton_refuses(monkeypatch):
     refuses("cu_seqlens must be on .*, got meta", cu_seqlens=cu_seqlens.to("meta"))
 
 
+def test_hopper_runs_its_own_set_for_the_sizes_that_it_takes():
+    def chosen(chip, dtype, k_dim, v_dim):
+        with forced(chip=chip):
+            return kernel_set(torch.device("cuda", 0), dtype, k_dim, v_dim)
+
+    assert chosen("sm_90", torch.bfloat16, 256, 64) is chosen("sm_90", torch.float16, 64, 256) is hopper
+    assert chosen("sm_90", torch.float32, 256, 256) is chosen("sm_90", torch.bfloat16, 32, 256) is general
+    assert chosen("sm_80", torch.bfloat16, 256, 256) is chosen("sm_100", torch.bfloat16, 256, 256) is general
+
+
+@pytest.mark.parametrize("key_size", [64, 128, 256])
+@pytest.mark.parametrize("value_size", [64, 128, 256])
+@pytest.mark.parametrize("num_states", [1, 100, 10000])
+def test_hoppers_tiles_divide_the_head_sizes(key_size, value_size, num_states):
+    launch = hopper_launches.recurrence_launch(key_size, value_size, num_states)
+    assert value_size % launch.tile == 0 and launch.tile >= 32
+    assert key_size % hopper_launches.state_gradients_launch(key_size, value_size).tile == 0
+
+
 def test_the_last_kernel_set_takes_every_chip():
     assert KERNEL_SETS[-1] is general
     for capability, kilobytes in (((0, 0), 163), ((8, 0), 163), ((9, 0), 227), ((99, 0), 64)):
@@ -191,7 +232,7 @@ def test_the_shared_memory_of_a_chip_decides_its_tiles(caplog):
 def test_tiles_divide_the_head_sizes(table, key_size, value_size):
     """Grids are counted by whole tiles: a rest would be left out."""
     found = table.launches(key_size, value_size)
-    by_key = (found.decayed_rows, found.scores, found.state_gradients, found.query_key_gradients)
+    by_key = (found.chunk_local, found.block_scores, found.state_gradients, found.row_gradients, found.block_gradients)
     assert all(key_size % launch.tile == 0 for launch in by_key)
     assert all(value_size % launch.tile == 0 for launch in (found.recurrence, found.score_gradients))
 
@@ -203,29 +244,39 @@ from compile_only import compiling, left_operands_in_registers
 from mom_layers.common.chips import Chip
 from mom_layers.recur.channel_decay import gated_linear_attention
 
-name, kilobytes = sys.argv[1], int(sys.argv[2])
+name, kilobytes, kernels = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 borders = torch.tensor([0] * 64 + [1], dtype=torch.int32)  # as many segments as need no narrower tiles
-with compiling(name, chip=Chip("made up", (99, 0), kilobytes * 1024)) as compiled:
+with compiling(name, chip=Chip("made up", (99, 0), kilobytes * 1024), kernel_set=kernels) as compiled:
     for size in (64, 128, 256):
         x = torch.zeros(1, 4, size, dtype=torch.bfloat16, requires_grad=True)
         gated_linear_attention(x, x, x, torch.zeros(1, 4, size), borders, kernels="triton")[0].sum().backward()
 for kernel_name, kernel in compiled:
     assert kernel.metadata.shared <= kilobytes * 1024, (kernel_name, kernel.metadata.shared)
     assert left_operands_in_registers(kernel) == 0, kernel_name
-assert len({kernel_name for kernel_name, _ in compiled}) == 8, sorted(kernel_name for kernel_name, _ in compiled)
+different = 8 if kernels == "Hopper" else 9
+assert len({kernel_name for kernel_name, _ in compiled}) == different, sorted(name for name, _ in compiled)
 if name == "sm_90":
     assert sum(kernel.asm["ptx"].count("wgmma.mma_async") for _, kernel in compiled) > 100
 """
 
 
-@pytest.mark.parametrize("chip,kilobytes", [("sm_90", 227), ("sm_80", 163), ("sm_90", 99), ("sm_89", 99)])
-def test_gated_linear_attention_triton_compiles_within_the_shared_memory(chip, kilobytes):
+@pytest.mark.parametrize(
+    "chip,kilobytes,kernels",
+    [
+        ("sm_90", 227, "Hopper"),
+        ("sm_90", 227, "general"),
+        ("sm_80", 163, "general"),
+        ("sm_90", 99, "general"),
+        ("sm_89", 99, "general"),
+    ],
+)
+def test_gated_linear_attention_triton_compiles_within_the_shared_memory(chip, kilobytes, kernels):
     """At every head size, by the chip's own table, without the left operands that the compiler treats wrongly.
 
     A chip of capability 9.0 with 99 KB does not exist: asynchronous products take the most shared memory.
     """
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", COMPILE, chip, str(kilobytes)]
+    command = [sys.executable, "-c", COMPILE, chip, str(kilobytes), kernels]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

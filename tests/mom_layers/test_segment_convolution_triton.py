@@ -14,10 +14,10 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 LENGTHS = RAGGED if DEVICE == "cuda" else [1, 0, 2, 40, 3]
 
 
-def triton_convolution(x, weight, plan, gather, heads=None, initial_tail=None, output_tail=False):
+def triton_convolution(x, weight, plan, gather, heads=None, initial_tail=None, output_tail=False, silu=True):
     return segment_convolution(
-        x, weight, plan, gather=gather, unit_length_heads=heads, initial_tail=initial_tail, output_tail=output_tail,
-        kernels="triton",
+        x, weight, plan, gather=gather, unit_length_heads=heads, silu=silu, initial_tail=initial_tail,
+        output_tail=output_tail, kernels="triton",
     )  # fmt: skip
 
 
@@ -25,17 +25,17 @@ def leaf(tensor, dtype=None):
     return None if tensor is None else tensor.detach().to(dtype or tensor.dtype).requires_grad_()
 
 
-def compare(plan, gather, channels, width, heads, with_tails, dtype=torch.float32, slice_of=None):
+def compare(plan, gather, channels, width, heads, with_tails, dtype=torch.float32, slice_of=None, silu=True):
     inputs = plan.row_of_choice.shape[0] if gather else plan.num_rows
     wide = draw(inputs, slice_of or channels, dtype=dtype)
     x = wide[:, wide.shape[1] - channels :].requires_grad_()
     weight = leaf(draw(channels, width, dtype=dtype, seed=2))
     initial = leaf(draw(plan.num_segments, width - 1, channels, dtype=dtype, seed=3)) if with_tails else None
-    y, tail = triton_convolution(x, weight, plan, gather, heads, initial, with_tails)
+    y, tail = triton_convolution(x, weight, plan, gather, heads, initial, with_tails, silu)
 
     x64, weight64, initial64 = (leaf(t, torch.float64) for t in (x, weight, initial))
     rows64 = x64[plan.token_of_row.long()] if gather else x64
-    y64, tail64 = segment_convolution_reference(rows64, weight64, plan.cu_seqlens, heads, initial64)
+    y64, tail64 = segment_convolution_reference(rows64, weight64, plan.cu_seqlens, heads, initial64, silu)
 
     outputs, outputs64 = ([y, tail], [y64, tail64]) if with_tails else ([y], [y64])
     leaves, leaves64 = (
@@ -57,6 +57,11 @@ def compare(plan, gather, channels, width, heads, with_tails, dtype=torch.float3
 )
 def test_matches_reference(gather, heads, with_tails):
     compare(make_plan(LENGTHS), gather, 32, 4, heads, with_tails)
+
+
+@pytest.mark.parametrize("heads", [None, 2])
+def test_matches_reference_without_silu(heads):
+    compare(make_plan(LENGTHS), False, 32, 4, heads, True, silu=False)
 
 
 @pytest.mark.parametrize("gather, heads", [(True, 2), (False, None)])

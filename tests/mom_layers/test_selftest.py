@@ -99,8 +99,8 @@ FAULTS = {
         "tl.where(o_t[:, None] > o_t[None, :], b_dG", "gated_deltanet", "da",
     ),
     "a wrong mask of linear attention": (
-        "recur.channel_decay.triton.local_gradients", "tl.where(b_late, b_y, 0.0)",
-        "tl.where(b_late, 0.9 * b_y, 0.0)", "gla", "dq",
+        "recur.channel_decay.triton.local_gradients", "mask=o_t[:, None] > o_t[None, :]",
+        "mask=o_t[:, None] >= o_t[None, :]", "gla", "dq",
     ),
     "rows left out of a sum": (
         "project.triton", "b_r = i_r + tl.arange(0, BK)\n        m_r = b_r < end",

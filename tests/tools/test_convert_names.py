@@ -39,6 +39,7 @@ VARIANTS = {
     "one projection": {"single_kv_proj": True},
     "one projection, no shared memory": {"single_kv_proj": True, "shared_mem": False, "conv_size": 3},
     "no convolution": {"conv_size": 1},
+    "convolution over the text": {"text_conv_size": 3, "shared_mem": False},
     **{f"rule {name}": {"mom_backend": name} for name in rule_names()},
     **{f"{rule} alone": ALONE | {"mom_backend": rule} for rule in rule_names()},
     "hybrid of one memory": ALONE | {"attn": {"layers": [1], "num_heads": 4}, "mom_backend": "gated_deltanet"},

@@ -203,12 +203,22 @@ def test_one_memory_holds_moms_state_in_all():
 def test_settings_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="a batch of 4 is no multiple of micro-batches of 3"):
         job(micro_batch=3)
+    with pytest.raises(ValueError, match="a batch of 4 is no multiple of micro-batches of 2 on 4 GPUs"):
+        job(micro_batch=2, gpus=4)
     with pytest.raises(ValueError, match="there is no model 'mamba'; there are softmax"):
         job("mamba")
     for words in (["--models", "mamba"], ["--fit-time"], ["--tokens", "none"], ["--seeds", "-1"]):
         with pytest.raises(SystemExit) as end:
             command.parse_arguments(["--output", str(tmp_path), *words])
         assert end.value.code == 2
+
+
+def test_gpus_are_grouped_for_models_that_take_several():
+    assert command.grouped((2, 3, 5, 7, 11), 1) == (2, 3, 5, 7, 11)
+    assert command.grouped((2, 3, 5, 7, 11), 2) == ("2,3", "5,7")
+    for devices in ((0, 1), (None,)):
+        with pytest.raises(ValueError, match=f"--gpus 3: there are {len(devices) if devices[0] == 0 else 0} GPUs"):
+            command.grouped(devices, 3)
 
 
 def test_tokens_are_cut_to_what_all_models_can_do():

@@ -13,7 +13,7 @@ import pytest
 
 from linear_moe.commands import results as command
 from linear_moe.evidence import recall_summary, tables
-from linear_moe.evidence.results import NOT_MEASURED, PART, Results, fill, merge_rows
+from linear_moe.evidence.results import LANGUAGE_MODELS, NOT_MEASURED, PART, Results, fill, merge_rows
 from linear_moe.recall import records
 from linear_moe.recall.models import Mixer, Shape
 from linear_moe.recall.task import Task
@@ -70,6 +70,21 @@ def test_the_best_rate_of_the_first_seed_is_shown_with_all_its_seeds():
 def test_rows_of_other_steps_are_another_comparison():
     long, short = rows_of(GDN, {(1e-3, 0): (0.4, 0.2)}, 16), rows_of(GDN, {(1e-3, 0): (0.1, 0.1)}, 8)
     assert recall_summary.comparisons(short + long) == [long, short]
+
+
+def test_ablations_of_small_models_are_no_part_of_the_comparison(tmp_path):
+    """However many they are: the models that computed most are the comparison."""
+    shape = {"data": "t", "layers": "2", "ffn": "64", "length": "64", "batch": "4", "vocabulary": "512"}
+
+    def row(model, hidden, tokens):
+        row = {"model": model, **shape, "hidden": str(hidden), "precision": "bf16", "tokens": str(tokens)}
+        return row | {"trained_tokens": str(tokens), "parameters": str(1000 * hidden)}
+
+    rows = [row(name, 32, 500) for name in ("mom", "mom-k1", "mom-k4", "gdn")] + [row("mom-small", 32, 900)]
+    rows += [row("mom", 64, 900), row("softmax", 64, 900)]
+    records.append(tmp_path / LANGUAGE_MODELS / tables.MODELS, rows)
+    found = Results(tmp_path, tmp_path, ".")
+    assert found.compared == rows[5:] and found.ablations == [rows[:4]] and found.others == [rows[4:5]]
 
 
 def test_rows_are_merged_once(tmp_path):

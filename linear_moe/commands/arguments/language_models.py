@@ -55,7 +55,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
              "attention-heads": "of softmax layers", "heads": "of a memory of MoM", "head-dim": "of a memory of MoM",
              "attention-every": "one softmax layer in N in mom-hybrid", "length": "tokens of a training sequence",
              "vocabulary": "of the tokenizer", "batch": "sequences a step",
-             "micro-batch": "sequences at a time"}  # fmt: skip
+             "micro-batch": "sequences at a time on a GPU",
+             "gpus": "that train a model together, by data parallelism"}  # fmt: skip
     for name, text in about.items():
         parser.add_argument(f"--{name}", type=whole(1), help=f"{text} [{FULL[name.replace('-', '_')]}]")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help=f"[{FULL['precision']}]")

@@ -54,6 +54,9 @@ class GatedLinearAttention(torch.autograd.Function):
         parts = kernels.state_gradients(
             inputs=inputs, do=do, local=local, chunks=chunks, span_states=span_states, d_span_states=d_span_states
         )
+        whole_chunks = local.whole_chunks
         del local, span_states, d_span_states  # freed before the next tensors are allocated
-        dq, dk, dg = kernels.local_gradients(inputs=inputs, do=do, chunks=chunks, parts=parts)
+        dq, dk, dg = kernels.local_gradients(
+            inputs=inputs, do=do, chunks=chunks, parts=parts, whole_chunks=whole_chunks
+        )
         return dq, dk, dv, dg, None, d_initial_state, None, None, None

@@ -9,7 +9,7 @@ set, or bind that function to launches of its own: ``functools.partial(triton.re
     reverse_recurrence(inputs, do, local, chunks, d_final_state, store_d_initial_state)
         -> (dv, d_span_states, d_initial_state)
     state_gradients(inputs, do, local, chunks, span_states, d_span_states) -> StateParts
-    local_gradients(inputs, do, chunks, parts) -> (dq, dk, dg)
+    local_gradients(inputs, do, chunks, parts, whole_chunks) -> (dq, dk, dg)
 
 The functions of the general set, `mom_layers.recur.channel_decay.triton`, say what each argument and result is.
 """
@@ -21,11 +21,11 @@ from types import ModuleType
 import torch
 
 from mom_layers.common.chips import cached_choice, chip_of
-from mom_layers.recur.channel_decay import triton
+from mom_layers.recur.channel_decay import hopper, triton
 from mom_layers.recur.kernel_sets import choose
 
 # The first set that takes a chip runs there; the general one takes every chip and stands last.
-KERNEL_SETS = (triton,)
+KERNEL_SETS = (hopper, triton)
 
 
 @cached_choice

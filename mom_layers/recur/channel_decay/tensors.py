@@ -51,12 +51,14 @@ class ChunkLocal:
     Attributes:
         q_decayed, k_decayed: [R, H, K] q~ and k~, in q's type.
         decays: [N, H, K] float32, exp(g(start, end]): what a chunk leaves of each key channel of the state.
+        whole_chunks: [N, H] int32, 1 where a chunk of a head is whole (see `triton.chunk_local`), else 0.
         scores: [N, H, C, C] P, in q's type.
     """
 
     q_decayed: torch.Tensor
     k_decayed: torch.Tensor
     decays: torch.Tensor
+    whole_chunks: torch.Tensor
     scores: torch.Tensor
 
 

@@ -21,9 +21,11 @@ PACKED, ROUTED = MODELS
 GLA = "gated linear attention"
 ALONE = "gated deltanet alone, packed documents, distributed optimizer"
 EXPERTS = "experts in the MLPs, distributed optimizer"
+TEXT = "a convolution over the text, packed documents, distributed optimizer"
 ARGUMENTS = MODELS | {
     GLA: ["--mom-rule", "gla"],
     ALONE: ["--token-mixer", "gated_deltanet", *MODELS[PACKED], "--lr", "5e-3"],
+    TEXT: ["--mom-text-conv", 4, *MODELS[PACKED]],
     **{f"{rule} as memories": ["--mom-rule", rule] for rule in rule_names()},
     **{f"{rule} alone": ["--token-mixer", rule] for rule in rule_names()},
     EXPERTS: [

@@ -23,7 +23,8 @@ class Layer:
         ranks: E.
         exchange: its name; an all-to-all takes another number of tokens on every rank.
         kind: "ragged" documents; "crowded", where every token chooses memories 0 and 1; "one", where every token
-            chooses memory 0 alone; "regular", two sequences of one length, stored time first.
+            chooses memory 0 alone; "regular", two sequences of one length, stored time first; "uneven",
+            sequences of one length, but of another number and length on every rank, as in evaluation.
         shared: whether there is a shared memory.
         single: whether all memories share one projection.
     """
@@ -63,7 +64,10 @@ class Layer:
 
     def inputs(self, rank):
         random = torch.Generator().manual_seed(1 + rank)
-        borders = [0, 9, 18] if self.kind == "regular" else BORDERS[rank]
+        borders = {
+            "regular": [0, 9, 18],
+            "uneven": list(range(0, (1 + rank) * (9 - rank) + 1, 9 - rank)),
+        }.get(self.kind, BORDERS[rank])
         if self.exchange == "all-to-all" and self.kind == "ragged":
             borders = [min(border, 17 - 2 * rank) for border in borders]
         tokens = borders[-1]
@@ -80,12 +84,16 @@ class Layer:
         )
 
     def choices(self, data, group):
-        regular = self.kind == "regular"
-        most = 2 if regular else max(len(borders) for borders in BORDERS[: self.ranks]) - 1
+        most = {"regular": 2, "uneven": self.ranks}.get(self.kind)
+        most = most or max(len(borders) for borders in BORDERS[: self.ranks]) - 1
         return Choices(
-            data.ids, data.borders, num_memories=MEMORIES, group=group, most_sequences=most, ragged=not regular,
-            time_major=regular,
+            data.ids, data.borders, num_memories=MEMORIES, group=group, most_sequences=most,
+            ragged=not self.is_time_major, time_major=self.is_time_major,
         )  # fmt: skip
+
+    @property
+    def is_time_major(self):
+        return self.kind in ("regular", "uneven")
 
     def gradients(self, y, data):
         """y and the gradients of x, q and the router's weights; then those of all parameters."""
@@ -99,7 +107,7 @@ class Layer:
         """What a rank computes that has all memories."""
         data = self.inputs(rank)
         plan = build_routing_plan(data.ids, data.borders, num_memories=MEMORIES, shared=self.shared)
-        plan = plan.time_major() if self.kind == "regular" else plan
+        plan = plan.time_major() if self.is_time_major else plan
         return self.gradients(mix_memories(data.x, data.q, data.gate, data.mix, plan, self.parameters)[0], data)
 
     def compare(self, results, name):

@@ -2,7 +2,9 @@
 
 import os
 import traceback
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from linear_moe.parallel.sequence_order import contiguous_layout, plan_exchange, zigzag_layout
 from mom_layers.mixing import MemoryParameters, mix_memories
-from mom_layers.recur.rules import MemoryRule, get_rule, rule_names
+from mom_layers.recur.rules import MemoryRule, RuleInputs, get_rule, rule_names
 from mom_layers.route.plan import build_routing_plan
 from mom_layers.settings import MixerSettings
 
-RANKS, LENGTH, MEMORIES, HEADS, K, V, HIDDEN, WIDTH = 3, 12, 4, 2, 16, 8, 24, 4
+RANKS, TOKENS, MEMORIES, HEADS, K, V, HIDDEN, WIDTH = 3, 36, 4, 2, 16, 8, 24, 4
 WEIGHTS = ("projection", "q_conv", "k_conv", "v_conv", "norm_weight")
 DOCUMENTS = {
     "two sequences": None,
@@ -30,6 +32,20 @@ NORMALISED = replace(toy_rule.RULE, name="normalised", key_heads=None)
 RULES = {name: get_rule(name) for name in rule_names()} | {NORMALISED.name: NORMALISED}
 CASES = [(documents, rule, "own projections") for documents in DOCUMENTS for rule in RULES]
 CASES += [(documents, "gated_deltanet", kind) for documents in DOCUMENTS for kind in ("one projection", "recomputed")]
+CASES += [(documents, "gated_deltanet", "two memories take all tokens") for documents in DOCUMENTS]
+CASES += [("two sequences", rule, "in three parts") for rule in RULES]
+CASES += [("two sequences", rule, "in three parts, states kept") for rule in ("gated_deltanet", "gla", NORMALISED.name)]
+CASES += [(documents, rule, "states kept") for documents in DOCUMENTS for rule in ("gated_deltanet", NORMALISED.name)]
+
+# Of two ranks and of four.
+FEW_CASES = [
+    (documents, rule, kind)
+    for documents in ("two sequences", "a document over all ranks, empty ones", "documents over single edges")
+    for rule in ("gated_deltanet", "gla", "kda", "mamba2", NORMALISED.name)
+    for kind in ("own projections", "states kept", "two memories take all tokens", "in three parts")
+    if rule == "gated_deltanet" or kind == "own projections"
+    if documents == "two sequences" or "parts" not in kind
+]
 
 
 def random(*shape, seed):
@@ -63,18 +79,21 @@ def parameters_of(rule, kind):
     )
 
 
-def whole_inputs(batch, length=RANKS * LENGTH):
+def whole_inputs(batch, length=TOKENS, kind=""):
     """Tokens [B, T, *], their memories, and the outputs' gradient. Few tokens choose the third memory, so that its
     segments are short; no token chooses the last memory."""
     x, q, gate, dy = (
         random(batch, length, width, seed=seed) for seed, width in enumerate((HIDDEN, HEADS * K, HEADS * V, HEADS * V))
     )
-    logits = random(batch, length, MEMORIES, seed=5) + torch.tensor([1.0, 1.0, 0.0, -100.0])
+    likely = [100.0, 100.0, 0.0, 0.0] if kind == "two memories take all tokens" else [1.0, 1.0, 0.0, -100.0]
+    logits = random(batch, length, MEMORIES, seed=5) + torch.tensor(likely)
     return x, q, gate, random(batch, length, 2, seed=6).softmax(-1), logits.topk(2).indices, dy
 
 
-def outputs_and_gradients(inputs, borders, parameters, sequence_slice=None, recomputed=False):
+def outputs_and_gradients(inputs, borders, parameters, sequence_slice=None, kind=""):
     """y [B, T, H V]; gradients of x, q, gate and the mixing weights [B, T, *], then of the parameters."""
+    from megatron.core.tensor_parallel import checkpoint as megatrons_checkpoint
+
     *tokens, ids, dy = inputs
     x, q, gate, mix = (x.flatten(0, 1).detach().requires_grad_() for x in tokens)
     fields = {name: getattr(parameters, name).clone().requires_grad_() for name in WEIGHTS}
@@ -85,9 +104,14 @@ def outputs_and_gradients(inputs, borders, parameters, sequence_slice=None, reco
     def layer(x, q, gate, mix):
         return mix_memories(x, q, gate, mix, plan, parameters, sequence_slice=sequence_slice)[0]
 
-    y = checkpoint(layer, x, q, gate, mix, use_reentrant=False) if recomputed else layer(x, q, gate, mix)
-    leaves = [x, q, gate, mix, *fields.values(), *rule_parameters.values()]
-    gradients = torch.autograd.grad(y, leaves, dy.flatten(0, 1))
+    if kind == "recomputed":
+        y = checkpoint(layer, x, q, gate, mix, use_reentrant=False)
+    elif "states kept" in kind:
+        y = megatrons_checkpoint(layer, False, x, q, gate, mix)
+    else:
+        y = layer(x, q, gate, mix)
+    y.backward(dy.flatten(0, 1))
+    gradients = [leaf.grad for leaf in (x, q, gate, mix, *fields.values(), *rule_parameters.values())]
     return [x.detach().unflatten(0, ids.shape[:2]) for x in (y, *gradients[:4])], list(gradients[4:])
 
 
@@ -100,12 +124,16 @@ def work(rank, documents, rule, kind):
     from linear_moe.parallel.context import ContextSlice
 
     batch = 2 if DOCUMENTS[documents] is None else 1
-    inputs = [x[:, rank * LENGTH : (rank + 1) * LENGTH] for x in whole_inputs(batch)]
-    borders = borders_of(DOCUMENTS[documents], batch, LENGTH)
-    here = ContextSlice(torch.distributed.group.WORLD, LENGTH, None if DOCUMENTS[documents] is None else borders)
+    length = TOKENS // torch.distributed.get_world_size()
+    inputs = [x[:, rank * length : (rank + 1) * length] for x in whole_inputs(batch, kind=kind)]
+    borders = borders_of(DOCUMENTS[documents], batch, length)
+    here = ContextSlice(torch.distributed.group.WORLD, length, None if DOCUMENTS[documents] is None else borders)
     if DOCUMENTS[documents] is not None:
         borders = here.local_documents()
-    by_token, gradients = outputs_and_gradients(inputs, borders, parameters_of(rule, kind), here, kind == "recomputed")
+    here._is_small = lambda *about: "states kept" in kind  # these slices are shorter than a state
+    if "in three parts" in kind:
+        here._num_parts = lambda *about: 3
+    by_token, gradients = outputs_and_gradients(inputs, borders, parameters_of(rule, kind), here, kind)
     for gradient in gradients:
         torch.distributed.all_reduce(gradient)
     return [x.numpy() for x in (*by_token, *gradients)]
@@ -124,55 +152,74 @@ def reorder(rank):
     return [t.detach().numpy() for t in (x, y, back, gradient)]
 
 
-def volume(rank):
-    """Numbers that a rank sends for a layer, forward and backward, by the length of its slice."""
-    from linear_moe.parallel.context import ContextSlice
-
-    sent = 0
+@contextmanager
+def counted():
+    """Counts the numbers that this rank gives to collectives inside: a list of one number."""
+    sent, kept = [0], {}
 
     def counting(collective, source):
         def call(*arguments, **keywords):
-            nonlocal sent
-            sent += arguments[source].numel()
+            sent[0] += arguments[source].numel()
             return collective(*arguments, **keywords)
 
         return call
 
-    gather, scatter = torch.distributed.all_gather_into_tensor, torch.distributed.reduce_scatter_tensor
-    torch.distributed.all_gather_into_tensor = counting(gather, 1)
-    torch.distributed.reduce_scatter_tensor = counting(scatter, 1)
+    for name, source in (("all_gather_into_tensor", 1), ("reduce_scatter_tensor", 1)):
+        kept[name] = getattr(torch.distributed, name)
+        setattr(torch.distributed, name, counting(kept[name], source))
+    try:
+        yield sent
+    finally:
+        for name, collective in kept.items():
+            setattr(torch.distributed, name, collective)
+
+
+def volume(rank, kind="", small=False):
+    """Numbers that a rank sends for a layer, forward and backward, by the length of its slice."""
+    from linear_moe.parallel.context import ContextSlice
+
     found = []
-    for length in (LENGTH, 8 * LENGTH):
-        sent = 0
+    for length in (TOKENS // RANKS, 8 * TOKENS // RANKS):
         inputs = [x[:, rank * length : (rank + 1) * length] for x in whole_inputs(2, RANKS * length)]
         here = ContextSlice(torch.distributed.group.WORLD, length)
-        outputs_and_gradients(inputs, borders_of(None, 2, length), parameters_of("gated_deltanet", ""), here)
-        found.append(sent)
-    torch.distributed.all_gather_into_tensor, torch.distributed.reduce_scatter_tensor = gather, scatter
+        here._is_small = lambda *about: small
+        with counted() as sent:
+            outputs_and_gradients(inputs, borders_of(None, 2, length), parameters_of("gated_deltanet", ""), here, kind)
+        found += sent
     return found
 
 
-def run_rank(rank, place, sender):
-    from megatron_patches import cpu
+def others(rank):
+    """What a rank found beside the cases."""
+    recomputed = {small: volume(rank, "states kept", small) for small in (False, True)}
+    return {"order": reorder(rank), "volume": volume(rank), "recomputed volume": recomputed}
 
+
+def run_rank(rank, place, sender, cases, also):
+    from linear_moe.parallel import context
+    from megatron_patches import cpu, recomputed_regions
+
+    context.CHUNK = 2  # parts are cut between chunks, and these slices are shorter than one
     cpu.apply()
+    recomputed_regions.PATCH.apply()
     torch.set_num_threads(1)
     os.environ |= place
     torch.distributed.init_process_group("gloo")
     try:
-        sender.send({case: work(rank, *case) for case in CASES} | {"order": reorder(rank), "volume": volume(rank)})
+        sender.send({case: work(rank, *case) for case in cases} | (others(rank) if also else {}))
     except BaseException:
         sender.send(traceback.format_exc())
         raise
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    """What every rank found: {case: its tensors}."""
-    store, places = warm_python.meeting_place(RANKS)
+def answers(size, cases, also=False):
+    """What every rank of ``size`` found: {case: its tensors}."""
+    store, places = warm_python.meeting_place(size)
     context = warm_python.server()
-    pipes = [context.Pipe(duplex=False) for _ in range(RANKS)]
-    processes = [context.Process(target=run_rank, args=(rank, places[rank], pipes[rank][1])) for rank in range(RANKS)]
+    pipes = [context.Pipe(duplex=False) for _ in range(size)]
+    processes = [
+        context.Process(target=run_rank, args=(rank, places[rank], pipes[rank][1], cases, also)) for rank in range(size)
+    ]
     for process in processes:
         process.start()
     try:
@@ -186,19 +233,36 @@ def ranks():
     return results
 
 
-@pytest.mark.parametrize("documents,rule,kind", CASES)
-def test_slices_of_sequences_equal_whole_sequences(ranks, documents, rule, kind):
+@pytest.fixture(scope="module")
+def ranks():
+    return answers(RANKS, CASES, also=True)
+
+
+def compare(ranks, documents, rule, kind):
     batch = 2 if DOCUMENTS[documents] is None else 1
-    borders = borders_of(DOCUMENTS[documents], batch, RANKS * LENGTH)
-    by_token, gradients = outputs_and_gradients(whole_inputs(batch), borders, parameters_of(rule, kind))
+    borders = borders_of(DOCUMENTS[documents], batch, TOKENS)
+    by_token, gradients = outputs_and_gradients(whole_inputs(batch, kind=kind), borders, parameters_of(rule, kind))
     for rank, result in enumerate(ranks):
         got = [torch.from_numpy(x) for x in result[documents, rule, kind]]
-        here = slice(rank * LENGTH, (rank + 1) * LENGTH)
+        length = TOKENS // len(ranks)
+        here = slice(rank * length, (rank + 1) * length)
         names = [*("y", "x", "q", "gate", "mix"), *WEIGHTS, *RULES[rule].parameter_names]
         for name, mine, expected in zip(names, got, [x[:, here] for x in by_token] + gradients, strict=True):
             # hgrn2 makes its keys from the forget gate, and reads no projected key.
             assert (expected.norm() > 0) != (rule == "hgrn2" and name == "k_conv")
             assert (mine - expected).norm() <= 1e-11 * expected.norm()
+
+
+@pytest.mark.parametrize("documents,rule,kind", CASES)
+def test_slices_of_sequences_equal_whole_sequences(ranks, documents, rule, kind):
+    compare(ranks, documents, rule, kind)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_slices_of_two_and_of_four_ranks(size):
+    results = answers(size, FEW_CASES)
+    for case in FEW_CASES:
+        compare(results, *case)
 
 
 def test_reordering_to_the_order_of_time_and_back(ranks):
@@ -232,3 +296,54 @@ def test_volume_does_not_depend_on_the_sequence_length(ranks):
         short, long = result["volume"]
         assert short == long
         assert maps < short < 2 * maps
+
+
+def test_a_recomputed_region_passes_states_once(ranks):
+    states = 2 * (MEMORIES + 1) * HEADS * K * (K + V)  # with their transitions
+    for result in ranks:
+        volume = result["recomputed volume"]
+        assert [twice - once for twice, once in zip(volume[False], volume[True], strict=True)] == [states, states]
+
+
+@pytest.mark.parametrize("documents,segments,parts", [(None, 10, 1), ("given", 5, 1), (None, 10, 4)])
+@pytest.mark.parametrize("rule,columns", [("gated_deltanet", V + K), ("gla", V + 1), ("normalised", V + 2)])
+def test_states_are_kept_that_take_no_more_memory_than_the_values(rule, columns, documents, segments, parts):
+    from linear_moe.parallel.context import ContextSlice
+
+    here = object.__new__(ContextSlice)
+    here.documents = documents
+    plan = SimpleNamespace(num_segments=10, num_all_memories=5)
+    transition = columns - V - (rule == "normalised")
+    rows = segments * K * (parts * columns + (transition if parts > 1 else 0)) // V
+    for number, small in ((rows, True), (rows - 1, False)):
+        inputs = RuleInputs(*(torch.empty(number, HEADS, n, dtype=torch.float64) for n in (K, K, V)), {})
+        assert here._is_small(plan, RULES[rule], inputs, parts) == small
+
+
+@pytest.mark.parametrize(
+    "segments,rows,rule,documents,parts",
+    [
+        (5, 98304, "gated_deltanet", None, 4),
+        (5, 98304, "gla", None, 4),
+        (5, 98304, "mamba2", None, 1),  # whose kernels cut segments themselves
+        (5, 98304, "gated_deltanet", "given", 1),
+        (5, 4 * 5 * 1024 - 1, "gated_deltanet", None, 2),
+        (40, 98304, "gated_deltanet", None, 1),
+    ],
+)
+def test_long_slices_of_few_segments_are_computed_in_parts(segments, rows, rule, documents, parts):
+    from linear_moe.parallel.context import ContextSlice
+
+    here = object.__new__(ContextSlice)
+    here.documents = documents
+    plan = SimpleNamespace(num_segments=segments, num_rows=rows)
+    inputs = RuleInputs(None, None, torch.empty(rows, 4, 0), {})
+    assert here._num_parts(plan, RULES[rule], inputs) == parts
+
+
+def test_parts_are_whole_chunks():
+    from linear_moe.parallel.context import _in_parts
+
+    borders = torch.tensor([0, 1000, 1000, 1064, 1066], dtype=torch.int32)
+    expected = [0, 256, 512, 768, 1000, 1000, 1000, 1000, 1000, 1064, 1064, 1064, 1064, 1066, 1066, 1066, 1066]
+    assert _in_parts(borders, 4).tolist() == expected and _in_parts(borders, 4).dtype == torch.int32

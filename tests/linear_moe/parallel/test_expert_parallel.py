@@ -22,6 +22,11 @@ CASES = {
     "one projection for all memories": {"single": True},
 }
 """What the ranks hold, by the name of the case."""
+UNEVEN = {"sequences of another number and length on every rank": {"kind": "uneven"}}
+
+
+def cases_of(exchange):
+    return CASES | (UNEVEN if exchange == "all-to-all" else {})
 
 
 def test_arriving_rows_are_sorted_by_memory_source_sequence_and_time():
@@ -62,25 +67,43 @@ def on_ranks(rank, place, exchange, cases, sender):
             for total in result[layer.OWN :]:
                 torch.distributed.all_reduce(total)
             sender.send([tensor.numpy() for tensor in result])
+        sender.send(agreed(rank, group))
     except BaseException:
         sender.send(traceback.format_exc())
         raise
 
 
+def agreed(rank, group):
+    """What a rank says of the same batch on every rank, and of a larger one on every later rank."""
+    from linear_moe.parallel import sequence_counts
+
+    said, device = [], torch.device("cpu")
+    for tokens in (12, 12, 20 + rank):
+        try:
+            sequence_counts.compare_once("all-gather", 3, tokens, group, device)
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+    batch = torch.tensor([0, 5])
+    counts = sequence_counts.counts_of_batch(batch, 1 + rank, 5, group)
+    assert sequence_counts.counts_of_batch(batch, 100 + rank, 5, group) is counts  # the same batch, without a word
+    return *said, counts.sequences, counts.tokens, counts.fewest_tokens
+
+
 def exchanged(ranks, exchange):
-    """Outputs and gradients: {case: [of every rank]}."""
+    """Outputs and gradients: {case: [of every rank]}; then what the ranks have agreed on."""
     store, places = warm_python.meeting_place(ranks)
     context = warm_python.server()
     pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
     processes = [
-        context.Process(target=on_ranks, args=(rank, places[rank], exchange, CASES, pipes[rank][1]))
+        context.Process(target=on_ranks, args=(rank, places[rank], exchange, cases_of(exchange), pipes[rank][1]))
         for rank in range(ranks)
     ]
     for process in processes:
         process.start()
     results = {}
     try:
-        for case in CASES:
+        for case in (*cases_of(exchange), "agreed"):
             assert all(receiver.poll(60) for receiver, _ in pipes), f"no result for {case}"
             results[case] = [receiver.recv() for receiver, _ in pipes]
             assert not any(isinstance(result, str) for result in results[case]), results[case]
@@ -94,8 +117,12 @@ def exchanged(ranks, exchange):
 @pytest.mark.parametrize("exchange", ["all-to-all", "all-gather"])
 @pytest.mark.parametrize("ranks", WORLDS)
 def test_ranks_compute_what_one_computes(ranks, exchange):
-    for name, results in exchanged(ranks, exchange).items():
-        layer = Layer(ranks, exchange, **CASES[name])
+    found = exchanged(ranks, exchange)
+    for same, again, larger, *counts in found.pop("agreed"):
+        assert not same and not again and counts == [ranks, 5, 5]
+        assert f"a rank has 20 tokens where another has {19 + ranks}" in larger
+    for name, results in found.items():
+        layer = Layer(ranks, exchange, **cases_of(exchange)[name])
         layer.compare([[torch.from_numpy(tensor) for tensor in result] for result in results], name)
 
 

@@ -3,7 +3,9 @@
 On GPUs `tools/bench_exchanges.py --check` runs a layer in processes, over NVLink.
 """
 
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -12,7 +14,7 @@ import torch
 from split_layer import Layer
 
 from linear_moe.parallel import all_ranks, expert
-from linear_moe.parallel.peer_memory import PeerBuffer, PeerMemory
+from linear_moe.parallel.peer_memory import PeerBuffer, PeerBuffers, PeerMemory
 from linear_moe.parallel.peer_memory_triton import pull_rows
 
 
@@ -92,3 +94,28 @@ def test_ranks_that_read_each_other_compute_what_one_computes(ranks, case, monke
     summed = [sum(result[i] for result in results) for i in range(len(results[0]))]
     layer = Layer(ranks, "peer-memory", **KINDS[case])
     layer.compare([[*result[: layer.OWN], *summed[layer.OWN :]] for result in results], case)
+
+
+def test_buffers_go_with_the_last_layer_that_holds_them(monkeypatch):
+    made = []
+
+    def make(*shape_and_group):
+        made.append(shape_and_group[-1])
+        return PeerBuffer(torch.zeros(2, 3), torch.zeros(1, dtype=torch.int64), lambda: None)
+
+    monkeypatch.setattr("linear_moe.parallel.peer_memory.symmetric_buffer", make)
+    first, second = Member(None, 0), Member(None, 0)
+    shape = ("tokens", 2, 3, torch.float32, torch.device("cpu"))
+    layers = [PeerBuffers.of(first), PeerBuffers.of(first)]
+    rows = weakref.ref(layers[0].buffer(*shape).rows)
+    assert layers[1].buffer(*shape).rows is rows() and made == [first]
+    assert PeerBuffers.of(second) is not layers[0]
+    layers.pop()
+    gc.collect()
+    assert rows() is not None
+    layers.clear()
+    gc.collect()
+    assert rows() is None
+    held = PeerBuffers.of(first)
+    held.buffer(*shape)
+    assert made == [first, first]

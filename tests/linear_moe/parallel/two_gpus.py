@@ -26,7 +26,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -201,7 +201,8 @@ class Trainer:
         )
         if ranks == 1 and self.gpus:
             self.started += 1
-            changed["CUDA_VISIBLE_DEVICES"] = str(self.started % self.gpus)
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.gpus)))
+            changed["CUDA_VISIBLE_DEVICES"] = visible.split(",")[self.started % self.gpus]
         with log.open("w") as output:
             print(*command, file=output, flush=True)
             process = subprocess.Popen(
@@ -289,9 +290,9 @@ def from_weights(folder: Path) -> list[str]:
     return ["--load", str(folder), "--finetune", "--no-load-optim", "--no-load-rng"]
 
 
-def run_case(trainer: Trainer, case: Case, weights: Path, alone: Run) -> dict[str, object]:
-    """Trains a case and judges the result. Returns a row of the table."""
-    row: dict[str, object] = {"case": case.name, "arguments": " ".join(case.arguments), "one GPU": steps(alone.losses)}
+def run_case(trainer: Trainer, case: Case, weights: Path, alone: Future[Run]) -> dict[str, object]:
+    """Trains a case and judges the result beside the run on one GPU. Returns a row of the table."""
+    row: dict[str, object] = {"case": case.name, "arguments": " ".join(case.arguments)}
     folder = trainer.logs / f"checkpoints of {case.name}"
     arguments = [*BASES[case.base], *case.both, *case.arguments, "--train-iters", str(STEPS)]
     start = [] if case.own_start else from_weights(weights)
@@ -300,7 +301,11 @@ def run_case(trainer: Trainer, case: Case, weights: Path, alone: Run) -> dict[st
     row |= {"two GPUs": steps(run.losses), "seconds": round(run.seconds)}
     if run.failure:
         return row | {"result": "failed", "why": run.failure}
-    why, numbers = judge(case, run, alone)
+    one = alone.result()
+    row["one GPU"] = steps(one.losses)
+    if one.failure:
+        return row | {"result": "failed", "why": f"one GPU: {one.failure}"}
+    why, numbers = judge(case, run, one)
     row |= {name: f"{number:.1e}" for name, number in numbers.items()}
     if why:
         return row | {"result": "wrong", "why": why}
@@ -373,10 +378,7 @@ def main() -> int:
             if not gpus and case.gpu:
                 return {"case": case.name, "result": "not run", "why": f"needs a GPU: {case.gpu}"}
             try:
-                one = alone[case.base, case.both].result()
-                if one.failure:
-                    return {"case": case.name, "result": "failed", "why": f"one GPU: {one.failure}"}
-                return run_case(trainer, case, weights[case.base].result(), one)
+                return run_case(trainer, case, weights[case.base].result(), alone[case.base, case.both])
             except Exception as error:
                 return {"case": case.name, "result": "failed", "why": f"{type(error).__name__}: {error}"}
 

@@ -76,7 +76,11 @@ def memory_names(p, config):
         "rule_parameters.A_log": p["A_log"],
         "rule_parameters.dt_bias": p["dt_bias"],
         "memory_proj": torch.stack([torch.cat([p[group.format(letter)] for letter in LETTERS]) for group in groups]),
-        **{f"{name}_conv": p[f"{name}_conv1d.weight"][:, 0] for name in "qkv"},
+        **{
+            f"{name}_conv": p[f"{name}_conv1d.weight"][:, 0]
+            for name in ("q", "k", "v", "text")
+            if f"{name}_conv1d.weight" in p
+        },
     }
 
 

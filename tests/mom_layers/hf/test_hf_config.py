@@ -46,6 +46,7 @@ MOE = {"layers": [0, 1], "num_experts": 4, "num_experts_per_tok": 2, "intermedia
         ({"shared_mem": False}, MIXER | SEPARATE),
         ({"single_kv_proj": True}, MIXER | SHARED),
         ({"single_kv_proj": True, "shared_mem": False}, MIXER | SHARED),
+        ({"text_conv_size": 3}, MIXER | SEPARATE | SHARED | {"text_conv1d.weight": (HIDDEN, 1, 3)}),
     ],
 )
 def test_parameter_names_and_shapes_are_those_of_the_format(changes, expected):

@@ -37,7 +37,7 @@ def test_prefill_and_decode_equal_one_forward(changes, dtype):
         assert relative_error(decode(model, tokens[:, :end], prompt), expected[:, :end]) < BOUND[dtype], prompt
 
 
-@pytest.mark.parametrize("changes", [{}, HYBRID, {"single_kv_proj": True}], ids=str)
+@pytest.mark.parametrize("changes", [{}, HYBRID, {"single_kv_proj": True}, {"text_conv_size": 4}], ids=str)
 @torch.inference_mode()
 def test_tokens_decoded_by_the_kernels_equal_one_forward(changes, monkeypatch):
     """Left-padded sequences too. The kernels' calls are counted: the general path would give the same logits."""

@@ -10,6 +10,7 @@ from mom_layers.hf.sequence import TokenSequence
 # routed memories, routed memories that a token goes to, whether there is a shared memory
 MEMORIES = [(m, k, shared) for m in (1, 2, 4, 8) for k in (1, 2) for shared in (True, False) if k <= m]
 KINDS = [{}, {"single_kv_proj": True}, {"single_kv_proj": True, "shared_mem": False}, HYBRID, WINDOWED]
+KINDS += [{"text_conv_size": 4}]
 
 
 @pytest.mark.parametrize(("memories", "topk", "shared"), MEMORIES)

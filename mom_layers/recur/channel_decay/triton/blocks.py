@@ -113,6 +113,6 @@ def meet(BC: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def exponents(b_g):
-    """g as an exponent of two, float32. At least -1e9, which is as good as minus infinity: no part of a sum may be
-    infinite."""
-    return tl.maximum(b_g.to(tl.float32), -1e9) * LOG2_E
+    """g as an exponent of two, float32. At least -160, where float32 has no number but zero: a sum keeps the digits of
+    its other terms."""
+    return tl.maximum(b_g.to(tl.float32) * LOG2_E, -160.0)

@@ -33,20 +33,20 @@ class Launches:
     """The launches for one K and one V.
 
     Attributes:
-        decayed_rows: columns of K that a program computes.
-        scores: columns of K that the loop takes at a time.
+        chunk_local, block_scores: columns of K that the loop takes at a time.
         recurrence: columns of the state that a program of either recurrence holds.
         state_gradients: rows of the state that a program holds.
         score_gradients: columns of V that the loop takes at a time.
-        query_key_gradients: columns of K that a program computes.
+        row_gradients, block_gradients: columns of K that a program computes.
     """
 
-    decayed_rows: Launch
-    scores: Launch
+    chunk_local: Launch
+    block_scores: Launch
     recurrence: Launch
     state_gradients: Launch
     score_gradients: Launch
-    query_key_gradients: Launch
+    row_gradients: Launch
+    block_gradients: Launch
 
 
 # Programs of a recurrence that run at once where each takes a whole multiprocessor of an H100 or H200.
@@ -71,17 +71,18 @@ class Table:
         shared_memory: bytes that a chip must have to run this table.
         recurrence: by K, which decides how large the state [K, tile] is; K below 64 runs as 64 does.
         state_gradients: by V, in the same way.
-        decayed_rows, scores, score_gradients, query_key_gradients: for every size.
+        the other launches: for every size.
     """
 
     name: str
     shared_memory: int
     recurrence: dict[int, Launch]
     state_gradients: dict[int, Launch]
-    decayed_rows: Launch
-    scores: Launch
+    chunk_local: Launch
+    block_scores: Launch
     score_gradients: Launch
-    query_key_gradients: Launch
+    row_gradients: Launch
+    block_gradients: Launch
 
     def launches(self, k_dim: int, v_dim: int) -> Launches:
         """The launches for one K and one V, with tiles that are no wider than these."""
@@ -90,12 +91,13 @@ class Table:
             return launch._replace(tile=min(launch.tile, size))
 
         return Launches(
-            decayed_rows=fit(self.decayed_rows, k_dim),
-            scores=fit(self.scores, k_dim),
+            chunk_local=fit(self.chunk_local, k_dim),
+            block_scores=fit(self.block_scores, k_dim),
             recurrence=fit(self.recurrence[max(64, k_dim)], v_dim),
             state_gradients=fit(self.state_gradients[max(64, v_dim)], k_dim),
             score_gradients=fit(self.score_gradients, v_dim),
-            query_key_gradients=fit(self.query_key_gradients, k_dim),
+            row_gradients=fit(self.row_gradients, k_dim),
+            block_gradients=fit(self.block_gradients, k_dim),
         )
 
 
@@ -109,10 +111,11 @@ TABLES = (
         shared_memory=196 * 1024,
         recurrence={256: Launch(64, 8, 2), 128: Launch(64, 8, 2), 64: Launch(64, 4, 2)},
         state_gradients={256: Launch(64, 8, 1), 128: Launch(32, 4, 1), 64: Launch(32, 4, 1)},
-        decayed_rows=Launch(32, 1, 1),
-        scores=Launch(32, 1, 1),
+        chunk_local=Launch(32, 2, 1),
+        block_scores=Launch(32, 1, 1),
         score_gradients=Launch(64, 4, 2),
-        query_key_gradients=Launch(32, 2, 1),
+        row_gradients=Launch(32, 4, 1),
+        block_gradients=Launch(32, 2, 1),
     ),
     # For the 163 KB of an A100, where both operands of a product pass through registers: a state half as wide, and late
     # loads, which spill a tenth. Chosen from what the compiler reports for sm_80; not tuned.
@@ -121,10 +124,11 @@ TABLES = (
         shared_memory=160 * 1024,
         recurrence={256: Launch(32, 8, 2), 128: Launch(64, 8, 2), 64: Launch(64, 4, 2)},
         state_gradients={256: Launch(64, 8, 1, True), 128: Launch(32, 4, 1, True), 64: Launch(32, 4, 1, True)},
-        decayed_rows=Launch(32, 1, 1),
-        scores=Launch(32, 1, 1),
+        chunk_local=Launch(32, 2, 1),
+        block_scores=Launch(32, 1, 1),
         score_gradients=Launch(64, 4, 2),
-        query_key_gradients=Launch(32, 2, 1),
+        row_gradients=Launch(32, 4, 1),
+        block_gradients=Launch(32, 2, 1),
     ),
     # For less shared memory: a recurrence with one stage. Chosen from what the compiler reports for K = V on sm_86,
     # sm_89 and sm_90; not tuned.
@@ -133,10 +137,11 @@ TABLES = (
         shared_memory=96 * 1024,
         recurrence={256: Launch(16, 8, 1), 128: Launch(64, 8, 1), 64: Launch(64, 4, 2)},
         state_gradients={256: Launch(64, 8, 1, True), 128: Launch(32, 4, 1, True), 64: Launch(32, 4, 1, True)},
-        decayed_rows=Launch(32, 1, 1),
-        scores=Launch(32, 1, 1),
+        chunk_local=Launch(32, 2, 1),
+        block_scores=Launch(32, 1, 1),
         score_gradients=Launch(64, 4, 2),
-        query_key_gradients=Launch(32, 2, 1),
+        row_gradients=Launch(32, 4, 1),
+        block_gradients=Launch(32, 2, 1),
     ),
 )
 # For float32 inputs, whose exact products run outside the tensor cores, for comparisons; not tuned. With late loads,
@@ -147,20 +152,22 @@ FLOAT32_TABLES = (
         shared_memory=148 * 1024,
         recurrence={256: Launch(16, 16, 1), 128: Launch(16, 8, 1), 64: Launch(16, 8, 1)},
         state_gradients={256: Launch(16, 16, 1), 128: Launch(16, 8, 1), 64: Launch(16, 8, 1)},
-        decayed_rows=Launch(32, 4, 1),
-        scores=Launch(32, 4, 1),
+        chunk_local=Launch(32, 8, 1),
+        block_scores=Launch(32, 4, 1),
         score_gradients=Launch(32, 8, 1),
-        query_key_gradients=Launch(32, 8, 1),
+        row_gradients=Launch(32, 8, 1),
+        block_gradients=Launch(32, 8, 1),
     ),
     Table(
         name="float32, late loads",
         shared_memory=84 * 1024,
         recurrence={256: Launch(16, 16, 1, True), 128: Launch(16, 8, 1), 64: Launch(16, 8, 1)},
         state_gradients={256: Launch(16, 16, 1, True), 128: Launch(16, 8, 1), 64: Launch(16, 8, 1)},
-        decayed_rows=Launch(32, 4, 1),
-        scores=Launch(32, 4, 1),
+        chunk_local=Launch(32, 8, 1),
+        block_scores=Launch(32, 4, 1),
         score_gradients=Launch(32, 8, 1),
-        query_key_gradients=Launch(32, 8, 1),
+        row_gradients=Launch(32, 8, 1),
+        block_gradients=Launch(32, 8, 1),
     ),
 )
 

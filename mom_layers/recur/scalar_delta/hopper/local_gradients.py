@@ -16,14 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from mom_layers.common.triton_versions import thread_barrier
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import SPAN, Chunks
+from mom_layers.recur.hopper_tiles import copy_layout, copy_rows, product_layout, publish, shared_layout
 from mom_layers.recur.scalar_delta.hopper.launches import LOCAL_GRADIENTS
-from mom_layers.recur.scalar_delta.hopper.tiles import (
-    copy_layout,
-    copy_rows,
-    product_layout,
-    publish,
-    shared_layout,
-)
 from mom_layers.recur.scalar_delta.tensors import ErrorRows, Inputs, StateGradients
 
 

@@ -13,22 +13,19 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from mom_layers.common.triton_versions import thread_barrier
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import SPAN, Chunks
-from mom_layers.recur.scalar_delta.hopper.launches import recurrence_launch, recurrence_stages
-from mom_layers.recur.scalar_delta.hopper.tiles import (
+from mom_layers.recur.hopper_tiles import (
     clear_rows,
     copy_layout,
-    decay_of_chunk,
     fetch,
-    fetch_chunk,
     fetch_two,
     product_layout,
     publish,
-    row_factors,
     shared_layout,
-    state_product,
     store_state,
     tiles,
 )
+from mom_layers.recur.scalar_delta.hopper.launches import recurrence_launch, recurrence_stages
+from mom_layers.recur.scalar_delta.hopper.tiles import decay_of_chunk, fetch_chunk, row_factors, state_product
 from mom_layers.recur.scalar_delta.tensors import ChunkLocal, Inputs
 
 
