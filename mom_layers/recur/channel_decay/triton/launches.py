@@ -103,9 +103,9 @@ class Table:
 
 # For 16-bit inputs, from the widest tiles to the narrowest: a chip runs the first table that its shared memory holds.
 TABLES = (
-    # K = V = 256: tuned on an H200, the fastest of a few. Other sizes: chosen from what the compiler reports
-    # (registers, spills, shared memory); not tuned. Triton keeps the operands of both stages of a pipeline in shared
-    # memory for Hopper and Blackwell.
+    # K = V = 256: the fastest of a few on an H200, chunk_local and row_gradients on an H100. Other sizes: chosen from
+    # what the compiler reports (registers, spills, shared memory); not tuned. Triton keeps the operands of both stages
+    # of a pipeline in shared memory for Hopper and Blackwell.
     Table(
         name="wide tiles",
         shared_memory=196 * 1024,
