@@ -94,7 +94,7 @@ def by_family() -> tuple[str, ...]:
 def smallest_size(rule: str) -> int:
     """64, or the head size nearest to it that a rule's kernels take."""
     both = (size for size in get_rule(rule).head_sizes if get_rule(rule).has_kernels(size, size))
-    return min(both, key=lambda size: abs(size - 64))
+    return min(both, key=lambda size: abs(size - 64), default=64)
 
 
 def checks_of_a_run(setting: Setting, settings: MixerSettings, hidden_size: int, sliced: bool) -> dict[str, Check]:

@@ -133,6 +133,7 @@ import torch
 from compile_only import compiling, left_operands_in_registers
 from mom_layers.common.chips import CHIPS
 from mom_layers.recur.channel_delta import channel_delta_rule
+from product_addresses import unknown_addresses
 from undefined_registers import undefined_registers
 
 rows, heads = 1024, 2
@@ -147,6 +148,7 @@ for name, kernel in compiled:
     assert kernel.metadata.shared <= CHIPS["sm_90"].shared_memory, (name, kernel.metadata.shared)
     assert left_operands_in_registers(kernel) == 0, name
     assert not undefined_registers(kernel), (name, undefined_registers(kernel))
+    assert not unknown_addresses(kernel), (name, unknown_addresses(kernel))
 assert len({name for name, _ in compiled}) == 8, sorted(name for name, _ in compiled)
 assert sum(kernel.asm["ptx"].count("wgmma.mma_async") for _, kernel in compiled) > 50
 """

@@ -269,6 +269,7 @@ COMPILE = """
 import sys
 import torch
 from compile_only import compiling, left_operands_in_registers
+from product_addresses import unknown_addresses
 from undefined_registers import undefined_registers
 from mom_layers.common.chips import Chip
 from mom_layers.recur.scalar_decay import scalar_decay
@@ -286,6 +287,7 @@ for kernel_name, kernel in compiled:
     assert kernel.metadata.shared <= kilobytes * 1024, (kernel_name, kernel.metadata.shared)
     assert left_operands_in_registers(kernel) == 0, kernel_name
     assert not (hopper and undefined_registers(kernel)), (kernel_name, undefined_registers(kernel))
+    assert not (hopper and unknown_addresses(kernel)), (kernel_name, unknown_addresses(kernel))
 assert len({kernel_name for kernel_name, _ in compiled}) == 5, sorted(kernel_name for kernel_name, _ in compiled)
 if name == "sm_90":
     assert sum(kernel.asm["ptx"].count("wgmma.mma_async") for _, kernel in compiled) > 100

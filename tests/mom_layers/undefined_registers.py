@@ -14,7 +14,9 @@ import tempfile
 
 from triton import knobs
 
-_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<name>[A-Z0-9_.]+)\s*(?P<operands>.*?);")
+_INSTRUCTION = re.compile(
+    r"\s*/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<name>[A-Z][A-Za-z0-9_.]*)\s*(?P<operands>.*?);"
+)
 _LABEL = re.compile(r"\s*(\.L_x_\w+):")
 # Instructions that begin with U and write no uniform register, and others that write one.
 _NO_RESULT = {"UISETP", "UPLOP3", "UBLKCP", "UBLKPF", "UCGABAR_ARV", "UCGABAR_WAIT", "USETMAXREG"}
@@ -25,14 +27,14 @@ def _registers(text: str) -> set[int]:
     return {int(number) for number in re.findall(r"\bUR(\d+)\b", text)}
 
 
-def _operands(text: str) -> list[str]:
+def operands_of(text: str) -> list[str]:
     """Split at the commas outside of brackets."""
     return [part.strip() for part in re.findall(r"(?:\[[^\]]*\]|\([^)]*\)|[^,\[(])+", text)]
 
 
 def _written_and_read(name: str, text: str) -> tuple[set[int], set[int]]:
     """The uniform registers that an instruction writes and reads."""
-    kind, operands = name.split(".")[0], _operands(text)
+    kind, operands = name.split(".")[0], operands_of(text)
     written, read = set(), set()
     has_result = kind in _TO_UNIFORM or (kind.startswith("U") and kind not in _NO_RESULT and "UTMA" not in kind)
     pairs = ".64" in name and kind not in ("USHF", "ULDC")
@@ -51,15 +53,30 @@ def _written_and_read(name: str, text: str) -> tuple[set[int], set[int]]:
     return written, read
 
 
-def undefined_in(listing: str) -> list[str]:
-    """The instructions of nvdisasm's listing of one function that read a uniform register that nothing wrote on any way
-    from the function's start."""
+def instructions_of(listing: str) -> tuple[list[re.Match], dict[str, int]]:
+    """The instructions of nvdisasm's listing of one function, and where its labels stand."""
     instructions, labels = [], {}
     for line in listing.splitlines():
         if label := _LABEL.match(line):
             labels[label[1]] = len(instructions)
         elif found := _INSTRUCTION.match(line):
             instructions.append(found)
+    return instructions, labels
+
+
+def listing_of(kernel) -> str:
+    """nvdisasm's listing of a kernel that Triton compiled for an NVIDIA chip."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def undefined_in(listing: str) -> list[str]:
+    """The instructions of nvdisasm's listing of one function that read a uniform register that nothing wrote on any way
+    from the function's start."""
+    instructions, labels = instructions_of(listing)
     accesses = [_written_and_read(found["name"], found["operands"]) for found in instructions]
     written_before: dict[int, set[int]] = {}
     ways = [(0, set())]
@@ -85,8 +102,4 @@ def undefined_in(listing: str) -> list[str]:
 
 def undefined_registers(kernel) -> list[str]:
     """`undefined_in` of a kernel that Triton compiled for an NVIDIA chip."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
-        return undefined_in(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return undefined_in(listing_of(kernel))

@@ -14,15 +14,13 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from mom_layers.common.kernel_choice import compute_dtype
+from mom_layers.common.kernel_choice import compute_dtype, resolve_kernels
 from mom_layers.common.reference import bounds
 from mom_layers.common.supported import HEAD_SIZES
-from mom_layers.recur.checks import resolve_for_sizes
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.rules.rule import MemoryRule, RuleInputs, key_by_value
 from mom_layers.recur.scalar_decay import scalar_decay
-from mom_layers.recur.scalar_decay.operation import SIZES, initial_state_gradient_triton
-from mom_layers.recur.scalar_decay.sizes import gpu_fault
+from mom_layers.recur.scalar_decay.operation import initial_state_gradient_triton
 
 # Columns of the values of which the first is one and the others are zero: the fewest that the kernels take.
 ONES = 16
@@ -143,15 +141,11 @@ def scalar_decay_rule(
         )  # fmt: skip
 
     def initial_state_gradient(inputs: RuleInputs, do, cu_seqlens, initial_state, kernels):
-        if resolve_for_sizes(kernels, inputs.q, do, gpu_fault, SIZES) == "triton":
+        if resolve_kernels(kernels, inputs.q) == "triton":
             return initial_state_gradient_triton(inputs.q, inputs.gates.get("g"), do, cu_seqlens, scale)
         return replace(rule, initial_state_gradient=None).gradient_of_initial_state(
             inputs, do, cu_seqlens, None, kernels
         )  # fmt: skip
-
-    def fault(k_dim: int, v_dim: int) -> str | None:
-        sizes = (v_dim,) if eps is None else (v_dim, ONES)
-        return next(filter(None, (gpu_fault(features(k_dim), size) for size in sizes)), None)
 
     def reference(q, k, v, raw, parameters, cu_seqlens, initial_state=None):
         return _loop(*loop_inputs(q, k, v, raw, parameters), cu_seqlens, initial_state, scale, eps)
@@ -170,7 +164,6 @@ def scalar_decay_rule(
         unit_length_keys=False,
         head_sizes=HEAD_SIZES,
         family="scalar_decay",
-        gpu_fault=fault,
         linear_in_state=eps is None,
         state_shape=key_by_value if eps is None else lambda k_dim, v_dim: (k_dim, v_dim + 1),
         initial_state_gradient=initial_state_gradient if eps is None else None,

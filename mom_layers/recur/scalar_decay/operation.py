@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from mom_layers.recur.checks import check_for_triton, check_shapes, check_types, resolve_for_sizes
-from mom_layers.recur.scalar_decay.sizes import gpu_fault
+from mom_layers.common.kernel_choice import resolve_kernels
+from mom_layers.recur.checks import check_for_triton, check_shapes, check_types
 from mom_layers.recur.scalar_decay.torch import scalar_decay_torch
 
 SIZES = tuple(range(16, 257, 16))
@@ -57,8 +57,8 @@ def scalar_decay(
         initial_state: [S, H, K, V] float32; zeros when absent.
         output_final_state: also return the state after each segment.
         scale: of q; K ** -0.5 when absent.
-        kernels: "torch" (PyTorch; reads lengths on the host), "triton", or "auto": "triton" for CUDA tensors of head
-            sizes that tests on a GPU found right (`sizes`), "torch" for others.
+        kernels: "torch" (PyTorch; reads lengths on the host), "triton", or "auto": "triton" for CUDA tensors, "torch"
+            for others.
 
     Returns:
         o [R, H, V] in v's type, and the final state [S, H, K, V] in float32 (float64 for float64 inputs) or None. An
@@ -68,7 +68,7 @@ def scalar_decay(
         ValueError: shapes that do not fit each other, an unknown name of kernels; with Triton kernels also types, head
             sizes or devices that they do not take.
     """
-    kernels = resolve_for_sizes(kernels, q, v, gpu_fault, SIZES)
+    kernels = resolve_kernels(kernels, q)
     _check(q, k, v, g, cu_seqlens, initial_state, kernels, scale)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     if kernels == "triton":
