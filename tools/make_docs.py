@@ -13,6 +13,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import compatibility
@@ -269,9 +270,9 @@ def _key_size(rule: MemoryRule, k_dim: int, v_dim: int) -> int:
     return rule.prepare(keys, keys, torch.zeros(1, heads, v_dim), raw, parameters, "torch").k.shape[2]
 
 
-def recurrences() -> str:
+def recurrences(file: str = "h200_recurrences.csv") -> str:
     """Milliseconds of every rule's recurrence as a CUDA graph, beside FLA's operation of the same rule."""
-    rows = read_rows("h200_recurrences.csv")
+    rows = read_rows(file)
     lines = []
     for rule in dict.fromkeys(row["rule"] for row in rows):
         for shape in dict.fromkeys(_shape(row) for row in rows if row["rule"] == rule):
@@ -343,6 +344,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "patch-targets": patch_targets,
     "rules": rules,
     "recurrences": recurrences,
+    "recurrences-h100": partial(recurrences, "h100_recurrences.csv"),
     "rule-times": rule_times,
     "rule-training": rule_training,
     "layer-times": lambda: layer_times(("mom", "softmax")),

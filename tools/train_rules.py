@@ -25,15 +25,21 @@ from measured_rows import Row
 from linear_moe.commands import demo
 from linear_moe.commands.values import path, whole
 from linear_moe.watching.run_plots import TRAINING_LOSS, read_scalars
-from mom_layers import rule_names
+from mom_layers import get_rule, rule_names
 
 HOW = ("memories", "alone")
 FALL = 1.0  # nats that the mean of the last ten steps' losses must lie below the first
 
 
 def words(rule: str, how: str) -> list[str]:
-    """The demo's model with a rule: four memories and a shared one, or one memory without a router."""
+    """The demo's model with a rule: four memories and a shared one, or one memory without a router. A rule that does
+    not take the demo's head size has more heads of its own size, together as wide."""
     model = list(demo.MODEL)
+    heads, size = (model.index(option) + 1 for option in ("--mom-num-heads", "--mom-head-dim"))
+    sizes = get_rule(rule).head_sizes
+    if int(model[size]) not in sizes:
+        width = int(model[heads]) * int(model[size])
+        model[heads], model[size] = width // max(sizes), max(sizes)
     if how == "memories":
         return [*model, "--mom-rule", rule]
     for option, values in (("--mom-num-memories", 1), ("--mom-topk", 1), ("--mom-shared-memory", 0)):
