@@ -344,7 +344,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "patch-targets": patch_targets,
     "rules": rules,
     "recurrences": recurrences,
-    "recurrences-h100": partial(recurrences, "h100_recurrences.csv"),
+    "recurrences-after": partial(recurrences, "h100_recurrences.csv"),
     "rule-times": rule_times,
     "rule-training": rule_training,
     "layer-times": lambda: layer_times(("mom", "softmax")),
