@@ -150,7 +150,7 @@ def examples() -> dict[str, tuple[Callable, dict, dict]]:
     truth = {"wrong type", "empty", "None", "huge"}  # as in a condition of Python
     return {
         "MixtureOfMemories": (build, LAYER, {
-            "norm_eps": {"zero"},
+            "norm_eps": {"zero"}, "text_conv": {"zero"},
         }),
         "forward": (forward, {"x": x, "state": state, "output_state": True, "cu_seqlens": DROP, "token_mask":
             torch.ones(2, 6, dtype=torch.bool)},

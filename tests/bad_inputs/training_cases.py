@@ -62,6 +62,7 @@ def values(kind: type, inputs: Path) -> Iterator[tuple[str, str]]:
 NOT_TOO_LARGE = {"zero", "fraction"}
 ALLOWED = {
     "--mom-aux-loss-coeff": {"zero", "fraction", "huge"}, "--mom-z-loss-coeff": {"zero", "fraction", "huge"},
+    "--mom-text-conv": {"zero"},
     "--norm-epsilon": NOT_TOO_LARGE, "--weight-decay": {"zero", "fraction"}, "--adam-beta1": {"zero"},
     "--adam-beta2": {"zero"}, "--adam-eps": {"zero", "fraction", "huge"}, "--clip-grad": {"zero", "fraction", "huge"},
     "--max-position-embeddings": {"huge"}, "--tensorboard-dir": {"empty", "missing path"}, "--save": {"missing path"},
@@ -230,7 +231,7 @@ def setting_cases(folder: Path) -> list[Case]:
 FINE_SETTINGS = (
     {("mom_aux_loss_coeff", kind) for kind in ("zero", "huge", "fraction")}
     | {("mom_z_loss_coeff", kind) for kind in ("zero", "huge", "fraction")}
-    | {("mom_expand_v", "huge")}
+    | {("mom_expand_v", "huge"), ("mom_text_conv", "zero")}
 )
 """Values that work."""
 

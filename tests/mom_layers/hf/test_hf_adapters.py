@@ -98,7 +98,8 @@ def test_a_wrapped_convolution_is_refused_by_name():
     """The kernels read the convolution's weights, so that a wrapper's computation would have no effect."""
     model = tiny_model()
     model.model.layers[0].attn.v_conv1d = torch.nn.Sequential(model.model.layers[0].attn.v_conv1d)
-    with pytest.raises(ValueError, match="v_conv1d is a Sequential: .*Leave q_conv1d, k_conv1d, v_conv1d and o_norm"):
+    message = "v_conv1d is a Sequential: .*Leave q_conv1d, k_conv1d, v_conv1d, text_conv1d and o_norm"
+    with pytest.raises(ValueError, match=message):
         model(random_tokens(1, 5))
 
 

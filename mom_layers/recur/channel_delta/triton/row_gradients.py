@@ -47,7 +47,7 @@ from mom_layers.recur.channel_delta.triton.levels import (
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
 from mom_layers.recur.program_place_triton import tile_of_chunk
-from mom_layers.recur.tiles_triton import finished, tile_mask
+from mom_layers.recur.tiles_triton import finished, has_asynchronous_products, tile_mask
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -83,6 +83,7 @@ def _row_gradients_kernel(
     ERASE_CHANNELS: tl.constexpr,
     LEVELS: tl.constexpr,
     EXACT: tl.constexpr,
+    ASYNCHRONOUS: tl.constexpr,
 ):
     """Equations (18) to (24) for BK channels of one chunk and head: with LEVELS of the chunks that are not whole on the
     first level, without of the others."""
@@ -131,7 +132,8 @@ def _row_gradients_kernel(
         b_dq += tl.dot(b_do, tl.trans(b_S), input_precision=PRECISION)
         b_dE += tl.dot(b_y, tl.trans(b_S), input_precision=PRECISION)
         b_dk_state += tl.dot(b_e, tl.trans(b_dS), input_precision=PRECISION)
-        b_dq, b_dE, b_dk_state = finished(b_dq, i_v), finished(b_dE, i_v), finished(b_dk_state, i_v)
+        b_dq, b_dE = finished(b_dq, i_v, ASYNCHRONOUS), finished(b_dE, i_v, ASYNCHRONOUS)
+        b_dk_state = finished(b_dk_state, i_v, ASYNCHRONOUS)
         b_S_dS += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1)
 
     # (18), (19), and their part of (22), whose sum over earlier rows leaves the row itself out: the terms move down by
@@ -275,6 +277,7 @@ def row_gradients(
             ERASE_CHANNELS=inputs.erases_channels,
             LEVELS=levels,
             EXACT=q.dtype == torch.float32,
+            ASYNCHRONOUS=has_asynchronous_products(q.device),
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )

@@ -22,7 +22,7 @@ from mom_layers.recur.channel_delta.triton.levels import PRECISION
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.chunks import Chunks
 from mom_layers.recur.program_place_triton import chunk_of_program
-from mom_layers.recur.tiles_triton import finished
+from mom_layers.recur.tiles_triton import finished, has_asynchronous_products
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -46,6 +46,7 @@ def _score_gradients_kernel(
     BT: tl.constexpr,
     BV: tl.constexpr,
     WRITE_CHANNELS: tl.constexpr,
+    ASYNCHRONOUS: tl.constexpr,
 ):
     """Equations (14) to (17) of one chunk and head."""
     i_c, i_h, i_s = chunk_of_program(chunk_segment, H)
@@ -67,7 +68,7 @@ def _score_gradients_kernel(
         b_e = tl.load(errors + p_tv, mask=m_t[:, None], other=0.0)  # [BT, BV]
         b_dP += tl.dot(b_do, tl.trans(b_e), input_precision=PRECISION)
         b_dA += tl.dot(b_y, tl.trans(b_e), input_precision=PRECISION)
-        b_dP, b_dA = finished(b_dP, i_v), finished(b_dA, i_v)
+        b_dP, b_dA = finished(b_dP, i_v, ASYNCHRONOUS), finished(b_dA, i_v, ASYNCHRONOUS)
         b_v = tl.load(v + p_tv, mask=m_t[:, None], other=0.0).to(tl.float32)  # [BT, BV]
         b_v_y = b_v * b_y.to(tl.float32)
         if WRITE_CHANNELS:
@@ -122,6 +123,7 @@ def score_gradients(
         BT=CHUNK,
         BV=launch.tile,
         WRITE_CHANNELS=values.writes_channels,
+        ASYNCHRONOUS=has_asynchronous_products(v.device),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )

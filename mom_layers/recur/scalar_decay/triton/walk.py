@@ -39,7 +39,7 @@ from mom_layers.recur.program_place_triton import part_of_program
 from mom_layers.recur.scalar_decay.tensors import Cuts, DecayTerms, PartStates
 from mom_layers.recur.scalar_decay.triton.decays import decay_kind, decays_between, decays_of_rows
 from mom_layers.recur.scalar_decay.triton.launches import launches_for
-from mom_layers.recur.tiles_triton import finished, tile_mask
+from mom_layers.recur.tiles_triton import finished, has_asynchronous_products, tile_mask
 
 # Products of float32 inputs are exact in float32: no tf32. Other types ignore it.
 PRECISION = tl.constexpr("ieee")
@@ -97,6 +97,7 @@ def walk_kernel(
     STORE_LAST_STATE: tl.constexpr,
     TERMS: tl.constexpr,
     HAS_DECAYED_STATE: tl.constexpr,
+    ASYNCHRONOUS: tl.constexpr,
 ):
     """BC columns of the state along one part of a segment and head."""
     TILES: tl.constexpr = (C + BC - 1) // BC
@@ -223,7 +224,7 @@ def walk_kernel(
         b_M = tl.dot(tl.trans(b_b), b_write, decay * b_M, input_precision=PRECISION)
         if BLOCKS == 2:
             if DECAY == "none":
-                b_M = finished(b_M, i_step)  # the product has read c itself
+                b_M = finished(b_M, i_step, ASYNCHRONOUS)  # the product has read c itself
             # The halves change places. The mask changes nothing; without it the compiler would pipeline no load.
             b_M, b_N = tl.where(i_step >= 0, b_N, 0.0), b_M
 
@@ -317,6 +318,7 @@ def walk(
         STORE_LAST_STATE=last_state is not None,
         TERMS=terms is not None,
         HAS_DECAYED_STATE=terms is not None and terms.decayed_state is not None,
+        ASYNCHRONOUS=has_asynchronous_products(a.device),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
