@@ -91,6 +91,8 @@ EQUAL_TOKENS = ("mom", "mom-text-conv", "mom-hybrid", "gdn-state", "gdn", "softm
 ABLATIONS = ("mom-m2", "mom-m8", "mom-k1", "mom-k4", "mom-unshared", "mom-balancing-0", "mom-balancing-5e-3",
              "mom-balancing-1e-2", "mom-single-projection", "gdn-text-conv", "gdn-state-text-conv")  # fmt: skip
 SMALL = "mom-small"
+TEXT_CONV = "-text-conv"
+"""End of the name of a model that has a convolution over the text."""
 SMALL_SHAPE = {"hidden": 384, "ffn": 1024, "attention_heads": 6, "head_dim": 64}
 """The sizes of SMALL: its export takes at most 60 MB."""
 
@@ -126,10 +128,14 @@ def mixer_of(name: str, shape: Shape) -> Mixer:
 
     Raises ValueError where MoM's state cannot be matched with whole heads.
     """
+    if name.endswith(TEXT_CONV):
+        return replace(mixer_of(name.removesuffix(TEXT_CONV), shape), text_conv=4)
+    if name == SMALL:
+        return mixer_of(f"mom{TEXT_CONV}", shape)
     mom = Mixer(4, 2, True, shape.heads, shape.head_dim, balancing=1e-3)
     alone = replace(mom, memories=1, topk=1, shared=False, balancing=0.0)
     heads = shape.heads * mom.all_memories
-    if name.startswith("gdn-state") and heads % 4:
+    if name == "gdn-state" and heads % 4:
         raise ValueError(f"{name}: {heads} heads of all memories are no multiple of 4: give another number of heads")
     mixers = {
         "softmax": Mixer(),
@@ -137,9 +143,6 @@ def mixer_of(name: str, shape: Shape) -> Mixer:
         "gdn-state": replace(alone, heads=heads // 4, key_size=2 * shape.head_dim),
         "gdn-heads": replace(alone, heads=heads),
         "mom": mom,
-        "mom-text-conv": replace(mom, text_conv=4),
-        "gdn-text-conv": replace(alone, text_conv=4),
-        "gdn-state-text-conv": replace(alone, heads=heads // 4, key_size=2 * shape.head_dim, text_conv=4),
         "mom-hybrid": replace(mom, hybrid=True),
         "mom-m2": replace(mom, memories=2),
         "mom-m8": replace(mom, memories=8),
@@ -150,7 +153,6 @@ def mixer_of(name: str, shape: Shape) -> Mixer:
         "mom-balancing-5e-3": replace(mom, balancing=5e-3),
         "mom-balancing-1e-2": replace(mom, balancing=1e-2),
         "mom-single-projection": replace(mom, single_projection=True),
-        SMALL: replace(mom, text_conv=4),
     }
     return mixers[name]
 

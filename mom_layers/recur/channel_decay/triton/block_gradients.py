@@ -214,7 +214,7 @@ def _of_block(i_b, b_0, b_1, b_2, b_3):
     return tl.where(i_b < 2, tl.where(i_b == 0, b_0, b_1), tl.where(i_b == 2, b_2, b_3))
 
 
-def block_gradients(
+def gradient_arguments(
     inputs: Inputs,
     chunks: Chunks,
     parts: StateParts,
@@ -222,14 +222,14 @@ def block_gradients(
     d_scores: torch.Tensor,
     gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     launch: Launch,
-):
-    """Writes dq, dk and dg of the chunks and heads that are not whole to ``gradients``, each [R, H, K].
+) -> dict:
+    """The arguments that the kernels of rows' gradients share, of whole chunks and of the others.
 
-    whole_chunks: [N, H] int32, from `chunk_local`. d_scores: dP [N, H, BT, BT].
+    whole_chunks: [N, H] int32, from `chunk_local`. d_scores: dP [N, H, BT, BT]. gradients: dq, dk and dg, each
+    [R, H, K], to be written.
     """
-    heads, k_dim = inputs.num_heads, inputs.k_dim
     dq, dk, dg = gradients
-    _block_gradients_kernel[(chunks.num_slots * heads * (k_dim // launch.tile),)](
+    return dict(
         q=inputs.q,
         k=inputs.k,
         g=inputs.g,
@@ -245,11 +245,16 @@ def block_gradients(
         dk=dk,
         dg=dg,
         num_segments=chunks.num_segments,
-        H=heads,
-        K=k_dim,
+        H=inputs.num_heads,
+        K=inputs.k_dim,
         BT=CHUNK,
-        BC=BLOCK,
         BK=launch.tile,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
+
+
+def block_gradients(inputs: Inputs, chunks: Chunks, *tensors, launch: Launch) -> None:
+    """Writes dq, dk and dg of the chunks and heads that are not whole. tensors: as for :func:`gradient_arguments`."""
+    programs = chunks.num_slots * inputs.num_heads * (inputs.k_dim // launch.tile)
+    _block_gradients_kernel[(programs,)](**gradient_arguments(inputs, chunks, *tensors, launch), BC=BLOCK)

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from mom_layers.recur.channel_decay.tensors import Inputs, StateParts
-from mom_layers.recur.channel_decay.triton.block_gradients import block_gradients
+from mom_layers.recur.channel_decay.triton.block_gradients import block_gradients, gradient_arguments
 from mom_layers.recur.channel_decay.triton.blocks import PRECISION, exponents
 from mom_layers.recur.channel_decay.triton.launches import Launch, launches_for
 from mom_layers.recur.chunk_table import CHUNK
@@ -159,9 +159,10 @@ def local_gradients(
     q = inputs.q
     launches = launches_for(q.device, q.dtype, inputs.k_dim, inputs.v_dim)
     d_scores = score_gradients(inputs, do, chunks, launches.score_gradients)
-    dq, dk, dg = gradients = torch.empty_like(q), torch.empty_like(inputs.k), torch.empty_like(inputs.g)
-    row_gradients(inputs, chunks, parts, whole_chunks, d_scores, gradients, launches.row_gradients)
-    block_gradients(inputs, chunks, parts, whole_chunks, d_scores, gradients, launches.block_gradients)
+    gradients = torch.empty_like(q), torch.empty_like(inputs.k), torch.empty_like(inputs.g)
+    tensors = parts, whole_chunks, d_scores, gradients
+    row_gradients(inputs, chunks, *tensors, launch=launches.row_gradients)
+    block_gradients(inputs, chunks, *tensors, launch=launches.block_gradients)
     return gradients
 
 
@@ -189,41 +190,7 @@ def score_gradients(inputs: Inputs, do: torch.Tensor, chunks: Chunks, launch: La
     return d_scores
 
 
-def row_gradients(
-    inputs: Inputs,
-    chunks: Chunks,
-    parts: StateParts,
-    whole_chunks: torch.Tensor,
-    d_scores: torch.Tensor,
-    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    launch: Launch,
-) -> None:
-    """Writes dq, dk and dg of whole chunks and heads to ``gradients``, each [R, H, K].
-
-    whole_chunks: [N, H] int32, from `chunk_local`. d_scores: dP [N, H, BT, BT].
-    """
-    heads, k_dim = inputs.num_heads, inputs.k_dim
-    dq, dk, dg = gradients
-    _row_gradients_kernel[(chunks.num_slots * heads * (k_dim // launch.tile),)](
-        q=inputs.q,
-        k=inputs.k,
-        g=inputs.g,
-        u=parts.u,
-        w=parts.w,
-        d_decays=parts.d_decays,
-        d_scores=d_scores,
-        whole_chunks=whole_chunks,
-        cu_seqlens=chunks.cu_seqlens,
-        chunk_segment=chunks.table.segment,
-        chunk_index=chunks.table.index,
-        dq=dq,
-        dk=dk,
-        dg=dg,
-        num_segments=chunks.num_segments,
-        H=heads,
-        K=k_dim,
-        BT=CHUNK,
-        BK=launch.tile,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
+def row_gradients(inputs: Inputs, chunks: Chunks, *tensors, launch: Launch) -> None:
+    """Writes dq, dk and dg of whole chunks and heads. tensors: as for :func:`gradient_arguments`."""
+    programs = chunks.num_slots * inputs.num_heads * (inputs.k_dim // launch.tile)
+    _row_gradients_kernel[(programs,)](**gradient_arguments(inputs, chunks, *tensors, launch))
