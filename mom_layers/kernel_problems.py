@@ -33,11 +33,6 @@ def kernel_problem(settings: MixerSettings, dtype: torch.dtype, device: torch.de
         if size not in rule.kernel_sizes(of_keys=key):
             sizes = ", ".join(map(str, rule.kernel_sizes(of_keys=key)))
             return f"{name} = {size} is not supported by the {rule.name} kernels: use one of {sizes}, or {help_}"
-    if fault := rule.fault(settings.head_dim, settings.value_dim):
-        return (
-            f"head_dim {settings.head_dim} with values of {settings.value_dim}: the {rule.name} kernels gave {fault}: "
-            f"use other sizes, or {help_}"
-        )
     shown = ".".join(map(str, VERSION))
     if VERSION < OLDEST_TRITON:
         return f"Triton {shown} is installed, and the kernels need {'.'.join(map(str, OLDEST_TRITON))} or newer"

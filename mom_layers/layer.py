@@ -10,7 +10,7 @@ import torch.nn as nn
 from mom_layers.common.checks import FLOATING, TRUTH, WHOLE, check_borders, check_instance, check_tensors, check_whole
 from mom_layers.mixing import MemoryParameters, TokenMaps, has_step, mix_tokens, step_tokens
 from mom_layers.one_memory import mix_alone, step_alone
-from mom_layers.recur.rules import has_fault, kept_exact, warn_without_kernels
+from mom_layers.recur.rules import kept_exact, warn_without_kernels
 from mom_layers.settings import ONE_MEMORY, MixerSettings
 from mom_layers.state import MemoryState
 
@@ -30,8 +30,6 @@ class _TokenMixer(nn.Module):
         self.hidden_size, self.num_heads, self.head_dim = hidden_size, settings.num_heads, settings.head_dim
         self.value_dim = settings.value_dim
         self.rule, self.kernels = settings.update_rule, settings.kernels
-        if settings.kernels == "auto" and has_fault(self.rule, settings.head_dim, settings.value_dim):
-            self.kernels = "torch"
         warn_without_kernels(self.rule)
 
     def _make_shared_parameters(self) -> None:

@@ -166,8 +166,3 @@ class MixerSettings:
                     f"{name} = {value} is not supported by the {self.rule} kernels: "
                     f"use one of {', '.join(map(str, sizes))}, or kernels='torch'"
                 )
-        if fault := self.update_rule.fault(self.head_dim, self.value_dim):
-            raise ValueError(
-                f"head_dim = {self.head_dim} with head_dim * expand_v = {self.value_dim}: the {self.rule} kernels gave "
-                f"{fault}: use other sizes, or kernels='torch' (--mom-kernels torch)"
-            )

@@ -85,28 +85,6 @@ def head_sizes() -> str:
     return table(("rule", "key sizes of the Triton kernels", "value sizes"), rows)
 
 
-def gpu_sizes() -> str:
-    """Sizes at which the kernels were found right on a GPU, for the rules where other sizes were found wrong."""
-    alike: dict[tuple, list[str]] = {}
-    for name in rule_names():
-        rule = get_rule(name)
-        if rule.gpu_fault is None:
-            continue
-        right = {
-            keys: tuple(values for values in rule.kernel_sizes(of_keys=False) if rule.gpu_fault(keys, values) is None)
-            for keys in rule.kernel_sizes(of_keys=True)
-        }
-        alike.setdefault(tuple(right.items()), []).append(name)
-    rows = []
-    for right, names in alike.items():
-        if not any(values for _, values in right):
-            rows.append((code(names), "none", "none"))
-        for values in dict.fromkeys(values for _, values in right if values):
-            keys = [size for size, found in right if found == values]
-            rows.append((code(names), *(", ".join(map(str, sizes)) for sizes in (keys, values))))
-    return table(("rules", "key sizes", "value sizes whose kernels are right on a GPU"), rows)
-
-
 def patches(cpu: bool) -> str:
     """The patches of every run, or of a machine without a GPU."""
     chosen = [patch for patch in plugin.patches() if patch.name.startswith("cpu-") == cpu]
@@ -338,7 +316,6 @@ def caption(rows: list[Row]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "arguments": arguments,
     "head-sizes": head_sizes,
-    "gpu-sizes": gpu_sizes,
     "patches": lambda: patches(cpu=False),
     "cpu-patches": lambda: patches(cpu=True),
     "patch-targets": patch_targets,

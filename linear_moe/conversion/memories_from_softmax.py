@@ -123,12 +123,6 @@ def _settings(spec: AttentionSpec, memories: Memories, config: MomConfig) -> Mix
     except (ValueError, TypeError) as error:
         raise ConversionError(str(error)) from error
     rule = settings.update_rule
-    if fault := rule.fault(settings.head_dim, settings.value_dim):
-        raise ConversionError(
-            f"the Transformer's heads have size {spec.head_dim}, and the kernels of --mom-rule {memories.rule} gave "
-            f"{fault} at that size: choose another rule, such as gated_deltanet; --softmax-layers all keeps every "
-            "layer as it is"
-        )
     if not settings.has_kernels():
         raise ConversionError(
             f"the Transformer's heads have size {spec.head_dim}, and the kernels of --mom-rule {memories.rule} take "

@@ -25,7 +25,7 @@ from mom_layers.hf.projections import (
 from mom_layers.hf.sequence import TokenSequence
 from mom_layers.mixing import MemoryParameters, TokenMaps, has_step, mix_tokens, step_tokens
 from mom_layers.one_memory import mix_alone, step_alone
-from mom_layers.recur.rules import has_fault, kept_exact, warn_without_kernels
+from mom_layers.recur.rules import kept_exact, warn_without_kernels
 
 
 class RecurrentAttention(nn.Module):
@@ -43,7 +43,6 @@ class RecurrentAttention(nn.Module):
         # The format's letter of each piece of a projection: "k" is projected by k_proj.M and shared_k, or by k_proj.
         self.letters = ["k", "v", *(gate.hf for gate in self.rule.raw_gates)]
         self.kernels = "auto" if self.settings.has_kernels() else "torch"
-        has_fault(self.rule, self.settings.head_dim, self.settings.value_dim)  # the user reads why the model is slow
         self._one_matrix = OneMatrix()
 
     def _make_shared_modules(self) -> None:

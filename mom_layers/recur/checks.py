@@ -2,50 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Callable
-
 import torch
 
 from mom_layers.common.checks import FLOATING, WHOLE, check_borders, check_number, check_tensors
-from mom_layers.common.kernel_choice import resolve_kernels
 from mom_layers.common.supported import FLOAT_TYPES, HEAD_SIZES
-
-logger = logging.getLogger(__name__)
-
-
-def resolve_for_sizes(
-    kernels: str,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gpu_fault: Callable[[int, int], str | None],
-    sizes: tuple[int, ...] = HEAD_SIZES,
-) -> str:
-    """Replaces "auto" by "torch" or "triton", for the device of k and for the head sizes.
-
-    "auto" becomes "torch", with one warning, at sizes at which tests on a GPU found the Triton kernels wrong. A caller
-    that names "triton" runs these kernels.
-
-    Args:
-        k, v: [R, H, K] and [R, H, V]; not checked yet, so that anything may come.
-        gpu_fault: (K, V) -> what the tests found; None where the results were right.
-        sizes: K and V that the family's kernels take. Other sizes stay "triton", whose check names the sizes.
-    """
-    chosen = resolve_kernels(kernels, k)
-    if kernels != "auto" or chosen == "torch" or getattr(k, "ndim", 0) != 3 or getattr(v, "ndim", 0) != 3:
-        return chosen
-    k_dim, v_dim = k.shape[2], v.shape[2]
-    fault = gpu_fault(k_dim, v_dim) if k_dim in sizes and v_dim in sizes else None
-    if fault is None:
-        return chosen
-    _warn_of_fault(k_dim, v_dim, fault)
-    return "torch"
-
-
-@functools.cache
-def _warn_of_fault(k_dim: int, v_dim: int, fault: str) -> None:
-    logger.warning("keys of %d and values of %d run in PyTorch, slowly: the kernels gave %s", k_dim, v_dim, fault)
 
 
 def check_types(q, k, v, gates: dict[str, object], cu_seqlens, initial_state, scale) -> None:

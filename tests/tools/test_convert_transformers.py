@@ -214,14 +214,6 @@ def test_what_no_model_with_memories_can_start_from(changed, options, words, tmp
     assert not (tmp_path / "megatron").exists()
 
 
-def test_a_size_at_which_a_rules_kernels_are_wrong_on_this_gpu_is_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mom_layers.recur.rules.MemoryRule.fault", lambda *sizes: "an illegal memory access")
-    save(TRANSFORMERS["llama"], tmp_path / "transformer")
-    assert convert(tmp_path / "transformer", tmp_path / "megatron", "--mom-rule", "kda") == 1
-    *_, line = capsys.readouterr().err.splitlines()
-    assert "and the kernels of --mom-rule kda gave an illegal memory access" in line, line
-
-
 def test_a_token_of_another_tokenizer_is_named_wherever_it_stands(tmp_path, monkeypatch):
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 

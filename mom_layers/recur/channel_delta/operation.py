@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from mom_layers.common.kernel_choice import compute_dtype
-from mom_layers.recur.channel_delta.sizes import gpu_fault
+from mom_layers.common.kernel_choice import compute_dtype, resolve_kernels
 from mom_layers.recur.channel_delta.torch import channel_delta_rule_torch
-from mom_layers.recur.checks import check_for_triton, check_shapes, check_types, resolve_for_sizes
+from mom_layers.recur.checks import check_for_triton, check_shapes, check_types
 
 
 def _check(q, k, v, g, erase, write, cu_seqlens, initial_state, kernels, scale=None):
@@ -62,10 +61,9 @@ def channel_delta_rule(
         initial_state: [S, H, K, V] float32; zeros when absent.
         output_final_state: also return the state after each segment.
         scale: of q; K ** -0.5 when absent.
-        kernels: "torch" (chunked PyTorch; reads lengths on the host), "triton", or "auto": "triton" for CUDA tensors of
-            head sizes that tests on a GPU found right (`sizes`), "torch" for others. Triton takes K and V of 16, 32,
-            64, 128 or 256; q, k and v of one type: float32, bfloat16 or float16; the gates of any of these types
-            (float32 is advised for g).
+        kernels: "torch" (chunked PyTorch; reads lengths on the host), "triton", or "auto": "triton" for CUDA tensors,
+            "torch" for others. Triton takes K and V of 16, 32, 64, 128 or 256; q, k and v of one type: float32,
+            bfloat16 or float16; the gates of any of these types (float32 is advised for g).
 
     Returns:
         o [R, H, V] in v's type, and the final state [S, H, K, V] in float32 (float64 for float64 inputs) or None. An
@@ -74,7 +72,7 @@ def channel_delta_rule(
     Raises:
         ValueError: shapes, types, head sizes or devices that are not supported.
     """
-    kernels = resolve_for_sizes(kernels, q, v, gpu_fault)
+    kernels = resolve_kernels(kernels, q)
     _check(q, k, v, g, erase, write, cu_seqlens, initial_state, kernels, scale)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     if kernels == "triton":
@@ -152,7 +150,7 @@ def initial_state_gradient(
     Raises:
         ValueError: as there.
     """
-    kernels = resolve_for_sizes(kernels, q, do, gpu_fault)
+    kernels = resolve_kernels(kernels, q)
     no_write = torch.zeros_like(do[..., 0])
     _check(q, k, do, g, erase, no_write, cu_seqlens, None, kernels, scale)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)

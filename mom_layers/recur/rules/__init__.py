@@ -16,7 +16,7 @@ from mom_layers.recur.rules import (
 from mom_layers.recur.rules.equation import rule_from_equation
 from mom_layers.recur.rules.linear_attention import RULES as LINEAR_ATTENTION
 from mom_layers.recur.rules.registry import get_rule, register_rule, rule_names
-from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs, has_fault, kept_exact, warn_without_kernels
+from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs, kept_exact, warn_without_kernels
 
 RULES = (
     gated_deltanet, gated_deltanet2, deltanet, kda, gla, hgrn2, mamba2, retention, lightning, based, rebased,
@@ -29,7 +29,6 @@ __all__ = [
     "RawGate",
     "RuleInputs",
     "get_rule",
-    "has_fault",
     "kept_exact",
     "register_rule",
     "rule_from_equation",

@@ -21,7 +21,6 @@ from mom_layers.common.supported import HEAD_SIZES
 from mom_layers.recur.channel_delta import initial_state_gradient as state_gradient
 from mom_layers.recur.channel_delta import kimi_delta_attention
 from mom_layers.recur.channel_delta.reference import channel_delta_rule_reference
-from mom_layers.recur.channel_delta.sizes import gpu_fault
 from mom_layers.recur.chunk_table import CHUNK
 from mom_layers.recur.rules.decay_rates import decay_rates
 from mom_layers.recur.rules.rule import MemoryRule, RawGate, RuleInputs, dense_transition
@@ -115,5 +114,4 @@ RULE = MemoryRule(
     head_sizes=HEAD_SIZES,
     initial_state_gradient=initial_state_gradient,
     family="channel_delta",
-    gpu_fault=gpu_fault,
 )

@@ -8,7 +8,6 @@ Shape legend: rows R, segments S, heads H, key size K, value size V.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
@@ -17,8 +16,6 @@ from dataclasses import dataclass
 import torch
 
 from mom_layers.common.kernel_choice import compute_dtype
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,8 +97,6 @@ class MemoryRule:
             step of one token takes the general path.
         family: the kernel family that computes the recurrence, a folder of `mom_layers.recur`. The self-test checks
             the kernels of a family with one of its rules. Empty for a rule that shares its kernels with no other.
-        gpu_fault: (K, V) -> what tests on a GPU found wrong with the kernels at these sizes; None where the results
-            were right. Layers then compute in PyTorch, and training stops with a line.
     """
 
     name: str
@@ -123,7 +118,6 @@ class MemoryRule:
     cost_without_kernels: str | None = None
     decode_step: Callable[..., torch.Tensor] | None = None
     family: str = ""
-    gpu_fault: Callable[[int, int], str | None] | None = None
     key_sizes: tuple[int, ...] | None = None
     fixed_parameters: tuple[str, ...] = ()
     layer_parameters: Callable[[int, int, int, int], dict[str, torch.Tensor]] | None = None
@@ -134,14 +128,7 @@ class MemoryRule:
 
     def has_kernels(self, k_dim: int, v_dim: int) -> bool:
         """Whether the Triton kernels take a key size and a value size."""
-        listed = k_dim in self.kernel_sizes(True) and v_dim in self.kernel_sizes(False)
-        return listed and self.fault(k_dim, v_dim) is None
-
-    def fault(self, k_dim: int, v_dim: int) -> str | None:
-        """What is wrong with the kernels at these sizes on this machine's GPU, in words; None without a GPU."""
-        if self.gpu_fault is None or not torch.cuda.is_available():
-            return None
-        return self.gpu_fault(k_dim, v_dim)
+        return k_dim in self.kernel_sizes(True) and v_dim in self.kernel_sizes(False)
 
     def parameters_of_layer(self, num_heads: int, head_dim: int, layer: int, num_layers: int):
         """Initial parameters of layer number ``layer`` of ``num_layers``, as ``init_parameters`` returns them."""
@@ -209,19 +196,7 @@ def warn_without_kernels(rule: MemoryRule) -> None:
         warnings.warn(f"the update rule {rule.name} has no kernels: {rule.cost_without_kernels}", stacklevel=3)
 
 
-def has_fault(rule: MemoryRule, k_dim: int, v_dim: int) -> bool:
-    """Whether a layer of these sizes must compute in PyTorch, because the kernels are wrong on this machine's GPU.
-
-    Warns of that once a process for each rule and size.
-    """
-    fault = rule.fault(k_dim, v_dim)
-    if fault is not None and (rule.name, k_dim, v_dim) not in _WARNED:
-        _WARNED.add((rule.name, k_dim, v_dim))
-        logger.warning("%s computes in PyTorch, slowly: its kernels gave %s", rule.name, fault)
-    return fault is not None
-
-
-_WARNED: set[str | tuple[str, int, int]] = set()
+_WARNED: set[str] = set()
 
 
 @contextmanager
