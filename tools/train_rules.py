@@ -32,11 +32,11 @@ FALL = 1.0  # nats that the mean of the last ten steps' losses must lie below th
 
 
 def words(rule: str, how: str) -> list[str]:
-    """The demo's model with a rule: four memories and a shared one, or one memory without a router. A rule that does
-    not take the demo's head size has more heads of its own size, together as wide."""
+    """The demo's model with a rule: four memories and a shared one, or one memory without a router. A rule whose
+    kernels do not take the demo's head size has more heads of the largest size, together as wide."""
     model = list(demo.MODEL)
     heads, size = (model.index(option) + 1 for option in ("--mom-num-heads", "--mom-head-dim"))
-    sizes = get_rule(rule).head_sizes
+    sizes = set(get_rule(rule).kernel_sizes(of_keys=True)) & set(get_rule(rule).kernel_sizes(of_keys=False))
     if int(model[size]) not in sizes:
         width = int(model[heads]) * int(model[size])
         model[heads], model[size] = width // max(sizes), max(sizes)

@@ -76,8 +76,9 @@ def prepare(
     counts = BigramCounts(training, list(windows.values()), len(sizes))
     found = []
     for length, tokens in windows.items():
-        path = folder / f"windows_{length}.npy"
-        with replaced_file(path) as partial, partial.open("wb") as file:  # other runs may read the same windows
+        # Runs beside this one may read the same windows, or have other windows of the same length.
+        path = folder / f"windows_{len(tokens)}x{length}.npy"
+        with replaced_file(path) as partial, partial.open("wb") as file:
             np.save(file, tokens)
         text_bytes = int(sizes[tokens[:, 1:].astype(np.int64)].sum())
         found.append(HeldOut(path, length, text_bytes, find_repeats(tokens, len(sizes), counts)))

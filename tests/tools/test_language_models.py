@@ -158,6 +158,15 @@ def test_windows_are_spread_over_the_text_and_limited():
         held_out.cut_windows(tokens, 200, 1000)
 
 
+def test_a_run_with_other_windows_leaves_those_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(held_out, "bytes_of_tokens", lambda tokenizer: np.ones(7, np.int64))
+    text = np.arange(101) % 7
+    (first,) = held_out.prepare(tmp_path, text, text, tmp_path, [10], 100)
+    (second,) = held_out.prepare(tmp_path, text, text, tmp_path, [10], 30)
+    for found, windows in ((first, 10), (second, 3)):
+        assert np.load(found.path).shape == (windows, 11) and found.repeats.longest.shape == (windows, 10)
+
+
 def some_windows(tmp_path):
     rng = np.random.default_rng(1)
     windows = rng.integers(4, size=(6, 33))
