@@ -387,11 +387,11 @@ def main() -> int:
             rows.append(row)
             differences = [f"{name} {row[name]}" for name in COLUMNS[2:5] if name in row]
             print(f"{row['result']:8} {row['case']}: {', '.join(filter(None, [*differences, row['why']]))}", flush=True)
-    rows.sort(key=lambda row: [case.name for case in cases].index(row["case"]))
-    with options.csv.open("w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS)
-        table.writeheader()
-        table.writerows(rows)
+            rows.sort(key=lambda row: [case.name for case in cases].index(row["case"]))
+            with options.csv.open("w", newline="") as file:  # after every case: a stopped command keeps its rows
+                table = csv.DictWriter(file, COLUMNS)
+                table.writeheader()
+                table.writerows(rows)
     failed = sum(row["result"] in ("failed", "wrong") for row in rows)
     print(f"{sum(row['result'] == 'right' for row in rows)} right, {failed} not; output of failures: {trainer.logs}")
     return failed
