@@ -25,6 +25,8 @@ RECALL_RUNS = (
     ["--mom", "4/2+shared", "--heads", "1"],
     ["--mom", "8/2+shared", "4/2", "4/1+shared", "--heads", "1", "--baselines", "memory"],
     ["--mom", "4/2+shared", "4/2", "--heads", "2", "--baselines", "memory"],
+    ["--mom", "4/2+shared+text", "4/2+text", "--heads", "1", "--baselines", "memory"],
+    ["--mom", "4/2+shared+text", "4/2+text", "--heads", "2", "--baselines", "memory"],
 )
 QUICK_RECALL_RUNS = (["--quick", "--mom", "4/2+shared", "--baselines", "memory", "--steps", "8", "--seeds", "0"],)
 MODELS = ["--models", "all", "--equal-time", "mom"]
@@ -73,6 +75,9 @@ def train(args: argparse.Namespace, deadline: float) -> list[str]:
 
     failed = []
     folder = args.output / "recall"
+    for name in (RECALL, records.TIMES):
+        for path in [*args.measured.glob(f"*{name}"), folder / name]:
+            records.upgrade(path)
     merge_rows(sorted(args.measured.glob(f"*{RECALL}")), folder / RECALL)
     merge_rows(sorted(args.measured.glob(f"*{records.TIMES}")), folder / records.TIMES)
     for run in QUICK_RECALL_RUNS if args.quick else RECALL_RUNS:

@@ -11,8 +11,9 @@ import numpy as np
 from linear_moe.recall import records
 from linear_moe.recall.models import Mixer
 
-OF_A_MODEL = {"model", "rule", "heads", "key_size", "value_size", "memories", "topk", "shared", "rate", "seed", "state",
-              "parameters", "accuracy", "loss", "flat", "curve", "seconds", "group", *records.ORIGIN}  # fmt: skip
+OF_A_MODEL = {"model", "rule", "heads", "key_size", "value_size", "memories", "topk", "shared", "text_conv", "rate",
+              "seed", "state", "parameters", "accuracy", "loss", "flat", "curve", "seconds", "group",
+              *records.ORIGIN}  # fmt: skip
 """Columns in which rows of one comparison may differ."""
 CLAIM_PAIRS = (16, 32)
 LOW, HIGH = 0.5, 0.9  # the claim: one memory stays under LOW, MoM with the same state per memory comes over HIGH

@@ -5,10 +5,11 @@ Where a size cannot be matched exactly the baseline gets the next larger one, ne
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from linear_moe.recall.models import SOFTMAX, Mixer, Shape, count_parameters
+from linear_moe.recall.models import SOFTMAX, TEXT_CONV, Mixer, Shape, count_parameters
 from linear_moe.recall.names import (
     ATTENTION,
     MATCHES,
@@ -23,6 +24,9 @@ from mom_layers import get_rule
 
 MOST_HEADS = 64  # where the search for a baseline as slow as MoM ends
 SOFTMAX_HEAD = 32  # of attention; its heads fill the hidden size
+MOM = re.compile(
+    r"((?P<rule>[^:]+):)?(?P<memories>[0-9]+)/(?P<topk>[0-9]+)(?P<ends>(\+(shared|text|0*[1-9][0-9]*heads))*)"
+)
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,25 @@ class Comparison:
 
 
 def parse_mom(text: str, base: Mixer) -> Mixer:
-    """A MoM model from words such as ``8/2``, ``4/2+shared`` or ``gla:4/2``, with the heads and sizes of ``base``.
+    """A MoM model from words such as ``8/2``, ``gla:4/2`` or ``4/2+shared+text+2heads``; else as ``base``.
 
     Raises ValueError for anything else.
     """
-    rule, colon, rest = text.rpartition(":")
-    counts, plus, shared = rest.partition("+")
-    memories, slash, topk = counts.partition("/")
-    if not (memories.isdecimal() and topk.isdecimal()) or (plus and shared != "shared"):
-        raise ValueError(f"{text!r} names no MoM model: write memories/top-k, such as 8/2, 4/2+shared or gla:4/2")
-    mixer = replace(base, memories=int(memories), topk=int(topk), shared=bool(plus))
-    if colon:
-        mixer = replace(mixer, rule=rule)
+    found = MOM.fullmatch(text)
+    ends = found["ends"].split("+")[1:] if found else []
+    if not found or len({end.lstrip("0123456789") for end in ends}) < len(ends):
+        raise ValueError(
+            f"{text!r} names no MoM model: write memories/top-k, such as 8/2, 4/2+shared, gla:4/2 or 4/2+text+2heads"
+        )
+    mixer = replace(
+        base,
+        rule=base.rule if found["rule"] is None else found["rule"],
+        memories=int(found["memories"]),
+        topk=int(found["topk"]),
+        shared="shared" in ends,
+        text_conv=TEXT_CONV if "text" in ends else 0,
+        heads=next((int(end.removesuffix("heads")) for end in ends if end.endswith("heads")), base.heads),
+    )
     get_rule(mixer.rule)
     if mixer.memories < 2 or not 1 <= mixer.topk <= mixer.memories:
         raise ValueError(f"{text!r}: a MoM model has at least 2 memories, and top-k from 1 to their number")
@@ -80,7 +91,7 @@ def compare(
         milliseconds: a mixer's time a step, measured alone; without it no baseline matches MoM's time.
         wanted: the baselines to find.
     """
-    alone = replace(mom, memories=1, topk=1, shared=False)
+    alone = mom.alone
     baselines = {
         STATE_PER_MEMORY: alone,
         STATE_BY_HEADS: replace(alone, heads=alone.heads * mom.all_memories),

@@ -6,7 +6,7 @@ Shape legend: sequences B, tokens T, hidden size D, heads H, key size K, value s
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -20,6 +20,10 @@ SOFTMAX = "softmax"
 SHORT_RULES = {"gated_deltanet": "GDN", "gla": "GLA"}
 ROTARY_BASE = 10000.0
 INIT_STD = 0.02
+TEXT_CONV = 4
+"""Width of the convolution over the text of models that have one."""
+CONV = 4
+"""Width of the memories' own convolutions, of models without a convolution over the text."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Mixer:
         memories: M, without the shared memory.
         topk: memories that a token goes to.
         shared: add the memory that every token goes to.
+        text_conv: width of the convolution over the text; 0 for none. The memories then have no convolutions of
+            their own.
     """
 
     rule: str = "gated_deltanet"
@@ -43,6 +49,15 @@ class Mixer:
     memories: int = 1
     topk: int = 1
     shared: bool = False
+    text_conv: int = 0
+
+    @property
+    def alone(self) -> Mixer:
+        """The update rule alone, with the heads and sizes of one memory, and convolutions on its q, k and v.
+
+        Those convolutions run over the text, as one memory gets every token.
+        """
+        return replace(self, memories=1, topk=1, shared=False, text_conv=0)
 
     @property
     def all_memories(self) -> int:
@@ -58,9 +73,10 @@ class Mixer:
     def name(self) -> str:
         short = SHORT_RULES.get(self.rule, self.rule)
         sizes = f"{self.heads} x {self.key_size} x {self.value_size}"
+        end = " text conv" if self.text_conv else ""
         if self.memories == 1:
-            return f"{short} {sizes}"
-        return f"MoM({short}) {self.memories}/{self.topk}{' shared' if self.shared else ''} {sizes}"
+            return f"{short} {sizes}{end}"
+        return f"MoM({short}) {self.memories}/{self.topk}{' shared' if self.shared else ''} {sizes}{end}"
 
 
 @dataclass(frozen=True)
@@ -86,6 +102,8 @@ class Memories(nn.Module):
             topk=mixer.topk,
             shared_memory=mixer.shared,
             rule=mixer.rule,
+            text_conv=mixer.text_conv,
+            conv_kernel=1 if mixer.text_conv else CONV,
         )
         self._logits = None
         if mixer.memories == 1:

@@ -14,9 +14,12 @@ import torch
 
 from linear_moe.recall.models import Mixer, count_parameters
 from linear_moe.recall.training import Job, Result, Settings
+from linear_moe.temporary import replaced_file
 
 RESULTS, TIMES = "recall.csv", "step_times.csv"
 ORIGIN = ("device", "torch", "triton", "commit", "command")
+LATER_COLUMNS = {"text_conv": ("shared", "0")}
+"""Columns that older files lack: {column: (the column before, value of the models in older files)}."""
 Row = dict[str, str]
 
 
@@ -108,13 +111,32 @@ def read(path: Path) -> list[Row]:
     return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
 
 
+def completed(row: Row) -> Row:
+    """A row of RESULTS or TIMES with all columns: what an older version wrote gets the later columns."""
+    for name, (before, value) in LATER_COLUMNS.items():
+        if name not in row and before in row:
+            place = list(row).index(before) + 1
+            row = dict([*list(row.items())[:place], (name, value), *list(row.items())[place:]])
+    return row
+
+
+def upgrade(path: Path) -> None:
+    """Gives RESULTS or TIMES, where an older version wrote it, the later columns, so that rows can be added to it."""
+    rows = read(path)
+    if all(row == completed(row) for row in rows):
+        return
+    with replaced_file(path) as partial:
+        append(partial, map(completed, rows))
+
+
 def find(rows: Iterable[Row], wanted: Row) -> Row | None:
     """The first row that has all the wanted values."""
     return next((row for row in rows if all(row.get(name) == value for name, value in wanted.items())), None)
 
 
 def mixer_of(row: Row) -> Mixer:
-    numbers = {name: int(row[name]) for name in ("heads", "key_size", "value_size", "memories", "topk")}
+    row = completed(row)
+    numbers = {name: int(row[name]) for name in ("heads", "key_size", "value_size", "memories", "topk", "text_conv")}
     return Mixer(row["rule"], shared=row["shared"] == "True", **numbers)
 
 

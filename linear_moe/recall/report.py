@@ -25,7 +25,7 @@ CLAIM_PAIRS = (16, 32)
 LOW, HIGH = 0.5, 0.9  # the claim: one memory stays below, MoM with the same state per memory comes above
 COLUMNS = 4  # of panels
 MOST_NAMED = 10  # a legend names up to this many models; of more models, the kinds
-KINDS = ("MoM(GDN)", "GDN", "MoM(GLA)", "GLA", "softmax")
+KINDS = ("MoM(GDN)", "GDN", "MoM(GLA)", "GLA", "softmax", "MoM(GDN) text conv", "MoM(GLA) text conv")
 Rows = dict[Job, records.Row]
 
 
@@ -221,7 +221,7 @@ def _draw_panels(comparisons, chosen, path, draw, x_label):
 
 
 def _kind(mixer: Mixer) -> str:
-    return mixer.name.split()[0]
+    return mixer.name.split()[0] + (" text conv" if mixer.text_conv else "")
 
 
 def _emphasis(mixer: Mixer) -> dict:

@@ -118,7 +118,7 @@ def _compile(plan: Plan, times: StepTimes) -> None:
     """Compiles what is to be timed on all cores; on a machine with an empty cache all that is to be trained."""
     wanted = []
     for mom in plan.moms:
-        alone = replace(mom, memories=1, topk=1, shared=False)
+        alone = mom.alone
         wanted += compare(mom, plan.settings.shape, plan.settings.task.vocabulary, wanted=plan.baselines).mixers
         if TIME in plan.baselines:
             wanted += [replace(alone, heads=alone.heads * factor) for factor in TIMED_HEADS]
@@ -134,7 +134,7 @@ def _compile(plan: Plan, times: StepTimes) -> None:
 def finished_rows(rows: Iterable[records.Row], settings: Settings) -> dict[Job, records.Row]:
     """The rows that were made with these settings, by job."""
     found = {}
-    for row in rows:
+    for row in map(records.completed, rows):
         job = Job(records.mixer_of(row), float(row["rate"]), int(row["seed"]))
         if all(row[name] == value for name, value in records.job_row(job, settings).items()):
             found[job] = row
@@ -192,6 +192,8 @@ def run(
     Returns:
         the comparisons, the times of single steps, and whether all is there.
     """
+    for name in (records.TIMES, records.RESULTS):
+        records.upgrade(output / name)
     times = StepTimes(output / records.TIMES, plan.settings, devices[0], origin, say)
     comparisons = find_comparisons(plan, times)
     mixers = all_mixers(comparisons)

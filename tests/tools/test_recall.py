@@ -16,6 +16,7 @@ SHAPE = Shape(layers=2, hidden=32)
 SETTINGS = Settings(TASK, SHAPE, Training(steps=8, evaluations=8))
 GDN, SOFT = Mixer(), Mixer(SOFTMAX, 2, 16, 16)
 MOM = Mixer(memories=4, topk=2)
+TEXT_MOM = replace(MOM, text_conv=4)
 
 
 def quiet(line):
@@ -121,7 +122,7 @@ def training_loss(logits, mixer):
     return mixer.memories * (chosen.mean(0) / mixer.topk * probabilities.mean(0)).sum()
 
 
-@pytest.mark.parametrize("text", ["8/2", "4/1+shared", "gla:2/2"])
+@pytest.mark.parametrize("text", ["8/2", "4/1+shared", "gla:2/2", "4/2+shared+text"])
 def test_baselines_match_state_parameters_and_time(text):
     mom = baselines.parse_mom(text, Mixer(heads=2))
     times = {heads: 1 + 0.1 * heads for heads in range(1, 65)}
@@ -131,7 +132,7 @@ def test_baselines_match_state_parameters_and_time(text):
 
     found = baselines.compare(mom, SHAPE, 1024, milliseconds).baselines
     assert set(found) == set(baselines.MATCHES.values())
-    assert all(mixer.memories == 1 and not mixer.shared for mixer in found.values())
+    assert all(mixer.memories == 1 and not mixer.shared and not mixer.text_conv for mixer in found.values())
     assert found[baselines.STATE_PER_MEMORY].state * mom.all_memories == mom.state
     assert found[baselines.STATE_BY_HEADS].state == mom.state
     for name in (baselines.STATE_BY_KEYS, baselines.STATE_BY_VALUES):
@@ -146,12 +147,32 @@ def test_baselines_match_state_parameters_and_time(text):
 
 
 def test_a_model_has_the_state_and_the_parameters_that_are_stated():
-    for mixer in (GDN, MOM, replace(MOM, shared=True, heads=2), Mixer("gla", memories=2)):
+    for mixer in (GDN, MOM, replace(MOM, shared=True, heads=2), Mixer("gla", memories=2), TEXT_MOM):
         model = RecallModel(mixer, SHAPE, 32)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert count_parameters(mixer, SHAPE, 32) == trained
         _, state = model.blocks[0].mixer.layer(torch.randn(1, 4, 32), output_state=True)
         assert state.recurrent[0].numel() == mixer.state
+
+
+def test_a_convolution_over_the_text_stands_in_the_place_of_the_memories_own():
+    """Baselines and names are those of the model without it."""
+    layer = RecallModel(TEXT_MOM, SHAPE, 32).blocks[0].mixer.layer
+    assert layer.text_conv.shape == (32, 4) and layer.settings.conv_kernel == 1
+    assert RecallModel(MOM, SHAPE, 32).blocks[0].mixer.layer.settings.conv_kernel == 4
+    assert TEXT_MOM.name == MOM.name + " text conv" == "MoM(GDN) 4/2 1 x 16 x 16 text conv"
+    alone = baselines.STATE_PER_MEMORY
+    assert baselines.compare(TEXT_MOM, SHAPE, 32).baselines[alone] == baselines.compare(MOM, SHAPE, 32).baselines[alone]
+    assert Mixer(heads=2, memories=4, topk=2, text_conv=4).alone == Mixer(heads=2)
+
+
+def test_a_mom_model_is_written_in_words():
+    base = Mixer(heads=2, key_size=32, value_size=32)
+    assert baselines.parse_mom("4/2", base) == replace(base, memories=4, topk=2)
+    assert baselines.parse_mom("gla:4/2+text", base) == replace(base, rule="gla", memories=4, topk=2, text_conv=4)
+    wanted = replace(base, memories=8, topk=1, shared=True, text_conv=4, heads=16)
+    for text in ("8/1+shared+text+16heads", "8/1+16heads+text+shared"):
+        assert baselines.parse_mom(text, base) == wanted
 
 
 def test_the_time_match_ends_at_the_most_heads():
@@ -170,7 +191,9 @@ def test_sets_name_mom_models_and_a_wrong_name_is_refused():
         for shared in (False, True)
     }
     assert {(mom.rule, mom.memories, mom.topk, mom.shared) for mom in moms} == wanted
-    for text in ("8", "8/2+other", "8/9", "1/1", "nothing:4/2"):
+    wrong = ("8", "8/2+other", "8/9", "1/1", "nothing:4/2", ":8/2", "8/2+", "8/2+text+text", "8/2+0heads",
+             "8/2+1heads+2heads")  # fmt: skip
+    for text in wrong:
         with pytest.raises(ValueError, match="8|9|1/1|nothing"):
             baselines.parse_mom(text, GDN)
 
@@ -247,7 +270,7 @@ def test_curves_are_flat_where_the_rate_is_constant_and_nothing_is_gained():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mixer", [GDN, MOM, Mixer("gla", memories=2), SOFT])
+@pytest.mark.parametrize("mixer", [GDN, MOM, TEXT_MOM, Mixer("gla", memories=2), SOFT])
 def test_a_captured_step_is_the_step(mixer):
     """The graph on a stream of its own changes weights as the step does that the host issues."""
     device = torch.device("cuda")

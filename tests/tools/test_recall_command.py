@@ -98,6 +98,55 @@ def test_rows_are_found_by_every_setting_and_a_cut_line_is_dropped(tmp_path):
         records.append(path, [{"model": "x"}])
 
 
+def older(rows):
+    """The rows without the columns of later versions."""
+    return [{name: value for name, value in row.items() if name not in records.LATER_COLUMNS} for row in rows]
+
+
+def test_rows_of_an_older_version_are_models_without_a_convolution_over_the_text(tmp_path):
+    """Rows of this version can follow them."""
+    path, jobs = tmp_path / "rows.csv", [Job(MOM, 1e-3, seed) for seed in (0, 1)]
+    rows = [records.result_row(result(job), SETTINGS, ORIGIN) for job in jobs]
+    records.append(path, older(rows))
+    assert runs.finished_rows(records.read(path), SETTINGS).keys() == set(jobs)
+    for _ in range(2):
+        records.upgrade(path)
+        assert records.read(path) == rows
+        assert list(records.read(path)[0]) == list(rows[0])
+    text = Job(replace(MOM, text_conv=4), 1e-3, 0)
+    records.append(path, [records.result_row(result(text), SETTINGS, ORIGIN)])
+    found = runs.finished_rows(records.read(path), SETTINGS)
+    assert found.keys() == {*jobs, text} and found[text]["model"] == MOM.name + " text conv"
+    records.upgrade(tmp_path / "none.csv")
+    assert not (tmp_path / "none.csv").exists()
+
+
+def test_a_run_goes_on_from_an_older_version_with_models_that_have_a_convolution_over_the_text(tmp_path, monkeypatch):
+    trained = []
+
+    def train(jobs, settings, device, deadline, say):
+        trained.extend(jobs)
+        return [result(job) for job in jobs]
+
+    monkeypatch.setattr(runs, "train_group", train)
+    monkeypatch.setattr(runs, "step_milliseconds", lambda mixer, settings, device: 1.0)
+    small = plan(baselines=(baselines.STATE_PER_MEMORY,))
+    runs.run(small, tmp_path, [CPU], float("inf"), ORIGIN, quiet)
+    for name in (records.RESULTS, records.TIMES):
+        rows = records.read(tmp_path / name)
+        (tmp_path / name).unlink()
+        records.append(tmp_path / name, older(rows))
+    before = len(trained)
+    text = replace(MOM, text_conv=4)
+    more = replace(small, moms=(text, MOM))
+    comparisons, times, whole = runs.run(more, tmp_path, [CPU], float("inf"), ORIGIN, quiet)
+    assert whole and {job.mixer for job in trained[:before]} == {MOM, GDN}
+    assert {job.mixer for job in trained[before:]} == {text} and len(times.rows) == 3
+    assert [comparison.baselines for comparison in comparisons] == [{baselines.STATE_PER_MEMORY: GDN}] * 2
+    written, _ = report.write_report(more, comparisons, times, tmp_path)
+    assert f"### {text.name}\n" in written and f"### {MOM.name}\n" in written
+
+
 def test_a_run_that_was_stopped_goes_on_with_the_rest(tmp_path, monkeypatch):
     trained = []
 

@@ -67,6 +67,17 @@ def test_the_best_rate_of_the_first_seed_is_shown_with_all_its_seeds():
     assert recall_summary.table(rows + weaker).count(": does not hold |") == 1
 
 
+def test_a_model_with_a_convolution_over_the_text_is_compared_with_the_same_memory():
+    text = replace(MOM, text_conv=4)
+    rows = rows_of(GDN, {(1e-3, 0): (0.4, 0.2)}) + rows_of(MOM, {(1e-3, 0): (0.5, 0.3)})
+    rows += rows_of(text, {(1e-3, 0): (0.97, 0.95)})
+    (group,) = recall_summary.comparisons(rows)
+    shown = recall_summary.table(group)
+    assert f"| {text.name} | 256 | 1280 |" in shown and f"| {MOM.name} | 256 | 1280 |" in shown
+    assert f"| {text.name} | {GDN.name} | state of a memory | 97, other 40: holds | 95, other 20: holds |" in shown
+    assert f"| {MOM.name} | {GDN.name} | state of a memory | 50, other 40: does not hold |" in shown
+
+
 def test_rows_of_other_steps_are_another_comparison():
     long, short = rows_of(GDN, {(1e-3, 0): (0.4, 0.2)}, 16), rows_of(GDN, {(1e-3, 0): (0.1, 0.1)}, 8)
     assert recall_summary.comparisons(short + long) == [long, short]

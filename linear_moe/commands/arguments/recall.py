@@ -2,6 +2,13 @@
 
     python tools/recall.py --output runs/recall [--set decisive | all] [--time-limit SECONDS]
     python tools/recall.py --output runs/recall --mom 4/2 8/2+shared gla:8/2 --heads 2
+    python tools/recall.py --output runs/recall --mom 4/2+shared+text+1heads 4/2+text+2heads
+
+A MoM model is written memories/top-k, after its rule and a colon where that is not --rule. "+shared" adds the memory
+that every token goes to. "+text" adds a convolution over the text, in the place of the memories' own convolutions: a
+memory's own convolution sees the tokens that the router sends there, and not a token's neighbour in the text.
+"+2heads" gives the model 2 heads instead of --heads. A baseline of one memory keeps its own convolutions, which run
+over the text.
 
 Every model trains on the same batches for the same steps, many at once on each GPU. All learning rates are tried on the
 first seed and the best goes on to the others (--all-rates: all on all). Steps are doubled, for all models alike, up to
@@ -39,7 +46,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder of rows, table and pictures")
     parser.add_argument("--set", choices=("decisive", "all"), default="decisive", help="MoM models [%(default)s]")
-    parser.add_argument("--mom", nargs="+", metavar="M/K", help="these MoM models instead, as 8/2, 4/2+shared, gla:4/2")
+    parser.add_argument(
+        "--mom", nargs="+", metavar="M/K", help="these MoM models instead, as 8/2, gla:4/2, 4/2+shared+text"
+    )
     parser.add_argument("--baselines", nargs="+", choices=tuple(MATCHES), default=list(MATCHES), help="[all of them]")
     parser.add_argument("--rule", default="gated_deltanet", help="rule of MoM models without one [%(default)s]")
     parser.add_argument("--heads", type=_size, help=f"of a MoM model [{FULL['heads']}]")
