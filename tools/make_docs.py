@@ -178,6 +178,18 @@ def layouts() -> str:
     return table(head, lines)
 
 
+def exchange_times() -> str:
+    """Times of one layer with the memories over two ranks, for every exchange, beside a rank that has all memories."""
+    rows = read_rows("h200x2_exchange_times.csv")
+    lines = []
+    for row in rows:
+        graph = "no graph" if row["both_graph_ms"] == "nan" else f"{float(row['both_graph_ms']):.1f} ms"
+        name = "all memories on the rank" if row["exchange"] == "one" else f"`{row['exchange']}`"
+        lines.append((name, f"{float(row['both_ms']):.1f} ms", graph, row["waits"], f"{float(row['peak_gib']):.1f} GiB"))
+    head = ("exchange", "as the host issues the layer", "as a CUDA graph", "waits for the GPU", "memory")
+    return table(head, lines) + caption(rows)
+
+
 def recipe_sizes() -> str:
     """Every recipe of examples/recipes: its model's size, its layout, and its speed where that was measured."""
     measured = {row["recipe"]: row for row in read_rows("recipes.csv")}  # the newest row of a recipe comes last
@@ -330,6 +342,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lengths": lengths,
     "decoding": decoding,
     "layouts": layouts,
+    "exchange-times": exchange_times,
     "recipes": recipe_sizes,
     "megatron-commands": megatron_commands,
     "all-megatron-commands": all_megatron_commands,
