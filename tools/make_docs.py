@@ -185,7 +185,8 @@ def exchange_times() -> str:
     for row in rows:
         graph = "no graph" if row["both_graph_ms"] == "nan" else f"{float(row['both_graph_ms']):.1f} ms"
         name = "all memories on the rank" if row["exchange"] == "one" else f"`{row['exchange']}`"
-        lines.append((name, f"{float(row['both_ms']):.1f} ms", graph, row["waits"], f"{float(row['peak_gib']):.1f} GiB"))
+        issued, memory = f"{float(row['both_ms']):.1f} ms", f"{float(row['peak_gib']):.1f} GiB"
+        lines.append((name, issued, graph, row["waits"], memory))
     head = ("exchange", "as the host issues the layer", "as a CUDA graph", "waits for the GPU", "memory")
     return table(head, lines) + caption(rows)
 
