@@ -18,6 +18,7 @@ def patches() -> tuple[Patch, ...]:
         first_checkpoint,
         float16_optimizer,
         float32_parameters,
+        gradient_norm,
         latent_attention,
         layer_wise_optimizer,
         optimizer_shards,
@@ -34,7 +35,7 @@ def patches() -> tuple[Patch, ...]:
         dataset_helpers.PATCH, float32_parameters.PATCH, float16_optimizer.PATCH, layer_wise_optimizer.PATCH,
         parameter_groups.PATCH, bucket_types.PATCH, early_gather.PATCH, reshardable_optimizer.PATCH, torch_fsdp2.PATCH,
         optimizer_shards.PATCH, coalesced_types.PATCH, torch_norm.PATCH, latent_attention.PATCH,
-        tensor_strides.PATCH, recomputed_regions.PATCH, trusted_checkpoints.PATCH, *checkpoints.patches(),
-        first_checkpoint.PATCH, *cpu.PATCHES,
+        tensor_strides.PATCH, gradient_norm.PATCH, recomputed_regions.PATCH, trusted_checkpoints.PATCH,
+        *checkpoints.patches(), first_checkpoint.PATCH, *cpu.PATCHES,
     )  # fmt: skip
     return tuple({patch.name: patch for patch in ours}.values())
