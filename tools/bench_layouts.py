@@ -4,11 +4,12 @@
     python tools/bench_layouts.py --output DIR [--model 1.3b] [--layouts NAME ...] [--steps N] [--global-batch N]
     python tools/bench_layouts.py --output DIR --long [--tokens N] [--layouts NAME ...]
 
-Each layout is a run of examples/pretrain_mom_a100.sh of its own, with the same data, seed and global batch; a last step
-is profiled on rank 0, for the bytes that it sent. With --long it is one sequence of 128k tokens, or of --tokens, on one
-GPU and over the context-parallel ranks, with full recomputation. In DIR: layouts.csv (a row a layout), exchanges.csv (a
-row for each process group and collective: bytes sent in a step), losses.csv (a row a step) and losses.png. Runs that
-are in DIR already are not run again. Without a GPU a tiny model on two CPU processes shows that the tool runs.
+Each layout is a run of examples/pretrain_mom_a100.sh of its own, with the same data, seed and global batch; without
+--no-profile a last step is profiled on rank 0, for the bytes that it sent. With --long it is one sequence of 128k
+tokens, or of --tokens, on one GPU and over the context-parallel ranks, with full recomputation. In DIR: layouts.csv (a
+row a layout), exchanges.csv (a row for each process group and collective: bytes sent in a step), losses.csv (a row a
+step) and losses.png. A layout's rows are written when its run ends; a layout that fails does not end the others. Runs
+that are in DIR already are not run again. Without a GPU a tiny model on two CPU processes shows that the tool runs.
 """
 
 import argparse
@@ -100,19 +101,19 @@ def train(layout: str, folder: Path, steps: int, device: str, options: argparse.
     exchange = settings.pop("EXCHANGE", "auto")
     arguments = ["--eval-iters", "0", "--log-memory-to-tensorboard", *(RECOMPUTE if options.long else [])]
     arguments += ["--mom-expert-exchange", exchange]
-    profiled = steps + 1
+    all_steps = steps if options.no_profile else steps + 1
     if device == "cuda" and not options.no_profile:
         arguments += ["--profile", "--use-pytorch-profiler", "--profile-step-start", str(steps)]
-        arguments += ["--profile-step-end", str(profiled)]
+        arguments += ["--profile-step-end", str(all_steps)]
     environment = os.environ | {name: str(value) for name, value in settings.items()}
     environment |= {
         "MODEL": options.model,
         "OUT": str(folder),
         "CHECKPOINTS": "",
-        "TRAIN_ITERS": str(profiled),
+        "TRAIN_ITERS": str(all_steps),
         "LOG_INTERVAL": "1",
     }
-    environment |= {"EVAL_INTERVAL": str(10 * profiled), "MOM_PYTHON": sys.executable}
+    environment |= {"EVAL_INTERVAL": str(10 * all_steps), "MOM_PYTHON": sys.executable}
     environment["GPUS" if device == "cuda" else "PROCESSES"] = str(gpus)
     if device == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
@@ -131,7 +132,7 @@ def train(layout: str, folder: Path, steps: int, device: str, options: argparse.
         raise subprocess.CalledProcessError(status, command)
     shown = (folder / "output.txt").read_text()
     chosen = re.findall(r"^  (SEQ_LENGTH|MICRO_BATCH|RECOMPUTE)=(\d+)$", shown, re.MULTILINE)
-    settings |= {"MODEL": options.model} | {name: int(value) for name, value in chosen}
+    settings |= {"MODEL": options.model, "STEPS": steps} | {name: int(value) for name, value in chosen}
     (folder / "settings.json").write_text(json.dumps(settings))
 
 
@@ -168,14 +169,24 @@ def sent_bytes(trace: Path) -> dict[tuple[str, str], tuple[int, int]]:
 
 
 def result(folder: Path, warm_up: int) -> dict:
-    """Losses by step, median tokens a second and peak memory of a finished run."""
-    scalars = read_scalars(folder / "tensorboard")
-    losses = scalars["lm loss"]
-    last = max(losses) - 1  # the last step is the profiled one
-    speeds = [value for step, value in scalars["tokens-per-second"].items() if warm_up < step <= last]
+    """Losses by step, median tokens a second and peak memory of a finished run.
+
+    Raises ValueError where the folder's files do not hold a step after the warm-up.
+    """
+    try:
+        settings = json.loads((folder / "settings.json").read_text())
+        scalars = read_scalars(folder / "tensorboard")
+        settings.setdefault("STEPS", max(scalars["lm loss"]) - 1)  # of older runs, whose last step is the profiled one
+        losses = {step: value for step, value in scalars["lm loss"].items() if step <= settings["STEPS"]}
+        speeds = scalars["tokens-per-second"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: no result of a run: {error}; delete the folder to run the layout again") from error
+    speeds = [value for step, value in speeds.items() if warm_up < step <= settings["STEPS"]]
+    if not speeds or not losses:
+        raise ValueError(f"{folder}: no step after the first {warm_up}; delete the folder to run the layout again")
     return {
-        "settings": json.loads((folder / "settings.json").read_text()),
-        "losses": {step: value for step, value in losses.items() if step <= last},
+        "settings": settings,
+        "losses": losses,
         "tokens_per_second": statistics.median(speeds),
         "peak_gib": max(scalars.get("mem-max-allocated-bytes", {0: 0}).values()) / 2**30,
     }
@@ -251,45 +262,56 @@ def parse(argv=None) -> argparse.Namespace:
     return options
 
 
+def write_rows(layout: str, runs: dict[str, dict], output: Path, about: dict[str, str]) -> None:
+    """Appends the rows of a layout that has ended to the tables, and prints them."""
+    row = row_of(layout, runs[layout], runs.get("one"), about)
+    append_csv(output / "layouts.csv", [row])
+    shown = ("layout", "tokens_per_second", "of_one", "peak_gib", "first_loss", "last_loss", "largest_difference")
+    print(*(f"{name} {row[name]}" for name in shown), flush=True)
+    for trace in (output / layout / "torch_profile").glob("rank-0.json.gz"):
+        for (group, collective), (calls, sent) in sent_bytes(trace).items():
+            exchange = {"layout": layout, "group": group, "collective": collective, "calls": calls, "bytes": sent}
+            append_csv(output / "exchanges.csv", [exchange])
+            print("   ", *exchange.values(), flush=True)
+
+
+def write_losses(runs: dict[str, dict], output: Path, title: str) -> None:
+    """The losses of all layouts, as a table and a picture."""
+    steps = sorted(set().union(*(run["losses"] for run in runs.values())))
+    with (output / "losses.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", *runs])
+        for step in steps:
+            writer.writerow([step, *(f"{run['losses'].get(step, float('nan')):.5f}" for run in runs.values())])
+    draw(output / "losses.png", runs, title)
+
+
 def main(argv=None) -> int:
     options = parse(argv)
-    device, about, steps = device_kind(), versions(), options.steps
+    device, about = device_kind(), versions()
     names = options.layouts or possible_layouts(device, options.long)
     options.output.mkdir(parents=True, exist_ok=True)
-    failed = []
-    for layout in names:
-        folder, start = options.output / layout, time.monotonic()
-        if (folder / "settings.json").exists():
-            continue
-        try:
-            train(layout, folder, steps, device, options)
-        except subprocess.SubprocessError as error:
-            failed.append(layout)
-            print(f"{layout}: {error}; the end of {folder / 'output.txt'}:")
-            print("\n".join((folder / "output.txt").read_text().splitlines()[-12:]))
-        print(f"{layout}: {time.monotonic() - start:.0f} s", flush=True)
-
     for name in ("layouts.csv", "exchanges.csv", "losses.csv"):
         (options.output / name).unlink(missing_ok=True)
-    runs = {}
-    for layout in (name for name in names if name not in failed):
-        runs[layout] = result(options.output / layout, WARM_UP)
-        row = row_of(layout, runs[layout], runs.get("one"), about)
-        append_csv(options.output / "layouts.csv", [row])
-        shown = ("layout", "tokens_per_second", "of_one", "peak_gib", "first_loss", "last_loss", "largest_difference")
-        print(*(f"{name} {row[name]}" for name in shown), flush=True)
-        for trace in (options.output / layout / "torch_profile").glob("rank-0.json.gz"):
-            for (group, collective), (calls, sent) in sent_bytes(trace).items():
-                exchange = {"layout": layout, "group": group, "collective": collective, "calls": calls, "bytes": sent}
-                append_csv(options.output / "exchanges.csv", [exchange])
-                print("   ", *exchange.values(), flush=True)
+    runs, failed = {}, []
+    for layout in names:
+        folder, start = options.output / layout, time.monotonic()
+        try:
+            if not (folder / "settings.json").exists():
+                try:
+                    train(layout, folder, options.steps, device, options)
+                finally:
+                    print(f"{layout}: {time.monotonic() - start:.0f} s", flush=True)
+            runs[layout] = result(folder, WARM_UP)
+            write_rows(layout, runs, options.output, about)
+        except (subprocess.SubprocessError, OSError, ValueError, KeyError, EOFError) as error:
+            failed.append(layout)  # the other layouts are run all the same
+            print(f"{layout}: {error}")
+            if isinstance(error, subprocess.SubprocessError):
+                print(f"the end of {folder / 'output.txt'}:")
+                print("\n".join((folder / "output.txt").read_text(errors="replace").splitlines()[-12:]), flush=True)
     if runs:
-        with (options.output / "losses.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["step", *runs])
-            for step in next(iter(runs.values()))["losses"]:
-                writer.writerow([step, *(f"{run['losses'].get(step, float('nan')):.5f}" for run in runs.values())])
-        draw(options.output / "losses.png", runs, f"{options.model} in {len(runs)} layouts, {about['device']}")
+        write_losses(runs, options.output, f"{options.model} in {len(runs)} layouts, {about['device']}")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)

@@ -161,9 +161,18 @@ def _files(dataset):
         yield dataset.dataset
 
 
+def _split(dataset) -> str:
+    return getattr(getattr(dataset, "index_split", None), "name", "")
+
+
+def _never_read(dataset, args) -> bool:
+    """Whether the run takes no sequence of a data set: of validation and test data with --eval-iters 0 (or -1)."""
+    return _split(dataset) in ("valid", "test") and not args.full_validation and args.eval_iters <= 0
+
+
 def check_data(dataset, args) -> None:
     """Raises ValueError where a data set has no sequence, or a token that the model has no embedding for."""
-    split = getattr(getattr(dataset, "index_split", None), "name", "")
+    split = _split(dataset)
     files = list(_files(dataset))
     if len(dataset) == 0:
         where = ", ".join(sorted({file.path_prefix for file in files}))
@@ -188,12 +197,17 @@ def _check_data(build_pretraining_data_loader, dataset, consumed_samples):
     from megatron.training import get_args
 
     if dataset is not None:
-        check_data(dataset, get_args())
+        args = get_args()
+        if len(dataset) == 0 and _never_read(dataset, args):
+            return None  # Megatron's samplers refuse an empty data set
+        check_data(dataset, args)
     return build_pretraining_data_loader(dataset, consumed_samples)
 
 
 def _check_documents(get_num_epochs, dataset, tokens: int) -> int:
     """Where Megatron would add epochs of no token for ever."""
+    if tokens == 0 and dataset.num_samples is not None and dataset.num_samples <= 0:
+        return 1  # no sequence is needed, as of validation data with --eval-iters 0
     if tokens == 0:
         split = dataset.index_split.name
         raise ValueError(

@@ -118,3 +118,14 @@ def test_data_without_a_sequence_or_a_document_are_refused(tmp_path):
     assert line.startswith(f"error: the valid data ({short}) hold no sequence of --seq-length 512 tokens")
     line = refused("--data-path", short, *long)  # one document cannot be split
     assert line.startswith(f"error: the valid data ({short}) hold no token: --split leaves no document for them")
+
+
+def test_validation_data_without_a_sequence_are_no_error_where_none_is_read(tmp_path):
+    """Neither a file nor a split: --eval-iters 0 and -1 leave validation and test data out."""
+    good, short = write_data(tmp_path / "good", 120), write_data(tmp_path / "short", 120, documents=1)
+    long = ["--seq-length", 512, "--max-position-embeddings", 512]
+    files = ["--train-data-path", good, "--valid-data-path", short, "--test-data-path", short]
+    for data, steps in ((files, 0), (["--data-path", short, "--split", "98,1,1"], -1)):
+        run = pretrain(*TINY, *MOM, *long, "--train-iters", 2, *data, "--eval-iters", steps)
+        assert run.returncode == 0, run.stdout[-3000:]
+        assert len(losses(run)) == 2

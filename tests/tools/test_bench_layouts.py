@@ -88,6 +88,37 @@ def test_tables_and_picture_of_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "losses.png").read_bytes().startswith(PNG)
 
 
+def test_a_run_that_cannot_be_read_leaves_the_rows_of_the_others(tmp_path, monkeypatch, capsys):
+    """A run without event files, one cut in its warm-up one with half a trace; a later row is written all the same."""
+    settings = {"GLOBAL_BATCH": 4, "MICRO_BATCH": 2, "MODEL": "380m", "SEQ_LENGTH": 2048, "STEPS": 4}
+    seen = []
+
+    def train(layout, folder, steps, device, options):
+        seen.append((tmp_path / "layouts.csv").read_text() if (tmp_path / "layouts.csv").exists() else "")
+        if layout == "DP2":
+            folder.mkdir()
+            (folder / "settings.json").write_text(json.dumps(settings))
+            return
+        write_run(folder, [6.0, 5.0] if layout == "TP2" else [6.0, 5.0, 4.0, 3.0], 1000.0, settings)
+        if layout == "EP2":
+            (folder / "torch_profile").mkdir()
+            (folder / "torch_profile" / "rank-0.json.gz").write_bytes(gzip.compress(b"{}" * 999)[:20])
+
+    monkeypatch.setattr(bench_layouts, "train", train)
+    layouts = ["one", "DP2", "TP2", "EP2", "PP2"]
+    words = ["--output", str(tmp_path), "--layouts", *layouts, "--steps", "4", "--no-profile"]
+    assert bench_layouts.main(words) == 1
+    told = capsys.readouterr()
+    assert "failed: DP2, TP2, EP2" in told.err
+    assert "DP2: " in told.out and "there is no folder" in told.out and "delete the folder" in told.out
+    assert "no step after the first 2" in told.out
+    assert ",one," in seen[1]  # before the second layout begins
+    with (tmp_path / "layouts.csv").open(newline="") as file:
+        rows = {row["layout"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["one", "EP2", "PP2"]
+    assert (rows["PP2"]["steps"], rows["PP2"]["last_loss"]) == ("4", "3.0000")  # all steps: none is profiled
+
+
 def test_too_few_steps_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench_layouts.main(["--output", str(tmp_path), "--steps", "2"])
@@ -99,7 +130,7 @@ def test_too_few_steps_are_refused(tmp_path, capsys):
     [
         ("380m", "EP4 peer-memory", [], {"EP": "4", "TP": "1", "MICRO_BATCH": "16", "GPUS": "4"}, "peer-memory"),
         ("1.3b", "TP2+SP x EP2", [], {"TP": "2", "EP": "2", "MODEL": "1.3b"}, "auto"),
-        ("7b", "PP2 x DP2", ["--micro-batch", "1"], {"PP": "2", "MICRO_BATCH": "1"}, "auto"),
+        ("7b", "PP2 x DP2", ["--micro-batch", "1", "--no-profile"], {"PP": "2", "MICRO_BATCH": "1"}, "auto"),
         ("380m", "CP4", ["--long", "--tokens", "1048576"], {"CP": "4", "SEQ_LENGTH": "1048576"}, "auto"),
     ],
 )
@@ -107,7 +138,7 @@ def test_settings_reach_the_script(tmp_path, monkeypatch, model, layout, words, 
     """The script is a stand-in that writes down its settings and arguments."""
     script = tmp_path / "examples" / "pretrain_mom_a100.sh"
     script.parent.mkdir()
-    names = "TP EP PP CP GPUS MODEL MICRO_BATCH SEQ_LENGTH"
+    names = "TP EP PP CP GPUS MODEL MICRO_BATCH SEQ_LENGTH TRAIN_ITERS"
     script.write_text(
         f'for name in {names}; do echo "given $name=${{!name:-}}"; done; echo "arguments $*"\n'
         "printf '  SEQ_LENGTH=4096\\n  MICRO_BATCH=2\\n'\n"
@@ -121,7 +152,10 @@ def test_settings_reach_the_script(tmp_path, monkeypatch, model, layout, words, 
     assert f"--mom-expert-exchange {argument}" in shown
     if model == "1.3b":
         assert "given MICRO_BATCH=\n" in shown  # the script chooses
+    assert f"given TRAIN_ITERS={5 if '--no-profile' in words else 6}\n" in shown  # a last one to profile
+    assert ("--profile-step-end 6" in shown) == ("--no-profile" not in words)
     kept = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert kept["STEPS"] == 5
     assert (kept["SEQ_LENGTH"], kept["MICRO_BATCH"], kept["MODEL"]) == (4096, 2, model)
 
 
