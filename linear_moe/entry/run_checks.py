@@ -1,7 +1,7 @@
-"""Settings and data that would end a run with an error that names neither, refused before the first step.
+"""Refuses, before the first step, settings and data with which Megatron would end in an error that names neither.
 
-Megatron divides by an interval of zero, looks for a parameter group by its learning rate, and reads a token's row of
-the embedding wherever that is. The checks here name the argument, its value and what to do.
+Megatron divides by an interval of zero, looks for a parameter group by its learning rate, and reads rows of the
+embedding that do not exist. The checks here name the argument, its value and what to do.
 """
 
 from __future__ import annotations
