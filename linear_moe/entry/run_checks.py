@@ -38,9 +38,9 @@ AT_MOST = dict.fromkeys(
 one means never."""
 INSTEAD = {
     "eval_interval": " (--eval-iters 0 turns validation off)",
-    "ffn_hidden_size": ", or leave it out for the default",
-    "kv_channels": ", or leave it out for the default",
-    "num_query_groups": ", or leave it out for the default",
+    "ffn_hidden_size": ", or leave the argument out for the default",
+    "kv_channels": ", or leave the argument out for the default",
+    "num_query_groups": ", or leave the argument out for the default",
 }
 
 SAMPLE_TOKENS = 1 << 25
@@ -128,7 +128,7 @@ def _check_load(args) -> None:
         problem = error.strerror
     if problem:
         raise ValueError(
-            f"--load {args.load}: {problem}: give the folder of a checkpoint, or leave it out to start anew"
+            f"--load {args.load}: {problem}: give the folder of a checkpoint, or leave --load out to start anew"
         )
 
 
