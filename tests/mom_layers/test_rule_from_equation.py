@@ -7,7 +7,7 @@ import pytest
 import torch
 from comparison import relative_error
 
-from mom_layers import LinearAttentionLayer, MixtureOfMemories, get_rule, rule_from_equation
+from mom_layers import LinearAttentionLayer, MixtureOfMemories, RawGate, get_rule, rule_from_equation
 from mom_layers.recur.rules import RuleInputs, gated_deltanet, registry
 
 HEADS, K, V = 2, 16, 32
@@ -93,3 +93,63 @@ def test_rows_after_the_last_segment_change_nothing(twin):
     assert relative_error(o[:5], used) <= 1e-5 and relative_error(states, last) <= 1e-5
     o[:5].sum().backward()
     assert all(not x.grad[5:].any() and x.grad[:5].any() for x in (q, k, v))
+
+
+def squashed(state, k, v, gates):
+    """Not linear."""
+    return torch.tanh(state) + torch.einsum("nhk,nhv->nhkv", k, v)
+
+
+def growing(state, k, v, gates):
+    """Linear but for a constant."""
+    return state + torch.einsum("nhk,nhv->nhkv", k, v) + 1
+
+
+def column_wise(state, k, v, gates):
+    """Linear, with a decay for each column of the state."""
+    return gates["f"].sigmoid()[:, :, None] * state + torch.einsum("nhk,nhv->nhkv", k, v)
+
+
+def row_wise(state, k, v, gates):
+    """Linear, with a decay for each row of the state, in float32."""
+    return (gates["f"].sigmoid()[..., None] * state).float() + torch.einsum("nhk,nhv->nhkv", k, v)
+
+
+@pytest.mark.parametrize(
+    ("step", "columns", "slices", "message"),
+    [
+        (row_wise, "key", 4, None),
+        (column_wise, "value", 2, None),
+        (column_wise, "value", 3, "treats the columns .* --context-parallel-size must be 1 or 2, got 3"),
+        (squashed, 1, 2, "the step of the update rule tried is not linear in the state and v .* cut .* into 2 slices"),
+        (growing, 1, 4, "not linear in the state and v together"),
+    ],
+)
+def test_context_parallelism_refuses_a_step_that_it_cannot_compose(step, columns, slices, message):
+    rule = rule_from_equation("tried", step, raw_gates=(RawGate("f", columns, "f"),))
+    before = torch.random.get_rng_state()
+    if message is None:
+        rule.check_slices(K, V, slices)
+    else:
+        with pytest.raises(ValueError, match=message):
+            rule.check_slices(K, V, slices)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_rule_that_composes_is_accepted(twin):
+    twin.check_slices(K, V, 4)
+
+
+@pytest.mark.parametrize("given", [None, lambda raw, parameters: {name: 2 * gate for name, gate in raw.items()}])
+def test_shapes_of_raw_gates(given):
+    """A raw gate of one column is [R, H]; raw gates of more columns are [R, H, columns]."""
+    columns = {"one": 1, "two": 2, "keys": "key", "values": "value"}
+    raw_gates = tuple(RawGate(name, number, name[0]) for name, number in columns.items())
+    rule = rule_from_equation("shapes", column_wise, raw_gates=raw_gates, gates=given)
+    raw = {gate.name: torch.randn(5, HEADS * gate.width(K, V)) for gate in raw_gates}
+    q, k, v = (torch.randn(5, HEADS, size) for size in (K, K, V))
+    found = rule.prepare(q, k, v, raw, {}, "torch").gates
+    shapes = {"one": (), "two": (2,), "keys": (K,), "values": (V,)}
+    assert {name: gate.shape for name, gate in found.items()} == {n: (5, HEADS, *s) for n, s in shapes.items()}
+    factor = 1 if given is None else 2
+    assert all(torch.equal(gate.flatten(1), factor * raw[name]) for name, gate in found.items())
