@@ -1,11 +1,13 @@
 """A rule made from its equation, beside a rule that is written by hand."""
 
 import importlib
+import re
 import warnings
 
 import pytest
 import torch
 from comparison import relative_error
+from documents import python_code, read
 
 from mom_layers import LinearAttentionLayer, MixtureOfMemories, RawGate, get_rule, rule_from_equation
 from mom_layers.recur.rules import RuleInputs, gated_deltanet, registry
@@ -153,3 +155,35 @@ def test_shapes_of_raw_gates(given):
     assert {name: gate.shape for name, gate in found.items()} == {n: (5, HEADS, *s) for n, s in shapes.items()}
     factor = 1 if given is None else 2
     assert all(torch.equal(gate.flatten(1), factor * raw[name]) for name, gate in found.items())
+
+
+def test_the_page_about_a_rule_of_ones_own(monkeypatch):
+    """The page's rule is that of the example, and its second rule does what the page says."""
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    names = {}
+    code = python_code("docs/own-rule.md")
+    exec(compile(code, "docs/own-rule.md", "exec"), names)
+    first = without_comments(code.split("register_rule(")[0].partition("def step")[2])
+    example = without_comments(read("examples/own_rule.py").split("register_rule(")[0].partition("def step")[2])
+    assert first == example and "leaky" in registry._RULES
+
+    rule = rule_from_equation(
+        "longhorn", names["step"], gates=names["gates"], raw_gates=(RawGate("beta", "value", "b"),),
+        parameter_shapes=lambda head_dim: {"beta_bias": ()},
+        init_parameters=lambda heads, head_dim: {"beta_bias": torch.linspace(-2, 2, heads)}, unit_length_keys=False,
+    )  # fmt: skip
+    rule.check_slices(4, 6, 2)
+    with pytest.raises(ValueError, match="--context-parallel-size must be 1 or 2, got 4"):
+        rule.check_slices(4, 6, 4)
+    torch.manual_seed(0)
+    state, k, v, beta = torch.randn(4, 6), torch.randn(4), torch.randn(6), torch.rand(6)
+    eps = beta / (1 + beta * (k @ k))
+    expected = torch.stack([(1 - eps[j] * k**2) * state[:, j] + eps[j] * k * v[j] for j in range(6)], dim=1)
+    got = names["step"](state[None, None], k[None, None], v[None, None], {"beta": beta[None, None]})
+    torch.testing.assert_close(got[0, 0], expected)
+
+
+def without_comments(code: str) -> str:
+    """Python code without docstrings, comments and empty lines."""
+    lines = re.sub(r'""".*?"""', "", code, flags=re.DOTALL).splitlines()
+    return "\n".join(line for line in (re.sub(r"\s+# .*", "", line).rstrip() for line in lines) if line)
