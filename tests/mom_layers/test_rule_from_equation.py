@@ -11,6 +11,9 @@ from documents import python_code, read
 
 from mom_layers import LinearAttentionLayer, MixtureOfMemories, RawGate, get_rule, rule_from_equation
 from mom_layers.recur.rules import RuleInputs, gated_deltanet, registry
+from mom_layers.selftest.cases import Setting
+from mom_layers.selftest.checks import all_checks, checks_of_a_run, tiny_checks
+from mom_layers.settings import MixerSettings
 
 HEADS, K, V = 2, 16, 32
 
@@ -136,6 +139,15 @@ def test_context_parallelism_refuses_a_step_that_it_cannot_compose(step, columns
         with pytest.raises(ValueError, match=message):
             rule.check_slices(K, V, slices)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_self_test_leaves_out_a_rule_without_kernels(twin):
+    setting = Setting("cpu", torch.bfloat16)
+    assert [name for checks in (all_checks, tiny_checks) for name in checks(setting) if "twin" in name] == []
+    names = {}
+    for rule in ("gla", "twin"):
+        names[rule] = set(checks_of_a_run(setting, MixerSettings(rule=rule, head_dim=16), 40, sliced=True))
+    assert "twin" in names["twin"] and names["gla"] - names["twin"] == {"gla", "state passing"}
 
 
 def test_a_rule_that_composes_is_accepted(twin):

@@ -3,26 +3,14 @@
 import pytest
 import torch
 from comparison import DEVICE, relative_error
+from rules_to_test import composed
 
 from mom_layers.convolve.operation import segment_convolution
-from mom_layers.recur.rules import RuleInputs, get_rule, rule_names
+from mom_layers.recur.rules import RuleInputs, get_rule
 from mom_layers.recur.state_passing import fold_gradients, fold_states, join_tails, last_inputs
 from mom_layers.route.plan import build_routing_plan
 
 HEADS, K, V, WIDTH, CHANNELS = 2, 16, 32, 4, 6
-
-
-def composes(rule):
-    """Whether context parallelism takes the rule, whatever the number of slices."""
-    try:
-        if rule.check_slices is not None:
-            rule.check_slices(K, V, 3)
-    except ValueError:
-        return False
-    return True
-
-
-COMPOSED = [name for name in rule_names() if composes(get_rule(name))]
 # Rows that each slice holds of each segment. Some hold none: at the front, in the middle, at the end, or anywhere; some
 # hold more than a chunk.
 CUTS = {
@@ -80,7 +68,7 @@ def run(rule, inputs, lengths, state):
 
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
-@pytest.mark.parametrize("name", COMPOSED)
+@pytest.mark.parametrize("name", composed())
 def test_slices_equal_one_run(name, cuts):
     rule, lengths = get_rule(name), torch.tensor(cuts).sum(0).tolist()
     whole, state, do, final_gradient = rule_inputs(rule, sum(lengths), len(lengths))
@@ -131,7 +119,7 @@ def test_slices_equal_one_run(name, cuts):
 
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
-@pytest.mark.parametrize("name", COMPOSED)
+@pytest.mark.parametrize("name", composed())
 def test_an_empty_segment_changes_no_state(name, cuts):
     rule, lengths = get_rule(name), torch.tensor(cuts).sum(0).tolist()
     inputs, *_ = rule_inputs(rule, sum(lengths), len(lengths))
@@ -146,7 +134,7 @@ def test_an_empty_segment_changes_no_state(name, cuts):
             assert changes == (length > 0 and len(inputs) > 3)  # a rule without gates forgets nothing
 
 
-@pytest.mark.parametrize("name", COMPOSED)
+@pytest.mark.parametrize("name", composed())
 def test_transition_of_the_kernels(name):
     rule, lengths = get_rule(name), [17, 0, 1, 66]
     inputs, *_ = rule_inputs(rule, sum(lengths), len(lengths))
