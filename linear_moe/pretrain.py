@@ -16,10 +16,8 @@ import sys
 import traceback
 from pathlib import Path
 
-import torch
-
 from linear_moe.entry.log import QuietStreams, show_log
-from linear_moe.entry.machine import add_machine_defaults, prepare_machine
+from linear_moe.entry.machine import add_machine_defaults, end_process_groups, prepare_machine
 from megatron_patches import releases
 
 FIRST_RELEASE = (0, 19)
@@ -124,8 +122,7 @@ def run() -> int:
     except BaseException as end:  # Megatron's own exits, --help, and an interrupt
         streams.end(failed=isinstance(end, SystemExit) and end.code not in (None, 0))
         raise
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    end_process_groups()
     streams.end()
     return 0
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -76,6 +78,7 @@ def start() -> None:
         # Port 0 is any free port. No other process connects to it.
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
         os.environ.update({name: str(value) for name, value in alone.items()})
+    atexit.register(release_cuda_graphs)  # of runs that end by Megatron's exits, or in Megatron-LM's own scripts
     use_loopback_store("torch.distributed.rendezvous")
     if "TORCHELASTIC_RUN_ID" in os.environ:  # ranks whose torchrun was killed would train on beside a restarted job
         end_with_parent()
@@ -92,6 +95,23 @@ def prepare_machine() -> None:
     """`start`, and the patches that training with MoM layers needs. Call it before importing ``megatron.training``."""
     start()
     apply_all(training_patches())
+
+
+def release_cuda_graphs() -> None:
+    """Resets every CUDA graph of this process, so that NCCL's communicators can be destroyed.
+
+    NCCL waits without end for a CUDA graph that holds one of its collectives, and Megatron keeps the graphs of layers
+    until the process ends.
+    """
+    for graph in [found for found in gc.get_objects() if issubclass(type(found), torch.cuda.CUDAGraph)]:
+        graph.reset()
+
+
+def end_process_groups() -> None:
+    """Destroys torch.distributed's process groups, if there are any."""
+    if torch.distributed.is_initialized():
+        release_cuda_graphs()
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager
