@@ -1,6 +1,9 @@
 """A memory update rule of your own, from its equation to a trained model: this file is all of it.
 
-    python examples/own_rule.py --token-mixer leaky <the arguments of linear-moe pretrain>
+    python examples/own_rule.py pretrain --token-mixer leaky <the arguments of linear-moe pretrain>
+    python examples/own_rule.py convert-to-hf --load CHECKPOINTS --save FOLDER
+
+The program has every command of linear-moe, which so know the rule.
 
 The rule: a state that forgets at a rate that each token chooses, S <- (1 - f) S + f k v^T with f = sigmoid(x Wf + b).
 """
@@ -35,6 +38,6 @@ register_rule(
 )
 
 if __name__ == "__main__":
-    from linear_moe.pretrain import run
+    from linear_moe.cli import main
 
-    sys.exit(run())
+    sys.exit(main())

@@ -370,6 +370,9 @@ class MomTransformerConfig(TransformerConfig):
                 f"{size}; local attention cannot split a sequence: make every layer MoM (no --linear-attention-freq, "
                 "no --mtp-num-layers)"
             )
+        settings = self.mixer_settings()
+        if size > 1 and settings.update_rule.check_slices is not None:
+            settings.update_rule.check_slices(settings.head_dim, settings.value_dim, size)
 
     def _check_pattern(self) -> None:
         freq = self.linear_attention_freq

@@ -241,8 +241,8 @@ def check_python(words, megatron_parser):
         megatron_parser.parse_args(rest)
         return
     text = read(script)
-    if "from linear_moe.pretrain import run" in text:  # with a rule of its own
-        megatron_parser.parse_args(["gla" if word == "leaky" else word for word in rest])
+    if "from linear_moe.cli import main" in text:  # with a rule of its own
+        check_linear_moe(["gla" if word == "leaky" else word for word in rest], megatron_parser)
         return
     command = re.search(r"sys\.exit\(run\(\"(\w+)\"\)\)", text)
     if command:

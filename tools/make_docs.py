@@ -191,6 +191,14 @@ def exchange_times() -> str:
     return table(head, lines) + caption(rows)
 
 
+def two_gpu_cases() -> str:
+    """Runs on two GPUs beside the same run on one, as `tests/linear_moe/parallel/two_gpus.py` compares them."""
+    rows = read_rows("h200x2_cases.csv")
+    head = ("run on two GPUs", "losses of six steps differ by", "first gradient norm differs by", "resumed losses by")
+    keys = ("case", "loss_difference", "norm_difference", "resume_difference")
+    return table(head, ([row[key] for key in keys] for row in rows)) + caption(rows)
+
+
 def recipe_sizes() -> str:
     """Every recipe of examples/recipes: its model's size, its layout, and its speed where that was measured."""
     measured = {row["recipe"]: row for row in read_rows("recipes.csv")}  # the newest row of a recipe comes last
@@ -344,6 +352,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoding": decoding,
     "layouts": layouts,
     "exchange-times": exchange_times,
+    "two-gpu-cases": two_gpu_cases,
     "recipes": recipe_sizes,
     "megatron-commands": megatron_commands,
     "all-megatron-commands": all_megatron_commands,

@@ -15,7 +15,7 @@ from linear_moe.tokens import vocabulary_size
 from mom_layers.hf.attention_config import LatentSpec
 from mom_layers.hf.configuration_mom import MomConfig
 from mom_layers.hf.fields import FIELDS, shown
-from mom_layers.recur.rules import rule_names
+from mom_layers.recur.rules import get_rule
 
 # Hugging Face key, Megatron argument: the same value under two names.
 KEYS = tuple((field.name, field.megatron) for field in FIELDS if field.megatron)
@@ -24,7 +24,6 @@ COMPUTED = ("vocab_size", "aux_loss_scale", "attn", "moe", "num_nextn_predict_la
 FIXED = {field.name: field.export for field in FIELDS if not field.megatron and field.name not in COMPUTED}
 # Megatron arguments, and the values with which a model fits the format.
 EXPORTABLE = {
-    "mom_rule": tuple(rule_names()),
     "normalization": ("RMSNorm",),
     "swiglu": (True,),
     "add_bias_linear": (False,),
@@ -67,6 +66,11 @@ def config_from_arguments(args: Namespace, kinds: LayerKinds, vocab_size: int, t
     if (mixer != "attention") != bool(kinds.num_mom_layers):
         found = "has MoM layers" if kinds.num_mom_layers else "has no MoM layer"
         raise ConversionError(f"the checkpoint was written with --token-mixer {mixer}, and {found}: it is not whole")
+    if hasattr(args, "mom_rule"):
+        try:
+            get_rule(args.mom_rule)
+        except ValueError as error:
+            raise ConversionError(f"the checkpoint has --mom-rule {args.mom_rule}: {error}") from None
     for name, accepted in EXPORTABLE.items():
         value = getattr(args, name, accepted[0])
         if value not in accepted:

@@ -56,7 +56,7 @@ def all_checks(setting: Setting) -> dict[str, Check]:
                     decoding.decoding, rule=rule, hidden=hidden, batches=(1, 5), timed=16, **size
                 )
     families = by_family()
-    for rule in rule_names():
+    for rule in with_kernels():
         small = smallest_size(rule)
         keys = 128 if get_rule(rule).has_kernels(128, 128) else small
         checks[f"gates of {rule}"] = partial(recurrences.gates, name=rule, rows=300, heads=4, k_dim=keys, v_dim=128)
@@ -78,15 +78,22 @@ def all_checks(setting: Setting) -> dict[str, Check]:
         recurrences.recurrence, name="hgrn2", heads=WIDTH // 128, k_dim=128, v_dim=128, gate_scale=8.0
     )
     # The longest checks first, so that no process is left with a long check at the end.
-    recurrent = tuple(rule_names())
+    recurrent = tuple(with_kernels())
     return dict(sorted(checks.items(), key=lambda item: not item[0].startswith(recurrent)))
+
+
+def with_kernels() -> list[str]:
+    """The rules whose recurrence Triton kernels compute: there is nothing to check in the others."""
+    return [name for name in rule_names() if get_rule(name).cost_without_kernels is None]
 
 
 def by_family() -> tuple[str, ...]:
     """A rule of every kernel family, which stands for the family's kernels: among the family's rules with the most head
     sizes, the rule with the most gates."""
     found: dict[str, str] = {}
-    for name in sorted(rule_names(), key=lambda name: (len(get_rule(name).head_sizes), len(get_rule(name).raw_gates))):
+    for name in sorted(
+        with_kernels(), key=lambda name: (len(get_rule(name).head_sizes), len(get_rule(name).raw_gates))
+    ):
         found[get_rule(name).family or name] = name
     return tuple(sorted(found.values()))
 
@@ -121,7 +128,7 @@ def checks_of_a_run(setting: Setting, settings: MixerSettings, hidden_size: int,
     else:
         checks |= _routed_checks(setting, settings, hidden_size, size)
     checks["gates"] = partial(recurrences.gates, name=rule, rows=200, **size)
-    if sliced:
+    if sliced and rule in with_kernels():
         checks["state passing"] = partial(recurrences.state_passing, name=rule, cuts=CUTS, **size)
     return checks
 
@@ -163,7 +170,7 @@ def tiny_checks(setting: Setting) -> dict[str, Check]:
     }  # fmt: skip
     # Scalar decay cuts a segment of more than eight chunks into parts.
     checks["mamba2, long segments"] = partial(recurrences.recurrence, name="mamba2", cases=(((515,), True),), **size)
-    for rule in rule_names():
+    for rule in with_kernels():
         checks[rule] = partial(
             recurrences.recurrence, name=rule, cases=(((0, 1, 65), True), ((3, 2), False)), **size
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """The Python examples run on a CPU: their losses fall, and what they write can be read again."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -62,22 +63,37 @@ def test_fine_tuning_with_adapters_changes_the_export(tmp_path, capsys):
     assert (tmp_path / "tuned/modeling_mom.py").is_file()
 
 
-def test_a_rule_of_ones_own_trains_by_the_launcher(tmp_path):
-    """examples/own_rule.py is the program: the banner names the cost, and the loss falls."""
+def test_a_rule_of_ones_own_in_every_command(tmp_path):
+    """examples/own_rule.py is the program: the loss falls, and the model goes to Hugging Face's format and back."""
     words = (
-        "--token-mixer leaky --mom-num-heads 2 --mom-head-dim 16 --num-layers 1 --hidden-size 32 "
+        "pretrain --token-mixer leaky --mom-num-heads 2 --mom-head-dim 16 --num-layers 1 --hidden-size 32 "
         "--num-attention-heads 2 --seq-length 16 --max-position-embeddings 16 --micro-batch-size 4 "
         "--global-batch-size 4 --swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
         "--attention-dropout 0 --hidden-dropout 0 --lr 1e-2 --log-interval 1 --eval-iters 0 --eval-interval 100 "
         "--no-create-attention-mask-in-dataloader --mock-data --train-iters 8 --tokenizer-type NullTokenizer "
-        "--vocab-size 127 --make-vocab-size-divisible-by 64"
+        "--vocab-size 127 --make-vocab-size-divisible-by 64 --save saved --save-interval 8"
     ).split()
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "own_rule.py", *words], cwd=tmp_path, capture_output=True, text=True,
-        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+
+    def run(*command):
+        return subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, env=environment
+        )  # fmt: skip
+
+    done = run(EXAMPLES / "own_rule.py", *words)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "leaky, one memory" in done.stdout and "the update rule leaky has no kernels" in done.stdout
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", done.stdout)]
     assert len(losses) == 8 and losses[-1] < losses[0]
+
+    export = "convert-to-hf --load saved --save hf".split()
+    refused = run("-m", "linear_moe.cli", *export)
+    assert refused.returncode == 1 and not (tmp_path / "hf").exists()
+    assert "error: the checkpoint has --mom-rule leaky: unknown memory rule 'leaky'" in refused.stderr
+    assert "must be registered first, in the same process, by mom_layers.register_rule" in refused.stderr
+    done = run(EXAMPLES / "own_rule.py", *export)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "hf/config.json").read_text())["mom_backend"] == "leaky"
+    done = run(EXAMPLES / "own_rule.py", "convert-from-hf", "--load", "hf", "--save", "back")
+    assert done.returncode == 0, done.stderr[-2000:]

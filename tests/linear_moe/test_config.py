@@ -7,7 +7,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from linear_moe.config import LOSS_SCALE_HOOK, MomTransformerConfig, configure, describe_memories, splits_memories
 from linear_moe.layer.decoder_layers import mom_block_spec
-from mom_layers.recur.rules import rule_names
+from mom_layers.recur.rules import RawGate, registry, rule_from_equation, rule_names
 
 
 def config(**settings) -> MomTransformerConfig:
@@ -114,6 +114,22 @@ def test_a_rule_alone_has_one_memory_and_no_router(megatron, rule):
     assert getattr(found, LOSS_SCALE_HOOK, None) is None  # there is no router loss to scale
     mixers = {layer.submodules.self_attention.module.__name__ for layer in mom_block_spec(found).layer_specs}
     assert mixers == {"OneMemoryTokenMixer"}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_rule_of_ones_own_that_slices_of_a_sequence_cannot_pass_on(ranks, monkeypatch):
+    def step(state, k, v, gates):
+        return gates["f"].sigmoid()[:, :, None] * state + k[..., None] * v[..., None, :]
+
+    rule = rule_from_equation("columns", step, raw_gates=(RawGate("f", "value", "f"),))
+    monkeypatch.setitem(registry._RULES, rule.name, rule)
+    settings = {"transformer_impl": "local", "mom_head_dim": 16, "context_parallel_size": ranks}
+    for names in ({"mom_rule": rule.name}, {"token_mixer": rule.name}):
+        if ranks == 4:
+            with pytest.raises(ValueError, match="--context-parallel-size must be 1 or 2, got 4"):
+                config(**settings, **names)
+        else:
+            assert config(**settings, **names).mixer_settings().rule == rule.name
 
 
 def test_any_head_size_works_with_the_torch_kernels():

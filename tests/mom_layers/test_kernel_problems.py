@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rules_to_test import with_kernels
 
 from mom_layers.common import chips, triton_versions
 from mom_layers.common.chips import CHIPS, Chip, chip_of, forced
 from mom_layers.kernel_problems import kernel_problem
 from mom_layers.recur.channel_delta.triton import launches as channel_delta_launches
-from mom_layers.recur.rules import rule_names
 from mom_layers.recur.scalar_delta.kernel_sets import kernel_set
 from mom_layers.settings import MixerSettings
 
@@ -45,7 +45,7 @@ def test_the_kernels_of_another_rule_do_not_count(monkeypatch):
     assert "heads of 256" in kernel_problem(MixerSettings(rule="kda"), torch.float32, CPU)
 
 
-@pytest.mark.parametrize("rule", sorted(set(rule_names()) - {"based", "rebased"}))  # whose heads are of 16
+@pytest.mark.parametrize("rule", sorted(set(with_kernels()) - {"based", "rebased"}))  # whose heads are of 16
 def test_every_rule_needs_the_shared_memory_of_its_kernels(rule):
     with forced(chip=Chip("a small card", (7, 5), 16 * 1024)):
         assert "heads of 256" in kernel_problem(MixerSettings(rule=rule), torch.bfloat16, CPU)

@@ -1,14 +1,19 @@
 """A rule made from its equation, beside a rule that is written by hand."""
 
 import importlib
+import re
 import warnings
 
 import pytest
 import torch
 from comparison import relative_error
+from documents import python_code, read
 
-from mom_layers import LinearAttentionLayer, MixtureOfMemories, get_rule, rule_from_equation
+from mom_layers import LinearAttentionLayer, MixtureOfMemories, RawGate, get_rule, rule_from_equation
 from mom_layers.recur.rules import RuleInputs, gated_deltanet, registry
+from mom_layers.selftest.cases import Setting
+from mom_layers.selftest.checks import all_checks, checks_of_a_run, tiny_checks
+from mom_layers.settings import MixerSettings
 
 HEADS, K, V = 2, 16, 32
 
@@ -93,3 +98,104 @@ def test_rows_after_the_last_segment_change_nothing(twin):
     assert relative_error(o[:5], used) <= 1e-5 and relative_error(states, last) <= 1e-5
     o[:5].sum().backward()
     assert all(not x.grad[5:].any() and x.grad[:5].any() for x in (q, k, v))
+
+
+def squashed(state, k, v, gates):
+    """Not linear."""
+    return torch.tanh(state) + torch.einsum("nhk,nhv->nhkv", k, v)
+
+
+def growing(state, k, v, gates):
+    """Linear but for a constant."""
+    return state + torch.einsum("nhk,nhv->nhkv", k, v) + 1
+
+
+def column_wise(state, k, v, gates):
+    """Linear, with a decay for each column of the state."""
+    return gates["f"].sigmoid()[:, :, None] * state + torch.einsum("nhk,nhv->nhkv", k, v)
+
+
+def row_wise(state, k, v, gates):
+    """Linear, with a decay for each row of the state, in float32."""
+    return (gates["f"].sigmoid()[..., None] * state).float() + torch.einsum("nhk,nhv->nhkv", k, v)
+
+
+@pytest.mark.parametrize(
+    ("step", "columns", "slices", "message"),
+    [
+        (row_wise, "key", 4, None),
+        (column_wise, "value", 2, None),
+        (column_wise, "value", 3, "treats the columns .* --context-parallel-size must be 1 or 2, got 3"),
+        (squashed, 1, 2, "the step of the update rule tried is not linear in the state and v .* cut .* into 2 slices"),
+        (growing, 1, 4, "not linear in the state and v together"),
+    ],
+)
+def test_context_parallelism_refuses_a_step_that_it_cannot_compose(step, columns, slices, message):
+    rule = rule_from_equation("tried", step, raw_gates=(RawGate("f", columns, "f"),))
+    before = torch.random.get_rng_state()
+    if message is None:
+        rule.check_slices(K, V, slices)
+    else:
+        with pytest.raises(ValueError, match=message):
+            rule.check_slices(K, V, slices)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_self_test_leaves_out_a_rule_without_kernels(twin):
+    setting = Setting("cpu", torch.bfloat16)
+    assert [name for checks in (all_checks, tiny_checks) for name in checks(setting) if "twin" in name] == []
+    names = {}
+    for rule in ("gla", "twin"):
+        names[rule] = set(checks_of_a_run(setting, MixerSettings(rule=rule, head_dim=16), 40, sliced=True))
+    assert "twin" in names["twin"] and names["gla"] - names["twin"] == {"gla", "state passing"}
+
+
+def test_a_rule_that_composes_is_accepted(twin):
+    twin.check_slices(K, V, 4)
+
+
+@pytest.mark.parametrize("given", [None, lambda raw, parameters: {name: 2 * gate for name, gate in raw.items()}])
+def test_shapes_of_raw_gates(given):
+    """A raw gate of one column is [R, H]; raw gates of more columns are [R, H, columns]."""
+    columns = {"one": 1, "two": 2, "keys": "key", "values": "value"}
+    raw_gates = tuple(RawGate(name, number, name[0]) for name, number in columns.items())
+    rule = rule_from_equation("shapes", column_wise, raw_gates=raw_gates, gates=given)
+    raw = {gate.name: torch.randn(5, HEADS * gate.width(K, V)) for gate in raw_gates}
+    q, k, v = (torch.randn(5, HEADS, size) for size in (K, K, V))
+    found = rule.prepare(q, k, v, raw, {}, "torch").gates
+    shapes = {"one": (), "two": (2,), "keys": (K,), "values": (V,)}
+    assert {name: gate.shape for name, gate in found.items()} == {n: (5, HEADS, *s) for n, s in shapes.items()}
+    factor = 1 if given is None else 2
+    assert all(torch.equal(gate.flatten(1), factor * raw[name]) for name, gate in found.items())
+
+
+def test_the_page_about_a_rule_of_ones_own(monkeypatch):
+    """The page's rule is that of the example, and its second rule does what the page says."""
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    names = {}
+    code = python_code("docs/own-rule.md")
+    exec(compile(code, "docs/own-rule.md", "exec"), names)
+    first = without_comments(code.split("register_rule(")[0].partition("def step")[2])
+    example = without_comments(read("examples/own_rule.py").split("register_rule(")[0].partition("def step")[2])
+    assert first == example and "leaky" in registry._RULES
+
+    rule = rule_from_equation(
+        "longhorn", names["step"], gates=names["gates"], raw_gates=(RawGate("beta", "value", "b"),),
+        parameter_shapes=lambda head_dim: {"beta_bias": ()},
+        init_parameters=lambda heads, head_dim: {"beta_bias": torch.linspace(-2, 2, heads)}, unit_length_keys=False,
+    )  # fmt: skip
+    rule.check_slices(4, 6, 2)
+    with pytest.raises(ValueError, match="--context-parallel-size must be 1 or 2, got 4"):
+        rule.check_slices(4, 6, 4)
+    torch.manual_seed(0)
+    state, k, v, beta = torch.randn(4, 6), torch.randn(4), torch.randn(6), torch.rand(6)
+    eps = beta / (1 + beta * (k @ k))
+    expected = torch.stack([(1 - eps[j] * k**2) * state[:, j] + eps[j] * k * v[j] for j in range(6)], dim=1)
+    got = names["step"](state[None, None], k[None, None], v[None, None], {"beta": beta[None, None]})
+    torch.testing.assert_close(got[0, 0], expected)
+
+
+def without_comments(code: str) -> str:
+    """Python code without docstrings, comments and empty lines."""
+    lines = re.sub(r'""".*?"""', "", code, flags=re.DOTALL).splitlines()
+    return "\n".join(line for line in (re.sub(r"\s+# .*", "", line).rstrip() for line in lines) if line)

@@ -104,7 +104,7 @@ def test_a_model_that_is_not_mom(refused, tmp_path, model):
     [
         ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type learned_absolute"),
         ({"normalization": "LayerNorm"}, "--normalization LayerNorm"),
-        ({"mom_rule": "titans"}, "--mom-rule titans: it needs " + " or ".join(rule_names())),
+        ({"mom_rule": "titans"}, "unknown memory rule 'titans': choose one of " + ", ".join(rule_names())),
         ({"mom_rule": "gla"}, "memory_proj.decay"),
         ({"mom_num_memories": 3}, "router.weight"),
         ({"ffn_hidden_size": 64}, "linear_fc1.weight"),

@@ -9,6 +9,8 @@ Shape legend: rows R, segments S, heads H, key size K, value size V, tokens of t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -38,17 +40,20 @@ def rule_from_equation(
 
     Args:
         step: (state [N, H, K, V], k [N, H, K], v [N, H, V], {gate: [N, H, ...]}) -> the new state [N, H, K, V], for N
-            sequences at once. Must be linear in the state and v together, as every rule of the papers' tables is:
-            context parallelism composes the maps of slices.
-        gates: (raw gates [R, H * columns] by name, parameters [H, ...] by name) -> gates [R, H, ...] by name, in
-            float32 or more; the raw gates as [R, H, columns] where absent.
+            sequences at once. Context parallelism composes the maps of slices, and therefore refuses a step that is not
+            linear in the state and v together, and over more than two slices a step that does not multiply all columns
+            of the state by one matrix; see :func:`check_step`.
+        gates: (raw gates by name, [R, H], or [R, H, columns] where a raw gate has another number of columns than 1;
+            parameters [H, ...] by name) -> gates [R, H, ...] by name, in float32 or more; the raw gates themselves
+            where absent.
         raw_gates, parameter_shapes, init_parameters, unit_length_keys: as of :class:`MemoryRule`.
     """
 
+    several = {gate.name for gate in raw_gates if gate.columns != 1}
+
     def computed_gates(raw, parameters, heads):
-        if gates is not None:
-            return gates(raw, parameters)
-        return {key: value.unflatten(1, (heads, -1)) for key, value in raw.items()}
+        raw = {key: value.unflatten(1, (heads, -1)) if key in several else value for key, value in raw.items()}
+        return raw if gates is None else gates(raw, parameters)
 
     def prepare(q, k, v, raw, parameters, kernels) -> RuleInputs:
         return RuleInputs(q, k, v, computed_gates(raw, parameters, v.shape[1]))
@@ -70,7 +75,7 @@ def rule_from_equation(
             states.append(state[0])
         return torch.stack(out) if out else torch.zeros_like(v), torch.stack(states)
 
-    return MemoryRule(
+    rule = MemoryRule(
         name=name,
         raw_gates=raw_gates,
         parameter_shapes=parameter_shapes,
@@ -86,6 +91,46 @@ def rule_from_equation(
         head_sizes=HEAD_SIZES,
         cost_without_kernels=COST,
     )
+    return replace(rule, check_slices=partial(check_step, step, rule))
+
+
+def check_step(step: Step, rule: MemoryRule, k_dim: int, v_dim: int, slices: int) -> None:
+    """Raises ValueError where context parallelism over that many slices of a sequence cannot compose the steps.
+
+    Computes a few steps on random numbers. A state before a slice is composed from T and B of the slices before,
+    ``S_after = T S_before + B``, so that the step must be linear in S and v together. The slices between the first and
+    the last also need T as a K x K matrix: one matrix for all columns of the state.
+    """
+    rows, heads = 3, 2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        q, k, v, other_v = (torch.randn(rows, heads, size).double() for size in (k_dim, k_dim, v_dim, v_dim))
+        if rule.unit_length_keys:
+            q, k = unit_length(q), unit_length(k)
+        raw = {gate.name: torch.randn(rows, heads * gate.width(k_dim, v_dim)).double() for gate in rule.raw_gates}
+        parameters = {name: value.double() for name, value in rule.init_parameters(heads, k_dim).items()}
+        state, other = torch.randn(2, rows, heads, k_dim, v_dim).double()
+        mixed = torch.randn(v_dim, v_dim).double() / v_dim**0.5
+    gates = {name: gate.double() for name, gate in rule.prepare(q, k, v, raw, parameters, "torch").gates.items()}
+    of_sum = step(0.7 * state - 1.3 * other, k, 0.7 * v - 1.3 * other_v, gates)
+    if not _equal(of_sum, 0.7 * step(state, k, v, gates) - 1.3 * step(other, k, other_v, gates)):
+        raise ValueError(
+            f"the step of the update rule {rule.name} is not linear in the state and v together, so that context "
+            f"parallelism cannot cut sequences into {slices} slices: leave out --context-parallel-size, or change the "
+            "step"
+        )
+    nothing = torch.zeros_like(v)
+    if slices > 2 and not _equal(step(state @ mixed, k, nothing, gates), step(state, k, nothing, gates) @ mixed):
+        raise ValueError(
+            f"the step of the update rule {rule.name} treats the columns of the state [K, V] differently, so that no "
+            f"K x K matrix says what {slices} slices of a sequence do to the state: --context-parallel-size must be 1 "
+            f"or 2, got {slices}"
+        )
+
+
+def _equal(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two results are equal but for rounding, also of a step that computes in float32."""
+    return bool((x - y).norm() <= 1e-4 * y.norm())
 
 
 def _all_segments(step: Step, inputs: RuleInputs, cu_seqlens, initial_state, output_final_state):

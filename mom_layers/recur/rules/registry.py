@@ -5,6 +5,7 @@ from __future__ import annotations
 from mom_layers.recur.rules.rule import MemoryRule
 
 _RULES: dict[str, MemoryRule] = {}
+UNREGISTERED = "a rule of your own must be registered first, in the same process, by mom_layers.register_rule"
 
 
 def register_rule(rule: MemoryRule) -> None:
@@ -22,5 +23,5 @@ def rule_names() -> list[str]:
 def get_rule(name: str) -> MemoryRule:
     """The rule of that name. For an unknown name raises ValueError with the registered names."""
     if not isinstance(name, str) or name not in _RULES:
-        raise ValueError(f"unknown memory rule {name!r}: choose one of {', '.join(rule_names())}")
+        raise ValueError(f"unknown memory rule {name!r}: choose one of {', '.join(rule_names())}; {UNREGISTERED}")
     return _RULES[name]

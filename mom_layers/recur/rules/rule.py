@@ -91,6 +91,8 @@ class MemoryRule:
         initial_state_gradient: (inputs, gradient of o, cu_seqlens, initial state, kernels) -> the gradient of the
             initial state through the outputs alone. ``inputs.v`` and the initial state are None where
             ``linear_in_state``. None differentiates ``recur``.
+        check_slices: (K, V, slices of a sequence) -> None; raises ValueError where context parallelism over that many
+            slices cannot compose the states. None for a rule with which any number of slices can.
         cost_without_kernels: what a recurrence that PyTorch computes on every device costs, in words, for the warning
             that a layer of such a rule gives; None where Triton kernels compute the recurrence.
         decode_step: the arguments and the result of :func:`mom_layers.decode.operation.decode_step`; None where a
@@ -115,6 +117,7 @@ class MemoryRule:
     state_shape: Callable[[int, int], tuple[int, ...]] = key_by_value
     linear_in_state: bool = True
     initial_state_gradient: Callable[..., torch.Tensor] | None = None
+    check_slices: Callable[[int, int, int], None] | None = None
     cost_without_kernels: str | None = None
     decode_step: Callable[..., torch.Tensor] | None = None
     family: str = ""

@@ -10,11 +10,12 @@ import pytest
 import torch
 import toy_rule
 import warm_python
+from rules_to_test import composed
 from torch.utils.checkpoint import checkpoint
 
 from linear_moe.parallel.sequence_order import contiguous_layout, plan_exchange, zigzag_layout
 from mom_layers.mixing import MemoryParameters, mix_memories
-from mom_layers.recur.rules import MemoryRule, RuleInputs, get_rule, rule_names
+from mom_layers.recur.rules import MemoryRule, RuleInputs, get_rule
 from mom_layers.route.plan import build_routing_plan
 from mom_layers.settings import MixerSettings
 
@@ -29,7 +30,7 @@ DOCUMENTS = {
 }
 # Outputs that are not linear in the state: the backward pass needs the values and the state that came from other ranks.
 NORMALISED = replace(toy_rule.RULE, name="normalised", key_heads=None)
-RULES = {name: get_rule(name) for name in rule_names()} | {NORMALISED.name: NORMALISED}
+RULES = {name: get_rule(name) for name in composed()} | {NORMALISED.name: NORMALISED}
 CASES = [(documents, rule, "own projections") for documents in DOCUMENTS for rule in RULES]
 CASES += [(documents, "gated_deltanet", kind) for documents in DOCUMENTS for kind in ("one projection", "recomputed")]
 CASES += [(documents, "gated_deltanet", "two memories take all tokens") for documents in DOCUMENTS]
