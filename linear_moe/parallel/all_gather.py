@@ -21,6 +21,8 @@ from linear_moe.parallel.weighted_rows import weighted_sum
 class AllGather:
     """Implements :class:`linear_moe.parallel.expert.Exchange` by an all-gather and a reduce-scatter."""
 
+    reads_answers_again = True  # for the gradient of the weights
+
     def __init__(self, choices: Choices):
         self.choices = choices
         self.all_ranks = plan_all_ranks(choices)

@@ -122,6 +122,7 @@ class AllToAll:
     """Implements :class:`linear_moe.parallel.expert.Exchange` by an all-to-all of rows."""
 
     plan: RoutingPlan
+    reads_answers_again = False
 
     def __init__(self, choices: Choices):
         self.choices = choices

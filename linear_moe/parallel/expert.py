@@ -39,6 +39,8 @@ class Exchange(Protocol):
 
     plan: RoutingPlan
     """The rows of the memories here, once :meth:`bring` has returned."""
+    reads_answers_again: bool
+    """Whether the backward pass of :meth:`take_home` reads ``o``."""
 
     def bring(self, x: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [N, D] and q [N, H K] of this rank's tokens. Returns both for the tokens of ``plan``."""
@@ -107,6 +109,8 @@ def mix_memories_over_ranks(
 
     o_here, _ = read_memories(x_here, q_here, travel.plan, routed, kernels=kernels)
     second = SecondStream(x.device)
+    if travel.reads_answers_again:
+        o_here = second.lend(o_here)
     with second.beside():
         o, weights, row_of_choice = travel.take_home(o_here, weights)
     o_shared = None

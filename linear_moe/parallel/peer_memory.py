@@ -146,6 +146,8 @@ class PeerMemory:
         make_buffer: (kind, rows, channels, dtype, device) -> the buffer; the group's :class:`PeerBuffers` where absent.
     """
 
+    reads_answers_again = False
+
     def __init__(self, choices: Choices, make_buffer: Callable[..., PeerBuffer] | None = None):
         self.make_buffer = make_buffer or PeerBuffers.of(choices.group).buffer
         all_ranks = plan_all_ranks(choices)

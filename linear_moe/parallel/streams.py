@@ -25,6 +25,14 @@ class SecondStream:
         """Work inside goes to the second stream."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
+    def lend(self, x: torch.Tensor) -> torch.Tensor:
+        """x for an operation of the second stream that reads x again in the backward pass. Use the returned tensor.
+
+        The last to free x is then a node of the current stream, which has waited for the gradient of x. Otherwise the
+        allocator could hand the memory of x to the current stream's next tensor while the second stream reads x.
+        """
+        return x if self.stream is None else _Lent.apply(x)
+
     def join(self, *tensors: torch.Tensor) -> None:
         """The current stream waits for the second stream, whose tensors may then be read there."""
         if self.stream is None:
@@ -33,3 +41,16 @@ class SecondStream:
         current.wait_stream(self.stream)
         for tensor in tensors:
             tensor.record_stream(current)
+
+
+class _Lent(torch.autograd.Function):
+    """x itself, held until the gradient of x has come."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
