@@ -199,6 +199,18 @@ def two_gpu_cases() -> str:
     return table(head, ([row[key] for key in keys] for row in rows)) + caption(rows)
 
 
+def converted() -> str:
+    """Last validation losses of a softmax model, and of models with memories that were made of that model."""
+    rows = read_rows("converted_tiny.csv")
+    last = {row["title"]: row for row in rows}
+    softmax = float(next(iter(last.values()))["validation_loss"])
+    lines = (
+        (title, f"{int(row['tokens']):,}", row["validation_loss"], f"{float(row['validation_loss']) / softmax - 1:.1%}")
+        for title, row in last.items()
+    )
+    return table(("model", "tokens", "validation loss", "above softmax attention"), lines) + caption(rows)
+
+
 def recipe_sizes() -> str:
     """Every recipe of examples/recipes: its model's size, its layout, and its speed where that was measured."""
     measured = {row["recipe"]: row for row in read_rows("recipes.csv")}  # the newest row of a recipe comes last
@@ -354,6 +366,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "exchange-times": exchange_times,
     "two-gpu-cases": two_gpu_cases,
     "recipes": recipe_sizes,
+    "converted": converted,
     "megatron-commands": megatron_commands,
     "all-megatron-commands": all_megatron_commands,
     "chips": lambda: table(("architecture", "devices", "Triton", "what was tried"), compatibility.chips()),

@@ -44,7 +44,7 @@ class Scale:
     steps: int
     eval_iters: int
     vocabulary: int = 4096
-    share: float = 0.5
+    share: float = 0.25
     rate: float = 2e-3
     later_rate: float = 1e-3
     mixer_rate: float = 3e-3
@@ -59,7 +59,10 @@ class Scale:
 
 
 SCALES = {
-    "tiny": Scale(layers=4, hidden=128, heads=2, ffn=256, length=128, batch=8, steps=300, eval_iters=32, rate=4e-3),
+    "tiny": Scale(
+        layers=4, hidden=128, heads=2, ffn=256, length=128, batch=8, steps=300, eval_iters=32, rate=4e-3,
+        later_rate=6e-4, mixer_rate=1.2e-2,
+    ),
     "gpu": Scale(
         layers=8, hidden=512, heads=8, ffn=1408, length=1024, batch=32, steps=600, eval_iters=5, rate=1.5e-3,
         later_rate=8e-4, more=("--bf16", "--no-kernel-check"),
