@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--load", type=Path, required=True, help="folder of an export, with a tokenizer")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files and folders of text to train on")
     parser.add_argument("--output", type=Path, required=True, help="folder for the merged model")
-    parser.add_argument("--steps", type=int, default=30, help="[%(default)s]")
+    parser.add_argument("--steps", type=int, default=30, help="training steps [%(default)s]")
     parser.add_argument("--batch", type=int, default=4, help="rows of packed documents a step [%(default)s]")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row [%(default)s]")
     parser.add_argument("--rank", type=int, default=8, help="rank of the adapters [%(default)s]")

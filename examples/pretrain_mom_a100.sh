@@ -2,7 +2,8 @@
 # Pretrains a Mixture-of-Memories language model. With nothing set:
 #   CUDA devices   the MoM paper's 380M recipe on all of them; MODEL=1.3b or MODEL=7b for larger models
 #   none, or DEMO=1   a model of a few million parameters, a few minutes on two CPU cores
-# Both make their environment, prepare data, train, and draw the loss and the memories' load. The same command resumes.
+# The script makes an environment, prepares data, trains, and draws the loss and the memories' load. The same command
+# resumes.
 # Any setting below can be given in the environment; arguments after the script go to Megatron as they are.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,7 +11,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$here/examples/run_lock.sh"
 
 # Ends the script unless each named setting that is given matches. To be called before the setting is computed with:
-# bash arithmetic evaluates names, and what stands in brackets after a name it runs.
+# bash arithmetic evaluates names, and runs what stands in brackets after a name.
 check() {
     local pattern=$1 expected=$2 name
     shift 2
@@ -91,7 +92,7 @@ if [ "$GPUS" != 0 ] && [ $((GPUS * NNODES % (TP * PP * CP))) != 0 ]; then
     echo "error: TP=$TP x PP=$PP x CP=$CP does not divide GPUS=$GPUS x NNODES=$NNODES" >&2
     exit 2
 fi
-# The logits of a very long sequence take more memory than the model: the loss then goes through it in chunks.
+# The logits of a very long sequence take more memory than the model: the loss then reads the sequence in chunks.
 : "${LOSS_CHUNK:=$((SEQ_LENGTH > 131072 ? 16384 : 0))}"
 : "${TOKEN_MIXER:=mom}" "${MEMORIES:=4}" "${TOPK:=2}" "${ATTENTION_HEADS:=$((HIDDEN / 64))}" "${WARMUP_FRACTION:=0.01}"
 : "${OVERLAP:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29531}"
@@ -108,7 +109,7 @@ if [ "$NODE_RANK" -ge "$NNODES" ]; then
     exit 2
 fi
 if [ -n "$DATA_PATH" ] && [ -z "$TOKENIZER" ]; then
-    printf 'error: DATA_PATH=%q needs TOKENIZER, the folder of the tokenizer that it was made with\n' "$DATA_PATH" >&2
+    printf 'error: DATA_PATH=%q needs TOKENIZER, the folder of the tokenizer that made the data\n' "$DATA_PATH" >&2
     exit 2
 fi
 # A name that starts with a dash would be taken for an option.

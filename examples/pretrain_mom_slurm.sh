@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs pretrain_mom_multinode.sh on the nodes of a Slurm job, one torchrun on each. From the repository's folder:
 #   MODEL=1.3b DATA_PATH=/data/text TOKENIZER=/data/tokenizer \
-#       sbatch --nodes 8 --gpus-per-node 8 --time 24:00:00 examples/pretrain_mom_slurm.sh --overlap-grad-reduce
-# Settings and arguments are the same as of that script. Shortly before the time limit, and when a preemption leaves
+#       sbatch --nodes 8 --gpus-per-node 8 --time 24:00:00 examples/pretrain_mom_slurm.sh
+# Settings, and arguments after the script's name, are those of pretrain_mom_a100.sh. Shortly before the time limit, and when a preemption leaves
 # time, the job saves a checkpoint, goes back into the queue and resumes; a killed job resumes from its last checkpoint.
 #SBATCH --job-name=mom
 #SBATCH --ntasks-per-node=1

@@ -21,20 +21,20 @@ PROGRAM = "linear-moe"
 COMMANDS = {
     "demo": "trains a small model on this machine, in a few minutes",
     "pretrain": "trains with Megatron's training loop and arguments",
-    "preprocess": "texts to the token files that training reads",
-    "convert-to-hf": "a Megatron checkpoint to a folder for Hugging Face's transformers",
-    "convert-from-hf": "a Hugging Face folder, FLA's too, to a Megatron checkpoint",
-    "align-mixers": "a Transformer's new token mixers, trained alone against its hidden states",
-    "generate": "text with a model of either format",
-    "perplexity": "the loss along the context, far past the training length",
-    "evaluate": "tasks of lm-evaluation-harness on a model of either format",
-    "plot": "pictures of a run from its TensorBoard files",
-    "recall": "the associative recall experiment: MoM beside baselines",
-    "language-models": "language models that differ in the token mixer alone, and what they recall",
-    "results": "what RESULTS.md reports, trained, measured and written",
-    "try-megatron-commands": "public commands of Megatron-LM, shrunk to a CPU, with MoM",
-    "doctor": "what is installed here, which GPUs there are, and what works; --kernels checks the kernels",
-    "demo-corpus": "a small corpus from the Python installation",
+    "preprocess": "turns texts into the token files that training reads",
+    "convert-to-hf": "turns a Megatron checkpoint into a folder for Hugging Face's transformers",
+    "convert-from-hf": "turns a Hugging Face folder into a Megatron checkpoint",
+    "align-mixers": "puts memories into a Transformer, and trains the new token mixers alone",
+    "generate": "writes text with a model of either format",
+    "perplexity": "measures the loss along the context, far past the training length",
+    "evaluate": "runs tasks of lm-evaluation-harness on a model of either format",
+    "plot": "draws pictures of a run from its TensorBoard files",
+    "recall": "trains MoM and baselines on the associative recall task",
+    "language-models": "trains language models that differ in the token mixer alone, and measures what they recall",
+    "results": "trains and measures what RESULTS.md reports, and writes RESULTS.md",
+    "try-megatron-commands": "tries public commands of Megatron-LM with MoM, shrunk to a CPU",
+    "doctor": "says what is installed here, which GPUs there are, and what works; --kernels checks the kernels",
+    "demo-corpus": "makes a small corpus from the Python installation",
 }
 """A command a line: its name, and what it does. Its module is linear_moe.commands.<name>, with `main(argv)`."""
 MODULES = {"preprocess": "preprocess_data", "plot": "plot_run"}
@@ -48,8 +48,8 @@ Trains a language model with Megatron's training loop. Every argument of Megatro
 replaces softmax attention by Mixture-of-Memories, and --mom-num-memories 4 --mom-topk 2 ... set its sizes.
 
   --help-mom     the arguments of this project alone
-  --help-all     these and all of Megatron's
-  --verbose      everything that Megatron prints on the screen too, not only in the log file
+  --help-all     the arguments of this project and of Megatron
+  --verbose      all that Megatron prints goes to the screen, too, not only to the log file
 
 examples:
   a model of a few million parameters on mock data, without a GPU:

@@ -114,7 +114,10 @@ def check_expert_parallel(settings: object) -> None:
     if choice not in EXPERT_PARALLEL:
         raise ValueError(f"--mom-expert-parallel must be one of {', '.join(EXPERT_PARALLEL)}, got {choice!r}")
     if choice == "on" and not has_router(settings):
-        raise ValueError(f"--mom-expert-parallel on: --token-mixer {settings.token_mixer} has one memory: leave it out")
+        raise ValueError(
+            f"--mom-expert-parallel on: --token-mixer {settings.token_mixer} has one memory: leave out "
+            "--mom-expert-parallel"
+        )
     if choice == "on" and settings.expert_model_parallel_size > 1 and (reason := why_memories_are_whole(settings)):
         raise ValueError(
             f"--mom-expert-parallel on: {reason}: change that, or give --mom-expert-parallel auto, which then keeps "
@@ -376,7 +379,7 @@ class MomTransformerConfig(TransformerConfig):
         if isinstance(freq, int) and freq < 2:
             raise ValueError(
                 f"--linear-attention-freq {freq} leaves no MoM layer: give N >= 2 for one softmax layer in N, "
-                "a list such as ([1]*7+[0])*3, or leave it out for MoM in every layer"
+                "a list such as ([1]*7+[0])*3, or leave the argument out for MoM in every layer"
             )
         if isinstance(freq, list):
             if len(freq) != self.num_layers or set(freq) - {0, 1}:

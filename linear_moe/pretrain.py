@@ -74,7 +74,7 @@ def check_entry(args) -> None:
     variant = args.experimental_attention_variant
     launcher = "run Megatron-LM's own script: python -m linear_moe path/to/"
     refuse("linear_moe.pretrain does not take", [
-        (spec and spec != OUR_SPEC, f"--spec {spec}", "leave it out"),
+        (spec and spec != OUR_SPEC, f"--spec {spec}", "leave --spec out"),
         (args.fim_data, "--fim-data", launcher + "pretrain_gpt.py"),
         (variant, f"--experimental-attention-variant {variant}", launcher + "pretrain_gpt.py"),
     ])  # fmt: skip

@@ -4,8 +4,8 @@ Megatron names CUDA in a few hundred places. `torch.cuda.is_available()` stays f
 returns for a CUDA device, stream or generator, and the few places where Megatron stops without a GPU. `PATCHES` lists
 the patches, each with its reason.
 
-An entry script calls `apply()` before the script parses Megatron's arguments. `apply()` also makes the arguments of a
-run without a GPU Megatron's defaults.
+An entry script calls `apply()` before the script parses Megatron's arguments. `apply()` also sets Megatron's defaults
+to the arguments that a run without a GPU needs.
 """
 
 import collections

@@ -4,8 +4,8 @@
     python tools/bench_decode.py [--cases N] [--csv FILE] [--plot FILE]
 
 mom-layer is the Mixture-of-Memories layer, hidden 1024, 4 heads x 256, 4 memories, top-2, shared, that steps in place;
-softmax-layer is attention of 8 heads x 128 over all keys and values. mom-model and softmax-model are 24 of them in one
-class of Hugging Face model: norms, SwiGLU layers of 2048, 32000 tokens in the vocabulary. bf16, random weights. The
+softmax-layer is attention of 8 heads x 128 over all keys and values. mom-model and softmax-model have 24 such layers in
+one class of Hugging Face model: norms, SwiGLU layers of 2048, 32000 tokens in the vocabulary. bf16, random weights. The
 sizes are the same and the weights are not: the column "parameters" counts them, all memories included.
 
 A row is the median time of one token of every sequence as a CUDA graph and as the host issues it (on a CPU both are

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Checks and times the exchanges of tokens between expert-parallel ranks, in one layer, beside one with all memories.
+"""Checks and times the exchanges of tokens between expert-parallel ranks, in one layer.
 
     torchrun --standalone --nproc-per-node 2 tools/bench_exchanges.py [--check] [--csv FILE]
 

@@ -7,9 +7,9 @@
 The layers: Mixture-of-Memories, or with --rules one memory of every update rule. Peers: softmax attention (PyTorch's),
 and flash-linear-attention's MomAttention and GatedDeltaNet where that package is installed. A row is the median time of
 forward and of forward+backward as the host issues them, of the latter as a CUDA graph (NaN for MomAttention, which
-waits for the GPU; on a CPU both are the former), and the peak memory of forward+backward. With --lengths it is one
-sequence of 16k to 256k tokens (fewer on a CPU) instead, and --plot draws both over the tokens. What runs out of memory
-has a line that says so and no row. Rows are written as they come.
+waits for the GPU; on a CPU both are the former), and the peak memory of forward+backward. With --lengths the cases are
+one sequence of 16k to 256k tokens (fewer on a CPU), and --plot draws time and memory over the tokens. A case that runs
+out of memory has a line that says so, and no row. Rows are written as they come.
 """
 
 import importlib.util

@@ -5,11 +5,12 @@
     python tools/bench_layouts.py --output DIR --long [--tokens N] [--layouts NAME ...]
 
 Each layout is a run of examples/pretrain_mom_a100.sh of its own, with the same data, seed and global batch; without
---no-profile a last step is profiled on rank 0, for the bytes that it sent. With --long it is one sequence of 128k
-tokens, or of --tokens, on one GPU and over the context-parallel ranks, with full recomputation. In DIR: layouts.csv (a
-row a layout), exchanges.csv (a row for each process group and collective: bytes sent in a step), losses.csv (a row a
-step) and losses.png. A layout's rows are written when its run ends; a layout that fails does not end the others. Runs
-that are in DIR already are not run again. Without a GPU a tiny model on two CPU processes shows that the tool runs.
+--no-profile a last step is profiled on rank 0, for the bytes that rank 0 sent. With --long a step has one sequence of
+128k tokens, or of --tokens, on one GPU and over the context-parallel ranks, with full recomputation. In DIR:
+layouts.csv (a row a layout), exchanges.csv (a row for each process group and collective: bytes sent in a step),
+losses.csv (a row a step) and losses.png. A layout's rows are written when its run ends; a layout that fails does not
+end the others. Runs that are in DIR already are not run again. Without a GPU a tiny model on two CPU processes shows
+that the tool runs.
 """
 
 import argparse

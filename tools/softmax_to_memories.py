@@ -16,12 +16,12 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from linear_moe.commands.command_line import command_parser
 from linear_moe.commands.demo import DemoError, run_to_end
-from linear_moe.commands.values import path
+from linear_moe.commands.values import path, whole
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,13 @@ RUNS = (
 def main(argv: list[str] | None = None) -> int:
     """Runs what is missing. Returns 0, or 1 where a step fails."""
     args = parse_arguments(argv)
+    scale = SCALES[args.scale]
+    scale = replace(scale, steps=args.steps or scale.steps)
     try:
         for run in RUNS:
             if not args.only or run is SOFTMAX or run.name in args.only:
-                carry_out(run, SCALES[args.scale], args.output)
-        report(SCALES[args.scale], args.output)
+                carry_out(run, scale, args.output)
+        report(scale, args.output)
     except DemoError as error:
         print(f"softmax_to_memories.py: error: {error}", file=sys.stderr)
         return 1
@@ -119,6 +121,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--scale", choices=sorted(SCALES), default="tiny", help="tiny for a CPU, gpu for one H100 [tiny]"
     )
+    steps = ", ".join(f"{scale.steps} for {name}" for name, scale in SCALES.items())
+    parser.add_argument("--steps", type=whole(20), help=f"of the softmax model [{steps}]")
     names = [run.name for run in RUNS[1:]]
     parser.add_argument("--only", nargs="+", choices=names, metavar="RUN", help=f"of {', '.join(names)} [all]")
     return parser.parse_args(argv)

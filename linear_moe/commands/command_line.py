@@ -8,11 +8,7 @@ import sys
 from pathlib import Path
 
 
-class _RawWithDefaults(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Adds every default to the help, and leaves description and examples as they are."""
-
-
-def command_parser(doc: str, *, show_defaults: bool = False) -> argparse.ArgumentParser:
+def command_parser(doc: str) -> argparse.ArgumentParser:
     """A parser with the docstring's first paragraph above the arguments, and its examples and the rest below.
 
     Under `linear-moe` the examples say `linear-moe NAME` where the docstring says `python tools/NAME.py`.
@@ -27,5 +23,5 @@ def command_parser(doc: str, *, show_defaults: bool = False) -> argparse.Argumen
     return argparse.ArgumentParser(
         description=about,
         epilog=below.replace("examples:\n\n", "examples:\n"),
-        formatter_class=_RawWithDefaults if show_defaults else argparse.RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )

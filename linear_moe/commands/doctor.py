@@ -116,7 +116,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     parser.add_argument("--kernels", action="store_true", help="also run every GPU kernel, and time it")
     parser.add_argument(
-        "--quiet", action="store_true", help="only what keeps training from working, without importing PyTorch"
+        "--quiet", action="store_true", help="print only what keeps training from working; PyTorch is not imported"
     )
     return parser.parse_args(argv)
 

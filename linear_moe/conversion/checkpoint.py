@@ -1,9 +1,9 @@
 """Megatron's torch_dist checkpoints without Megatron: one process, no GPU, tensor by tensor.
 
-They are PyTorch's distributed checkpoints: tensors stored in chunks under global names, whatever parallel layout wrote
-them. A model whose layers are all alike has them stacked, one tensor for a parameter of all layers
-(``decoder.layers.mlp...`` [L, ...]); others have a name for each layer (``decoder.layers.7.mlp...``). The experts of a
-layer are stacked in both.
+Megatron's checkpoints are PyTorch's distributed checkpoints: tensors stored in chunks under global names that are the
+same for every parallel layout. A model whose layers are all alike has its layers stacked, one tensor for a parameter of
+all layers (``decoder.layers.mlp...`` [L, ...]); other models have a name for each layer (``decoder.layers.7.mlp...``).
+The experts of a layer are stacked in both kinds of models.
 """
 
 from __future__ import annotations

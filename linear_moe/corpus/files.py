@@ -1,9 +1,9 @@
 """Text corpora on disk, read as a stream of bounded chunks of documents.
 
-A text file is one document. A file of JSON lines (`.jsonl`, `.ndjson`, `.json`) is one document a line. Either may be
-compressed (`.gz`, `.zst`). Only bytes are read here, in one process and in a fixed order; decoding UTF-8 and JSON is
-left to the receiver of a chunk, because that is the part worth doing in parallel. A long text is the exception: it is
-decoded here, cut, and passed on in pieces, so that its size bounds no process's memory.
+A text file is one document. A file of JSON lines (`.jsonl`, `.ndjson`, `.json`) is one document a line. Both kinds may
+be compressed (`.gz`, `.zst`). Only bytes are read here, in one process and in a fixed order; the receivers of chunks
+decode UTF-8 and JSON, in parallel. A long text is the exception: this module decodes the text, cuts the text, and
+passes the pieces on, so that no process holds a whole long text.
 """
 
 import codecs

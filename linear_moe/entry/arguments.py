@@ -139,7 +139,7 @@ def check_model(args: argparse.Namespace) -> None:
     packed = args.sft or releases.argument(args, "dataloader_inter_document_masking")
     graphs = args.cuda_graph_impl != "none" or args.enable_cuda_graph or args.external_cuda_graph
     refuse_beside_mixer(args, [
-        (spec and not pattern and spec != OUR_SPEC, f"--spec {spec}", f"leave it out, or {OUR_SPEC}"),
+        (spec and not pattern and spec != OUR_SPEC, f"--spec {spec}", f"leave --spec out, or give {OUR_SPEC}"),
         ((args.reset_attention_mask or args.reset_position_ids) and not packed,
          "--reset-attention-mask" if args.reset_attention_mask else "--reset-position-ids",
          "use --dataloader-inter-document-masking, which tells the memories where documents end"),

@@ -92,6 +92,11 @@ def bytes_on_gpu(model: Model, layout: Layout, micro_batch: int, recompute: bool
     return parameters + tokens * (kept if recompute else model.layers * layer + logits)
 
 
+def tensor_sizes(model: Model, given: int | None, largest: int) -> list[int]:
+    """The tensor-parallel sizes to try: the size that is given, or the powers of two that divide the heads."""
+    return [given] if given else [2**i for i in range(8) if 2**i <= largest and model.heads % 2**i == 0]
+
+
 def choose(
     model: Model, *, gpus: int, gpu_bytes: float, global_batch: int, tensor: int | None = None,
     pipeline: int = 1, expert: int = 1, context: int = 1, micro_batch: int | None = None,
@@ -102,7 +107,7 @@ def choose(
     Sizes that are given stay. Recomputation comes last: it costs a third more products, and tensor parallelism within a
     machine costs less. The micro-batch is the largest power of two that fits and divides the global batch.
     """
-    tensors = [tensor] if tensor else [2**i for i in range(8) if 2**i <= largest_tensor and model.heads % 2**i == 0]
+    tensors = tensor_sizes(model, tensor, largest_tensor)
     batches = [micro_batch] if micro_batch else [2**i for i in range(LARGEST_MICRO_BATCH.bit_length() - 1, -1, -1)]
     for again in [recompute] if recompute is not None else [False, True]:
         for size in tensors:
@@ -132,6 +137,9 @@ def main(argv=None) -> int:
     for name in ("pipeline", "expert", "context"):
         parser.add_argument(f"--{name}", type=int, default=1)
     options = parser.parse_args(argv)
+    ranks = (options.tensor or 1) * options.pipeline * options.context
+    if options.gpus % ranks:
+        parser.error(f"--gpus {options.gpus}: use a multiple of {ranks}, the GPUs that hold one model together")
     model = Model(*(getattr(options, name) for name in Model.__dataclass_fields__))
     gpu_gb = options.gpu_gb
     if gpu_gb is None:
@@ -145,13 +153,16 @@ def main(argv=None) -> int:
         largest_tensor=options.gpus_here, **given,
     )  # fmt: skip
     if found is None:
-        ranks = (options.tensor or 1) * options.pipeline * options.context
-        layout = Layout(options.tensor or 1, options.pipeline, options.expert, options.context, options.gpus // ranks)
-        least = bytes_on_gpu(model, layout, options.micro_batch or 1, True) / SHARE / 1e9
+        need, size = min(
+            (bytes_on_gpu(model, layout, options.micro_batch or 1, True), layout.tensor)
+            for size in tensor_sizes(model, options.tensor, options.gpus_here)
+            if options.gpus % (ranks := size * options.pipeline * options.context) == 0
+            for layout in [Layout(size, options.pipeline, options.expert, options.context, options.gpus // ranks)]
+        )
         print(
-            f"error: the model does not fit: with TP={options.tensor or 1} and recomputation a GPU would need about "
-            f"{least:.0f} GB, and has {gpu_gb:.0f}: use more GPUs, or set TP, MICRO_BATCH and RECOMPUTE yourself, and "
-            "no bytes are counted",
+            f"error: the model does not fit: with TP={size} and recomputation a GPU would need about "
+            f"{need / SHARE / 1e9:.0f} GB, and has {gpu_gb:.0f}: use more GPUs, or set TP, MICRO_BATCH and RECOMPUTE: "
+            "then the script counts no bytes",
             file=sys.stderr,
         )
         return 1

@@ -1,7 +1,7 @@
-"""Settings and data that would end a run with an error that names neither, refused before the first step.
+"""Refuses, before the first step, settings and data with which Megatron would end in an error that names neither.
 
-Megatron divides by an interval of zero, looks for a parameter group by its learning rate, and reads a token's row of
-the embedding wherever that is. The checks here name the argument, its value and what to do.
+Megatron divides by an interval of zero, looks for a parameter group by its learning rate, and reads rows of the
+embedding that do not exist. The checks here name the argument, its value and what to do.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ AT_MOST = dict.fromkeys(
 one means never."""
 INSTEAD = {
     "eval_interval": " (--eval-iters 0 turns validation off)",
-    "ffn_hidden_size": ", or leave it out for the default",
-    "kv_channels": ", or leave it out for the default",
-    "num_query_groups": ", or leave it out for the default",
+    "ffn_hidden_size": ", or leave the argument out for the default",
+    "kv_channels": ", or leave the argument out for the default",
+    "num_query_groups": ", or leave the argument out for the default",
 }
 
 SAMPLE_TOKENS = 1 << 25
@@ -128,7 +128,7 @@ def _check_load(args) -> None:
         problem = error.strerror
     if problem:
         raise ValueError(
-            f"--load {args.load}: {problem}: give the folder of a checkpoint, or leave it out to start anew"
+            f"--load {args.load}: {problem}: give the folder of a checkpoint, or leave --load out to start anew"
         )
 
 

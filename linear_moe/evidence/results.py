@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from linear_moe.evidence import memory_pictures, pictures, recall_summary, tables
 from linear_moe.evidence.classes import comparisons
 from linear_moe.evidence.jobs import ABLATIONS
+from linear_moe.evidence.origin import origin_table
 from linear_moe.evidence.report import heading, line, models_table, positions_table, repeats_table
 from linear_moe.recall import records
 
@@ -120,14 +120,8 @@ class Results:
         )
 
     def origin_part(self) -> str:
-        """Every command with its commit and device, and the models that it trained."""
         rows = [*self.recall, *self.all_models]
-        if not rows:
-            return NOT_MEASURED
-        counts = Counter(tuple(row[name] for name in ("command", "commit", "device", "torch")) for row in rows)
-        lines = [line(["command", "commit", "device", "torch", "models"]), line(["---"] * 5)]
-        lines += [line([f"`{key[0]}`", *key[1:], count]) for key, count in counts.items()]
-        return "\n".join(lines)
+        return origin_table(rows) if rows else NOT_MEASURED
 
     def _picture(self, name: str, text: str) -> str:
         return f"![{text}]({self.link}/{name})"

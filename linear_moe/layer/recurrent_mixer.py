@@ -1,4 +1,4 @@
-"""What Megatron's token mixers share: everything around :mod:`mom_layers` that does not depend on a router.
+"""The base class of Megatron's token mixers: everything around :mod:`mom_layers` that does not depend on a router.
 
 Heads are sharded over the tensor-parallel group: projections, convolutions and the rule's parameters by head; the
 per-head norm is whole on every rank. Sequences are cut over the context-parallel group in Megatron's order (or, with

@@ -1,10 +1,10 @@
 """Context parallelism: every rank holds a slice of each sequence, and passes states on to the ranks of later slices.
 
-What crosses from slice to slice does not grow with the sequence's length. For all memories of every sequence (or of the
-packed document that lies over the edge between two slices), it is the affine map of the state in float32, H K (K + V)
-numbers, and the last W - 1 inputs of the convolutions. Every rank gathers the maps of all ranks and composes the maps
-of the ranks before. In the backward pass, gradients come from the ranks after in the same way. No rank reads the first
-rank's transition or the last rank's map, so that two ranks exchange H K V numbers and compute no transition.
+The numbers that cross from slice to slice do not grow with the sequence's length: for all memories of every sequence
+(or of the packed document that lies over the edge between two slices), the affine map of the state in float32, H K (K +
+V) numbers, and the last W - 1 inputs of the convolutions. Every rank gathers the maps of all ranks and composes the
+maps of the ranks before. In the backward pass, gradients come from the ranks after in the same way. No rank reads the
+first rank's transition or the last rank's map, so that two ranks exchange H K V numbers and compute no transition.
 
 Shape legend: ranks P, all memories A, segments of the plan S, segments that may cross an edge N, heads on this rank H,
 key size K, value size V, convolution width W, parts of a slice J.

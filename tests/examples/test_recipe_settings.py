@@ -63,6 +63,7 @@ def test_what_is_left_open_is_chosen(tmp_path, given, expected):
     "given,message",
     [
         ({"MODEL": "7b", "GPUS": 1, "GPU_GB": 85}, "error: the model does not fit: with TP=1 and recomputation"),
+        ({"MODEL": "7b", "GPUS": 2, "GPU_GB": 80}, "TP=2 and recomputation a GPU would need about 82 GB, and has 80"),
         ({"MODEL": "13b", "GPUS": 1}, "error: MODEL=13b: use 380m, 1.3b or 7b"),
         ({"GPUS": 3, "GPU_GB": 85, "TP": 2}, "error: TP=2 x PP=1 x CP=1 does not divide GPUS=3 x NNODES=1"),
     ],

@@ -37,7 +37,7 @@ def check(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--spec", "some.module", "some_spec"], "does not work with --spec some.module some_spec: leave it out"),
+        (["--spec", "some.module", "some_spec"], "does not work with --spec some.module some_spec: leave --spec out"),
         (
             ["--hybrid-layer-pattern", "M-*-"],
             "--hybrid-layer-pattern M-*- has no layer with memories: write R for each layer that is to have memories, "

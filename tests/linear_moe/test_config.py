@@ -85,7 +85,7 @@ SPLIT = {"expert_model_parallel_size": 2, "mom_expert_parallel": "on"}
         ({"token_mixer": "gla", "mom_head_dim": 100}, "head_dim = 100 is not supported by the gla kernels: use one of"),
         (
             {"token_mixer": "gla", "mom_expert_parallel": "on"},
-            "--mom-expert-parallel on: --token-mixer gla has one memory: leave it out",
+            "--mom-expert-parallel on: --token-mixer gla has one memory: leave out --mom-expert-parallel",
         ),
         (
             {"token_mixer": "gla", "mom_num_heads": 3, "tensor_model_parallel_size": 2},

@@ -114,7 +114,7 @@ def test_the_deprecated_name_of_a_pattern_in_a_command_for_gpus():
 def test_refuses_what_would_build_another_model():
     run = launch(*COMMON, *MOM, "--spec", "some.module", "some_spec")
     assert run.returncode != 0
-    assert "does not work with --spec some.module some_spec: leave it out" in run.stdout, run.stdout[-2000:]
+    assert "does not work with --spec some.module some_spec: leave --spec out" in run.stdout, run.stdout[-2000:]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 
 from linear_moe.commands import results as command
 from linear_moe.evidence import recall_summary, tables
+from linear_moe.evidence.origin import origin_table, repeatable
 from linear_moe.evidence.results import LANGUAGE_MODELS, NOT_MEASURED, PART, Results, fill, merge_rows
 from linear_moe.recall import records
 from linear_moe.recall.models import Mixer, Shape
@@ -96,6 +97,27 @@ def test_ablations_of_small_models_are_no_part_of_the_comparison(tmp_path):
     records.append(tmp_path / LANGUAGE_MODELS / tables.MODELS, rows)
     found = Results(tmp_path, tmp_path, ".")
     assert found.compared == rows[5:] and found.ablations == [rows[:4]] and found.others == [rows[4:5]]
+
+
+def test_a_recorded_command_is_shown_as_a_user_repeats_it():
+    words = "tools/recall.py --steps 20 --commit abc --time-limit 500 --output /tmp/a --mom 4/2+shared --heads 1"
+    assert repeatable(words) == "python tools/recall.py --steps 20 --output runs/recall --mom 4/2+shared --heads 1"
+    assert repeatable("tools/recall.py --output=/tmp/a --commit=abc") == "python tools/recall.py --output runs/recall"
+    assert repeatable("tools/recall.py --tokens 9", 5).endswith("--tokens 9")
+
+
+def test_a_command_is_one_line_of_the_origin_and_has_the_tokens_that_were_chosen():
+    shared = {"commit": "abc", "device": "CPU", "torch": "2"}
+    first = "tools/language_models.py --output /tmp/lm --models mom gdn --tokens 150e6 --fit-time --time-limit 540"
+    again = "tools/language_models.py --output /tmp/lm --data /tmp/d --models mom --fit-time"
+    rows = [{"command": first, "tokens": tokens, **shared} for tokens in ("88", "120", "88")]
+    rows += [{"command": again, "tokens": "88", **shared}, ORIGIN]
+    whole = "python tools/language_models.py --output runs/language_models --models mom gdn --tokens 88"
+    assert origin_table(rows).splitlines()[2:] == [
+        f"| `{whole}` | abc | CPU | 2 | 3 |",
+        f"| `{whole.replace('mom gdn', 'mom')}` | abc | CPU | 2 | 1 |",
+        "| `python tools/recall.py --steps 8` | abc | CPU | 1 | 1 |",
+    ]
 
 
 def test_rows_are_merged_once(tmp_path):

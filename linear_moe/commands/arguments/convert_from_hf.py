@@ -49,14 +49,21 @@ def add_start_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LAYERS",
         help="layers that stay softmax attention: all, none, every-N, or numbers such as 3,7,11 [every-4]",
     )
-    layers.add_argument("--mom-layers", type=text, metavar="LAYERS", help="layers that become MoM layers, as above")
-    group.add_argument("--mom-num-memories", type=whole(0, 1 << 16), default=4, help="memories; 0: one alone [4]")
+    layers.add_argument(
+        "--mom-layers", type=text, metavar="LAYERS", help="layers that become MoM layers: all, every-N, or numbers"
+    )
+    group.add_argument(
+        "--mom-num-memories",
+        type=whole(0, 1 << 16),
+        default=4,
+        help="routed memories; 0: one memory alone, without a router [4]",
+    )
     group.add_argument("--mom-topk", type=whole(0, 1 << 16), default=2, help="memories that a token goes to [2]")
     group.add_argument(
         "--mom-shared-memory",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="one more, for every token [yes]",
+        help="one more memory, which every token goes to [yes]",
     )
     group.add_argument("--mom-conv-kernel", type=whole(2, 8), default=4, help="width of the convolutions [4]")
     group.add_argument("--mom-rule", type=text, default="gated_deltanet", help="memory update rule [gated_deltanet]")

@@ -19,9 +19,9 @@ LEAST_BYTES = 1_000_000
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__, show_defaults=True)
+    parser = command_parser(__doc__)
     parser.add_argument("--output", type=a_path, required=True, metavar="FILE.jsonl", help="file to write")
-    parser.add_argument("--max-bytes", type=int, default=12_000_000, help="largest size of the file")
+    parser.add_argument("--max-bytes", type=int, default=12_000_000, help="largest size of the file [%(default)s]")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     args = parser.parse_args(argv)
     if args.max_bytes < LEAST_BYTES:

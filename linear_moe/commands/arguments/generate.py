@@ -34,7 +34,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--trust-checkpoint", action="store_true", help="run whatever code a Megatron checkpoint's files name"
     )
     model.add_argument("--dtype", choices=DTYPES, help="type to compute in [as stored]")
-    model.add_argument("--device", type=device, help="[cuda where there is a GPU]")
+    model.add_argument("--device", type=device, help="device, such as cuda or cpu [cuda where there is a GPU]")
     prompt = parser.add_argument_group("prompt, from standard input without --prompt and --prompt-file")
     source = prompt.add_mutually_exclusive_group()
     source.add_argument("--prompt", nargs="+", metavar="TEXT", help="several prompts are one batch")
@@ -48,9 +48,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     prompt.add_argument("--skip-prompt", action="store_true", help="print only what the model adds")
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=whole(1), default=128, help="[%(default)s]")
+    sampling.add_argument("--max-new-tokens", type=whole(1), default=128, help="tokens to write [%(default)s]")
     sampling.add_argument("--greedy", action="store_true", help="always take the most probable token")
-    sampling.add_argument("--temperature", type=_temperature, default=1.0, help="[%(default)s]")
+    sampling.add_argument(
+        "--temperature",
+        type=_temperature,
+        default=1.0,
+        help="below 1: safer choices; above 1: more varied ones [%(default)s]",
+    )
     sampling.add_argument(
         "--top-k", type=whole(0), default=0, help="sample from the k most probable tokens; 0: from all tokens [0]"
     )

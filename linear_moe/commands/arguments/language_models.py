@@ -44,32 +44,58 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of rows, runs and pictures")
     names = ", ".join([*SETS, *TITLES])
-    parser.add_argument("--models", nargs="+", metavar="NAME", help=f"{names} {FULL['models']}")
+    parser.add_argument(
+        "--models", nargs="+", metavar="NAME", help=f"models and sets of models: {names} [{' '.join(FULL['models'])}]"
+    )
     count = number(lambda text: int(float(text)), lambda value: value > 0, "a number of tokens such as 150e6")
-    parser.add_argument("--tokens", type=count, help=f"of every training [{FULL['tokens']}]")
+    parser.add_argument("--tokens", type=count, help=f"tokens of every training [{FULL['tokens']}]")
     parser.add_argument(
         "--rates", type=positive, nargs="+", help=f"peak learning rates, for every model {FULL['rates']}"
     )
-    parser.add_argument("--seeds", type=whole(0, 2**31 - 2), nargs="+", default=[0], help="of weights and batches [0]")
-    about = {"layers": "of every model", "hidden": "hidden size", "ffn": "width of the SwiGLU layers",
-             "attention-heads": "of softmax layers", "heads": "of a memory of MoM", "head-dim": "of a memory of MoM",
-             "attention-every": "one softmax layer in N in mom-hybrid", "length": "tokens of a training sequence",
-             "vocabulary": "of the tokenizer", "batch": "sequences a step",
-             "micro-batch": "sequences at a time on a GPU",
-             "gpus": "that train a model together, by data parallelism"}  # fmt: skip
+    parser.add_argument(
+        "--seeds", type=whole(0, 2**31 - 2), nargs="+", default=[0], help="seeds of weights and batches [0]"
+    )
+    about = {
+        "layers": "layers of every model",
+        "hidden": "hidden size",
+        "ffn": "width of the SwiGLU layers",
+        "attention-heads": "heads of softmax layers",
+        "heads": "heads of a memory of MoM",
+        "head-dim": "key size of a head of MoM",
+        "attention-every": "mom-hybrid has one softmax layer in this many",
+        "length": "tokens of a training sequence",
+        "vocabulary": "tokens of the tokenizer",
+        "batch": "sequences a step",
+        "micro-batch": "sequences that a GPU computes at once",
+        "gpus": "GPUs that train a model together, by data parallelism",
+    }
     for name, text in about.items():
         parser.add_argument(f"--{name}", type=whole(1), help=f"{text} [{FULL[name.replace('-', '_')]}]")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), help=f"[{FULL['precision']}]")
-    parser.add_argument("--longest", type=whole(1), default=16, metavar="N", help="measure at N training lengths [16]")
-    parser.add_argument("--held-out-tokens", type=count, help=f"to measure on [{FULL['held_out_tokens']}]")
-    parser.add_argument("--held-out-share", type=fraction, help=f"of the text [{FULL['held_out_share']}]")
-    parser.add_argument("--max-bytes", type=count, help=f"of text that is read [{FULL['max_bytes']}]")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the corpus [OUTPUT/data]")
     parser.add_argument(
-        "--time-limit", type=positive, default=float("inf"), metavar="SECONDS", help="then stop cleanly"
+        "--precision", choices=("bf16", "fp32"), help=f"type of the weights in training [{FULL['precision']}]"
     )
     parser.add_argument(
-        "--fit-time", action="store_true", help="fewer --tokens, for all models alike, where --time-limit needs that"
+        "--longest", type=whole(1), default=16, metavar="N", help="longest context to measure, in training lengths [16]"
+    )
+    parser.add_argument(
+        "--held-out-tokens", type=count, help=f"held-out tokens to measure on [{FULL['held_out_tokens']}]"
+    )
+    parser.add_argument(
+        "--held-out-share", type=fraction, help=f"share of the text that is held out [{FULL['held_out_share']}]"
+    )
+    parser.add_argument("--max-bytes", type=count, help=f"bytes of text that are read [{FULL['max_bytes']}]")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the corpus [OUTPUT/data]")
+    parser.add_argument(
+        "--time-limit",
+        type=positive,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="stop after this time; the same command goes on from there",
+    )
+    parser.add_argument(
+        "--fit-time",
+        action="store_true",
+        help="train all models on fewer tokens than --tokens where --time-limit needs that",
     )
     parser.add_argument(
         "--equal-time", choices=tuple(TITLES), metavar="NAME",
@@ -78,12 +104,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--measure-seconds",
         type=number(float, lambda value: value >= 0, "a number of at least 0"),
-        help=f"kept for measuring [{FULL['measure_seconds']:g}]",
+        help=f"seconds of --time-limit that are kept for measuring [{FULL['measure_seconds']:g}]",
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="[cuda where there is one]")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="device [cuda where there is a GPU]")
     parser.add_argument("--corpus-only", action="store_true", help="prepare the corpus, train nothing")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, as without a GPU")
-    parser.add_argument("--commit", help="for the rows, where the folder is no git checkout")
+    parser.add_argument("--quick", action="store_true", help="tiny models, as on a machine without a GPU")
+    parser.add_argument("--commit", help="commit to write into the rows [that of the git checkout]")
     args = parser.parse_args(argv)
     import torch  # after --help, which needs no PyTorch
 

@@ -26,25 +26,33 @@ WINDOWS = 4  # at least, without --max-length and where the text is long enough
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     parser.add_argument("--load", type=a_path, required=True, help="folder of an export in the Hugging Face format")
-    parser.add_argument("--text", type=a_path, nargs="+", required=True, help="text files; no window spans two")
+    parser.add_argument("--text", type=a_path, nargs="+", required=True, help="text files; a window lies in one file")
     parser.add_argument(
         "--no-document-start",
         action="store_true",
-        help="do not put the end-of-document token, which every document of the training text follows, before a text",
+        help="do not put the end-of-document token before a text, as it stands before every document in training",
     )
-    parser.add_argument("--train-length", type=whole(1), help="tokens [the configuration's max_position_embeddings]")
+    parser.add_argument(
+        "--train-length",
+        type=whole(1),
+        help="tokens of a training sequence [the configuration's max_position_embeddings]",
+    )
     parser.add_argument(
         "--max-length",
         type=whole(1),
         help=f"tokens a window [{REACH} times the training length; less where the text has no {WINDOWS} such windows]",
     )
     parser.add_argument("--stride", type=whole(1), help="tokens from one window's start to the next [--max-length]")
-    parser.add_argument("--max-windows", type=whole(1), help="read no more than this many, spread over the text")
+    parser.add_argument(
+        "--max-windows", type=whole(1), help="read at most this many windows, spread over the text [all]"
+    )
     parser.add_argument("--lengths", type=_lengths, help="ends of the table's rows, as 512,2048,8192 [powers of two]")
-    parser.add_argument("--chunk-size", type=whole(1), default=512, help="tokens a forward pass [%(default)s]")
+    parser.add_argument("--chunk-size", type=whole(1), default=512, help="tokens of a forward pass [%(default)s]")
     parser.add_argument("--batch-size", type=whole(1), default=1, help="windows side by side [%(default)s]")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="[as stored]")
-    parser.add_argument("--device", type=device, help="[cuda where there is a GPU]")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="type to compute in [auto: as stored]"
+    )
+    parser.add_argument("--device", type=device, help="device, such as cuda or cpu [cuda where there is a GPU]")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that --load may bring along")
     parser.add_argument("--output", type=picture, default=Path("perplexity.png"), help="the picture [%(default)s]")
     args = parser.parse_args(argv)

@@ -29,7 +29,7 @@ MOST_WORKERS = 1024
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__, show_defaults=True)
+    parser = command_parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument(
         "--input",
@@ -40,25 +40,30 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="files or folders of text; parquet files; folders that the library datasets saved; owner/name of a data "
         "set on the hub",
     )
-    data.add_argument("--split", type=text, help="which split of a data set to read [train]")
+    data.add_argument("--split", type=text, help="split of a data set to read [train]")
     data.add_argument("--output", required=True, metavar="PREFIX", help="path of the output files, without extension")
     data.add_argument(
         "--suffixes",
         nargs="+",
         default=list(DEFAULT_SUFFIXES),
         metavar="SUFFIX",
-        help="which files of a folder to read; their compressed forms (.gz, .zst) are read too",
+        help="which files of a folder to read; their compressed forms (.gz, .zst) are read too [.txt .md .jsonl]",
     )
-    data.add_argument("--json-key", default="text", help="where a JSON line, or a row, keeps its text")
     data.add_argument(
-        "--max-bad-lines", type=whole(0), default=1000, help="give up when more lines or files are unusable"
+        "--json-key", default="text", help="key of the text in a JSON line, or column of the text in a table [text]"
+    )
+    data.add_argument(
+        "--max-bad-lines",
+        type=whole(0),
+        default=1000,
+        help="stop when more lines or files than this are unusable [%(default)s]",
     )
     data.add_argument(
         "--validation-fraction",
         type=fraction,
         default=0.0,
         metavar="F",
-        help="share of the documents to set apart for validation, chosen by a hash of their text",
+        help="share of the documents to set apart for validation, chosen by a hash of their text [0: none]",
     )
     data.add_argument("--overwrite", action="store_true", help="replace output files that exist")
     tokens = parser.add_argument_group("tokens")
@@ -79,19 +84,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--tokenizer-output", type=a_path, metavar="DIR", help="folder for a trained tokenizer [PREFIX-tokenizer]"
     )
     tokens.add_argument(
-        "--tokenizer-bytes", type=whole(1), default=1 << 25, help="size of the sample that trains a tokenizer"
+        "--tokenizer-bytes", type=whole(1), default=1 << 25, help="bytes of text that train a tokenizer [%(default)s]"
     )
     tokens.add_argument(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="end each document with the tokenizer's EOS token",
+        help="end each document with the tokenizer's end-of-document token [yes]",
     )
     parser.add_argument(
         "--workers",
         type=whole(1, MOST_WORKERS),
         default=os.cpu_count(),
-        help="tokenizing processes; 1 tokenizes in the main process",
+        help="tokenizing processes; 1 tokenizes in the main process [as many as processor cores: %(default)s]",
     )
     args = parser.parse_args(argv)
     try:

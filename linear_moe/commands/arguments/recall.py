@@ -45,23 +45,37 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Settings that were not given come from FULL, or from QUICK with --quick and without a GPU."""
     parser = command_parser(__doc__)
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder of rows, table and pictures")
-    parser.add_argument("--set", choices=("decisive", "all"), default="decisive", help="MoM models [%(default)s]")
+    parser.add_argument(
+        "--set", choices=("decisive", "all"), default="decisive", help="set of MoM models to train [%(default)s]"
+    )
     parser.add_argument(
         "--mom", nargs="+", metavar="M/K", help="these MoM models instead, as 8/2, gla:4/2, 4/2+shared+text"
     )
-    parser.add_argument("--baselines", nargs="+", choices=tuple(MATCHES), default=list(MATCHES), help="[all of them]")
-    parser.add_argument("--rule", default="gated_deltanet", help="rule of MoM models without one [%(default)s]")
-    parser.add_argument("--heads", type=_size, help=f"of a MoM model [{FULL['heads']}]")
+    parser.add_argument(
+        "--baselines",
+        nargs="+",
+        choices=tuple(MATCHES),
+        default=list(MATCHES),
+        help="what baseline and MoM have in common, or softmax attention as the baseline [all of them]",
+    )
+    parser.add_argument(
+        "--rule", default="gated_deltanet", help="rule of MoM models whose name has no rule [%(default)s]"
+    )
+    parser.add_argument("--heads", type=_size, help=f"heads of a MoM model [{FULL['heads']}]")
     parser.add_argument("--head-dim", type=_size, default=16, help="key and value size of a head [%(default)s]")
-    parser.add_argument("--layers", type=whole(1, 1000), default=2, help="[%(default)s]")
+    parser.add_argument("--layers", type=whole(1, 1000), default=2, help="layers of a model [%(default)s]")
     parser.add_argument("--hidden", type=_size, help=f"hidden size [{FULL['hidden']}]")
     parser.add_argument("--mlp", type=whole(0, 1 << 20), default=0, help="width of SwiGLU layers [%(default)s: none]")
-    parser.add_argument("--vocabulary", type=_size, help=f"[{FULL['vocabulary']}]")
+    parser.add_argument("--vocabulary", type=_size, help=f"different tokens of the task [{FULL['vocabulary']}]")
     parser.add_argument("--length", type=_size, help=f"tokens a sequence [{FULL['length']}]")
     parser.add_argument("--pairs", type=_size, nargs="+", help=f"numbers of pairs {FULL['pairs']}")
     parser.add_argument("--batch", type=_size, help=f"sequences a step [{FULL['batch']}]")
-    parser.add_argument("--steps", type=whole(1), help=f"[{FULL['steps']}]")
-    parser.add_argument("--max-steps", type=whole(1), help="doubled up to this until curves are flat [twice --steps]")
+    parser.add_argument("--steps", type=whole(1), help=f"training steps [{FULL['steps']}]")
+    parser.add_argument(
+        "--max-steps",
+        type=whole(1),
+        help="steps are doubled up to this number until the accuracies are flat [twice --steps]",
+    )
     parser.add_argument(
         "--rates",
         type=number(float, lambda rate: 0 < rate <= 1000, "a number above 0, up to 1000"),
@@ -69,21 +83,34 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"peak learning rates {FULL['rates']}",
     )
     parser.add_argument(
-        "--seeds", type=whole(0, MOST_SEEDS - 1), nargs="+", help=f"the first one chooses the rate {FULL['seeds']}"
+        "--seeds",
+        type=whole(0, MOST_SEEDS - 1),
+        nargs="+",
+        help=f"seeds, of which the first chooses the rate {FULL['seeds']}",
     )
     parser.add_argument("--all-rates", action="store_true", help="try all rates on all seeds")
     parser.add_argument(
         "--balancing", type=between(0, 1000), default=1e-2, help="balancing loss coefficient [%(default)s]"
     )
-    parser.add_argument("--weight-decay", type=between(0, 1000), default=0.01, help="[%(default)s]")
-    parser.add_argument("--evaluations", type=whole(1), help=f"along training [{FULL['evaluations']}]")
-    parser.add_argument("--group-size", type=whole(1), default=16, help="models at once on a GPU [%(default)s]")
     parser.add_argument(
-        "--time-limit", type=_seconds, default=float("inf"), metavar="SECONDS", help="then stop cleanly"
+        "--weight-decay", type=between(0, 1000), default=0.01, help="weight decay of the optimizer [%(default)s]"
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="[cuda where there is one]")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, as without a GPU")
-    parser.add_argument("--commit", help="for the rows, where the folder is no git checkout")
+    parser.add_argument(
+        "--evaluations", type=whole(1), help=f"measurements of the accuracy along a training [{FULL['evaluations']}]"
+    )
+    parser.add_argument(
+        "--group-size", type=whole(1), default=16, help="models that a GPU trains at once [%(default)s]"
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=_seconds,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="stop after this time; the same command goes on from there",
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="device [cuda where there is a GPU]")
+    parser.add_argument("--quick", action="store_true", help="tiny models, as on a machine without a GPU")
+    parser.add_argument("--commit", help="commit to write into the rows [that of the git checkout]")
     args = parser.parse_args(argv)
     import torch  # after --help, which needs no PyTorch
 

@@ -27,9 +27,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="sets whose name contains one of these")
     parser.add_argument("--exactly", nargs="+", default=[], metavar="NAME", help="the sets with these names")
     parser.add_argument("--kinds", action="store_true", help="one set of each kind instead of every set")
-    parser.add_argument("--jobs", type=whole(1), default=1, help="runs at a time, of up to 4 processes [%(default)s]")
-    parser.add_argument("--limit", type=positive, default=300, metavar="SECONDS", help="of one run [%(default)s]")
-    parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="then start no run")
-    parser.add_argument("--again", nargs="*", metavar="RESULT", help="repeat finished runs [fails] or with this result")
+    parser.add_argument(
+        "--jobs", type=whole(1), default=1, help="runs at a time, each of up to 4 processes [%(default)s]"
+    )
+    parser.add_argument(
+        "--limit", type=positive, default=300, metavar="SECONDS", help="longest time of one run [%(default)s]"
+    )
+    parser.add_argument(
+        "--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="after this time, start no run"
+    )
+    parser.add_argument("--again", nargs="*", metavar="RESULT", help="repeat finished runs with these results [fails]")
     parser.add_argument("--list", action="store_true", help="print the shrunk commands, and run nothing")
     return parser.parse_args(argv)

@@ -12,8 +12,8 @@ and what the chunk's rows give each other, over pairs j < i, level by level as `
     (21)  dk_j = sum_i (dP_ij q_i + dA_ij E_i) exp(g(j, i])
     (22)  dg_t = sum_{i >= t} (q_i dq_i + E_i dE_i - k_i dk_i) + sum_{j < t} k_j dk'_j + decays * sum_V S dS
 
-Last come the terms without decay, which have no part in (22): they would have to cancel there, and under strong decay
-their rounding errors would be larger than dg.
+Last come the terms without decay, which have no part in (22): in (22) these terms would cancel up to rounding errors,
+which are larger than dg under strong decay.
 
     (23)  dq_i += dP_ii k_i        dk_i += dk'_i + dP_ii q_i + erase_i dE_i
     (24)  d_erase = k dE, summed over K where erase is a number a head

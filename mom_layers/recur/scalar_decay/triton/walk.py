@@ -20,8 +20,8 @@ so that one kernel serves four times. S is the state, dS the gradient of the sta
 
 A chunk's own rows are added one step late: the scores of a chunk are carried to the next step. Left operands of large
 products must come from shared memory and not from registers (ptxas of CUDA 12.8 and 12.9 miscompiles Hopper's
-asynchronous products with those, Triton pull request 11781), and Triton puts loaded and carried operands there. So the
-scores need no memory, and no product waits for them.
+asynchronous products with operands in registers, Triton pull request 11781), and Triton puts loaded and carried
+operands there. So the scores need no memory, and no product waits for them.
 
 Shape legend: rows R, segments S, heads H, sizes A of a and b, C of c, chunk length BT, parts P, span slots M,
 chunk slots N.

@@ -12,7 +12,8 @@ Names as in the other files. From e, y and the parts of the gradients that come 
 
 g_t is part of every exp(G_i - G_j) with j < t <= i, of exp(G_i) with t <= i, of exp(G_last - G_i) with i < t, and of
 exp(G_last). The gradient of an exponent is that of its exponential times the exponential: q * dq or k * dk summed over
-K, term by term. Terms without decay (i = j) are left out and not cancelled: under strong decay they would bury dg.
+K, term by term. Terms without decay (i = j) are left out and not cancelled: under strong decay their rounding errors
+would be larger than dg.
 
 Shape legend: rows R, segments S, heads H, key size K, value size V, chunk length BT, chunk slots N, span slots M.
 """
