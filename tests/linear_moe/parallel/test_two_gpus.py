@@ -2,11 +2,16 @@
 
 import csv
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import two_gpus
 from two_gpus import CASES, STEPS, Case, Run, Trainer, furthest, judge, last_error
+
+from linear_moe.config import MomTransformerConfig
+from linear_moe.parallel.context import ContextSlice
+from mom_layers.recur.rules import RuleInputs, get_rule
 
 ALONE = Run({step: 5.0 - step / 2 for step in range(1, STEPS + 1)}, {step: 1.0 for step in range(1, STEPS + 1)}, 1.0)
 
@@ -29,6 +34,21 @@ def changed(losses=None, norms=None) -> Run:
 def test_numbers_are_judged(run, why):
     found, _ = judge(CASES[0], run, ALONE)
     assert found.startswith(why) and bool(found) == bool(why)
+
+
+def test_a_long_slice_is_cut_into_parts():
+    """The parts are what the cases with long sequences compare: by the sizes of their model, on each of two ranks."""
+    numbers = [*two_gpus.MODEL, *two_gpus.BASES["long sequences"]]
+    length, batch, heads = (
+        int(numbers[len(numbers) - numbers[::-1].index(name)])
+        for name in ("--seq-length", "--micro-batch-size", "--mom-num-heads")
+    )
+    memories, choices = MomTransformerConfig.mom_num_memories + 1, MomTransformerConfig.mom_topk + 1
+    here = object.__new__(ContextSlice)
+    here.documents = None
+    plan = SimpleNamespace(num_segments=batch * memories, num_rows=batch * length // 2 * choices)
+    inputs = RuleInputs(None, None, torch.empty(0, heads, 0), {})
+    assert here._num_parts(plan, get_rule(MomTransformerConfig.mom_rule), inputs) == 2
 
 
 def test_a_missing_step_is_no_agreement():

@@ -27,144 +27,18 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from two_gpus_cases import BASES, CASES, DOCUMENTS, MODEL, STEPS, Case
 
 ROOT = Path(__file__).parents[3]
 TOLERANCE, NORM_TOLERANCE, RESUMED = 1e-2, 2e-2, 1e-3
-STEPS, SAVED = 6, 3
-MODEL = (
-    "--token-mixer mom --mom-num-heads 2 --mom-head-dim 64 --num-layers 4 --hidden-size 128 --num-attention-heads 4 "
-    "--ffn-hidden-size 256 --seq-length 256 --max-position-embeddings 256 --position-embedding-type rope "
-    "--normalization RMSNorm --disable-bias-linear --swiglu --untie-embeddings-and-output-weights --vocab-size 127 "
-    "--make-vocab-size-divisible-by 64 --tokenizer-type NullTokenizer --mock-data --seed 3 --init-method-std 0.1 "
-    "--attention-dropout 0 --hidden-dropout 0 --micro-batch-size 2 --global-batch-size 8 --lr 1e-4 --adam-eps 1e-2 "
-    "--lr-decay-iters 100 --log-interval 1 --eval-iters 0 --eval-interval 1000 --split 1,0,0 "
-    "--no-create-attention-mask-in-dataloader --dist-ckpt-optim-fully-reshardable"
-).split()
-
-
-def words(text: str) -> list[str]:
-    return text.split()
-
-
-VIRTUAL = words("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1")
-GRAPHS = words("--cuda-graph-impl local --no-check-for-nan-in-loss-and-grad")
-DISTRIBUTED = words("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather")
-EP2 = words("--expert-model-parallel-size 2")
-TP2 = words("--tensor-model-parallel-size 2 --sequence-parallel")
-MUON = ("--bf16", "--optimizer", "muon")
-FP16 = ("--fp16", "--initial-loss-scale", "131072", "--hysteresis", "1")
-MEGATRON_FSDP = words("--use-megatron-fsdp --use-distributed-optimizer --ckpt-format fsdp_dtensor")
-
-BASES = {
-    "dense": [],
-    "experts": words(
-        "--num-experts 4 --moe-ffn-hidden-size 128 --moe-router-topk 2 --moe-token-dispatcher-type alltoall "
-        "--moe-grouped-gemm"
-    ),
-    "last layer has memories": words("--linear-attention-freq [0,0,0,1]"),
-    "multi-token prediction": words("--mtp-num-layers 1"),
+SAVED = 3
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    "OMP_NUM_THREADS": "1",
 }
-"""Models: each is trained on one GPU, and gives its weights to its cases."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A way of training on two GPUs.
-
-    arguments: of the run on two GPUs.
-    base: the model, a key of BASES.
-    both: arguments of the run on one GPU too.
-    resumes: whether the run is also saved at half and resumed.
-    own_start: the run draws its weights, which are those of one GPU, because its checkpoints have another form.
-    compared: whether the run has the losses of one GPU. Experts over ranks draw other weights, and in fp16 the number
-        of skipped steps depends on the sizes of the ranks' gradients.
-    gpu: why the case needs a GPU; empty where the case runs over gloo too.
-    environment: variables of the run on two GPUs.
-    """
-
-    name: str
-    arguments: list[str]
-    base: str = "dense"
-    both: tuple[str, ...] = ("--bf16",)
-    resumes: bool = False
-    own_start: bool = False
-    compared: bool = True
-    gpu: str = ""
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-ONE_CONNECTION = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-CASES = [
-    Case("data parallel, plain 16-bit optimizer", [], resumes=True),
-    Case("data parallel, distributed optimizer with overlap", DISTRIBUTED, resumes=True),
-    Case("data parallel, gradients reduced in bf16", ["--grad-reduce-in-bf16"]),
-    Case("data parallel, distributed, gradients reduced in bf16", [*DISTRIBUTED, "--grad-reduce-in-bf16"]),
-    Case("virtual pipeline, plain 16-bit optimizer", VIRTUAL, resumes=True),
-    Case("virtual pipeline, distributed optimizer", [*VIRTUAL, "--use-distributed-optimizer"]),
-    Case("virtual pipeline, distributed optimizer with overlap", [*VIRTUAL, *DISTRIBUTED]),
-    Case("virtual pipeline, gradients reduced in bf16", [*VIRTUAL, "--grad-reduce-in-bf16"]),
-    Case("memories over ranks, all-to-all", [*EP2, *DISTRIBUTED]),
-    Case("memories over ranks, all-gather", [*EP2, *DISTRIBUTED, "--mom-expert-exchange", "all-gather"]),
-    Case(
-        "memories over ranks, peer memory", [*EP2, *DISTRIBUTED, "--mom-expert-exchange", "peer-memory"],
-        gpu="GPUs read each other's memory",
-    ),
-    *(
-        Case(
-            f"memories over ranks, {exchange}, CUDA graphs of layers",
-            [*EP2, "--use-distributed-optimizer", *GRAPHS, "--mom-expert-exchange", exchange],
-            gpu="CUDA graphs",
-        )
-        for exchange in ("all-gather", "peer-memory")
-    ),
-    Case("experts, expert parallel", [*EP2, *DISTRIBUTED], base="experts"),
-    Case(
-        "experts, overlapped exchange, delayed weight gradients",
-        [*EP2, *DISTRIBUTED, "--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute"],
-        base="experts", gpu="delayed weight gradients are Transformer Engine's",
-        environment={"CUDA_DEVICE_MAX_CONNECTIONS": "32"},
-    ),
-    Case(
-        "experts, overlapped exchange", [*EP2, *DISTRIBUTED, "--overlap-moe-expert-parallel-comm"],
-        base="experts", environment={"CUDA_DEVICE_MAX_CONNECTIONS": "32"},
-    ),
-    Case("torch FSDP2", ["--use-torch-fsdp2"], resumes=True),
-    Case(
-        "Megatron FSDP, all sharded", [*MEGATRON_FSDP, "--data-parallel-sharding-strategy", "optim_grads_params"],
-        resumes=True, own_start=True,
-    ),
-    Case(
-        "Megatron FSDP, optimizer and gradients sharded",
-        [*MEGATRON_FSDP, "--data-parallel-sharding-strategy", "optim_grads"], own_start=True,
-    ),
-    Case(
-        "Megatron FSDP, optimizer sharded",
-        [*MEGATRON_FSDP, "--data-parallel-sharding-strategy", "optim"], own_start=True,
-    ),
-    Case(
-        "Megatron FSDP, experts",
-        [*MEGATRON_FSDP, "--data-parallel-sharding-strategy", "optim_grads_params"], base="experts", own_start=True,
-    ),
-    Case(
-        "Megatron FSDP, experts over ranks",
-        [*MEGATRON_FSDP, "--data-parallel-sharding-strategy", "optim_grads_params", *EP2],
-        base="experts", own_start=True, compared=False,
-    ),
-    Case(
-        "activations of 2 layers offloaded", ["--cpu-offloading-num-layers", "2"],
-        gpu="Transformer Engine offloads",
-    ),
-    Case("Muon", [], both=MUON, resumes=True),
-    Case("Muon, layer-wise over ranks", ["--use-distributed-optimizer"], both=MUON, resumes=True),
-    Case(
-        "Muon, a pipeline stage without memories", words("--pipeline-model-parallel-size 2"),
-        base="last layer has memories", both=MUON, resumes=True,
-    ),
-    Case("multi-token prediction, sequence parallel", TP2, base="multi-token prediction", environment=ONE_CONNECTION),
-    Case("fp16, first steps skipped", DISTRIBUTED, both=FP16, resumes=True, compared=False),
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -178,11 +52,19 @@ class Run:
 
 
 class Trainer:
-    """Starts training runs, each with a folder of its own below ``logs``."""
+    """Starts training runs, each with a folder of its own below ``logs``.
+
+    Attributes:
+        documents: the prefix of the data set that DOCUMENTS stands for.
+    """
 
     def __init__(self, logs: Path, gpus: int, timeout: float):
         self.logs, self.gpus, self.timeout = logs, gpus, timeout
-        self.started = 0
+        self.started, self.documents = 0, logs / "documents"
+
+    def write_documents(self) -> None:
+        command = [sys.executable, "-W", "ignore", __file__, "--documents", str(self.documents)]
+        subprocess.run(command, env=ENVIRONMENT, check=True)
 
     def train(self, name: str, ranks: int, arguments: list[str], environment: dict[str, str] | None = None) -> Run:
         """Trains with the model's and these arguments. The run's output is ``logs/name.txt``."""
@@ -192,13 +74,12 @@ class Trainer:
         command = [sys.executable, "-W", "ignore"]
         if ranks > 1:
             command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += [__file__, "--worker", str(record), *MODEL, *arguments]
-        path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
-        changed = (
-            os.environ
-            | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MOM_TRACEBACK": "1", "MOM_VERBOSE": "1"}
-            | (environment or {})
-        )
+        # An index of its own for every run: runs at a time would write the same file.
+        index = ["--data-cache-path", str(self.logs / f"index of {name}")]
+        data = index if DOCUMENTS in arguments else ["--mock-data"]
+        arguments = [str(self.documents) if word == DOCUMENTS else word for word in arguments]
+        command += [__file__, "--worker", str(record), *MODEL, *data, *arguments]
+        changed = ENVIRONMENT | {"MOM_TRACEBACK": "1", "MOM_VERBOSE": "1"} | (environment or {})
         if ranks == 1 and self.gpus:
             self.started += 1
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.gpus)))
@@ -349,6 +230,11 @@ def worker(record: str, arguments: list[str]) -> int:
 def main() -> int:
     if sys.argv[1:2] == ["--worker"]:
         return worker(sys.argv[2], sys.argv[3:])
+    if sys.argv[1:2] == ["--documents"]:
+        from training import write_documents
+
+        write_documents(Path(sys.argv[2]))
+        return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--logs", type=Path, required=True, help="folder for the output of runs and for checkpoints")
     parser.add_argument("--csv", type=Path, required=True, help="file for the table")
@@ -366,6 +252,8 @@ def main() -> int:
     device = torch.cuda.get_device_name() if gpus else "CPU"
     cases = [case for case in CASES if not options.only or any(word in case.name for word in options.only)]
     trainer, rows = Trainer(options.logs.resolve(), min(gpus, 2), options.timeout), []
+    if any(DOCUMENTS in BASES[case.base] for case in cases):
+        trainer.write_documents()
     with ThreadPoolExecutor(options.at_once) as pool:
         here = [case for case in cases if gpus or not case.gpu]
         weights = {base: pool.submit(weights_of_one, trainer, base) for base in dict.fromkeys(c.base for c in here)}
