@@ -167,7 +167,7 @@ def _split(dataset) -> str:
 
 def _never_read(dataset, args) -> bool:
     """Whether the run takes no sequence of a data set: of validation and test data with --eval-iters 0 (or -1)."""
-    return _split(dataset) in ("valid", "test") and not args.full_validation and args.eval_iters <= 0
+    return _split(dataset) in ("valid", "test") and not getattr(args, "full_validation", False) and args.eval_iters <= 0
 
 
 def check_data(dataset, args) -> None:
