@@ -92,3 +92,30 @@ def _become(words: list[str], folder: str, environment: dict[str, str], output: 
         sys.argv = words
         sys.path.insert(0, str(Path(words[0]).parent))
         runpy.run_path(words[0], run_name="__main__")
+
+
+def answers_of_ranks(work, size, arguments, questions, seconds):
+    """What ``size`` ranks of gloo send: {question: [the answer of every rank]}.
+
+    Each rank is a process that calls work(rank, environment, pipe, *arguments), and sends an answer to each of
+    ``questions``, in their order, within ``seconds`` each. A text is the traceback of a rank that failed.
+    """
+    store, places = meeting_place(size)
+    context = server()
+    pipes = [context.Pipe(duplex=False) for _ in range(size)]
+    processes = [
+        context.Process(target=work, args=(rank, places[rank], pipes[rank][1], *arguments)) for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    results = {}
+    try:
+        for question in questions:
+            assert all(receiver.poll(seconds) for receiver, _ in pipes), f"no result for {question}"
+            results[question] = [receiver.recv() for receiver, _ in pipes]
+            assert not any(isinstance(result, str) for result in results[question]), results[question]
+    finally:
+        for process in processes:
+            process.kill()
+        del store
+    return results

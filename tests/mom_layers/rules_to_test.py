@@ -3,11 +3,6 @@
 from mom_layers import get_rule, rule_names
 
 
-def with_kernels() -> list[str]:
-    """Names of the rules that have Triton kernels."""
-    return [name for name in rule_names() if get_rule(name).cost_without_kernels is None]
-
-
 def composed() -> list[str]:
     """Names of the rules that context parallelism takes with any number of slices."""
     return [name for name in rule_names() if _composes(get_rule(name))]

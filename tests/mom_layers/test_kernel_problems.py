@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rules_to_test import with_kernels
 
 from mom_layers.common import chips, triton_versions
 from mom_layers.common.chips import CHIPS, Chip, chip_of, forced
 from mom_layers.kernel_problems import kernel_problem
 from mom_layers.recur.channel_delta.triton import launches as channel_delta_launches
 from mom_layers.recur.scalar_delta.kernel_sets import kernel_set
+from mom_layers.selftest.checks import with_kernels
 from mom_layers.settings import MixerSettings
 
 CPU = torch.device("cpu")

@@ -92,7 +92,7 @@ class StreamCheck(TorchDispatchMode):
         self.streams = {MAIN: Stream(self, MAIN)}
         self.of_engine: set[int] = set()
         self.memories: dict[int, Memory] = {}
-        self.shared: dict[int, Memory] = {}  # those that a stream uses beside their home
+        self.shared: dict[int, Memory] = {}  # memory that another stream than its home uses, too
         self.launched = 0
         self.current = [MAIN]
         self.changes = [(0, MAIN)]  # the sequence number of the next node, and the stream from there on
@@ -138,7 +138,7 @@ class StreamCheck(TorchDispatchMode):
         return result
 
     def _arguments(self, schema, args, kwargs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The tensors that an operator reads, and those that it changes."""
+        """Two lists: the tensors that an operator reads, and the tensors that the operator changes."""
         if schema.name.startswith("c10d::") and schema.name not in COLLECTIVES:
             raise NotImplementedError(f"the check does not know which arguments {schema.name} writes")
         reads, writes = [], []

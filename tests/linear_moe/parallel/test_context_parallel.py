@@ -215,23 +215,7 @@ def run_rank(rank, place, sender, cases, also):
 
 def answers(size, cases, also=False):
     """What every rank of ``size`` found: {case: its tensors}."""
-    store, places = warm_python.meeting_place(size)
-    context = warm_python.server()
-    pipes = [context.Pipe(duplex=False) for _ in range(size)]
-    processes = [
-        context.Process(target=run_rank, args=(rank, places[rank], pipes[rank][1], cases, also)) for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        assert all(receiver.poll(120) for receiver, _ in pipes), "a rank has not answered"
-        results = [receiver.recv() for receiver, _ in pipes]
-        assert not any(isinstance(result, str) for result in results), results
-    finally:
-        for process in processes:
-            process.kill()
-        del store
-    return results
+    return warm_python.answers_of_ranks(run_rank, size, (cases, also), ("all cases",), 120)["all cases"]
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def test_arriving_rows_are_sorted_by_memory_source_sequence_and_time():
     assert [sorted(arrived)[i][3] for i in range(len(arrived))] == plan.position_of_row.tolist()
 
 
-def on_ranks(rank, place, exchange, cases, sender):
+def on_ranks(rank, place, sender, exchange, cases):
     from megatron_patches import cpu
 
     cpu.apply()
@@ -92,26 +92,8 @@ def agreed(rank, group):
 
 def exchanged(ranks, exchange):
     """Outputs and gradients: {case: [of every rank]}; then what the ranks have agreed on."""
-    store, places = warm_python.meeting_place(ranks)
-    context = warm_python.server()
-    pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
-    processes = [
-        context.Process(target=on_ranks, args=(rank, places[rank], exchange, cases_of(exchange), pipes[rank][1]))
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    results = {}
-    try:
-        for case in (*cases_of(exchange), "agreed"):
-            assert all(receiver.poll(60) for receiver, _ in pipes), f"no result for {case}"
-            results[case] = [receiver.recv() for receiver, _ in pipes]
-            assert not any(isinstance(result, str) for result in results[case]), results[case]
-    finally:
-        for process in processes:
-            process.kill()
-        del store
-    return results
+    cases = cases_of(exchange)
+    return warm_python.answers_of_ranks(on_ranks, ranks, (exchange, cases), (*cases, "agreed"), 60)
 
 
 @pytest.mark.parametrize("exchange", ["all-to-all", "all-gather"])

@@ -172,25 +172,7 @@ def on_rank(rank, place, sender, cases):
 def races(size, cases):
     """Of every case (mutant, case), the races and the number of operators beside the main stream, rank by rank; and
     under "asynchronous" the races of a collective without a wait and with a wait."""
-    store, places = warm_python.meeting_place(size)
-    context = warm_python.server()
-    pipes = [context.Pipe(duplex=False) for _ in range(size)]
-    processes = [
-        context.Process(target=on_rank, args=(rank, places[rank], pipes[rank][1], cases)) for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    results = {}
-    try:
-        for case in (*cases, "asynchronous"):
-            assert all(receiver.poll(120) for receiver, _ in pipes), f"no result for {case}"
-            results[case] = [receiver.recv() for receiver, _ in pipes]
-            assert not any(isinstance(result, str) for result in results[case]), results[case]
-    finally:
-        for process in processes:
-            process.kill()
-        del store
-    return results
+    return warm_python.answers_of_ranks(on_rank, size, (cases,), (*cases, "asynchronous"), 120)
 
 
 @pytest.fixture(scope="module")
